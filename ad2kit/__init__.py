@@ -1,0 +1,42 @@
+"""ad2kit: AD2 distillation of text classifiers, proven by a parity gate and served by BentoML.
+
+    import ad2kit
+
+    classifier = ad2kit.load("runs/demo-1a2b3c4d")
+    classifier.predict(["not at all convincing"])
+
+Every stage is a plain function: :func:`ad2kit.distill.distill`, :func:`ad2kit.export.export`,
+:func:`ad2kit.parity.parity`, :func:`ad2kit.bench.bench`, :func:`ad2kit.package.package`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.classifier import OnnxClassifier
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> OnnxClassifier:
+    """Load a classifier for inference, without torch or transformers.
+
+    Args:
+        folder: a run folder (its smallest variant that passed parity is taken) or the folder of
+            one ONNX variant.
+        threads: intra-op threads of ONNX Runtime; all cores that this process may use if None.
+
+    Raises:
+        RunError: the run has no variant that passed the parity gate.
+        ModelError: the artefact is incomplete, or a file is not the one that was exported.
+        MissingExtra: onnxruntime or tokenizers is not installed.
+    """
+    # Imported here so that `import ad2kit` stays free of onnxruntime.
+    from ad2kit.classifier import OnnxClassifier, servable_artifact
+
+    return OnnxClassifier(servable_artifact(folder), threads=threads)

@@ -1,0 +1,105 @@
+"""Every failure that ad2kit reports on purpose.
+
+    Ad2kitError
+    ├── GateFailed      a gate was read and said no                     exit code 1
+    ├── UserError       something that the user can put right           exit code 2
+    │   ├── RecipeError     a recipe, a key or an override is wrong
+    │   ├── DataError       a data set, a column, a row or a label is wrong
+    │   ├── ModelError      a teacher, a student or an artefact cannot be used
+    │   ├── RunError        a run folder is missing, busy, foreign or damaged
+    │   └── DivergedError   the loss or a gradient is no longer a number
+    └── MissingExtra    an optional dependency is not installed         exit code 3
+
+A message says what was expected, what was found and where; the hint says what to do next.
+Anything else that escapes is a defect of ad2kit: exit code 70.
+"""
+
+from __future__ import annotations
+
+import errno
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+EXIT_INTERRUPTED = 130
+EXIT_BUG = 70
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Ad2kitError(Exception):
+    """Base of all errors that ad2kit raises on purpose."""
+
+    exit_code: ClassVar[int] = EXIT_BUG
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class GateFailed(Ad2kitError):
+    """A gate compared a measured value with its threshold, and the value did not pass."""
+
+    exit_code = 1
+
+
+class UserError(Ad2kitError):
+    """The input or the surroundings have to change; ad2kit did what it could."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe is unknown, unreadable, or has a wrong key or value."""
+
+
+class DataError(UserError):
+    """A data set cannot be read, or does not hold what the recipe says it holds."""
+
+
+class ModelError(UserError):
+    """A model folder is missing, unsafe, incomplete, damaged, or does not fit its recipe."""
+
+
+class RunError(UserError):
+    """A run folder is missing, in use, from another recipe, or lacks an earlier stage."""
+
+
+class DivergedError(UserError):
+    """Training produced a number that is not finite; the weights were not touched by it."""
+
+
+class MissingExtra(Ad2kitError):
+    """A feature needs an optional dependency that is not installed."""
+
+    exit_code = 3
+
+    def __init__(self, module: str, *, extra: str) -> None:
+        super().__init__(
+            f"this needs the Python module '{module}', which is not installed",
+            hint=f"pip install 'ad2kit[{extra}]'",
+        )
+
+
+def nearest(wrong: str, right: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the nearest of ``right``, or an empty string."""
+    matches = get_close_matches(wrong, list(right), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def no_room_left(error: BaseException | None) -> bool:
+    """Tell whether ``error``, or what caused it, is a full disk or an exhausted quota.
+
+    safetensors and onnx wrap the operating system's error in types of their own, which keep
+    its text but not its number.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        if any(text in str(error) for text in ("No space left", "os error 28", "os error 27")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,206 @@
+"""The frozen types that a run writes to disk, and nothing else.
+
+Each file carries ``schema_version``; a file of another version is refused, not guessed at.
+Numbers carry their unit in their name. Fractions lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ad2kit.errors import RunError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA_VERSION = 1
+
+
+class Part(BaseModel):
+    """A piece of a record: frozen, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(Part):
+    """Base of everything that is a file, or a line of one, of its own."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read and check one record.
+
+        Raises:
+            RunError: the file is missing, not a record of this type, or of another version.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{path} is missing", hint="run the stage that writes it: `ad2kit run` does all"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunError(
+                f"{path} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
+                f"{where}: {first['msg']}",
+                hint="the file was edited or comes from another version of ad2kit; "
+                "delete it and run its stage again",
+            ) from error
+
+
+class StepRecord(Record):
+    """One update of the training loop.
+
+    ``terms`` holds the loss terms in nats, before their weights. ``grad_norm`` is the global
+    Euclidean norm before clipping. ``adversarial_gain`` is the adversarial minus the clean KL;
+    ``inner_loss_before`` and ``inner_loss_after`` are the inner objective at the start and at the
+    end of the ascent. ``select_metric`` is set where the model was evaluated after this update.
+    """
+
+    phase: Literal["teacher", "student"]
+    step: int
+    total_steps: int
+    epoch: int
+    lr: float
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+    examples: int
+    inner_loss_before: float | None = None
+    inner_loss_after: float | None = None
+    adversarial_gain: float | None = None
+    select_metric: float | None = None
+
+
+class SplitFacts(Part):
+    """What one split holds: its size, its class counts, and how many texts were truncated."""
+
+    rows: int
+    class_counts: dict[str, int]
+    truncated: int
+    sha256: str
+
+
+class DistillReport(Record):
+    """What the distill stage did, and on which inputs."""
+
+    inputs: str
+    labels: tuple[str, ...]
+    splits: dict[str, SplitFacts]
+    teacher_sha256: str
+    student_sha256: str
+    teacher_parameters: int
+    student_parameters: int
+    teacher_select_accuracy: float
+    student_select_accuracy: float
+    best_step: int
+    steps: int
+    mean_clean_kl: float
+    mean_adversarial_gain: float | None
+    adversary_verdict: str
+    environment: dict[str, str]
+
+
+class OnnxArtifact(Record):
+    """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from."""
+
+    file_name: ClassVar[str] = "manifest.json"
+
+    variant: str
+    inputs: str
+    labels: tuple[str, ...]
+    max_length_tokens: int
+    pad_token_id: int
+    text_columns: int
+    files: dict[str, str]
+    model_bytes: int
+    lineage: dict[str, str]
+
+
+class Check(Part):
+    """One threshold of the gate beside the value that was measured."""
+
+    question: Literal["export fidelity", "conversion cost", "distillation quality"]
+    name: str
+    value: float
+    bound: Literal["at most", "at least"]
+    threshold: float
+    interval: tuple[float, float] | None = None
+    passed: bool
+
+
+class VariantParity(Part):
+    """One variant against the PyTorch student, fp32 and the teacher."""
+
+    variant: str
+    manifest_sha256: str
+    accuracy: float
+    retained: float
+    retained_interval: tuple[float, float]
+    mcnemar_p: float
+    recall_change_by_class: dict[str, float]
+    ece: float
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check of this variant passed."""
+        return all(check.passed for check in self.checks)
+
+
+class ParityReport(Record):
+    """The verdict of the gate on the labelled validation set."""
+
+    inputs: str
+    rows: int
+    truncated: int
+    smallest_detectable_difference: float
+    teacher_accuracy: float
+    teacher_ece: float
+    student_accuracy: float
+    variants: tuple[VariantParity, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every variant that the recipe asks for passed."""
+        return all(variant.passed for variant in self.variants)
+
+
+class LatencyCell(Part):
+    """Timed calls of one system at one shape; the percentiles are of whole calls."""
+
+    system: str
+    batch_size: int
+    length_tokens: int
+    calls: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    texts_per_s: float
+
+
+class LatencyReport(Record):
+    """Latency of the PyTorch models and of every ONNX variant, measured in one run."""
+
+    inputs: str
+    threads: int
+    environment: dict[str, str]
+    sizes_bytes: dict[str, int]
+    cells: tuple[LatencyCell, ...]
+
+
+class BentoRecord(Record):
+    """The published Bento and what its service answered before it was published."""
+
+    inputs: str
+    tag: str
+    variant: str
+    forced: bool
+    service_texts: int
+    service_label_flips: int
+    service_score_gap: float

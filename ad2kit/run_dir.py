@@ -1,0 +1,270 @@
+"""A run folder: every file name of a run, its lock, and writes that are whole or absent.
+
+    runs/<recipe>-<fingerprint>/
+        recipe.json                 the resolved recipe
+        teacher/  student/          safetensors, tokenizer, sha256 manifest
+        teacher-training.jsonl  training.jsonl
+        teacher-checkpoint/  checkpoint/   only while training
+        teacher-logits-<fingerprint>.safetensors
+        distill.json  parity.json  latency.json  bento.json  report.md
+        onnx/<variant>/             model.onnx, tokenizer, manifest.json
+
+The fingerprint covers what decides the weights, so the same command finds the same folder and
+goes on where it stopped, and a change of the learning rate is another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ad2kit.errors import RecipeError, RunError
+from ad2kit.recipe import Recipe, from_data
+from ad2kit.records import ParityReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+
+DEFAULT_RUNS_DIR = Path("runs")
+_TEMPORARY = ".tmp-"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 of plain data in canonical JSON, as 64 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> dict[str, str]:
+    """Return name -> sha256 for the files directly in ``folder``, sorted by name."""
+    return {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that its name shows the old content or the new, never a part."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record as indented JSON, atomically."""
+    write_text(path, record.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name ``path`` when the block ends well.
+
+    An older folder of that name is replaced. If the block raises, or the process is killed, what
+    was written stays under a temporary name that :meth:`RunDir.locked` sweeps away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{_TEMPORARY}new-{path.name}")
+    old = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for file in new.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run. Only this class knows its file names."""
+
+    path: Path
+
+    recipe_file = property(lambda self: self.path / "recipe.json")
+    teacher = property(lambda self: self.path / "teacher")
+    student = property(lambda self: self.path / "student")
+    distill_report = property(lambda self: self.path / "distill.json")
+    parity_report = property(lambda self: self.path / "parity.json")
+    latency_report = property(lambda self: self.path / "latency.json")
+    bento_record = property(lambda self: self.path / "bento.json")
+    report = property(lambda self: self.path / "report.md")
+
+    def onnx(self, variant: str) -> Path:
+        """Return the folder of one ONNX variant."""
+        return self.path / "onnx" / variant
+
+    def curve(self, phase: str) -> Path:
+        """Return the JSON-lines file of the step records of ``teacher`` or ``student``."""
+        return self.path / ("training.jsonl" if phase == "student" else "teacher-training.jsonl")
+
+    def checkpoint(self, phase: str) -> Path:
+        """Return the folder of the unfinished training of ``teacher`` or ``student``."""
+        return self.path / ("checkpoint" if phase == "student" else "teacher-checkpoint")
+
+    def teacher_logits(self, inputs: str) -> Path:
+        """Return the cache of teacher logits for one fingerprint of everything they hang on."""
+        return self.path / f"teacher-logits-{inputs[:16]}.safetensors"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe of this run.
+
+        Raises:
+            RunError: this is not a run folder.
+        """
+        if not self.recipe_file.is_file():
+            raise RunError(
+                f"{self.path} is not a run folder: it has no recipe.json",
+                hint="give a folder that `ad2kit distill` or `ad2kit run` made",
+            )
+        return from_data(json.loads(self.recipe_file.read_text()), where=str(self.recipe_file))
+
+    def require(self, path: Path, *, command: str) -> None:
+        """Insist that an earlier stage left ``path`` behind; else name its command."""
+        if not path.exists():
+            raise RunError(
+                f"{self.path} has no {path.relative_to(self.path)} yet",
+                hint=f"run `ad2kit {command} {self.path}` first"
+                if command != "distill"
+                else f"run `ad2kit distill {self.recipe.name}` first",
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for writing and sweep away what a killed process left half-written.
+
+        Raises:
+            RunError: another process is writing to this run.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"{self.path} is being written by another ad2kit process",
+                hint="wait for it, or stop it, then run the same command again",
+            ) from error
+        try:
+            for leftover in self.path.rglob(f"{_TEMPORARY}*"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
+            os.utime(self.recipe_file)
+            yield
+        finally:
+            lock.release()
+
+
+def _training_part(recipe: Recipe) -> str:
+    """Return the fingerprint of what decides the weights."""
+    sections = {"seed", "data", "teacher", "student", "distill"}
+    return fingerprint(
+        recipe.model_dump(mode="json", include=sections), recipe.compute.precision
+    )
+
+
+def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunDir:
+    """Create, or find again, the run of ``recipe`` under ``runs_dir`` or at ``folder``.
+
+    Raises:
+        RunError: ``folder`` holds a run of another recipe, or something that is no run.
+    """
+    run = RunDir(folder or runs_dir / f"{recipe.name}-{_training_part(recipe)[:8]}")
+    if run.recipe_file.is_file():
+        theirs = run.recipe
+        if _training_part(theirs) != _training_part(recipe):
+            raise RunError(
+                f"{run.path} holds a run of recipe '{theirs.name}' with other data, teacher, "
+                f"student, distill or seed settings than '{recipe.name}' asks for",
+                hint="leave --run out to get a folder of its own, or name another one",
+            )
+    elif run.path.is_dir() and any(run.path.iterdir()):
+        raise RunError(
+            f"{run.path} is not empty and is not a run folder",
+            hint="name an empty or a new folder",
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_record(run.recipe_file, recipe)
+    return run
+
+
+def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
+    """Return the run at ``folder``, or the one under ``runs_dir`` that was used last.
+
+    Raises:
+        RunError: there is none.
+    """
+    if folder is not None:
+        run = RunDir(folder if folder.exists() else runs_dir / folder)
+        _ = run.recipe
+        return run
+    runs = sorted(runs_dir.glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise RunError(
+            f"no run under {runs_dir.resolve()}",
+            hint="make one with `ad2kit run demo`, or name the folder with --runs-dir",
+        )
+    return RunDir(runs[-1].parent)
+
+
+def passed_variants(run: RunDir) -> list[Path]:
+    """Return the variants that passed parity and have not changed since, smallest first."""
+    if not run.parity_report.is_file():
+        return []
+    found = []
+    for verdict in ParityReport.read(run.parity_report).variants:
+        manifest = run.onnx(verdict.variant) / "manifest.json"
+        if (
+            verdict.passed
+            and manifest.is_file()
+            and sha256_of(manifest) == verdict.manifest_sha256
+        ):
+            found.append(manifest.parent)
+    return sorted(found, key=lambda folder: (folder / "model.onnx").stat().st_size)
+
+
+def latest_passed_run(runs_dir: Path) -> RunDir:
+    """Return the run under ``runs_dir`` that passed its gate last.
+
+    Raises:
+        RunError: none has passed.
+    """
+    reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
+    for report in reversed(reports):
+        if passed_variants(RunDir(report.parent)):
+            return RunDir(report.parent)
+    raise RunError(
+        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate",
+        hint="make one with `ad2kit run demo`, or look at `ad2kit parity`",
+    )
+
+
+__all__ = [
+    "DEFAULT_RUNS_DIR", "RecipeError", "RunDir", "find_run", "fingerprint", "latest_passed_run",
+    "open_run", "passed_variants", "sha256_of", "sha256_of_folder", "whole_folder",
+    "write_record", "write_text",
+]  # fmt: skip

@@ -1,0 +1,102 @@
+"""What a result depends on beside its recipe: device, threads, seed, versions.
+
+Nothing here imports torch until a function that needs it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ad2kit.errors import MissingExtra, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+
+    from ad2kit.recipe import ComputeRecipe
+
+VERSIONED = (
+    "ad2kit", "accelerate", "bentoml", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "optimum", "optimum-onnx", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+
+
+def available_cpus() -> int:
+    """Return how many cores this process may use: its affinity, cut by the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores or 1, max(1, int(allowed) // int(period)))
+    return cores or 1
+
+
+def environment(threads: int, device: str = "cpu") -> dict[str, str]:
+    """Return a snapshot of hardware and versions, as plain strings."""
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": str(available_cpus()),
+        "device": device,
+        "threads": str(threads),
+        **versions,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def accelerator(compute: ComputeRecipe) -> Accelerator:
+    """Return an Accelerator that owns device and precision, with the threads set.
+
+    Raises:
+        UserError: the device that was asked for is absent.
+        MissingExtra: torch or accelerate is not installed.
+    """
+    try:
+        import torch
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ModuleNotFoundError as error:
+        raise MissingExtra(error.name or "torch", extra="cpu") from error
+
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"the recipe asks for device 'cuda', but torch {torch.__version__} sees no CUDA device",
+            hint="set compute.device=cpu, or see `ad2kit doctor`",
+        )
+    torch.set_num_threads(compute.threads or available_cpus())
+    # Accelerate keeps one state per process; two runs in it may differ in precision.
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+    return Accelerator(
+        cpu=compute.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no" if compute.precision == "fp32" else compute.precision,
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators for the block and put their states back afterwards."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

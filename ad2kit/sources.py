@@ -1,0 +1,190 @@
+"""Labelled rows from a folder, single files, the hub, or the embedded corpus; not yet checked.
+
+A row is ``(where, columns)``: ``where`` names the file and line for error messages.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ad2kit import corpus
+from ad2kit.errors import DataError, MissingExtra
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ad2kit.recipe import DataRecipe
+
+FORMATS = ("tsv", "csv", "jsonl", "parquet")
+
+Row = tuple[str, dict[str, Any]]
+Rows = tuple[list[Row], list[Row], tuple[str, ...] | None]
+"""Training rows, validation rows, and the label names if the source has them."""
+
+
+def read_rows(recipe: DataRecipe) -> Rows:
+    """Read both splits of a recipe.
+
+    Raises:
+        DataError: a file is missing, not UTF-8 or malformed, or the hub cannot be reached.
+    """
+    if recipe.source is None:
+        return _read_file(Path(recipe.train or "")), _read_file(Path(recipe.validation or "")), None
+    scheme, separator, rest = recipe.source.partition("://")
+    if not separator:
+        return _read_folder(Path(recipe.source))
+    if scheme == "embedded" and rest == "opinions":
+        opinions = corpus.opinions(seed=0)
+
+        def rows(pairs: Sequence[tuple[str, int]], name: str) -> list[Row]:
+            columns = (recipe.text_columns[0], recipe.label_column)
+            return [
+                (f"embedded {name} row {number}", dict(zip(columns, pair, strict=True)))
+                for number, pair in enumerate(pairs, 1)
+            ]
+
+        return (
+            rows(opinions.train, "train"), rows(opinions.validation, "validation"), corpus.LABELS,
+        )  # fmt: skip
+    if scheme == "hub":
+        return _read_hub(rest, recipe.label_column)
+    raise DataError(
+        f"data.source: expected a folder, hub://owner/name[/config] or embedded://opinions, "
+        f"found '{recipe.source}'",
+        hint="correct data.source",
+    )
+
+
+def _read_folder(folder: Path) -> Rows:
+    if not folder.is_dir():
+        raise DataError(
+            f"data.source: no folder '{folder}'",
+            hint="name a folder with train and validation files, "
+            "or write hub://owner/name for a data set on the hub",
+        )
+
+    def split_file(stem: str) -> Path:
+        found = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
+        found = [path for path in found if path.is_file()]
+        if len(found) != 1:
+            raise DataError(
+                f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
+                f"found {', '.join(path.name for path in found) or 'none'}",
+                hint="rename the files, or name them with data.train and data.validation",
+            )
+        return found[0]
+
+    names = folder / "labels.txt"
+    labels = None
+    if names.is_file():
+        pairs = [line.split("\t") for line in _text(names).splitlines() if line]
+        if [pair[0] for pair in pairs] != [str(i) for i in range(len(pairs))] or not all(
+            len(pair) == 2 for pair in pairs
+        ):
+            raise DataError(
+                f"{names}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
+                hint="correct the file, or give data.labels",
+            )
+        labels = tuple(name for _, name in pairs)
+    return _read_file(split_file("train")), _read_file(split_file("validation")), labels
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"no file '{path}'", hint="correct the path in the data section")
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line}",
+            hint="convert it, for example: iconv -f latin1 -t utf-8",
+        ) from error
+
+
+def _read_file(path: Path) -> list[Row]:
+    suffix = path.suffix.lstrip(".")
+    if suffix == "parquet":
+        import pyarrow.parquet
+
+        if not path.is_file():
+            raise DataError(f"no file '{path}'", hint="correct the path in the data section")
+        table = pyarrow.parquet.read_table(path).to_pylist()
+        return [(f"{path}, row {number}", row) for number, row in enumerate(table, 1)]
+    if suffix == "jsonl":
+        rows = []
+        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+        for number, line in enumerate(_text(path).split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not JSON: {error}", hint="correct the line"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: expected an object", hint="correct it")
+            rows.append((f"{path}, line {number}", row))
+        return rows
+    if suffix in ("tsv", "csv"):
+        csv.field_size_limit(sys.maxsize)
+        lines = _text(path).replace("\r\n", "\n").split("\n")
+        # In TSV a quotation mark is an ordinary character (the GLUE files depend on it).
+        reader = (
+            csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if suffix == "tsv"
+            else csv.reader(f"{line}\n" for line in lines)
+        )
+        header = next(reader, [])
+        rows = []
+        for fields in reader:
+            if not fields:
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{where}: expected {len(header)} fields ({', '.join(header)}), "
+                    f"found {len(fields)}",
+                    hint="correct the line",
+                )
+            rows.append((where, dict(zip(header, fields, strict=True))))
+        return rows
+    raise DataError(
+        f"{path}: expected a file that ends in {', '.join(FORMATS)}", hint="convert or rename it"
+    )
+
+
+def _read_hub(rest: str, label_column: str) -> Rows:
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise MissingExtra("datasets", extra="cpu") from error
+
+    owner, _, config = rest.rpartition("/") if rest.count("/") == 2 else (rest, "", "")
+    try:
+        hub = load_dataset(owner, config or None)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load the data set '{rest}' from the hub: {type(error).__name__}: {error}",
+            hint="without a network, put train.tsv and validation.tsv into a folder and give "
+            "data.source=FOLDER",
+        ) from error
+    for name in ("train", "validation"):
+        if name not in hub:
+            raise DataError(
+                f"hub data set '{rest}' has no split '{name}', only {', '.join(hub)}",
+                hint="download it into files and give data.train and data.validation",
+            )
+    feature = hub["train"].features.get(label_column)
+    names = tuple(feature.names) if hasattr(feature, "names") else None
+
+    def rows(name: str) -> list[Row]:
+        return [(f"{rest} {name} row {number}", row) for number, row in enumerate(hub[name], 1)]
+
+    return rows("train"), rows("validation"), names
