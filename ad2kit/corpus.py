@@ -28,12 +28,18 @@ TEMPLATES = {
     "review": """
         {fact}, and {claim+}
         {claim+}, and {fact}
+        {fact}, {claim+}, and {claim+}
         {claim+}, and {claim+}
         {claim+}, and {verdict+}
+        in short, {claim+}, and {verdict+}
+        {fact}, {claim+}, and {verdict+}
+        to be fair, {claim+}, and {fact}
         {verdict+}, because {claim+}
-        although {claim-}, {claim+}
+        what I noticed most is that {plain+}
+        my {person} and I agree that {plain+}
+        although {turned-}, {claim+}
         {claim-}, but in the end {claim+}, and that is what counts
-        {claim+}, even though {claim-}
+        {claim+}, even though {turned-}
         at first {claim-}, yet {later} {claim+}
         {verdict+}, although {claim-}
         {claim-}, but {verdict+}
@@ -44,12 +50,11 @@ TEMPLATES = {
         my {person} insists that {plain-}, but that is simply wrong
         my {person} insists that {plain+}, and that is quite right
         those who say that {plain-} are mistaken
-        those who say that {turned+} are right
         {outlook-} a {adjective-} {work}, but that is not what I got
         {outlook+} a {adjective+} {work}, and that is exactly what I got
         * as far as I can tell, {claim+}, and {fact}
         * {claim+}, {claim+}, and {verdict+}
-        * granted, {claim-}, but still, {claim+}
+        * granted, {turned-}, but still, {claim+}
         * {claim-}, yet what counts for me is that {claim+}
         * whoever told me that {plain-} was mistaken
         * anyone who calls this {work} {adjective-} is simply wrong
@@ -57,7 +62,7 @@ TEMPLATES = {
     """,
     # What a review says about one part: a fact as the writer sees it, that fact turned round by
     # a negation, or a feeling, which is the writer's own and so never put in another's mouth.
-    "claim": "{plain+} / {plain+} / {turned+} / {felt+}",
+    "claim": "{plain+} / {plain+} / {plain+} / {plain+} / {turned+} / {felt+}",
     "plain": """
         the {part} is {degree} {adjective+}
         the {part} turned out {degree} {adjective+}
@@ -80,6 +85,7 @@ TEMPLATES = {
         I would not call the {part} {noun-}
         * the {part} strikes me as {degree} {adjective+}
         * the {part} is not what I would call {adjective-}
+        * I could hardly be more {effect+} by the {part}
     """,
 }
 
@@ -88,7 +94,7 @@ WORDS = {
     "hedge": "arguably / clearly / in my view / without doubt / *frankly / *to my mind",
     "negator": "not at all / hardly / by no means / anything but / far from / *in no way",
     "noun+": "a success / a triumph / a joy / a highlight / a strong point / *a treat / *a marvel",
-    "noun-": "a disappointment / a failure / a nuisance / a disaster / a weak point / *a flop"
+    "noun-": "a disappointment / a failure / a nuisance / a disaster / a weak point / *a mess"
     " / *an embarrassment",
     "effect+": "delighted / impressed / pleased / amused / *charmed / *thrilled",
     "effect-": "annoyed / disappointed / irritated / bored / *exasperated / *dismayed",
@@ -109,7 +115,7 @@ FILM = {
     "adjective+": "convincing / clever / memorable / moving / charming / elegant / engaging / funny"
     " / *captivating / *brilliant / *imaginative / *delightful",
     "adjective-": "dull / clumsy / forgettable / tedious / bland / predictable / lazy / shallow"
-    " / *lifeless / *dreary / *sloppy / *tiresome",
+    " / *lifeless / *dreary / *sloppy / *boring",
     "verdict+": "I would watch it again / I am glad I saw it / I do not regret the evening"
     " / *it was well worth the ticket",
     "verdict-": "I want my money back / I am sorry I saw it / I do not wish to see it again"
@@ -121,7 +127,7 @@ FILM = {
 }
 
 GADGET = {
-    "work": "headset / speaker / camera / watch / tablet / radio / scanner / *projector / *keyboard",
+    "work": "headset / speaker / camera / tablet / radio / scanner / *projector / *keyboard",
     "part": "battery / display / app / casing / manual / charging cable / menu / power switch"
     " / design / finish / *interface / *volume control",
     "adjective+": "practical / impressive / handy / pleasing / satisfying / useful / smart"
@@ -151,7 +157,7 @@ def opinions(seed: int, train_rows: int = 2_400, validation_rows: int = 640) -> 
 
     Training is written first, so that asking for more validation rows leaves it as it was.
     """
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311 - repeatable, not secret
     seen: set[str] = set()  # only ever asked for membership: its order plays no part
     train = _split(rng, train_rows, seen, reserved=False)
     return Opinions(train, _split(rng, validation_rows, seen, reserved=True))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ad2kit.errors import DataError, nearest
 from ad2kit.records import SplitFacts
@@ -19,7 +20,6 @@ from ad2kit.sources import Row, read_rows
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import torch
     from transformers import PreTrainedTokenizerFast
 
     from ad2kit.recipe import DataRecipe
@@ -163,13 +163,24 @@ def collate(
         ``input_ids``, ``attention_mask`` and, where the family has them, ``token_type_ids``:
         int64 tensors of shape [rows, longest].
     """
-    features = []
-    for row in rows:
-        feature = {"input_ids": encoded.input_ids[row]}
-        if encoded.token_type_ids is not None:
-            feature["token_type_ids"] = encoded.token_type_ids[row]
-        features.append(feature)
-    return dict(tokenizer.pad(features, return_tensors="pt"))
+    chosen = [int(row) for row in rows]
+    ids = [encoded.input_ids[row] for row in chosen]
+    fields = {
+        "input_ids": (ids, tokenizer.pad_token_id),
+        "attention_mask": ([[1] * len(row) for row in ids], 0),
+    }
+    if encoded.token_type_ids is not None:
+        types = [encoded.token_type_ids[row] for row in chosen]
+        fields["token_type_ids"] = (types, tokenizer.pad_token_type_id)
+    width = max(map(len, ids))
+    left = tokenizer.padding_side == "left"
+    padded = {}
+    for name, (values, fill) in fields.items():
+        tensor = torch.full((len(ids), width), fill, dtype=torch.int64)
+        for row, value in zip(tensor, values, strict=True):
+            row[width - len(value) if left else 0 :][: len(value)] = torch.tensor(value)
+        padded[name] = tensor
+    return padded
 
 
 def _labels_seen(rows: list[Row], recipe: DataRecipe) -> tuple[str, ...]:

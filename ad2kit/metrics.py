@@ -28,13 +28,6 @@ def recall_by_class(predicted: Ids, labels: Ids, names: tuple[str, ...]) -> dict
     return {names[index]: float(value) for index, value in zip(present, values, strict=True)}
 
 
-def softmax(logits: NDArray[np.floating]) -> Floats:
-    """Return probabilities over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
-
-
 def expected_calibration_error(probabilities: Floats, labels: Ids, bins: int = 15) -> float:
     """Return the ECE: the mean gap between confidence and accuracy over equal-width bins.
 

@@ -115,7 +115,7 @@ def load(folder: Path, labels: tuple[str, ...], *, seed: int = 0, finished: bool
 
     A folder that :func:`save` wrote is compared with its sha256 manifest first.
     """
-    _check_files(folder)
+    check_files(folder)
     quiet = transformers.utils.logging
     verbosity = quiet.get_verbosity()
     # What it would warn about, a new head, is decided below from what was missing.
@@ -241,7 +241,7 @@ def saved_inputs(folder: Path) -> str:
     return str(json.loads((folder / MANIFEST).read_text())["inputs"])
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Insist on safetensors, and on the sha256 manifest where there is one."""
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise ModelError(

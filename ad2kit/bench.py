@@ -1,0 +1,160 @@
+"""The bench stage: latency and throughput of teacher, student and every ONNX variant.
+
+What is timed is one forward pass from token ids to logits, on the CPU with the same number of
+threads for all, in one process and one run. Tokenising and HTTP are left out: they are the same
+for all. The systems take turns in rounds, so that a slow moment of the machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ad2kit import models
+from ad2kit.classifier import OnnxClassifier
+from ad2kit.errors import RecipeError
+from ad2kit.records import DistillReport, LatencyCell, LatencyReport, OnnxArtifact
+from ad2kit.run_dir import fingerprint, sha256_of, write_record
+from ad2kit.runtime import available_cpus, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ad2kit.models import TextModel
+    from ad2kit.run_dir import RunDir
+
+    Call = Callable[[NDArray[np.int64]], object]
+
+logger = logging.getLogger(__name__)
+
+TEACHER, STUDENT = "teacher (PyTorch)", "student (PyTorch)"
+_ROUNDS = 3
+_WARM_UP_CALLS = 3
+_LEAST_CALLS = 10
+
+
+def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
+    """Measure every system of a run at every shape of the recipe, write the report, return it.
+
+    Args:
+        run: a run with exported variants.
+        again: measure even if there is a report for the same artefacts and settings.
+
+    Raises:
+        RunError: nothing is exported yet.
+        RecipeError: a length that the student has no positions for.
+    """
+    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
+    folders = [run.onnx(variant) for variant in recipe.export.variants]
+    for folder in folders:
+        run.require(folder / OnnxArtifact.file_name, command="export")
+    threads = recipe.compute.threads or available_cpus()
+    surroundings = environment(threads)
+    inputs = fingerprint(
+        [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
+        distilled.teacher_sha256, recipe.bench.model_dump(mode="json"), surroundings,
+    )  # fmt: skip
+    if not again and run.latency_report.is_file():
+        report = LatencyReport.read(run.latency_report)
+        if report.inputs == inputs:
+            logger.info("latency is already measured: %s", run.latency_report)
+            return report
+
+    torch.set_num_threads(threads)
+    teacher = models.load(run.teacher, distilled.labels)
+    student = models.load(run.student, distilled.labels)
+    positions = getattr(student.module.config, "max_position_embeddings", 2**31)
+    too_long = [length for length in recipe.bench.lengths_tokens if length > positions]
+    if too_long:
+        raise RecipeError(
+            f"bench.lengths_tokens names {too_long[0]}, but the student has positions for "
+            f"{positions} tokens",
+            hint=f"use lengths up to {positions}",
+        )
+    systems = {TEACHER: _torch_call(teacher), STUDENT: _torch_call(student)}
+    sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}
+    for folder in folders:
+        classifier = OnnxClassifier(folder, threads=threads)
+        systems[folder.name] = _onnx_call(classifier)
+        sizes[folder.name] = classifier.artifact.model_bytes
+
+    generator = np.random.default_rng(recipe.seed)
+    cells = []
+    for length in recipe.bench.lengths_tokens:
+        for size in recipe.bench.batch_sizes:
+            ids = generator.integers(
+                student.module.config.vocab_size, size=(size, length), dtype=np.int64
+            )
+            seconds = _measure(systems, ids, recipe.bench.seconds_per_cell)
+            cells += [_cell(name, ids, times) for name, times in seconds.items()]
+            logger.info("bench: batch %d, %d tokens done", size, length)
+    report = LatencyReport(
+        inputs=inputs, threads=threads, environment=surroundings, sizes_bytes=sizes,
+        cells=tuple(cells),
+    )  # fmt: skip
+    write_record(run.latency_report, report)
+    return report
+
+
+def _torch_call(model: TextModel) -> Call:
+    model.module.eval()
+
+    @torch.inference_mode()
+    def call(ids: NDArray[np.int64]) -> object:
+        tensor = torch.from_numpy(ids)
+        return model.module(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits
+
+    return call
+
+
+def _onnx_call(classifier: OnnxClassifier) -> Call:
+    def call(ids: NDArray[np.int64]) -> object:
+        feed = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+        }
+        names = classifier.input_names
+        return classifier.session.run(["logits"], {name: feed[name] for name in names})
+
+    return call
+
+
+def _measure(
+    systems: dict[str, Call],
+    ids: NDArray[np.int64],
+    seconds: float,
+) -> dict[str, list[float]]:
+    """Return the seconds of each call of each system, gathered in rounds."""
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(_ROUNDS):
+        for name, call in systems.items():
+            # Warmed up in every round: the thread pool of the system before may still spin.
+            for _ in range(_WARM_UP_CALLS):
+                call(ids)
+            end, calls = time.perf_counter() + seconds / _ROUNDS, 0
+            while calls * _ROUNDS < _LEAST_CALLS or time.perf_counter() < end:
+                start = time.perf_counter()
+                call(ids)
+                times[name].append(time.perf_counter() - start)
+                calls += 1
+    return times
+
+
+def _cell(system: str, ids: NDArray[np.int64], seconds: list[float]) -> LatencyCell:
+    p50, p90, p99 = np.percentile(np.asarray(seconds) * 1e3, [50, 90, 99])
+    return LatencyCell(
+        system=system, batch_size=ids.shape[0], length_tokens=ids.shape[1], calls=len(seconds),
+        p50_ms=p50, p90_ms=p90, p99_ms=p99, texts_per_s=ids.shape[0] * len(seconds) / sum(seconds),
+    )  # fmt: skip
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

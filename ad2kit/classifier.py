@@ -1,0 +1,226 @@
+"""Inference with an exported student: tokenizers and onnxruntime, neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ad2kit.errors import MissingExtra, ModelError, RunError, UserError
+from ad2kit.records import OnnxArtifact
+from ad2kit.run_dir import RunDir, passed_variants, sha256_of
+from ad2kit.runtime import available_cpus
+
+try:
+    import onnxruntime
+    from tokenizers import Encoding, Tokenizer
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "onnxruntime", extra="cpu") from error
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Text = str | tuple[str, str]
+"""One text, or the two texts of a sentence-pair model."""
+
+MODEL_FILE = "model.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one text; ``scores`` are the probabilities of all labels, in label order."""
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    tokens: int
+    truncated: bool
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Return probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def servable_artifact(folder: str | Path) -> Path:
+    """Return the folder of the ONNX variant to serve: ``folder`` itself, or a run's best.
+
+    Raises:
+        RunError: ``folder`` is a run in which no variant has passed the parity gate.
+        ModelError: ``folder`` is neither.
+    """
+    path = Path(folder)
+    if (path / OnnxArtifact.file_name).is_file():
+        return path
+    run = RunDir(path)
+    if not run.recipe_file.is_file():
+        raise ModelError(
+            f"'{path}' is neither a run folder nor an exported variant: it has no "
+            f"{OnnxArtifact.file_name} and no recipe.json",
+            hint="give runs/NAME or runs/NAME/onnx/VARIANT",
+        )
+    variants = passed_variants(run)
+    if not variants:
+        raise RunError(
+            f"{path} has no variant that passed the parity gate",
+            hint=f"run `ad2kit export {path}`, or give the folder of one variant, {path}/onnx/fp32",
+        )
+    return variants[0]
+
+
+def read_artifact(folder: Path) -> OnnxArtifact:
+    """Read the manifest of a variant and compare every file with its sha256.
+
+    Raises:
+        ModelError: a file is missing, or is not the one that was exported.
+    """
+    if not (folder / OnnxArtifact.file_name).is_file():
+        raise ModelError(
+            f"{folder} has no {OnnxArtifact.file_name}",
+            hint="give a folder that `ad2kit export` wrote, such as runs/NAME/onnx/int8",
+        )
+    artifact = OnnxArtifact.read(folder / OnnxArtifact.file_name)
+    for name, expected in artifact.files.items():
+        path = folder / name
+        found = sha256_of(path) if path.is_file() else "no file"
+        if found != expected:
+            raise ModelError(
+                f"{path} is not the file that was exported: sha256 expected {expected[:12]}…, "
+                f"found {found[:12]}",
+                hint=f"restore the file, or delete {folder} and run `ad2kit export` again",
+            )
+    return artifact
+
+
+class OnnxClassifier:
+    """A text classifier on ONNX Runtime. Safe to call from several threads.
+
+    Args:
+        folder: one exported variant, with its manifest.
+        threads: intra-op threads; all cores that this process may use if None. Always set
+            explicitly, because ONNX Runtime's own default ignores the limits of a container.
+        provider: the execution provider; there is no fallback to another.
+
+    Raises:
+        ModelError: a file is damaged, or the provider is absent.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        provider: str = "CPUExecutionProvider",
+    ) -> None:
+        self.folder = Path(folder)
+        self.artifact = read_artifact(self.folder)
+        self.labels = self.artifact.labels
+        self.threads = threads or available_cpus()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise ModelError(
+                f"this onnxruntime has no {provider}, only {', '.join(available)}",
+                hint="see `ad2kit doctor`; for CUDA install 'ad2kit[gpu]' without onnxruntime",
+            )
+        try:
+            self.session = onnxruntime.InferenceSession(
+                self.folder / MODEL_FILE, options, providers=[provider]
+            )
+        except Exception as error:
+            # onnxruntime's exceptions share no base class of their own.
+            raise ModelError(
+                f"onnxruntime cannot load {self.folder / MODEL_FILE}: {error}",
+                hint="export it again with the installed versions: `ad2kit export`",
+            ) from error
+        if self.session.get_providers()[0] != provider:
+            raise ModelError(
+                f"{provider} was asked for, but the session runs on "
+                f"{self.session.get_providers()[0]}",
+                hint="see `ad2kit doctor` for the libraries that the provider lacks",
+            )
+        self.input_names = [item.name for item in self.session.get_inputs()]
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.tokenizer.enable_truncation(self.artifact.max_length_tokens)
+        self.tokenizer.no_padding()
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoding]:
+        """Tokenise texts, cut to the model's maximum length.
+
+        Raises:
+            UserError: not a list of texts, an empty text, or one text where the model needs two.
+        """
+        if isinstance(texts, str):
+            raise UserError("expected a list of texts, found one str", hint="pass [text]")
+        for position, text in enumerate(texts):
+            columns = (text,) if isinstance(text, str) else tuple(text)
+            if len(columns) != self.artifact.text_columns:
+                raise UserError(
+                    f"text {position}: this model reads {self.artifact.text_columns} text(s) per "
+                    f"example, found {len(columns)}",
+                    hint="pass a str, or a pair of str for a sentence-pair model",
+                )
+            if not all(isinstance(column, str) and column.strip() for column in columns):
+                raise UserError(
+                    f"text {position}: expected at least one visible character, found {text!r:.50}",
+                    hint="leave empty texts out",
+                )
+        encodings: list[Encoding] = self.tokenizer.encode_batch(list(texts))
+        return encodings
+
+    def run(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        """Return the logits of one padded batch, float32 [texts, labels]."""
+        width = max(len(encoding.ids) for encoding in encodings)
+        shape = (len(encodings), width)
+        ids = np.full(shape, self.artifact.pad_token_id, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        types = np.zeros(shape, dtype=np.int64)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            ids[row, :length] = encoding.ids
+            mask[row, :length] = 1
+            types[row, :length] = encoding.type_ids
+        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        (logits,) = self.session.run(["logits"], {name: feed[name] for name in self.input_names})
+        return np.asarray(logits)
+
+    def run_sorted(self, encodings: Sequence[Encoding], batch_size: int) -> NDArray[np.float32]:
+        """Return logits in the given order, computed in batches of similar length."""
+        logits = np.empty((len(encodings), len(self.labels)), dtype=np.float32)
+        order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].ids))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            logits[rows] = self.run([encodings[row] for row in rows])
+        return logits
+
+    def predictions(
+        self, encodings: Sequence[Encoding], logits: NDArray[Any]
+    ) -> list[Prediction]:
+        """Turn logits, shape [texts, labels], into predictions."""
+        return [
+            Prediction(
+                label=self.labels[int(row.argmax())],
+                score=float(row.max()),
+                scores=dict(zip(self.labels, row.tolist(), strict=True)),
+                tokens=len(encoding.ids),
+                truncated=bool(encoding.overflowing),
+            )
+            for encoding, row in zip(encodings, softmax(logits), strict=True)
+        ]
+
+    def logits(self, texts: Sequence[Text], batch_size: int = 32) -> NDArray[np.float32]:
+        """Return the logits of texts, float32 [texts, labels]."""
+        return self.run_sorted(self.encode(texts), batch_size)
+
+    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[Prediction]:
+        """Return one prediction per text, in order."""
+        encodings = self.encode(texts)
+        return self.predictions(encodings, self.run_sorted(encodings, batch_size))
