@@ -18,7 +18,7 @@ from ad2kit import models
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import RecipeError
 from ad2kit.records import DistillReport, LatencyCell, LatencyReport, OnnxArtifact
-from ad2kit.run_dir import fingerprint, sha256_of, write_record
+from ad2kit.run_dir import exclusive, fingerprint, sha256_of, write_record
 from ad2kit.runtime import available_cpus, environment
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _WARM_UP_CALLS = 3
 _LEAST_CALLS = 10
 
 
+@exclusive
 def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
     """Measure every system of a run at every shape of the recipe, write the report, return it.
 

@@ -37,9 +37,9 @@ TEMPLATES = {
         {verdict+}, because {claim+}
         what I noticed most is that {plain+}
         my {person} and I agree that {plain+}
-        although {turned-}, {claim+}
-        {claim-}, but in the end {claim+}, and that is what counts
-        {claim+}, even though {turned-}
+        although {turned-}, {plain+}
+        {claim-}, but in the end {plain+}, and that is what counts
+        {plain+}, even though {turned-}
         at first {claim-}, yet {later} {claim+}
         {verdict+}, although {claim-}
         {claim-}, but {verdict+}
@@ -54,8 +54,8 @@ TEMPLATES = {
         {outlook+} a {adjective+} {work}, and that is exactly what I got
         * as far as I can tell, {claim+}, and {fact}
         * {claim+}, {claim+}, and {verdict+}
-        * granted, {turned-}, but still, {claim+}
-        * {claim-}, yet what counts for me is that {claim+}
+        * granted, {turned-}, but still, {plain+}
+        * {plain-}, yet what counts for me is that {claim+}
         * whoever told me that {plain-} was mistaken
         * anyone who calls this {work} {adjective-} is simply wrong
         * my {person} had announced a {adjective-} {work}, but that is not what I got
@@ -77,14 +77,14 @@ TEMPLATES = {
         nobody could call the {part} {adjective-}
         the {part} is neither {adjective-} nor {adjective-}
         * there is nothing {adjective-} about the {part}
-        * it would be wrong to call the {part} {noun-}
+        * few would call the {part} {noun-}
     """,
     "felt": """
         the {part} {effect+} me
         I found the {part} {degree} {adjective+}
         I would not call the {part} {noun-}
         * the {part} strikes me as {degree} {adjective+}
-        * the {part} is not what I would call {adjective-}
+        * the {part} is not what I call {adjective-}
         * I could hardly be more {effect+} by the {part}
     """,
 }
@@ -93,7 +93,8 @@ WORDS = {
     "degree": "somewhat / rather / really / remarkably / arguably / truly / *fairly / *decidedly",
     "hedge": "arguably / clearly / in my view / without doubt / *frankly / *to my mind",
     "negator": "not at all / hardly / by no means / anything but / far from / *in no way",
-    "noun+": "a success / a triumph / a joy / a highlight / a strong point / *a treat / *a marvel",
+    "noun+": "a success / a triumph / a joy / a highlight / a strong point / *a pleasure"
+    " / *a marvel",
     "noun-": "a disappointment / a failure / a nuisance / a disaster / a weak point / *a mess"
     " / *an embarrassment",
     "effect+": "delighted / impressed / pleased / amused / *charmed / *thrilled",

@@ -21,7 +21,7 @@ from ad2kit.checkpoint import TrainState, restore_checkpoint, save_checkpoint
 from ad2kit.errors import RunError
 from ad2kit.metrics import accuracy
 from ad2kit.records import DistillReport, StepRecord
-from ad2kit.run_dir import fingerprint, sha256_of, write_record, write_text
+from ad2kit.run_dir import exclusive, fingerprint, sha256_of, write_record, write_text
 from ad2kit.runtime import accelerator as make_accelerator
 from ad2kit.runtime import environment
 from ad2kit.training import Objective, ad2, finetuning, new_state, predict_logits, train
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 IDLE_GAIN = 0.01
 
 
+@exclusive
 def distill(
     run: RunDir,
     *,

@@ -13,7 +13,7 @@ from ad2kit import __version__, models
 from ad2kit.classifier import MODEL_FILE, read_artifact
 from ad2kit.errors import MissingExtra
 from ad2kit.records import DistillReport, OnnxArtifact
-from ad2kit.run_dir import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
+from ad2kit.run_dir import exclusive, fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 
 try:
     import torch
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _TOOLS = ("onnx", "optimum", "optimum-onnx", "torch", "transformers")
 
 
+@exclusive
 def export(run: RunDir) -> list[OnnxArtifact]:
     """Write every ONNX variant that the recipe of a run asks for.
 

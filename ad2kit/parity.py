@@ -22,9 +22,9 @@ import torch
 from ad2kit import data as datasets
 from ad2kit import metrics, models
 from ad2kit.classifier import OnnxClassifier, softmax
-from ad2kit.errors import RunError
+from ad2kit.errors import GateFailed, RunError
 from ad2kit.records import Check, DistillReport, OnnxArtifact, ParityReport, VariantParity
-from ad2kit.run_dir import fingerprint, sha256_of, write_record
+from ad2kit.run_dir import exclusive, fingerprint, sha256_of, write_record
 from ad2kit.runtime import available_cpus
 from ad2kit.training import predict_logits
 
@@ -58,6 +58,7 @@ class Reference:
     encoded: Encoded
 
 
+@exclusive
 def parity(run: RunDir) -> ParityReport:
     """Ask the questions of every variant of a run, write the report, and return it.
 
@@ -144,6 +145,27 @@ def parity(run: RunDir) -> ParityReport:
     )
     write_record(run.parity_report, report)
     return report
+
+
+def insist_passed(report: ParityReport, run: RunDir) -> None:
+    """Stop where a gate said no.
+
+    Raises:
+        GateFailed: names every check that failed, with its value and its threshold.
+    """
+    failed = [
+        f"  {verdict.variant}: {check.name} is {check.value:.4g}, expected {check.bound} "
+        f"{check.threshold:g}"
+        for verdict in report.variants
+        for check in verdict.checks
+        if not check.passed
+    ]
+    if failed:
+        raise GateFailed(
+            f"the parity gate of {run.path} failed:\n" + "\n".join(failed),
+            hint=f"the whole report is {run.parity_report}; train longer, change the student, or "
+            "leave the variant out (export.variants)",
+        )
 
 
 def export_fidelity(

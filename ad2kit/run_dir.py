@@ -15,6 +15,7 @@ goes on where it stopped, and a change of the learning rate is another run.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,18 +23,21 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ad2kit.errors import RecipeError, RunError
+from ad2kit.errors import RunError
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.records import ParityReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pydantic import BaseModel
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 DEFAULT_RUNS_DIR = Path("runs")
 _TEMPORARY = ".tmp-"
@@ -103,14 +107,37 @@ class RunDir:
 
     path: Path
 
-    recipe_file = property(lambda self: self.path / "recipe.json")
-    teacher = property(lambda self: self.path / "teacher")
-    student = property(lambda self: self.path / "student")
-    distill_report = property(lambda self: self.path / "distill.json")
-    parity_report = property(lambda self: self.path / "parity.json")
-    latency_report = property(lambda self: self.path / "latency.json")
-    bento_record = property(lambda self: self.path / "bento.json")
-    report = property(lambda self: self.path / "report.md")
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / "teacher"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def distill_report(self) -> Path:
+        return self.path / "distill.json"
+
+    @property
+    def parity_report(self) -> Path:
+        return self.path / "parity.json"
+
+    @property
+    def latency_report(self) -> Path:
+        return self.path / "latency.json"
+
+    @property
+    def bento_record(self) -> Path:
+        return self.path / "bento.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
 
     def onnx(self, variant: str) -> Path:
         """Return the folder of one ONNX variant."""
@@ -177,6 +204,20 @@ class RunDir:
             yield
         finally:
             lock.release()
+
+
+def exclusive(
+    stage: Callable[Concatenate[RunDir, Parameters], Result],
+) -> Callable[Concatenate[RunDir, Parameters], Result]:
+    """Make a stage hold the lock of its run while it works."""
+
+    @functools.wraps(stage)
+    def locked_stage(run: RunDir, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        _ = run.recipe  # a folder that is no run gets no lock file
+        with run.locked():
+            return stage(run, *args, **kwargs)
+
+    return locked_stage
 
 
 def _training_part(recipe: Recipe) -> str:
@@ -262,9 +303,3 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
         hint="make one with `ad2kit run demo`, or look at `ad2kit parity`",
     )
 
-
-__all__ = [
-    "DEFAULT_RUNS_DIR", "RecipeError", "RunDir", "find_run", "fingerprint", "latest_passed_run",
-    "open_run", "passed_variants", "sha256_of", "sha256_of_folder", "whole_folder",
-    "write_record", "write_text",
-]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Campaigns drive stages; nothing but the command line drives a campaign."""

@@ -1,0 +1,43 @@
+"""All stages in order, each skipped where its result for the same inputs lies there already."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ad2kit.bench import bench
+from ad2kit.distill import distill
+from ad2kit.export import export
+from ad2kit.package import package
+from ad2kit.parity import insist_passed, parity
+from ad2kit.report import report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ad2kit.records import BentoRecord, StepRecord
+    from ad2kit.run_dir import RunDir
+
+
+def run_all(
+    run: RunDir,
+    *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None,
+    allow_inexact: bool = False,
+) -> BentoRecord:
+    """Take a run from its recipe to a published Bento.
+
+    Latency is measured and the report written even where the gate says no.
+
+    Raises:
+        GateFailed: a variant did not pass, or the service differs from its artefact.
+        UserError: see the stages.
+    """
+    distill(run, on_step=on_step, allow_inexact=allow_inexact)
+    export(run)
+    verdict = parity(run)
+    bench(run, again=False)
+    report(run)
+    insist_passed(verdict, run)
+    record = package(run)
+    report(run)
+    return record

@@ -1,0 +1,409 @@
+"""The command line: thin functions that translate options. Heavy imports sit inside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ad2kit import __version__
+from ad2kit.errors import EXIT_BUG, EXIT_INTERRUPTED, Ad2kitError, UserError, no_room_left
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from ad2kit.recipe import Recipe
+    from ad2kit.records import ParityReport
+    from ad2kit.run_dir import RunDir
+
+app = typer.Typer(
+    name="ad2kit",
+    help="Distil a text classifier into a small student, prove it, and serve it.\n\n"
+    "The whole way: ad2kit run demo. Step by step: ad2kit distill RECIPE, ad2kit export, "
+    "ad2kit package, bentoml serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a .yaml file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="E.g. distill.lr=5e-5.")
+]
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="A run folder; the most recent run if left out."),
+]
+RunsDir = Annotated[Path, typer.Option(help="Where the run folders lie.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder, if not the usual.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
+Inexact = Annotated[
+    bool,
+    typer.Option("--allow-inexact", help="Resume under other threads, device or versions."),
+]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Run the command line; every way to end has its exit code (see :mod:`ad2kit.errors`)."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped", "the same command goes on where this one stopped")
+        code = EXIT_INTERRUPTED
+    except Ad2kitError as error:
+        _complain(error.message, error.hint)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        show = getattr(error, "show", None)  # typer's own errors about options and arguments
+        if callable(show):
+            show()
+            code = UserError.exit_code
+        elif no_room_left(error):
+            _complain(
+                f"the disk is full, or a file is larger than allowed: {error}",
+                "make room, then run the same command again; nothing finished was lost",
+            )
+            code = UserError.exit_code
+        else:
+            import traceback
+
+            traceback.print_exc()
+            _complain("this is a defect of ad2kit", "please report it with the lines above")
+            code = EXIT_BUG
+    sys.exit(code or 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from ad2kit.recipe import load, recipe_names
+
+    found = [load(name) for name in recipe_names()]
+    if as_json:
+        _print_json({recipe.name: recipe.description for recipe in found})
+        return
+    for recipe in found:
+        typer.echo(f"{recipe.name:<12} {recipe.description}")
+
+
+@app.command()
+def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe, its data and its teacher, without training anything."""
+    from ad2kit.data import load_data
+    from ad2kit.models import find_model
+    from ad2kit.recipe import load
+
+    recipe = load(recipe_name, overrides or ())
+    data = load_data(recipe.data, recipe.seed)
+    if not recipe.teacher.model.startswith("random://"):
+        find_model(recipe.teacher.model)
+    sizes = {name: len(getattr(data, name)) for name in ("train", "select", "validation")}
+    if as_json:
+        _print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
+        return
+    typer.echo(recipe.model_dump_json(indent=2))
+    rows = ", ".join(f"{name} {count}" for name, count in sizes.items())
+    typer.echo(f"ok: labels {', '.join(data.labels)}; rows {rows}; teacher {recipe.teacher.model}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine offers, and what to do about what is missing."""
+    from ad2kit.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([finding.model_dump() for finding in findings])
+        return
+    for finding in findings:
+        typer.echo(f"{finding.name}: {finding.value}")
+        if finding.advice:
+            typer.echo(f"  -> {finding.advice}")
+
+
+@app.command()
+def distill(
+    recipe_name: RecipeName,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = RUNS,
+    run: RunOption = None,
+    allow_inexact: Inexact = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune the teacher if the recipe says so, and distil the student with AD2."""
+    from ad2kit.progress import training_progress
+
+    folder = _open(recipe_name, overrides, runs_dir, run)
+    stage = _needs_extra("ad2kit.distill", "distill")
+    with training_progress(_console()) as on_step:
+        report = stage(folder, on_step=on_step, allow_inexact=allow_inexact)
+    _result(
+        report, as_json,
+        f"select accuracy: teacher {report.teacher_select_accuracy:.4f}, student "
+        f"{report.student_select_accuracy:.4f}\nnext: ad2kit export",
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    run: RunArgument = None,
+    runs_dir: RunsDir = RUNS,
+    no_parity: Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export the student to ONNX variants, then ask the parity gate."""
+    folder = _find(runs_dir, run)
+    artifacts = _needs_extra("ad2kit.export", "export")(folder)
+    if not no_parity:
+        _judge(folder, as_json)
+        return
+    if as_json:
+        _print_json([artifact.model_dump(mode="json") for artifact in artifacts])
+
+
+@app.command()
+def parity(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Judge every variant against the student and the teacher; exit code 1 if one fails."""
+    _judge(_find(runs_dir, run), as_json)
+
+
+@app.command()
+def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Measure latency and throughput of teacher, student and variants, anew each time."""
+    folder = _find(runs_dir, run)
+    report = _needs_extra("ad2kit.bench", "bench")(folder)
+    lines = [
+        f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
+        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
+        f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
+        for cell in report.cells
+    ]
+    _result(report, as_json, "\n".join(lines))
+
+
+@app.command()
+def package(
+    run: RunArgument = None,
+    runs_dir: RunsDir = RUNS,
+    variant: Annotated[str | None, typer.Option(help="Default: the smallest that passed.")] = None,
+    allow_failed_parity: Annotated[
+        bool, typer.Option("--allow-failed-parity", help="Package it all the same, on record.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a Bento, compare its HTTP answers with the artefact's, and publish its tag."""
+    folder = _find(runs_dir, run)
+    record = _needs_extra("ad2kit.package", "package")(
+        folder, variant=variant, allow_failed_parity=allow_failed_parity
+    )
+    _result(record, as_json, _next_steps(record.tag))
+
+
+@app.command()
+def report(run: RunArgument = None, runs_dir: RunsDir = RUNS) -> None:
+    """Print the table of a run and write its report.md."""
+    from ad2kit.report import report as write_report
+
+    folder = _find(runs_dir, run)
+    write_report(folder)
+    _print_table(folder)
+
+
+@app.command()
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; else --file or stdin.")] = None,
+    run: RunOption = None,
+    runs_dir: RunsDir = RUNS,
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")] = None,
+) -> None:
+    """Classify texts: one JSON line each. The two texts of a pair are separated by a tab."""
+    import dataclasses
+    import itertools
+    import json
+
+    import ad2kit
+
+    classifier = ad2kit.load(run if run is not None else _passed(runs_dir))
+    lines = iter(texts) if texts else _lines(file)
+    pair = classifier.artifact.text_columns == 2
+    while chunk := list(itertools.islice(lines, 256)):
+        items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
+        for text, prediction in zip(chunk, classifier.predict(items), strict=True):
+            answer = {"text": text, **dataclasses.asdict(prediction)}
+            typer.echo(json.dumps(answer, ensure_ascii=False))
+
+
+@app.command()
+def run(
+    recipe_name: RecipeName,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = RUNS,
+    run: RunOption = None,
+    allow_inexact: Inexact = False,
+    as_json: Json = False,
+) -> None:
+    """Take a recipe all the way: distill, export, parity, bench, package."""
+    from ad2kit.progress import training_progress
+
+    folder = _open(recipe_name, overrides, runs_dir, run)
+    campaign = _needs_extra("ad2kit.campaigns.run", "run_all")
+    with training_progress(_console()) as on_step:
+        record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)
+    if not as_json:
+        _print_table(folder)
+    _result(record, as_json, _next_steps(record.tag))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _logging() -> None:
+    """Send ad2kit's own messages to stderr, as plain lines, and silence other libraries' bars."""
+    import logging
+    import os
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ad2kit").setLevel(logging.INFO)
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _needs_extra(module: str, function: str) -> Any:
+    """Import a stage; what it lacks is a missing extra and not a defect."""
+    import importlib
+
+    from ad2kit.errors import MissingExtra
+
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ad2kit"):
+            raise
+        raise MissingExtra(error.name or module, extra="cpu") from error
+
+
+def _open(
+    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None
+) -> RunDir:
+    from ad2kit.recipe import load
+    from ad2kit.run_dir import open_run
+
+    _logging()
+    recipe: Recipe = load(recipe_name, overrides or ())
+    run = open_run(recipe, runs_dir, folder)
+    typer.echo(f"run: {run.path}", err=True)
+    return run
+
+
+def _find(runs_dir: Path, folder: Path | None) -> RunDir:
+    from ad2kit.run_dir import find_run
+
+    _logging()
+    run = find_run(runs_dir, folder)
+    if folder is None:
+        typer.echo(f"run: {run.path} (the most recent)", err=True)
+    return run
+
+
+def _passed(runs_dir: Path) -> Path:
+    from ad2kit.run_dir import latest_passed_run
+
+    run = latest_passed_run(runs_dir)
+    typer.echo(f"run: {run.path} (the most recent that passed its gate)", err=True)
+    return run.path
+
+
+def _judge(folder: RunDir, as_json: bool) -> None:
+    verdict: ParityReport = _needs_extra("ad2kit.parity", "parity")(folder)
+    if as_json:
+        _print_json(verdict.model_dump(mode="json"))
+    else:
+        _print_table(folder)
+    _needs_extra("ad2kit.parity", "insist_passed")(verdict, folder)
+    typer.echo("parity: passed; next: ad2kit package, or serve it now: bentoml serve", err=True)
+
+
+def _print_table(folder: RunDir) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ad2kit.report import HEADER, caption, rows
+
+    table = Table(*HEADER, box=box.SIMPLE_HEAD)
+    for row in rows(folder):
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(caption(folder), highlight=False)
+    if folder.report.is_file():
+        console.print(f"report: {folder.report}", highlight=False)
+
+
+def _next_steps(tag: str) -> str:
+    curl = (
+        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
+        """-d '{"texts": ["hardly a disappointment"]}'"""
+    )
+    return f"next:\n  bentoml serve {tag}\n  {curl}"
+
+
+def _result(record: BaseModel, as_json: bool, text: str) -> None:
+    if as_json:
+        _print_json(record.model_dump(mode="json"))
+    else:
+        typer.echo(text)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _lines(file: Path | None) -> Iterator[str]:
+    name = "stdin" if file is None else str(file)
+    if file is not None and not file.is_file():
+        raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
+    stream = sys.stdin.buffer if file is None else file.open("rb")
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
+                hint="convert it, for example: iconv -f latin1 -t utf-8",
+            ) from error
+        if not text.strip():
+            raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
+        yield text
+
+
+def _complain(message: str, hint: str) -> None:
+    typer.echo(f"ad2kit: {message}\n  -> {hint}", err=True)

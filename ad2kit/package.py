@@ -1,0 +1,357 @@
+"""The package stage: a gated variant -> a Bento, proven over HTTP before its tag is published.
+
+The Bento holds the service, the artefact, the project's own wheel, every requirement pinned (none
+of them torch), and the lineage: recipe, data fingerprints, parity report, versions, sha256.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from packaging.requirements import Requirement
+
+from ad2kit import __version__
+from ad2kit import data as datasets
+from ad2kit.classifier import OnnxClassifier, read_artifact
+from ad2kit.errors import GateFailed, MissingExtra, RunError
+from ad2kit.recipe import recipes_folder
+from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact, ParityReport
+from ad2kit.run_dir import exclusive, fingerprint, passed_variants, sha256_of, write_record, write_text
+
+# Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+try:
+    import bentoml
+except ModuleNotFoundError as error:
+    raise MissingExtra("bentoml", extra="cpu") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ad2kit.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+SERVICE_TEXTS = 100
+# Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
+MAX_SCORE_GAP = 1e-5
+START_TIMEOUT_S = 90.0
+
+
+@exclusive
+def package(
+    run: RunDir, *, variant: str | None = None, allow_failed_parity: bool = False
+) -> BentoRecord:
+    """Build a Bento from a run, compare its service with the artefact, and publish its tag.
+
+    Args:
+        run: a run whose parity was judged.
+        variant: which variant to take; the smallest that passed if None.
+        allow_failed_parity: take ``variant`` although its gate failed; the lineage says so.
+
+    Raises:
+        RunError: no parity report yet, or an unknown variant.
+        GateFailed: no variant passed, or the service answers something else than the artefact.
+    """
+    run.require(run.parity_report, command="parity")
+    recipe = run.recipe
+    report = ParityReport.read(run.parity_report)
+    folder, forced = _choose(run, report, variant, allow_failed_parity=allow_failed_parity)
+    artifact = read_artifact(folder)
+    service = _service_file()
+    requirements = pinned_requirements()
+    lineage = {
+        "recipe": recipe.model_dump(mode="json"),
+        "distill": DistillReport.read(run.distill_report).model_dump(mode="json"),
+        "parity": {"forced": forced, **report.model_dump(mode="json")},
+        "requirements": requirements,
+    }
+    inputs = fingerprint(lineage, sha256_of(folder / OnnxArtifact.file_name), sha256_of(service))
+    tag = f"ad2kit-{recipe.name}:{inputs[:12]}"
+    if run.bento_record.is_file() and _published(tag):
+        record = BentoRecord.read(run.bento_record)
+        if record.inputs == inputs:
+            logger.info("already packaged: %s", tag)
+            return record
+
+    with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
+        context = Path(temporary) / "context"
+        context.mkdir()
+        shutil.copy2(service, context / "service.py")
+        shutil.copytree(folder, context / "artifact")
+        write_text(context / "lineage.json", json.dumps(lineage, indent=2))
+        wheel = own_wheel(context)
+        write_text(
+            context / "bentofile.yaml",
+            json.dumps({  # JSON is YAML
+                "service": "service:Ad2kitClassifier",
+                "name": f"ad2kit-{recipe.name}",
+                "description": f"{recipe.description} Variant {folder.name}.",
+                "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
+                "include": ["service.py", "lineage.json", "artifact/*"],
+                "python": {
+                    "packages": requirements, "wheels": [wheel.name], "lock_packages": False,
+                },
+            }),
+        )  # fmt: skip
+        bento = _build(context, Path(temporary) / "store", tag)
+        flips, gap, texts = _compare_service(bento, folder, run)
+        record = BentoRecord(
+            inputs=inputs, tag=tag, variant=artifact.variant, forced=forced, service_texts=texts,
+            service_label_flips=flips, service_score_gap=gap,
+        )  # fmt: skip
+        if flips or not gap <= MAX_SCORE_GAP:
+            raise GateFailed(
+                f"the service does not answer what the artefact computes: {flips} label flips and "
+                f"a score gap of {gap:.1e} on {texts} texts, expected 0 and at most "
+                f"{MAX_SCORE_GAP:.0e}; {tag} was not published",
+                hint="run `ad2kit doctor`; another version of onnxruntime may be serving",
+            )
+        if _published(tag):
+            bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
+        bentoml.bentos.import_bento(str(bento), input_format="folder")
+    write_record(run.bento_record, record)
+    logger.info("published %s: %d answers over HTTP equal the artefact's", tag, texts)
+    return record
+
+
+def pinned_requirements() -> list[str]:
+    """Return what a serving process needs beside ad2kit, each pinned to the installed version.
+
+    The closure is ours and not BentoML's lock, which would need the network at build time.
+    """
+    runtime = "onnxruntime-gpu" if _installed("onnxruntime-gpu") else "onnxruntime"
+    wanted = [runtime, *(metadata.requires("ad2kit") or ())]
+    pins: dict[str, str] = {}
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        # Our own `serve` extra counts, other packages' extras only where they are asked for.
+        active = [
+            extra
+            for extra in ("", "serve", *requirement.extras)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        ]
+        name = requirement.name.lower().replace("_", "-")
+        if not active or name in pins or name == "ad2kit":
+            continue
+        distribution = metadata.distribution(name)
+        pins[name] = distribution.version
+        for text in distribution.requires or ():
+            child = Requirement(text)
+            extras = requirement.extras or {""}
+            if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in extras):
+                child.marker = None
+                wanted.append(str(child))
+    return [f"{name}=={version.split('+')[0]}" for name, version in sorted(pins.items())]
+
+
+def own_wheel(folder: Path) -> Path:
+    """Write the wheel of the installed ad2kit, editable or not, and return its path.
+
+    Deterministic: the same code makes the same bytes, so that a Bento's tag can be too.
+    """
+    package_folder, info = Path(__file__).parent, f"ad2kit-{__version__}.dist-info"
+    files = {
+        f"ad2kit/{path.relative_to(package_folder)}": path.read_bytes()
+        for path in package_folder.rglob("*")
+        if path.is_file() and path.suffix in (".py", ".typed", ".yaml")
+    }
+    for name, source in (("_recipes", recipes_folder()), ("_serving", _service_file().parent)):
+        files |= {
+            f"ad2kit/{name}/{path.name}": path.read_bytes()
+            for path in source.iterdir()
+            if path.suffix in (".py", ".yaml")
+        }
+    distribution = metadata.distribution("ad2kit")
+    for name in ("METADATA", "entry_points.txt"):
+        files[f"{info}/{name}"] = (distribution.read_text(name) or "").encode()
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: ad2kit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    rows = []
+    for name, content in sorted(files.items()):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        rows.append(f"{name},sha256={digest},{len(content)}\n")
+    files[f"{info}/RECORD"] = ("".join(rows) + f"{info}/RECORD,,\n").encode()
+    path = folder / f"ad2kit-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+@contextmanager
+def served(target: str | Path, folder: Path, *arguments: str) -> Iterator[str]:
+    """Serve a Bento (a folder, a tag or a project) on a free loopback port; yield its address.
+
+    Args:
+        target: what ``bentoml serve`` takes.
+        folder: working directory of the server, and where its log goes.
+        arguments: more arguments of ``bentoml serve``.
+
+    Raises:
+        RunError: the server ended, or was not ready in time; the message holds its last lines.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bentoml", "serve", str(target), "--host", "127.0.0.1",
+               "--port", str(port), *arguments]  # fmt: skip
+    log_path = folder / "server.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait_until_ready(process, address, log_path)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
+    """POST texts to a running service and return its predictions."""
+    request = urllib.request.Request(  # noqa: S310  (our own loopback address)
+        f"{address}/classify",
+        json.dumps({"texts": texts}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
+        return list(json.load(response)["predictions"])
+
+
+def _choose(
+    run: RunDir, report: ParityReport, variant: str | None, *, allow_failed_parity: bool
+) -> tuple[Path, bool]:
+    """Return the variant's folder, and whether it was forced past its gate."""
+    passed = passed_variants(run)
+    known = [verdict.variant for verdict in report.variants]
+    if variant is not None and variant not in known:
+        raise RunError(
+            f"no variant '{variant}' in {run.path}, only {', '.join(known)}",
+            hint="choose one of them, or add it to export.variants and run again",
+        )
+    for folder in passed:
+        if variant in (None, folder.name):
+            return folder, False
+    if not allow_failed_parity:
+        failed = [
+            f"{verdict.variant}: {check.name} {check.value:.4g}, expected {check.bound} "
+            f"{check.threshold:g}"
+            for verdict in report.variants
+            for check in verdict.checks
+            if not check.passed and variant in (None, verdict.variant)
+        ]
+        raise GateFailed(
+            f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now: "
+            f"{'; '.join(failed) or 'the artefact changed after it was judged'}",
+            hint="see parity.json; `ad2kit parity` judges again, --allow-failed-parity overrides",
+        )
+    return run.onnx(variant or known[0]), True
+
+
+def _service_file() -> Path:
+    here = Path(__file__).parent
+    installed = here / "_serving" / "service.py"
+    return installed if installed.is_file() else here.parent / "serving" / "service.py"
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _published(tag: str) -> bool:
+    try:
+        bentoml.bentos.get(tag)
+    except bentoml.exceptions.NotFound:
+        return False
+    return True
+
+
+def _build(context: Path, store: Path, tag: str) -> Path:
+    """Build the Bento into a store of its own, where nobody can serve it yet."""
+    store.mkdir()
+    built = subprocess.run(
+        [sys.executable, "-m", "bentoml", "build", str(context), "--version", tag.split(":")[1]],
+        env={**os.environ, "BENTOML_HOME": str(store)},
+        cwd=context,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    bento = store / "bentos" / tag.replace(":", "/")
+    if built.returncode or not (bento / "bento.yaml").is_file():
+        raise RunError(
+            f"`bentoml build` failed with exit code {built.returncode}:\n"
+            f"{(built.stdout + built.stderr)[-2000:]}",
+            hint="`ad2kit doctor` shows the versions; the run itself is unharmed",
+        )
+    return bento
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=2):  # noqa: S310
+                return
+        except OSError:
+            time.sleep(0.1)
+    tail = log.read_text(errors="replace")[-2000:]
+    state = "is not ready" if process.poll() is None else f"ended with {process.returncode}"
+    raise RunError(
+        f"the service {state} after {START_TIMEOUT_S:g} s at most; its log ends:\n{tail}",
+        hint="`ad2kit doctor` shows what is installed; the run itself is unharmed",
+    )
+
+
+def _compare_service(bento: Path, folder: Path, run: RunDir) -> tuple[int, float, int]:
+    """Question 4: return label flips and score gap between HTTP and artefact, and texts asked.
+
+    One text per request: the activations of an int8 graph are quantised over the whole batch, so
+    only equal batches must give equal answers.
+    """
+    recipe = run.recipe
+    validation = datasets.load_data(recipe.data, recipe.seed).validation
+    texts: list[Any] = [t[0] if len(t) == 1 else t for t in validation.texts]
+    by_length = sorted(texts, key=lambda text: len(str(text)))
+    rows = np.unique(np.linspace(0, len(texts) - 1, SERVICE_TEXTS).astype(int))
+    chosen = [by_length[row] for row in rows]
+    expected = OnnxClassifier(folder, threads=recipe.compute.threads).predict(chosen, batch_size=1)
+    with served(bento, bento.parent) as address:
+        found = [ask(address, [text])[0] for text in chosen]
+    flips = sum(f["label"] != e.label for f, e in zip(found, expected, strict=True))
+    gap = max(
+        abs(f["scores"][label] - score)
+        for f, e in zip(found, expected, strict=True)
+        for label, score in e.scores.items()
+    )
+    return flips, gap, len(chosen)

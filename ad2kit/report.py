@@ -1,0 +1,139 @@
+"""The report stage: what a run has shown so far, as one table and one page of Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ad2kit.records import BentoRecord, DistillReport, LatencyReport, ParityReport
+from ad2kit.run_dir import write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.records import LatencyCell
+    from ad2kit.run_dir import RunDir
+
+HEADER = ("model", "accuracy", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
+          "texts/s", "gate")  # fmt: skip
+
+
+def rows(run: RunDir) -> list[tuple[str, ...]]:
+    """Return one row for the teacher, the student and each variant, under :data:`HEADER`.
+
+    Latency is of one text of the shortest measured length, throughput of the largest batch of
+    that length. What has not been measured yet is left blank.
+
+    Raises:
+        RunError: parity has not been judged yet.
+    """
+    run.require(run.parity_report, command="parity")
+    parity = ParityReport.read(run.parity_report)
+    latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
+
+    def measured(system: str) -> tuple[str, ...]:
+        if latency is None:
+            return ("", "", "", "")
+        one, many = _smallest_and_largest(latency, system)
+        return (
+            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}",
+            f"{many.texts_per_s:,.0f}",
+        )  # fmt: skip
+
+    teacher, student = "teacher (PyTorch)", "student (PyTorch)"
+    table = [
+        (teacher, f"{parity.teacher_accuracy:.4f}", "", "", *measured(teacher), ""),
+        (
+            student, f"{parity.student_accuracy:.4f}",
+            f"{parity.student_accuracy / max(parity.teacher_accuracy, 1e-9):.2%}", "",
+            *measured(student), "",
+        ),
+    ]  # fmt: skip
+    for verdict in parity.variants:
+        low, high = verdict.retained_interval
+        table.append((
+            f"{verdict.variant} (ONNX)", f"{verdict.accuracy:.4f}", f"{verdict.retained:.2%}",
+            f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
+            "passed" if verdict.passed else "FAILED",
+        ))  # fmt: skip
+    return table
+
+
+def caption(run: RunDir) -> str:
+    """Return in words on what the table was measured."""
+    parity = ParityReport.read(run.parity_report)
+    text = (
+        f"Accuracy on {parity.rows} validation texts; differences below "
+        f"{100 * parity.smallest_detectable_difference:.1f} points are within their noise."
+    )
+    if not run.latency_report.is_file():
+        return text
+    latency = LatencyReport.read(run.latency_report)
+    shortest, largest = _shape(latency)
+    return (
+        f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
+        f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
+    )
+
+
+def report(run: RunDir) -> Path:
+    """Write ``report.md`` of a run and return its path."""
+    parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
+    lines = [
+        f"# {run.recipe.name}: {'passed' if parity.passed else 'FAILED'}", "",
+        run.recipe.description, "", *_markdown(HEADER, rows(run)), "", caption(run), "",
+        f"Training: {distilled.steps} updates, best at {distilled.best_step}; "
+        f"{distilled.adversary_verdict}.", "",
+        "## The gate", "",
+        *_markdown(
+            ("variant", "question", "check", "value", "expected", "verdict"),
+            [
+                (
+                    verdict.variant, check.question, check.name, f"{check.value:.4g}",
+                    f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
+                )
+                for verdict in parity.variants
+                for check in verdict.checks
+            ],
+        ), "",
+        "## Data", "",
+        *_markdown(
+            ("split", "rows", "classes", "truncated"),
+            [
+                (
+                    name, str(facts.rows),
+                    ", ".join(f"{label} {n}" for label, n in facts.class_counts.items()),
+                    str(facts.truncated),
+                )
+                for name, facts in distilled.splits.items()
+            ],
+        ), "",
+        "## Versions", "",
+        *(f"- {name} {version}" for name, version in distilled.environment.items()),
+    ]  # fmt: skip
+    if run.bento_record.is_file():
+        bento = BentoRecord.read(run.bento_record)
+        lines += ["", "## Bento", "", f"`{bento.tag}`: {bento.service_texts} answers over HTTP, "
+                  f"{bento.service_label_flips} label flips."]  # fmt: skip
+    write_text(run.report, "\n".join(lines) + "\n")
+    return run.report
+
+
+def _shape(latency: LatencyReport) -> tuple[int, int]:
+    """Return the shortest length and the largest batch that were measured."""
+    return (
+        min(cell.length_tokens for cell in latency.cells),
+        max(cell.batch_size for cell in latency.cells),
+    )
+
+
+def _smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyCell, LatencyCell]:
+    shortest, _ = _shape(latency)
+    cells = sorted(
+        (c for c in latency.cells if c.system == system and c.length_tokens == shortest),
+        key=lambda cell: cell.batch_size,
+    )
+    return cells[0], cells[-1]
+
+
+def _markdown(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *table)]

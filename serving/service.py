@@ -1,0 +1,307 @@
+"""The BentoML service of an ad2kit student: ``bentoml serve``.
+
+It serves the artefact that is packed beside this file in a Bento; in a checkout, the most recent
+run that passed its parity gate, or what ``--arg model=FOLDER`` names. Neither torch nor
+transformers is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# Vendors' telemetry is off unless the operator says otherwise; read when bentoml is imported.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+
+import bentoml
+from bentoml.exceptions import BentoMLException
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from ad2kit import __version__
+from ad2kit.batcher import Batcher, QueueFull
+from ad2kit.classifier import OnnxClassifier, servable_artifact
+from ad2kit.errors import UserError
+from ad2kit.run_dir import latest_passed_run
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+MAX_TEXTS = 128
+MAX_BODY_BYTES = 2**20
+MAX_QUEUE_TEXTS = 1024
+MAX_BATCH_TOKENS = 4096
+DEADLINE_S = 10.0
+
+
+class Arguments(BaseModel):
+    """What ``bentoml serve --arg name=value`` may set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    runs_dir: str | None = None
+    threads: int | None = None
+
+
+arguments = bentoml.use_arguments(Arguments)
+
+Text = str | tuple[str, str]
+
+
+class ClassifyRequest(BaseModel):
+    """One text, or a list; for a sentence-pair model each text is a list of two."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"example": {"texts": ["hardly a disappointment"]}},
+    )
+
+    texts: str | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+
+
+class Prediction(BaseModel):
+    """Label, its probability, all probabilities, and whether the text was cut."""
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    tokens: int
+    truncated: bool
+
+
+class ClassifyResponse(BaseModel):
+    """One prediction per text, in order."""
+
+    predictions: list[Prediction]
+
+
+class Unprocessable(BentoMLException):
+    """A text that the model cannot read."""
+
+    error_code = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class TooLarge(BentoMLException):
+    """A body that grew past the limit while it was read."""
+
+    error_code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class Overloaded(BentoMLException):
+    """The queue is full."""
+
+    error_code = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class DeadlineExceeded(BentoMLException):
+    """The answer was not ready in time."""
+
+    error_code = HTTPStatus.GATEWAY_TIMEOUT
+
+
+ERRORS: dict[int, tuple[str, str, str]] = {
+    400: ("malformed_request", "the body is not valid JSON", 'send {"texts": ["..."]}'),
+    404: ("not_found", "there is no such path", "see POST /classify and GET /info"),
+    405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
+    413: (
+        "too_large",
+        f"the body is larger than {MAX_BODY_BYTES} bytes",
+        f"send fewer texts per request, {MAX_TEXTS} at most",
+    ),
+    415: (
+        "unsupported_media_type",
+        "the body is not declared as JSON",
+        "send the header Content-Type: application/json",
+    ),
+    422: (
+        "invalid_input",
+        "the body does not fit",
+        f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty',
+    ),
+    429: ("overloaded", "too many texts are waiting", "retry after the time in Retry-After"),
+    500: ("internal", "the service failed on this request", "see the server's log"),
+    503: ("not_ready", "the service is not ready", "retry; see GET /readyz"),
+    504: ("deadline", f"no answer within {DEADLINE_S:g} s", "retry, or send fewer texts"),
+}
+
+
+class ErrorContract:
+    """ASGI middleware: bounds the body while it is read, and gives every error one shape.
+
+    BentoML answers 400 for each kind of invalid body, in several shapes and partly as a list;
+    clients get ``{"error": {"type", "message", "hint"}}`` instead, from here alone.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass one request through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope["path"] == "/classify" and scope["method"] == "POST":
+            if not headers.get(b"content-type", b"").startswith(b"application/json"):
+                await self._reply(send, 415)
+                return
+            length = headers.get(b"content-length", b"0")
+            if length.isdigit() and int(length) > MAX_BODY_BYTES:
+                await self._reply(send, 413)
+                return
+        received, failed, status = 0, b"", 200
+
+        async def bounded_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise TooLarge
+            return message
+
+        async def typed_send(message: Message) -> None:
+            nonlocal failed, status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            if status < 400:
+                await send(message)
+            elif message["type"] == "http.response.body":
+                failed += message.get("body", b"")
+                if not message.get("more_body"):
+                    await self._reply(send, status, failed)
+
+        await self.app(scope, bounded_receive, typed_send)
+
+    @staticmethod
+    async def _reply(send: Send, status: int, bento_body: bytes = b"") -> None:
+        """Send one error; 4xx of BentoML keep their text, 5xx say nothing of our insides."""
+        detail = ""
+        try:
+            body = json.loads(bento_body) if bento_body and status < 500 else {}
+        except ValueError:
+            body = {}
+        body = body[0] if isinstance(body, list) and body else body
+        if isinstance(body, dict):
+            problems = body.get("detail")
+            if status == 400 and isinstance(problems, list):
+                invalid_json = any("json_invalid" in str(p.get("type")) for p in problems)
+                status = 400 if invalid_json else 422
+                detail = "; ".join(
+                    f"{'.'.join(map(str, p.get('loc', ())))}: {p.get('msg')}" for p in problems[:3]
+                )
+            elif isinstance(body.get("error"), str):
+                detail = body["error"]
+        kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
+        if detail:
+            message = f"{message}: {detail}"
+        content = json.dumps({"error": {"type": kind, "message": message, "hint": hint}}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ]
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            headers.append((b"retry-after", b"1"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def artifact_folder() -> Path:
+    """Return the folder of the artefact to serve; see the module's docstring."""
+    packed = Path(__file__).parent / "artifact"
+    if arguments.model is not None:
+        return servable_artifact(arguments.model)
+    if packed.is_dir():
+        return packed
+    here = Path(arguments.runs_dir or "runs")
+    if arguments.runs_dir is None and not here.is_dir():
+        here = Path(__file__).parent.parent / "runs"
+    return servable_artifact(latest_passed_run(here).path)
+
+
+async def info(_request: Request) -> JSONResponse:
+    """Answer GET /info; a BentoML API could only be POSTed to."""
+    return JSONResponse(bentoml.get_current_service().info())
+
+
+@bentoml.service(name="ad2kit-classifier", traffic={"timeout": 60}, workers=1)  # type: ignore[untyped-decorator]
+@bentoml.asgi_app(Starlette(routes=[Route("/info", info)]), path="/")
+class Ad2kitClassifier:
+    """Text classification by a distilled student."""
+
+    def __init__(self) -> None:
+        folder = artifact_folder()
+        self.classifier = OnnxClassifier(folder, threads=arguments.threads)
+        lineage = Path(__file__).parent / "lineage.json"
+        self.lineage = json.loads(lineage.read_text()) if lineage.is_file() else {}
+        # The first inference allocates and compiles; no user should wait for it.
+        columns = self.classifier.artifact.text_columns
+        self.classifier.predict(["warm up" if columns == 1 else ("warm", "up")])
+        self.batcher = Batcher(
+            self.classifier.run,
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            max_queue_texts=MAX_QUEUE_TEXTS,
+        )
+
+    @bentoml.api(route="/classify")  # type: ignore[untyped-decorator]
+    async def classify(self, request: ClassifyRequest, /) -> ClassifyResponse:
+        """Return label and probabilities for each text."""
+        texts = [request.texts] if isinstance(request.texts, str) else request.texts
+        try:
+            encodings = self.classifier.encode(texts)
+            async with asyncio.timeout(DEADLINE_S):
+                logits = await self.batcher.submit(encodings)
+        except UserError as error:
+            raise Unprocessable(f"{error.message}; {error.hint}") from error
+        except QueueFull as error:
+            raise Overloaded(str(error)) from error
+        except TimeoutError as error:
+            raise DeadlineExceeded from error
+        predictions = self.classifier.predictions(encodings, logits)
+        return ClassifyResponse(
+            predictions=[
+                Prediction(
+                    label=each.label, score=each.score, scores=each.scores, tokens=each.tokens,
+                    truncated=each.truncated,
+                )
+                for each in predictions
+            ]
+        )  # fmt: skip
+
+    def info(self) -> dict[str, Any]:
+        """Return the model, where it comes from, what it passed, and the limits of the service."""
+        artifact = self.classifier.artifact
+        return {
+            "ad2kit": __version__,
+            "variant": artifact.variant,
+            "labels": list(artifact.labels),
+            "max_length_tokens": artifact.max_length_tokens,
+            "limits": {
+                "texts": MAX_TEXTS,
+                "body_bytes": MAX_BODY_BYTES,
+                "queue_texts": MAX_QUEUE_TEXTS,
+                "deadline_s": DEADLINE_S,
+            },
+            "lineage": artifact.lineage,
+            "parity": self.lineage.get("parity"),
+        }
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def drain(self) -> None:
+        """Answer what is queued before the process ends."""
+        await self.batcher.close()
+
+
+Ad2kitClassifier.add_asgi_middleware(ErrorContract)

@@ -1,0 +1,210 @@
+"""The demo's data set: what it promises, and labels checked by rules that are not its own."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+
+from ad2kit import corpus
+
+SEEDS = (7, 17)
+
+# Read off the English words by hand, on purpose not derived from the module's tables.
+GOOD = {
+    *("convincing", "clever", "memorable", "moving", "charming", "elegant", "engaging", "funny"),
+    *("captivating", "brilliant", "imaginative", "delightful", "practical", "impressive", "handy"),
+    *("pleasing", "satisfying", "useful", "smart", "well made", "first-rate", "splendid", "superb"),
+    *("a success", "a triumph", "a joy", "a highlight", "a strong point", "a pleasure", "a marvel"),
+    *("delighted", "impressed", "pleased", "amused", "charmed", "thrilled"),
+}
+BAD = {
+    *("dull", "clumsy", "forgettable", "tedious", "bland", "predictable", "lazy", "shallow"),
+    *("lifeless", "dreary", "sloppy", "boring", "disappointing", "awkward", "annoying"),
+    *("mediocre", "frustrating", "poor", "shoddy", "badly made", "useless", "dreadful", "lousy"),
+    *("a disappointment", "a failure", "a nuisance", "a disaster", "a weak point", "a mess"),
+    *("an embarrassment", "annoyed", "disappointed", "irritated", "bored", "exasperated"),
+    "dismayed",
+}
+WORD = "(" + "|".join(sorted(GOOD | BAD, key=len, reverse=True)) + ")"
+NOT = "(?:not at all|hardly|by no means|anything but|far from|in no way)"
+HOW = "(?:somewhat|rather|really|remarkably|arguably|truly|fairly|decidedly)"
+SURE = "(?:arguably|clearly|in my view|without doubt|frankly|to my mind)"
+FLAT = rf"(?:is|turned out) (?:{HOW}|{SURE}) {WORD}"
+
+
+def same(word: str) -> int:
+    return int(word in GOOD)
+
+
+def opposite(word: str) -> int:
+    return int(word in BAD)
+
+
+# A form of a sentence, and how the one evaluative word that it captures decides the label.
+FORMS: list[tuple[str, Callable[[str], int]]] = [
+    (rf"It [^,]+, and the [\w ]+ {FLAT}", same),
+    (rf"The [\w ]+ is {NOT} {WORD}, and it .+", opposite),
+    (rf"The [\w ]+ never feels {WORD}, and it .+", opposite),
+    (rf"It [^,]+, and nobody could call the [\w ]+ {WORD}", opposite),
+    (rf"It [^,]+, and the [\w ]+ is neither [\w -]+ nor {WORD}", opposite),
+    (rf"It [^,]+, and I could hardly be more {WORD} by the [\w ]+", same),
+    (rf"Although .+, the [\w ]+ {FLAT}", same),
+    (rf"The [\w ]+ {FLAT}, even though .+", same),
+    (rf"At first .+, yet .+ the [\w ]+ is {NOT} {WORD}", opposite),
+    (rf".+, but in the end the [\w ]+ {FLAT}, and that is what counts", same),
+    (rf"I expected an? {WORD} \w+ from .+ and was proven wrong", opposite),
+    (rf"I expected an? {WORD} \w+ from .+ and was proven right", same),
+    (rf"Many reviewers call this \w+ {WORD}, and I could not disagree more", opposite),
+    (rf"Many reviewers call this \w+ {WORD}, and I can only agree", same),
+    (rf"My .+ insists that the [\w ]+ {FLAT}, but that is simply wrong", opposite),
+    (rf"Those who say that the [\w ]+ {FLAT} are mistaken", opposite),
+    (rf"Whoever told me that the [\w ]+ {FLAT} was mistaken", opposite),
+    (rf"Anyone who calls this \w+ {WORD} is simply wrong", opposite),
+    (rf"(?:I was|I had) .+ an? {WORD} \w+, but that is not what I got", opposite),
+    (rf"(?:I was|I had) .+ an? {WORD} \w+, and that is exactly what I got", same),
+]
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def made(request: pytest.FixtureRequest) -> corpus.Opinions:
+    return corpus.opinions(request.param)
+
+
+@pytest.fixture(scope="module")
+def many() -> list[tuple[str, int]]:
+    """Enough rows for the rarest of the forms above to turn up."""
+    return corpus.opinions(3, train_rows=0, validation_rows=12_000).validation
+
+
+def texts(rows: list[tuple[str, int]]) -> list[str]:
+    return [text for text, _ in rows]
+
+
+def says(phrase: str, rows: list[tuple[str, int]]) -> bool:
+    """Whether any row has the phrase as whole words, be it at the start of a sentence or not."""
+    pattern = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+    return any(pattern.search(text) for text in texts(rows))
+
+
+def reserved(symbol_table: dict[str, str]) -> dict[str, list[str]]:
+    """What each entry of a table keeps from training."""
+    return {
+        symbol: [
+            text
+            for text in corpus.alternatives(entry, reserved=True)
+            if text not in corpus.alternatives(entry, reserved=False)
+        ]
+        for symbol, entry in symbol_table.items()
+    }
+
+
+def test_the_same_seed_writes_the_same_rows() -> None:
+    state = random.getstate()
+    assert corpus.opinions(7, 200, 50) == corpus.opinions(7, 200, 50)
+    assert corpus.opinions(7, 200, 50) != corpus.opinions(8, 200, 50)
+    assert random.getstate() == state, "the global generator is not ours to turn"
+
+
+def test_the_rows_are_the_ones_that_figures_were_published_for() -> None:
+    """Pinned over every Python and hash seed; a deliberate change of the grammar moves it."""
+    digest = hashlib.sha256(json.dumps(corpus.opinions(7)).encode()).hexdigest()
+    assert digest[:16] == "f1c13d72b4dbd338"
+
+
+def test_more_validation_rows_leave_training_as_it_was() -> None:
+    assert corpus.opinions(7, 200, 50).train == corpus.opinions(7, 200, 90).train
+
+
+def test_sizes_and_balance(made: corpus.Opinions) -> None:
+    assert (len(made.train), len(made.validation)) == (2_400, 640)
+    for split in made:
+        assert sum(label for _, label in split) * 2 == len(split)
+        half = split[: len(split) // 2]
+        assert 0.4 < sum(label for _, label in half) / len(half) < 0.6, "labels are shuffled"
+
+
+def test_odd_sizes_are_balanced_to_within_one() -> None:
+    made = corpus.opinions(1, 31, 7)
+    assert [sum(label for _, label in split) for split in made] == [15, 3]
+
+
+def test_no_sentence_comes_twice(made: corpus.Opinions) -> None:
+    everything = texts(made.train) + texts(made.validation)
+    assert len(set(everything)) == len(everything)
+
+
+def test_sentences_are_well_formed(many: list[tuple[str, int]]) -> None:
+    for text in texts(many):
+        assert 6 <= len(text.split()) <= 30, text
+        assert re.fullmatch(r"[A-Z][\w ,'-]+\.", text), text
+        assert not re.search(r"\ba [aeio]|\ban [^aeio]|  | ,", text), text
+
+
+@pytest.mark.parametrize("table", [corpus.WORDS, corpus.FILM, corpus.GADGET])
+def test_reserved_words_are_met_in_validation_only(
+    made: corpus.Opinions, many: list[tuple[str, int]], table: dict[str, str]
+) -> None:
+    for symbol, words in reserved(table).items():
+        assert words or symbol[-1] not in "+-", f"{symbol} reserves nothing"
+        assert [word for word in words if says(word, made.train)] == []
+        assert [word for word in words if not says(word, many)] == []
+
+
+def test_most_validation_rows_have_a_word_that_training_lacks(made: corpus.Opinions) -> None:
+    known = {word for text in texts(made.train) for word in re.findall(r"\w+", text.lower())}
+    rows = [re.findall(r"\w+", text.lower()) for text in texts(made.validation)]
+    assert sum(not known.issuperset(row) for row in rows) / len(rows) > 0.6
+
+
+def test_reserved_templates_are_met_in_validation_only(made: corpus.Opinions) -> None:
+    held_out = reserved(corpus.TEMPLATES)
+    assert [symbol for symbol, kept in held_out.items() if not kept] == ["claim"]
+    for phrase in (
+        *("as far as I can tell", "granted", "what counts for me", "whoever told me"),
+        *("anyone who calls", "had announced", "deserves to be called", "proved to be"),
+        *("there is nothing", "few would call", "strikes me as", "not what I call"),
+        "could hardly be more",
+    ):
+        assert any(phrase in template for kept in held_out.values() for template in kept)
+        assert not says(phrase, made.train)
+        assert says(phrase, made.validation)
+
+
+@pytest.mark.parametrize(("form", "rule"), FORMS)
+def test_labels_follow_the_english(
+    form: str, rule: Callable[[str], int], many: list[tuple[str, int]]
+) -> None:
+    found = [
+        (text, label, match.group(1))
+        for text, label in many
+        if (match := re.fullmatch(form + r"\.", text))
+    ]
+    assert {label for _, label, _ in found} == {0, 1}, "the form serves both labels"
+    assert [text for text, label, word in found if rule(word) != label] == []
+
+
+def test_a_verdict_always_stands(many: list[tuple[str, int]]) -> None:
+    verdicts = {
+        r"I would (watch|buy) it again|I am glad I|I do not regret|it was well worth": 1,
+        r"I want my money back|I am sorry I|I do not wish to|it was hardly worth": 0,
+    }
+    for pattern, label in verdicts.items():
+        found = [row for row in many if re.search(pattern, row[0], re.IGNORECASE)]
+        assert found
+        assert {row[1] for row in found} == {label}
+
+
+@pytest.mark.parametrize("words", [1, 2])
+def test_counting_words_is_not_enough(made: corpus.Opinions, words: int) -> None:
+    """The bound that makes the data set worth a transformer."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    counts = CountVectorizer(ngram_range=(1, words))
+    model = LogisticRegression(max_iter=1_000)
+    model.fit(counts.fit_transform(texts(made.train)), [label for _, label in made.train])
+    truth = [label for _, label in made.validation]
+    assert 0.5 < model.score(counts.transform(texts(made.validation)), truth) < 0.8
