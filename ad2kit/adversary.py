@@ -50,9 +50,7 @@ def perturbed(word_embeddings: torch.nn.Module, delta: torch.Tensor) -> Iterator
 def no_perturbation(attention_mask: torch.Tensor, width: int) -> torch.Tensor:
     """Return a float32 zero δ of shape [batch, tokens, width] that records its gradient."""
     shape = (*attention_mask.shape, width)
-    return torch.zeros(
-        shape, dtype=torch.float32, device=attention_mask.device, requires_grad=True
-    )
+    return torch.zeros(shape, dtype=torch.float32, device=attention_mask.device, requires_grad=True)
 
 
 def project(
@@ -110,7 +108,8 @@ def random_start(
         return project(noise * adversary.radius, attention_mask, adversary)
     noise = torch.randn_like(noise) * attention_mask.unsqueeze(-1)
     lengths = torch.rand(len(noise), device=noise.device) * adversary.radius
-    return noise * (lengths / noise.flatten(1).norm(dim=1))[:, None, None]
+    scale: torch.Tensor = lengths / noise.flatten(1).norm(dim=1)
+    return noise * scale[:, None, None]
 
 
 def inner_gradient(
@@ -122,5 +121,6 @@ def inner_gradient(
     """
     delta = delta.detach().requires_grad_(mode=True)
     loss = inner_loss(delta)
+    gradient: torch.Tensor
     (gradient,) = torch.autograd.grad(loss, delta)
     return loss.item(), gradient

@@ -25,10 +25,11 @@ class Tokenised(Protocol):
     """What the batcher needs to know of an item: its token ids."""
 
     @property
-    def ids(self) -> Sequence[int]: ...
+    def ids(self) -> Sequence[int]:
+        """Token ids, without padding."""
 
 
-class QueueFull(Exception):  # noqa: N818  (a state of the queue, not a defect)
+class QueueFull(Exception):
     """The queue holds as many texts as it may; try again after ``retry_after_s``."""
 
     def __init__(self, retry_after_s: int) -> None:

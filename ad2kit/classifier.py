@@ -1,8 +1,7 @@
-"""Inference with an exported student: tokenizers and onnxruntime, neither torch nor transformers."""
+"""Inference with an exported student: tokenizers and onnxruntime, without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "onnxruntime", extra="cpu") from error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 Text = str | tuple[str, str]
@@ -97,6 +98,11 @@ def read_artifact(folder: Path) -> OnnxArtifact:
     return artifact
 
 
+def _is_text(column: object) -> bool:
+    """Callers in Python and over HTTP can pass anything."""
+    return isinstance(column, str) and bool(column.strip())
+
+
 class OnnxClassifier:
     """A text classifier on ONNX Runtime. Safe to call from several threads.
 
@@ -168,7 +174,7 @@ class OnnxClassifier:
                     f"example, found {len(columns)}",
                     hint="pass a str, or a pair of str for a sentence-pair model",
                 )
-            if not all(isinstance(column, str) and column.strip() for column in columns):
+            if not all(_is_text(column) for column in columns):
                 raise UserError(
                     f"text {position}: expected at least one visible character, found {text!r:.50}",
                     hint="leave empty texts out",
@@ -201,9 +207,7 @@ class OnnxClassifier:
             logits[rows] = self.run([encodings[row] for row in rows])
         return logits
 
-    def predictions(
-        self, encodings: Sequence[Encoding], logits: NDArray[Any]
-    ) -> list[Prediction]:
+    def predictions(self, encodings: Sequence[Encoding], logits: NDArray[Any]) -> list[Prediction]:
         """Turn logits, shape [texts, labels], into predictions."""
         return [
             Prediction(

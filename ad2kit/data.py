@@ -74,7 +74,6 @@ class Encoded:
         return len(self.input_ids)
 
 
-
 def load_data(recipe: DataRecipe, seed: int) -> Data:
     """Read, check and split the data of a recipe.
 

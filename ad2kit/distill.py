@@ -224,9 +224,7 @@ class _Stage:
         """Remove the checkpoint of a training whose result is saved."""
         shutil.rmtree(self.run.checkpoint(phase), ignore_errors=True)
 
-    def cached_logits(
-        self, teacher: TextModel, encoded: Encoded, teacher_sha: str
-    ) -> torch.Tensor:
+    def cached_logits(self, teacher: TextModel, encoded: Encoded, teacher_sha: str) -> torch.Tensor:
         """Return the teacher's logits on the training split, computed once per fingerprint.
 
         The file is named by teacher (with its tokenizer), rows and maximum length: a change of

@@ -13,12 +13,19 @@ from ad2kit import __version__, models
 from ad2kit.classifier import MODEL_FILE, read_artifact
 from ad2kit.errors import MissingExtra
 from ad2kit.records import DistillReport, OnnxArtifact
-from ad2kit.run_dir import exclusive, fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
+from ad2kit.run_dir import (
+    exclusive,
+    fingerprint,
+    sha256_of,
+    sha256_of_folder,
+    whole_folder,
+    write_record,
+)
 
 try:
-    import torch
     import transformers
     from optimum.exporters.onnx import main_export
+    from torch.jit._trace import TracerWarning
 
     from ad2kit.quantize import quantize_int8
 except ModuleNotFoundError as error:
@@ -101,7 +108,7 @@ def _export_fp32(student: Path, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             # Constants of the mask computation, which do not depend on the example input.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", TracerWarning)
             # optimum 2.1 still passes an argument that torch and transformers have renamed.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)

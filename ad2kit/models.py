@@ -154,7 +154,7 @@ def load(folder: Path, labels: tuple[str, ...], *, seed: int = 0, finished: bool
         what = "classifier" if finished else "encoder"
         raise ModelError(
             f"{folder} does not hold a whole {what}: {len(missing)} tensors are missing, "
-            f"first {sorted(missing)[0]}",
+            f"first {min(missing)}",
             hint="set teacher.finetune to train a head on it"
             if finished
             else "give an encoder checkpoint of the architecture that its config.json names",
@@ -233,7 +233,9 @@ def save(model: TextModel, folder: Path, *, inputs: str) -> None:
     with whole_folder(folder) as new:
         model.module.save_pretrained(new, safe_serialization=True)
         model.tokenizer.save_pretrained(new)
-        write_text(new / MANIFEST, json.dumps({"inputs": inputs, "files": sha256_of_folder(new)}, indent=2))
+        write_text(
+            new / MANIFEST, json.dumps({"inputs": inputs, "files": sha256_of_folder(new)}, indent=2)
+        )
 
 
 def saved_inputs(folder: Path) -> str:
@@ -283,7 +285,8 @@ def check_files(folder: Path) -> None:
 def _check_labels(
     folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...]
 ) -> None:
-    theirs = tuple(config.id2label[index] for index in sorted(config.id2label))
+    id2label = config.id2label or {}
+    theirs = tuple(id2label[index] for index in sorted(id2label))
     generic = tuple(f"LABEL_{index}" for index in range(len(labels)))
     if theirs not in (labels, generic):
         raise ModelError(

@@ -122,12 +122,11 @@ def parity(run: RunDir) -> ParityReport:
             if name == "fp32"
             else conversion_cost(logits[name], logits["fp32"], reference.labels, recipe.parity)
         )
-        verdicts.append(
-            distillation_quality(
-                name, sha256_of(folder / OnnxArtifact.file_name), logits[name], reference,
-                data.labels, checks, recipe.parity, recipe.seed,
-            )  # fmt: skip
-        )
+        verdict = distillation_quality(
+            name, sha256_of(folder / OnnxArtifact.file_name), logits[name], reference, data.labels,
+            checks, recipe.parity, recipe.seed,
+        )  # fmt: skip
+        verdicts.append(verdict)
     teacher_right = reference.teacher.argmax(1) == reference.labels
     report = ParityReport(
         inputs=inputs,
@@ -185,9 +184,7 @@ def export_fidelity(
         thresholds: of the recipe.
     """
     expected, ids = reference.student, reference.encoded.input_ids
-    mismatches = sum(
-        encoding.ids != row for encoding, row in zip(encodings, ids, strict=True)
-    )
+    mismatches = sum(encoding.ids != row for encoding, row in zip(encodings, ids, strict=True))
     order = np.argsort([len(row) for row in ids], kind="stable")
     probes = order[np.unique(np.linspace(0, len(order) - 1, PROBES).astype(int))]
     alone = np.concatenate([classifier.run([encodings[row]]) for row in probes])

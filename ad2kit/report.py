@@ -8,6 +8,7 @@ from ad2kit.records import BentoRecord, DistillReport, LatencyReport, ParityRepo
 from ad2kit.run_dir import write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ad2kit.records import LatencyCell
@@ -78,43 +79,44 @@ def caption(run: RunDir) -> str:
 def report(run: RunDir) -> Path:
     """Write ``report.md`` of a run and return its path."""
     parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
-    lines = [
-        f"# {run.recipe.name}: {'passed' if parity.passed else 'FAILED'}", "",
-        run.recipe.description, "", *_markdown(HEADER, rows(run)), "", caption(run), "",
-        f"Training: {distilled.steps} updates, best at {distilled.best_step}; "
-        f"{distilled.adversary_verdict}.", "",
-        "## The gate", "",
-        *_markdown(
-            ("variant", "question", "check", "value", "expected", "verdict"),
-            [
-                (
-                    verdict.variant, check.question, check.name, f"{check.value:.4g}",
-                    f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
-                )
-                for verdict in parity.variants
-                for check in verdict.checks
-            ],
-        ), "",
-        "## Data", "",
-        *_markdown(
-            ("split", "rows", "classes", "truncated"),
-            [
-                (
-                    name, str(facts.rows),
-                    ", ".join(f"{label} {n}" for label, n in facts.class_counts.items()),
-                    str(facts.truncated),
-                )
-                for name, facts in distilled.splits.items()
-            ],
-        ), "",
-        "## Versions", "",
-        *(f"- {name} {version}" for name, version in distilled.environment.items()),
+    checks = [
+        (
+            verdict.variant, check.question, check.name, f"{check.value:.4g}",
+            f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
+        )
+        for verdict in parity.variants
+        for check in verdict.checks
     ]  # fmt: skip
+    splits = [
+        (
+            name, str(facts.rows), str(facts.truncated),
+            ", ".join(f"{label} {count}" for label, count in facts.class_counts.items()),
+        )
+        for name, facts in distilled.splits.items()
+    ]  # fmt: skip
+    training = (
+        f"{distilled.steps} updates, best at {distilled.best_step}; {distilled.adversary_verdict}."
+    )
+    bento = []
     if run.bento_record.is_file():
-        bento = BentoRecord.read(run.bento_record)
-        lines += ["", "## Bento", "", f"`{bento.tag}`: {bento.service_texts} answers over HTTP, "
-                  f"{bento.service_label_flips} label flips."]  # fmt: skip
-    write_text(run.report, "\n".join(lines) + "\n")
+        record = BentoRecord.read(run.bento_record)
+        answers = f"{record.service_texts} answers over HTTP, {record.service_label_flips} flips"
+        bento = [f"`{record.tag}`: {answers}."]
+    sections = {
+        f"# {run.recipe.name}: {'passed' if parity.passed else 'FAILED'}": [run.recipe.description],
+        "## Result": [*_markdown(HEADER, rows(run)), "", caption(run)],
+        "## Training": [training],
+        "## The gate": _markdown(
+            ("variant", "question", "check", "value", "expected", "verdict"), checks
+        ),
+        "## Data": _markdown(("split", "rows", "truncated", "classes"), splits),
+        "## Bento": bento,
+        "## Versions": [f"- {name} {version}" for name, version in distilled.environment.items()],
+    }
+    text = "\n\n".join(
+        f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines
+    )
+    write_text(run.report, f"{text}\n")
     return run.report
 
 
@@ -135,5 +137,5 @@ def _smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyC
     return cells[0], cells[-1]
 
 
-def _markdown(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
+def _markdown(header: tuple[str, ...], table: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *table)]

@@ -101,43 +101,30 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+class _Inside:
+    """A file or folder of fixed name inside a run folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunDir, _owner: type[RunDir]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The folder of one run. Only this class knows its file names."""
 
     path: Path
 
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.json"
-
-    @property
-    def teacher(self) -> Path:
-        return self.path / "teacher"
-
-    @property
-    def student(self) -> Path:
-        return self.path / "student"
-
-    @property
-    def distill_report(self) -> Path:
-        return self.path / "distill.json"
-
-    @property
-    def parity_report(self) -> Path:
-        return self.path / "parity.json"
-
-    @property
-    def latency_report(self) -> Path:
-        return self.path / "latency.json"
-
-    @property
-    def bento_record(self) -> Path:
-        return self.path / "bento.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.md"
+    recipe_file = _Inside("recipe.json")
+    teacher = _Inside("teacher")
+    student = _Inside("student")
+    distill_report = _Inside("distill.json")
+    parity_report = _Inside("parity.json")
+    latency_report = _Inside("latency.json")
+    bento_record = _Inside("bento.json")
+    report = _Inside("report.md")
 
     def onnx(self, variant: str) -> Path:
         """Return the folder of one ONNX variant."""
@@ -212,7 +199,7 @@ def exclusive(
     """Make a stage hold the lock of its run while it works."""
 
     @functools.wraps(stage)
-    def locked_stage(run: RunDir, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def locked_stage(run: RunDir, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         _ = run.recipe  # a folder that is no run gets no lock file
         with run.locked():
             return stage(run, *args, **kwargs)
@@ -223,9 +210,7 @@ def exclusive(
 def _training_part(recipe: Recipe) -> str:
     """Return the fingerprint of what decides the weights."""
     sections = {"seed", "data", "teacher", "student", "distill"}
-    return fingerprint(
-        recipe.model_dump(mode="json", include=sections), recipe.compute.precision
-    )
+    return fingerprint(recipe.model_dump(mode="json", include=sections), recipe.compute.precision)
 
 
 def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunDir:
@@ -279,11 +264,7 @@ def passed_variants(run: RunDir) -> list[Path]:
     found = []
     for verdict in ParityReport.read(run.parity_report).variants:
         manifest = run.onnx(verdict.variant) / "manifest.json"
-        if (
-            verdict.passed
-            and manifest.is_file()
-            and sha256_of(manifest) == verdict.manifest_sha256
-        ):
+        if verdict.passed and manifest.is_file() and sha256_of(manifest) == verdict.manifest_sha256:
             found.append(manifest.parent)
     return sorted(found, key=lambda folder: (folder / "model.onnx").stat().st_size)
 
@@ -302,4 +283,3 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
         f"no run under {runs_dir.resolve()} has a variant that passed the parity gate",
         hint="make one with `ad2kit run demo`, or look at `ad2kit parity`",
     )
-

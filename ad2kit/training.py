@@ -70,9 +70,7 @@ def finetuning(accelerator: Accelerator) -> Objective:
     return step
 
 
-def ad2(
-    accelerator: Accelerator, settings: DistillRecipe
-) -> Objective:
+def ad2(accelerator: Accelerator, settings: DistillRecipe) -> Objective:
     """Return the objective of AD2; with ``alpha`` 0 it is plain distillation, at its cost.
 
     The clean pass runs with a zero δ that records its gradient, so that the first ascent step
@@ -143,7 +141,8 @@ def learning_rate(step: int, total_steps: int, settings: TrainRecipe) -> float:
 
 def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator) -> TrainState:
     """Return the state before the first update: AdamW without decay on biases and norms."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for parameter in model.module.parameters():
         (decayed if parameter.ndim > 1 else plain).append(parameter)
     optimizer = torch.optim.AdamW(
@@ -210,10 +209,9 @@ def train(
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + share * value
         _insist_finite(loss, "loss", phase, state.step, lr)
-        norm = float(
-            accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm)
-        )
-        if accelerator.mixed_precision != "fp16":  # there the loss scaler skips such steps by design
+        norm = float(accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm))
+        # In fp16 the loss scaler meets such gradients by design, and skips the step itself.
+        if accelerator.mixed_precision != "fp16":
             _insist_finite(norm, "gradient norm", phase, state.step, lr)
         optimizer.step()
         state.step += 1
@@ -223,7 +221,10 @@ def train(
             state.keep_if_best(metric)
         yield StepRecord(
             phase=phase, step=state.step, total_steps=total, epoch=epoch, lr=lr, loss=loss,
-            terms=terms, grad_norm=norm, examples=len(rows), select_metric=metric, **inner,
+            terms=terms, grad_norm=norm, examples=len(rows), select_metric=metric,
+            inner_loss_before=inner.get("inner_loss_before"),
+            inner_loss_after=inner.get("inner_loss_after"),
+            adversarial_gain=inner.get("adversarial_gain"),
         )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -33,6 +32,8 @@ from ad2kit.run_dir import latest_passed_run
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
+
+    from starlette.requests import Request
 
     Message = MutableMapping[str, Any]
     Receive = Callable[[], Awaitable[Message]]
@@ -236,7 +237,7 @@ async def info(_request: Request) -> JSONResponse:
     return JSONResponse(bentoml.get_current_service().info())
 
 
-@bentoml.service(name="ad2kit-classifier", traffic={"timeout": 60}, workers=1)  # type: ignore[untyped-decorator]
+@bentoml.service(name="ad2kit-classifier", traffic={"timeout": 60}, workers=1)
 @bentoml.asgi_app(Starlette(routes=[Route("/info", info)]), path="/")
 class Ad2kitClassifier:
     """Text classification by a distilled student."""
@@ -255,7 +256,7 @@ class Ad2kitClassifier:
             max_queue_texts=MAX_QUEUE_TEXTS,
         )
 
-    @bentoml.api(route="/classify")  # type: ignore[untyped-decorator]
+    @bentoml.api(route="/classify")
     async def classify(self, request: ClassifyRequest, /) -> ClassifyResponse:
         """Return label and probabilities for each text."""
         texts = [request.texts] if isinstance(request.texts, str) else request.texts
@@ -298,10 +299,10 @@ class Ad2kitClassifier:
             "parity": self.lineage.get("parity"),
         }
 
-    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    @bentoml.on_shutdown
     async def drain(self) -> None:
         """Answer what is queued before the process ends."""
         await self.batcher.close()
 
 
-Ad2kitClassifier.add_asgi_middleware(ErrorContract)
+Ad2kitClassifier.add_asgi_middleware(ErrorContract)  # type: ignore[attr-defined]

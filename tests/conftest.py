@@ -1,0 +1,86 @@
+"""Shared fixtures: everything is offline, on one thread, and real (tiny models, real runs)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before any library reads them: no hub, no telemetry, and a Bento store of our own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["BENTOML_DO_NOT_TRACK"] = "true"
+os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
+
+import pytest
+
+from ad2kit import recipe as recipes
+from ad2kit.run_dir import RunDir, open_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ad2kit.recipe import Recipe
+
+# Real data lies beside the checkout on the machines of the developers.
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+# The smoke recipe, shortened: seconds for the whole chain.
+QUICK = (
+    "data.max_train_rows=480",
+    "teacher.finetune.epochs=2",
+    "distill.epochs=2",
+    "bench.seconds_per_cell=0.02",
+    "bench.lengths_tokens=[16]",
+    "parity.min_retained=0.5",
+    "parity.min_retained_lower=0.3",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_the_bento_store() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def quick_recipe() -> Recipe:
+    return recipes.load("smoke", QUICK)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe) -> RunDir:
+    """A quick smoke run that is distilled, exported, judged and measured. Do not change it."""
+    from ad2kit.bench import bench
+    from ad2kit.distill import distill
+    from ad2kit.export import export
+    from ad2kit.parity import parity
+
+    run = open_run(quick_recipe, tmp_path_factory.mktemp("runs"))
+    distill(run)
+    export(run)
+    assert parity(run).passed
+    bench(run)
+    return run
+
+
+@pytest.fixture
+def copied_run(finished_run: RunDir, tmp_path: Path) -> RunDir:
+    """A copy of the finished run that a test may damage."""
+    folder = tmp_path / "runs" / finished_run.path.name
+    shutil.copytree(finished_run.path, folder)
+    return RunDir(folder)
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """Return the folder of a real task, or skip the test where there is none."""
+
+    def folder(task: str) -> Path:
+        path = SHARED_DATA / task
+        if not path.is_dir():
+            pytest.skip(f"the real data of '{task}' is not on this machine")
+        return path
+
+    return folder
