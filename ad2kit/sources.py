@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from ad2kit.recipe import DataRecipe
 
+# The data are part of the recipe: the same for every seed of the training.
+_OPINIONS_SEED = 7
+
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
 
 Row = tuple[str, dict[str, Any]]
@@ -38,7 +41,7 @@ def read_rows(recipe: DataRecipe) -> Rows:
     if not separator:
         return _read_folder(Path(recipe.source))
     if scheme == "embedded" and rest == "opinions":
-        opinions = corpus.opinions(seed=0)
+        opinions = corpus.opinions(seed=_OPINIONS_SEED)
 
         def rows(pairs: Sequence[tuple[str, int]], name: str) -> list[Row]:
             columns = (recipe.text_columns[0], recipe.label_column)

@@ -1,0 +1,234 @@
+"""Reading, checking, splitting and batching labelled texts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from ad2kit.data import Data, epoch_batches, load_data
+from ad2kit.errors import DataError
+from ad2kit.recipe import DataRecipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+GOOD = "text\tlabel\n" + "".join(f"text {i} \"quoted\t{i % 2}\n" for i in range(40))
+
+
+def recipe(source: Path | str | None, **changes: object) -> DataRecipe:
+    values: dict[str, object] = {
+        "source": None if source is None else str(source), "text_columns": ("text",), "label_column": "label",
+        "max_length_tokens": 32,
+    }  # fmt: skip
+    return DataRecipe.model_validate(values | changes)
+
+
+def folder(path: Path, train: str = GOOD, validation: str = GOOD, suffix: str = "tsv") -> Path:
+    (path / f"train.{suffix}").write_text(train)
+    (path / f"validation.{suffix}").write_text(validation)
+    return path
+
+
+def everything(data: Data) -> Counter[tuple[str, ...]]:
+    return Counter(data.train.texts) + Counter(data.select.texts)
+
+
+def test_tsv_takes_a_quotation_mark_as_a_character(tmp_path: Path) -> None:
+    data = load_data(recipe(folder(tmp_path)), seed=1)
+    assert data.labels == ("0", "1")
+    assert ('text 3 "quoted',) in everything(data)
+    assert len(data.validation) == 40
+
+
+def test_all_formats_read_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"text": f"text, {i}\nsecond line", "label": i % 2} for i in range(40)]
+    found = []
+    for suffix in ("csv", "jsonl", "parquet"):
+        target = tmp_path / suffix
+        target.mkdir()
+        for name in ("train", "validation"):
+            path = target / f"{name}.{suffix}"
+            if suffix == "csv":
+                lines = "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows)
+                path.write_text("text,label\n" + lines)
+            elif suffix == "jsonl":
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            else:
+                parquet.write_table(pa.Table.from_pylist(rows), path)
+        found.append(load_data(recipe(target), seed=1))
+    assert {data.train.sha256() for data in found} == {found[0].train.sha256()}
+    assert found[0].validation.texts[3] == ("text, 3\nsecond line",)
+
+
+def test_single_files_are_named_instead_of_a_folder(tmp_path: Path) -> None:
+    folder(tmp_path)
+    files = {name: str(tmp_path / f"{name}.tsv") for name in ("train", "validation")}
+    by_file = recipe(None, **files)
+    assert load_data(by_file, 1).train.texts == load_data(recipe(tmp_path), 1).train.texts
+
+
+def test_label_names_come_from_labels_txt(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("0\tbad\n1\tgood\n")
+    assert load_data(recipe(folder(tmp_path)), 1).labels == ("bad", "good")
+
+
+def test_label_names_in_the_rows_mean_what_the_recipe_says(tmp_path: Path) -> None:
+    rows = "text\tlabel\n" + "".join(f"t{i}\t{('yes', 'no')[i % 2]}\n" for i in range(20))
+    data = load_data(recipe(folder(tmp_path, rows, rows), labels=("no", "yes")), 1)
+    first = dict(zip(data.validation.texts, data.validation.labels.tolist(), strict=True))
+    assert (first[("t0",)], first[("t1",)]) == (1, 0)
+
+
+def test_the_splits_are_disjoint_deterministic_and_depend_on_the_seed(tmp_path: Path) -> None:
+    source = recipe(folder(tmp_path))
+    data, again, other = load_data(source, 1), load_data(source, 1), load_data(source, 2)
+    assert data.train.texts == again.train.texts
+    assert data.select.texts != other.select.texts
+    assert not set(data.train.texts) & set(data.select.texts)
+    assert len(data.train) + len(data.select) == 40
+    assert len(data.select) == 8  # a fifth at most of a tiny set
+    # The gate's rows keep the order of the file.
+    assert data.validation.texts[0] == ('text 0 "quoted',)
+
+
+def test_select_takes_five_percent_between_200_and_2000(tmp_path: Path) -> None:
+    for rows, expected in ((2_000, 200), (10_000, 500), (60_000, 2_000)):
+        text = "text\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(rows))
+        assert len(load_data(recipe(folder(tmp_path, text)), 1).select) == expected
+
+
+def test_max_train_rows_caps_train_and_select_together(tmp_path: Path) -> None:
+    data = load_data(recipe(folder(tmp_path), max_train_rows=30), 1)
+    assert len(data.train) + len(data.select) == 30
+    assert len(data.validation) == 40
+
+
+def without_column(path: Path) -> Path:
+    return folder(path, GOOD.replace("text\tlabel", "texts\tlabel", 1))
+
+
+def header_only(path: Path) -> Path:
+    return folder(path, GOOD, "text\tlabel\n")
+
+
+def one_class(path: Path) -> Path:
+    return folder(path, GOOD, "text\tlabel\n" + "same\t1\n" * 9)
+
+
+def empty_text(path: Path) -> Path:
+    return folder(path, GOOD + "  \t1\n")
+
+
+def not_utf8(path: Path) -> Path:
+    folder(path)
+    (path / "train.tsv").write_bytes(b"text\tlabel\ngood\t1\ncaf\xe9\t0\n")
+    return path
+
+
+def missing_field(path: Path) -> Path:
+    return folder(path, GOOD + "no label here\n")
+
+
+def no_train_file(path: Path) -> Path:
+    folder(path)
+    (path / "train.tsv").unlink()
+    return path
+
+
+def two_train_files(path: Path) -> Path:
+    folder(path)
+    return folder(path, "text,label\n", GOOD.replace("\t", ","), suffix="csv")
+
+
+def broken_json(path: Path) -> Path:
+    line = '{"text": "a", "label": 1}\n'
+    return folder(path, line + '{"text": \n', line, suffix="jsonl")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (without_column, r"train\.tsv, line 2: no column 'text' \(did you mean 'texts'\?\)"),
+        (header_only, "validation split is empty"),
+        (one_class, "validation split holds one class only: '1' in all 9 rows"),
+        (empty_text, r"train\.tsv, line 42: 'text' must be a text with at least one visible"),
+        (not_utf8, r"not UTF-8: byte 0xe9 in line 3"),
+        (missing_field, r"line 42: expected 2 fields \(text, label\), found 1"),
+        (no_train_file, "expected exactly one train"),
+        (two_train_files, r"expected exactly one train.*train\.tsv, train\.csv"),
+        (broken_json, r"train\.jsonl, line 2: not JSON"),
+    ],
+)
+def test_wrong_data_is_an_error_that_says_where(
+    tmp_path: Path, make: Callable[[Path], Path], expected: str
+) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        load_data(recipe(make(tmp_path)), 1)
+    assert caught.value.hint
+
+
+def test_a_label_outside_the_label_set_is_refused(tmp_path: Path) -> None:
+    source = folder(tmp_path, GOOD.replace("\t0\n", "\tx\n", 1))
+    with pytest.raises(DataError, match=r"line 2: label 'x' is not in the label set \(a, b\)"):
+        load_data(recipe(source, labels=("a", "b")), 1)
+    with pytest.raises(DataError, match=r"line 3: label '1' is not in the label set \(a\)"):
+        load_data(recipe(folder(tmp_path), labels=("a",)), 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("nowhere", "no folder 'nowhere'"),
+        ("ftp://x", "expected a folder, hub://"),
+        ("embedded://nothing", "expected a folder, hub://"),
+    ],
+)
+def test_an_unknown_source_is_refused(source: str, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        load_data(recipe(source), 1)
+
+
+def test_the_hub_without_a_network_names_the_local_alternative() -> None:
+    with pytest.raises(DataError, match="cannot load the data set 'nyu-mll/glue/sst2'") as caught:
+        load_data(recipe("hub://nyu-mll/glue/sst2", text_columns=("sentence",)), 1)
+    assert "data.source=FOLDER" in caught.value.hint
+
+
+def test_an_epoch_holds_every_row_once_in_batches_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, size=1003).tolist()
+    batches = epoch_batches(lengths, 16, seed=5, epoch=0)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+    assert sum(len(batch) != 16 for batch in batches) == 1
+    spread = np.mean([np.ptp(np.take(lengths, batch)) for batch in batches])
+    assert spread < 10  # of 57 at random
+    same = epoch_batches(lengths, 16, seed=5, epoch=0)
+    assert all((a == b).all() for a, b in zip(batches, same, strict=True))
+    assert any((a != b).any() for a, b in zip(
+        batches[:40], epoch_batches(lengths, 16, seed=5, epoch=1)[:40], strict=True
+    ) if len(a) == len(b))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "rows", "classes"),
+    [("sst2", ("sentence",), 872, 2), ("trec", ("sentence",), 500, 6),
+     ("mrpc", ("sentence1", "sentence2"), 408, 2)],
+)  # fmt: skip
+def test_real_tasks_are_read_whole(
+    shared_data: Callable[[str], Path],
+    task: str,
+    columns: tuple[str, ...],
+    rows: int,
+    classes: int,
+) -> None:
+    data = load_data(recipe(shared_data(task), text_columns=columns), 1)
+    assert len(data.validation) == rows
+    assert len(data.labels) == classes
+    assert all(len(text) == len(columns) for text in data.validation.texts)

@@ -1,0 +1,119 @@
+"""Recipes: strict, closed to unknown keys, and the same through files and overrides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ad2kit import recipe as recipes
+from ad2kit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> None:
+    assert recipes.load(name).name == name
+
+
+def test_the_recipes_that_the_readme_names_are_shipped() -> None:
+    assert recipes.recipe_names() == ["demo", "smoke", "sst2", "sst2-minilm"]
+
+
+def test_sst2_has_the_published_hyperparameters() -> None:
+    recipe = recipes.load("sst2")
+    adversary = recipe.distill.adversary
+    assert recipe.teacher.model == "hub://google-bert/bert-base-uncased"
+    assert recipe.student.layers == (1, 3, 5, 7, 9, 11)
+    assert (recipe.distill.epochs, recipe.distill.warmup_ratio) == (6, 0.1)
+    assert (recipe.distill.temperature, recipe.distill.alpha) == (1.0, 1.0)
+    assert recipe.distill.max_grad_norm == 1.0
+    assert (adversary.radius, adversary.step_size) == (1e-5, 1e-3)
+    assert recipe.data.max_length_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-5", 5e-5), ("1.", 1.0), (".5", 0.5), ("-3", -3), ("012", "012"), ("no", "no"),
+        ("on", "on"), ("true", True), ("null", None), ("", None), ("~", None),
+        ("2026-01-01", "2026-01-01"), ("1:30", "1:30"), ("'5'", "5"), ("[1, 2]", [1, 2]),
+    ],
+)  # fmt: skip
+def test_scalars_follow_the_yaml_core_schema(text: str, value: object) -> None:
+    parsed = recipes.parse_yaml(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_an_override_reaches_the_typed_recipe() -> None:
+    recipe = recipes.load("smoke", ["distill.lr=5e-5", "student.layers=[0]", "distill.alpha=2"])
+    assert recipe.distill.lr == 5e-5
+    assert recipe.student.layers == (0,)
+    assert recipe.distill.alpha == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distil.lr=1e-4", "did you mean 'distill'"),
+        ("distill.learning_rate=1e-4", "unknown key 'distill.learning_rate'"),
+        ("distill.warmup=0.1", "did you mean 'warmup_ratio'"),
+        ("distill.adversary.radios=1", "did you mean 'radius'"),
+        ("teacher.finetune.epoch=1", "did you mean 'epochs'"),
+        ("distill.lr=fast", "distill.lr"),
+        ("distill.lr=-1", "greater than 0"),
+        ("distill.epochs='3'", "found '3'"),
+        ("distill.epochs=true", "found True"),
+        ("distill.epochs=2.5", "distill.epochs"),
+        ("distill.adversary.norm=l3", "'linf' or 'l2'"),
+        ("export.variants=[int8]", "'fp32' must be among the variants"),
+        ("distill.accumulation_steps=5", "not a multiple"),
+        ("data.train=a.tsv", "either 'source' or both"),
+        ("distill.lr", "must look like key.path=value"),
+        ("distill.lr.x=1", "is a value, not a section"),
+        ("student.layers=[-1]", "greater than or equal to 0"),
+        ("seed=null", "seed"),
+    ],
+)
+def test_a_wrong_override_is_an_error_that_names_it(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load("smoke", [override])
+    assert expected in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'sst2'"):
+        recipes.load("sst3")
+
+
+def test_a_path_is_a_recipe_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((recipes.recipes_folder() / "smoke.yaml").read_text())
+    assert recipes.load(str(path)) == recipes.load("smoke")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("seed: 1\nseed: 2\n", "appears twice"),
+        ("[1, 2]", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("", "must hold a mapping"),
+        ("name: x\n", "'data' is missing"),
+        ("x: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_an_error(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=expected):
+        recipes.load(str(path))
+
+
+def test_a_recipe_survives_its_own_json() -> None:
+    recipe = recipes.load("demo", ["distill.lr=3e-5"])
+    assert recipes.from_data(recipe.model_dump(mode="json"), where="test") == recipe
