@@ -119,7 +119,7 @@ def inner_gradient(
 
     The gradient is taken with respect to δ alone: nothing accumulates on the parameters.
     """
-    delta = delta.detach().requires_grad_(mode=True)
+    delta = delta.detach().requires_grad_(True)
     loss = inner_loss(delta)
     gradient: torch.Tensor
     (gradient,) = torch.autograd.grad(loss, delta)

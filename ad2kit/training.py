@@ -95,7 +95,7 @@ def ad2(accelerator: Accelerator, settings: DistillRecipe) -> Objective:
         hard = cross_entropy(logits, batch.labels) if settings.hard_label_weight else None
         # KD goes first and alone: the gradient on δ is then that of the inner objective.
         accelerator.backward(kd * share, retain_graph=hard is not None)
-        gradient = delta.grad
+        gradient, delta.grad = delta.grad, None
         if hard is not None:
             accelerator.backward(settings.hard_label_weight * hard * share)
         terms = {"kd": kd.item()} | ({"cross_entropy": hard.item()} if hard is not None else {})

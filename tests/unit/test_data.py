@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-GOOD = "text\tlabel\n" + "".join(f"text {i} \"quoted\t{i % 2}\n" for i in range(40))
+GOOD = "text\tlabel\n" + "".join(f'text {i} "quoted\t{i % 2}\n' for i in range(40))
 
 
 def recipe(source: Path | str | None, **changes: object) -> DataRecipe:

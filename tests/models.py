@@ -1,0 +1,80 @@
+"""Tiny real models and batches for the tests of the maths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ad2kit import models
+from ad2kit.data import Encoded, Split, collate, encode
+from ad2kit.recipe import ComputeRecipe, DistillRecipe, load
+from ad2kit.runtime import accelerator
+from ad2kit.training import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ad2kit.models import TextModel
+
+TEXTS = (
+    "never dull", "hardly a disappointment, all told", "bad", "not at all a convincing film",
+    "a slow start but a fine end", "dull", "fine, fine, fine", "the film is not bad at all",
+)  # fmt: skip
+LABELS = ("negative", "positive")
+
+
+def cpu() -> Accelerator:
+    return accelerator(ComputeRecipe(device="cpu", threads=1))
+
+
+def split() -> Split:
+    return Split(tuple((text,) for text in TEXTS), np.array([1, 1, 0, 0, 1, 0, 1, 1]))
+
+
+def tiny_bert(seed: int = 3, *, dropout: bool = False) -> TextModel:
+    """A random BERT over the words of TEXTS, in evaluation mode unless with dropout."""
+    model = models.load_teacher("random://bert", LABELS, seed=seed, train=split(), finished=False)
+    if not dropout:
+        for module in model.module.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.module.config.attention_probs_dropout_prob = 0.0
+        for layer in model.module.bert.encoder.layer:  # type: ignore[union-attr]
+            layer.attention.self.dropout_prob = 0.0
+    return replace(model)
+
+
+def encoded(model: TextModel) -> Encoded:
+    return encode(split(), model.tokenizer, 32)
+
+
+def batch(model: TextModel, rows: slice = slice(None)) -> Batch:
+    data = encoded(model)
+    chosen = np.arange(len(data))[rows]
+    generator = torch.Generator().manual_seed(11)
+    teacher_logits = 2 * torch.randn(len(data), 2, generator=generator)
+    return Batch(
+        collate(data, chosen, model.tokenizer),
+        torch.from_numpy(data.labels[chosen]),
+        teacher_logits[torch.from_numpy(chosen)],
+    )
+
+
+def settings(**changes: object) -> DistillRecipe:
+    """The distill section of the smoke recipe with some values changed."""
+    plain = load("smoke").distill.model_dump()
+    adversary = plain["adversary"] | {
+        key: changes.pop(key) for key in list(changes) if key in plain["adversary"]
+    }
+    return DistillRecipe.model_validate(plain | changes | {"adversary": adversary})
+
+
+def gradients(model: TextModel) -> torch.Tensor:
+    """All gradients in one vector."""
+    return torch.cat([
+        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+        for p in model.module.parameters()
+    ])  # fmt: skip

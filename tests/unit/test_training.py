@@ -1,0 +1,234 @@
+"""The objectives and the loop: the identities that AD2 must satisfy, and exactness."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from ad2kit import adversary as adv
+from ad2kit.errors import DivergedError
+from ad2kit.losses import cross_entropy, soft_target_kl
+from ad2kit.recipe import load
+from ad2kit.training import ad2, finetuning, learning_rate, new_state, train
+from tests.models import batch, cpu, encoded, gradients, settings, tiny_bert
+
+if TYPE_CHECKING:
+    from ad2kit.records import StepRecord
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "smoke.json"
+
+
+def hand_written_kd(seed: int = 3) -> torch.Tensor:
+    model = tiny_bert(seed)
+    data = batch(model)
+    assert data.teacher_logits is not None
+    loss = soft_target_kl(model.module(**data.inputs).logits, data.teacher_logits, 1.0)
+    loss.backward()
+    return gradients(model)
+
+
+def run_ad2(**changes: Any) -> tuple[torch.Tensor, Any]:
+    model = tiny_bert()
+    model.module.train()
+    losses = ad2(cpu(), settings(**changes))(model, batch(model), 1.0)
+    return gradients(model), losses
+
+
+def test_alpha_zero_is_plain_distillation() -> None:
+    found, losses = run_ad2(alpha=0.0)
+    torch.testing.assert_close(found, hand_written_kd(), rtol=1e-6, atol=1e-9)
+    assert set(losses.terms) == {"kd"}
+    assert losses.inner == {}
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_radius_zero_gives_one_plus_alpha_times_the_clean_gradient(
+    alpha: float, start: str
+) -> None:
+    found, losses = run_ad2(alpha=alpha, radius=0.0, start=start)
+    expected = (1 + alpha) * hand_written_kd()
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    assert losses.inner["adversarial_gain"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_the_zero_start_ascent_uses_the_gradient_of_the_clean_kl() -> None:
+    """The gradient that the clean backward pass leaves on δ equals a separately computed one."""
+    model = tiny_bert()
+    data = batch(model)
+    assert data.teacher_logits is not None
+    teacher_logits, mask = data.teacher_logits, data.inputs["attention_mask"]
+
+    def inner(delta: torch.Tensor) -> torch.Tensor:
+        with adv.perturbed(model.word_embeddings, delta):
+            return soft_target_kl(model.module(**data.inputs).logits, teacher_logits, 1.0)
+
+    seen: list[torch.Tensor] = []
+    original = adv.ascend
+
+    def spy(delta: Any, gradient: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(gradient.clone())
+        return original(delta, gradient, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adv, "ascend", spy)
+        # With a hard-label term: it must not leak into the inner gradient.
+        ad2(cpu(), settings(radius=1e-2, hard_label_weight=0.7))(model, data, 1.0)
+    _, separate = adv.inner_gradient(inner, adv.no_perturbation(mask, 64))
+    (used,) = seen
+    torch.testing.assert_close(used, separate, rtol=1e-5, atol=1e-9)
+
+
+def test_the_ascent_raises_the_kl_and_the_gain_says_so() -> None:
+    _, losses = run_ad2(radius=1e-2, step_size=1e-2)
+    assert losses.inner["adversarial_gain"] > 0
+    assert losses.inner["inner_loss_after"] == losses.terms["adversarial"]
+    assert losses.inner["inner_loss_before"] == losses.terms["kd"]
+    more = run_ad2(radius=1e-2, step_size=4e-3, steps=3)[1]
+    assert more.inner["adversarial_gain"] > 0
+
+
+def test_the_adversary_attacks_the_network_that_the_clean_pass_saw() -> None:
+    """With dropout on, a zero radius still gains nothing: the masks are replayed."""
+    model = tiny_bert(dropout=True)
+    model.module.train()
+    torch.manual_seed(0)
+    losses = ad2(cpu(), settings(radius=0.0))(model, batch(model), 1.0)
+    assert losses.inner["adversarial_gain"] == 0.0
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    ad2(cpu(), settings(radius=0.0))(model, batch(model), 1.0)
+    assert torch.rand(1) == first
+
+
+def test_the_hard_label_term_adds_its_gradient() -> None:
+    model = tiny_bert()
+    data = batch(model)
+    (0.7 * cross_entropy(model.module(**data.inputs).logits, data.labels)).backward()
+    expected = hand_written_kd() + gradients(model)
+    found, losses = run_ad2(alpha=0.0, hard_label_weight=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert losses.loss == pytest.approx(losses.terms["kd"] + 0.7 * losses.terms["cross_entropy"])
+
+
+def trained(accumulation_steps: int, norm: str) -> tuple[torch.Tensor, list[StepRecord]]:
+    model = tiny_bert()
+    accelerator = cpu()
+    recipe = settings(
+        epochs=3, batch_size=8, accumulation_steps=accumulation_steps, norm=norm, radius=1e-2
+    )
+    state = new_state(model, recipe, accelerator)
+    teacher_logits = batch(model).teacher_logits
+    records = list(
+        train(state, encoded(model), teacher_logits, ad2(accelerator, recipe), recipe,
+              lambda _model: 0.5, accelerator, phase="student", seed=1)
+    )  # fmt: skip
+    weights = torch.cat([p.detach().flatten() for p in state.model.module.parameters()])
+    return weights, records
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_batch_of_eight_is_two_of_four_accumulated(norm: str) -> None:
+    whole, records = trained(1, norm)
+    halves, accumulated = trained(2, norm)
+    for one, two in zip(records, accumulated, strict=True):
+        assert two.loss == pytest.approx(one.loss, rel=1e-4)
+        assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
+    torch.testing.assert_close(halves, whole, rtol=1e-3, atol=2e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimiser() -> None:
+    model = tiny_bert()
+    accelerator = cpu()
+    recipe = settings(epochs=1, batch_size=8)
+    state = new_state(model, recipe, accelerator)
+    before = [p.detach().clone() for p in state.model.module.parameters()]
+    teacher_logits = batch(model).teacher_logits
+    assert teacher_logits is not None
+    teacher_logits[3, 0] = float("nan")
+    with pytest.raises(DivergedError, match=r"student: the loss is nan at update 1") as caught:
+        list(
+            train(state, encoded(model), teacher_logits, ad2(accelerator, recipe), recipe,
+                  lambda _model: 0.0, accelerator, phase="student", seed=1)
+        )  # fmt: skip
+    assert "lower distill.lr" in caught.value.hint
+    after = state.model.module.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
+    recipe = settings(lr=1.0, warmup_ratio=0.1)
+    rates = [learning_rate(step, 100, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0
+    assert rates[10] == 1.0
+    assert rates[99] == pytest.approx(1 / 90)
+    assert learning_rate(100, 100, recipe) == 0.0
+    assert learning_rate(0, 5, replace_warmup(0.0)) == 1.0
+
+
+def replace_warmup(ratio: float) -> Any:
+    return settings(lr=1.0, warmup_ratio=ratio)
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    state = new_state(tiny_bert(), settings(weight_decay=0.1), cpu())
+    groups = state.optimizer.param_groups
+    assert {p.ndim for p in groups[1]["params"]} == {1}
+    assert min(p.ndim for p in groups[0]["params"]) == 2
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def twenty_steps() -> dict[str, list[dict[str, float]]]:
+    """The first 20 updates of teacher and student of the smoke recipe, on its own data."""
+    from ad2kit import models
+    from ad2kit.data import encode, load_data
+    from ad2kit.training import predict_logits
+
+    recipe = load("smoke", ["data.max_train_rows=400"])
+    data = load_data(recipe.data, recipe.seed)
+    accelerator = cpu()
+    teacher = models.load_teacher(
+        "random://bert", data.labels, seed=recipe.seed, train=data.train, finished=False
+    )
+    split = encode(data.train, teacher.tokenizer, recipe.data.max_length_tokens)
+    assert recipe.teacher.finetune is not None
+    curves: dict[str, list[dict[str, float]]] = {}
+
+    def follow(phase: Any, model: Any, logits: Any, objective: Any, part: Any) -> None:
+        torch.manual_seed(recipe.seed)
+        state = new_state(model, part, accelerator)
+        steps = train(state, split, logits, objective, part, lambda _m: 0.5, accelerator,
+                      phase=phase, seed=recipe.seed)  # fmt: skip
+        curves[phase] = []
+        for record in steps:
+            curves[phase].append(
+                {"loss": record.loss, "grad_norm": record.grad_norm, **record.terms}
+            )
+            if record.step == 20:
+                break
+
+    follow("teacher", teacher, None, finetuning(accelerator), recipe.teacher.finetune)
+    logits = predict_logits(teacher, split, torch.device("cpu"))
+    student = models.build_student(replace(teacher), recipe.student.layers)
+    follow("student", student, logits, ad2(accelerator, recipe.distill), recipe.distill)
+    return curves
+
+
+def test_twenty_steps_of_smoke_are_the_golden_ones() -> None:
+    """Pins loss terms and gradient norms; to renew: `python -m tests.unit.test_training`."""
+    golden = json.loads(GOLDEN.read_text())
+    for phase, records in twenty_steps().items():
+        assert len(records) == 20
+        for step, (found, expected) in enumerate(zip(records, golden[phase], strict=True), 1):
+            assert found == pytest.approx(expected, rel=2e-3, abs=1e-6), f"{phase} step {step}"
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(twenty_steps(), indent=1) + "\n")
