@@ -7,7 +7,6 @@ by length and cut to a budget of padded tokens. A lone request never waits for c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -66,6 +65,7 @@ class Batcher:
         self._waiting: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ad2kit-infer")
 
     async def submit(self, tokenised: Sequence[Any]) -> NDArray[Any]:
@@ -76,8 +76,11 @@ class Batcher:
 
         Raises:
             QueueFull: too many texts are waiting; none of these was accepted.
+            RuntimeError: the batcher is closed.
             Exception: whatever ``infer`` raised for one of these texts alone.
         """
+        if self._closing:
+            raise RuntimeError("the batcher is closed")
         if len(self._waiting) + len(tokenised) > self._max_queue_texts:
             raise QueueFull(retry_after_s=1)
         if self._worker is None:
@@ -90,15 +93,15 @@ class Batcher:
         finally:
             for item in items:
                 item.answer.cancel()
+            # What nobody waits for must not fill the queue.
+            self._waiting = deque(item for item in self._waiting if not item.answer.done())
 
     async def close(self) -> None:
-        """Answer what is waiting, then stop."""
-        while self._waiting:
-            await asyncio.sleep(0.005)
+        """Answer what is waiting or being computed, then stop."""
+        self._closing = True
+        self._wake.set()
         if self._worker is not None:
-            self._worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._worker
+            await self._worker
         self._thread.shutdown()
 
     def _next_batch(self) -> list[_Item]:
@@ -129,6 +132,8 @@ class Batcher:
         while True:
             batch = self._next_batch()
             if not batch:
+                if self._closing:
+                    return
                 self._wake.clear()
                 await self._wake.wait()
                 continue

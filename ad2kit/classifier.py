@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ Text = str | tuple[str, str]
 """One text, or the two texts of a sentence-pair model."""
 
 MODEL_FILE = "model.onnx"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,8 @@ def read_artifact(folder: Path) -> OnnxArtifact:
 
 
 def _is_text(column: object) -> bool:
-    """Callers in Python and over HTTP can pass anything."""
-    return isinstance(column, str) and bool(column.strip())
+    """Callers in Python and over HTTP can pass anything; no tokenizer takes a lone surrogate."""
+    return isinstance(column, str) and bool(column.strip()) and not _SURROGATE.search(column)
 
 
 class OnnxClassifier:
@@ -166,8 +168,9 @@ class OnnxClassifier:
         """
         if isinstance(texts, str):
             raise UserError("expected a list of texts, found one str", hint="pass [text]")
+        examples: list[Text] = []
         for position, text in enumerate(texts):
-            columns = (text,) if isinstance(text, str) else tuple(text)
+            columns = tuple(text) if isinstance(text, (tuple, list)) else (text,)
             if len(columns) != self.artifact.text_columns:
                 raise UserError(
                     f"text {position}: this model reads {self.artifact.text_columns} text(s) per "
@@ -176,10 +179,12 @@ class OnnxClassifier:
                 )
             if not all(_is_text(column) for column in columns):
                 raise UserError(
-                    f"text {position}: expected at least one visible character, found {text!r:.50}",
-                    hint="leave empty texts out",
+                    f"text {position}: expected at least one visible character and no lone "
+                    f"surrogate, found {text!r:.50}",
+                    hint="leave empty texts out, and mend those that were decoded wrongly",
                 )
-        encodings: list[Encoding] = self.tokenizer.encode_batch(list(texts))
+            examples.append(columns if len(columns) == 2 else columns[0])
+        encodings: list[Encoding] = self.tokenizer.encode_batch(examples)
         return encodings
 
     def run(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:

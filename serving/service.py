@@ -170,7 +170,7 @@ class ErrorContract:
             message = await receive()
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
-                raise TooLarge
+                raise TooLarge("stopped reading")
             return message
 
         async def typed_send(message: Message) -> None:
@@ -269,7 +269,7 @@ class Ad2kitClassifier:
         except QueueFull as error:
             raise Overloaded(str(error)) from error
         except TimeoutError as error:
-            raise DeadlineExceeded from error
+            raise DeadlineExceeded("no answer in time") from error
         predictions = self.classifier.predictions(encodings, logits)
         return ClassifyResponse(
             predictions=[

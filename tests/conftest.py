@@ -28,9 +28,8 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # The smoke recipe, shortened: seconds for the whole chain.
 QUICK = (
-    "data.max_train_rows=480",
     "teacher.finetune.epochs=2",
-    "distill.epochs=2",
+    "distill.epochs=1",
     "bench.seconds_per_cell=0.02",
     "bench.lengths_tokens=[16]",
     "parity.min_retained=0.5",

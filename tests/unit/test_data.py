@@ -22,9 +22,11 @@ GOOD = "text\tlabel\n" + "".join(f'text {i} "quoted\t{i % 2}\n' for i in range(4
 
 def recipe(source: Path | str | None, **changes: object) -> DataRecipe:
     values: dict[str, object] = {
-        "source": None if source is None else str(source), "text_columns": ("text",), "label_column": "label",
+        "source": None if source is None else str(source),
+        "text_columns": ("text",),
+        "label_column": "label",
         "max_length_tokens": 32,
-    }  # fmt: skip
+    }
     return DataRecipe.model_validate(values | changes)
 
 

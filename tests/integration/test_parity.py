@@ -1,0 +1,173 @@
+"""The gate must pass what is right and fail what is not: every control breaks something."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from ad2kit.classifier import MODEL_FILE
+from ad2kit.errors import GateFailed, ModelError, RunError
+from ad2kit.parity import conversion_cost, insist_passed, parity
+from ad2kit.recipe import ParityRecipe
+from ad2kit.records import OnnxArtifact, ParityReport
+from ad2kit.run_dir import RunDir, passed_variants, sha256_of, write_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def failed_checks(run: RunDir, variant: str = "fp32") -> set[str]:
+    """Judge a run, expect a report whatever it says, and return what failed."""
+    report = parity(run)
+    assert ParityReport.read(run.parity_report) == report
+    (verdict,) = [v for v in report.variants if v.variant == variant]
+    assert report.passed == all(v.passed for v in report.variants)
+    return {check.name for check in verdict.checks if not check.passed}
+
+
+def damage(run: RunDir, change: Callable[[Any], None], variant: str = "fp32") -> None:
+    """Change a graph and forge its manifest: the gate must notice, not the checksum."""
+    folder = run.onnx(variant)
+    model = onnx.load(folder / MODEL_FILE)
+    change(model.graph)
+    onnx.save(model, folder / MODEL_FILE)
+    forge(folder)
+
+
+def forge(folder: Path) -> None:
+    artifact = OnnxArtifact.read(folder / OnnxArtifact.file_name)
+    files = {name: sha256_of(folder / name) for name in artifact.files}
+    write_record(folder / OnnxArtifact.file_name, artifact.model_copy(update={"files": files}))
+
+
+def weights(graph: Any, name: str) -> Any:
+    (tensor,) = [t for t in graph.initializer if name in t.name]
+    return tensor
+
+
+def edit(graph: Any, name: str, change: Callable[[Any], Any]) -> None:
+    tensor = weights(graph, name)
+    array = change(numpy_helper.to_array(tensor).copy())
+    tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
+
+
+def test_an_honest_run_passes(copied_run: RunDir) -> None:
+    copied_run.parity_report.unlink()
+    assert failed_checks(copied_run) == set()
+    report = ParityReport.read(copied_run.parity_report)
+    assert {v.variant for v in report.variants} == {"fp32", "int8"}
+    assert report.rows == 640
+    assert report.student_accuracy == report.variants[0].accuracy
+    insist_passed(report, copied_run)
+
+
+def test_swapped_labels_fail(copied_run: RunDir) -> None:
+    def swap(graph: Any) -> None:
+        edit(graph, "classifier.bias", lambda bias: bias[::-1])
+        edit(graph, "classifier.weight", lambda weight: weight[::-1])
+
+    damage(copied_run, swap)
+    failed = failed_checks(copied_run)
+    assert {"label flips", "logit gap, batches", "logit gap, one by one"} <= failed
+
+
+def test_noise_on_one_weight_fails(copied_run: RunDir) -> None:
+    def noise(array: Any) -> Any:
+        array.flat[0] += 0.05
+        return array
+
+    damage(copied_run, lambda graph: edit(graph, "classifier.weight", noise))
+    assert "logit gap, batches" in failed_checks(copied_run)
+
+
+def test_a_dropped_mask_fails_where_there_is_padding(copied_run: RunDir) -> None:
+    def drop(graph: Any) -> None:
+        """Feed the graph's insides a mask of ones, of the right shape, whatever it is given."""
+        for node in graph.node:
+            for index, name in enumerate(node.input):
+                if name == "attention_mask":
+                    node.input[index] = "ones_mask"
+        zero = numpy_helper.from_array(np.array(0, np.int64), "mask_zero")
+        one = numpy_helper.from_array(np.array(1, np.int64), "mask_one")
+        graph.initializer.extend([zero, one])
+        graph.node.insert(
+            0, onnx.helper.make_node("Add", ["mask_product", "mask_one"], ["ones_mask"])
+        )
+        graph.node.insert(
+            0,
+            onnx.helper.make_node("Mul", ["attention_mask", "mask_zero"], ["mask_product"]),
+        )
+
+    damage(copied_run, drop)
+    failed = failed_checks(copied_run)
+    assert {"logit gap, batches", "logit gap, padded"} <= failed
+    assert "logit gap, one by one" not in failed  # without padding the mask is all ones anyway
+
+
+def test_nan_in_one_logit_fails(copied_run: RunDir) -> None:
+    def poison(array: Any) -> Any:
+        array[0] = np.nan
+        return array
+
+    damage(copied_run, lambda graph: edit(graph, "classifier.bias", poison), "int8")
+    assert "logits not finite" in failed_checks(copied_run, "int8")
+    assert [folder.name for folder in passed_variants(copied_run)] == ["fp32"]
+
+
+def test_another_tokenizer_fails(copied_run: RunDir) -> None:
+    path = copied_run.onnx("fp32") / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"]["lowercase"] = False  # cased for uncased
+    path.write_text(json.dumps(tokenizer))
+    forge(copied_run.onnx("fp32"))
+    assert "texts with other token ids" in failed_checks(copied_run)
+
+
+def test_a_weak_student_fails_with_the_thresholds_of_the_recipe(copied_run: RunDir) -> None:
+    recipe = copied_run.recipe
+    strict = recipe.parity.model_copy(update={"min_retained": 1.0, "min_retained_lower": 1.0})
+    write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": strict}))
+    report = parity(copied_run)
+    assert not report.passed
+    with pytest.raises(GateFailed, match="lower 95 % bound is .* expected at least 1"):
+        insist_passed(report, copied_run)
+    assert passed_variants(copied_run) == []
+
+
+def test_an_artefact_that_was_changed_after_its_export_is_refused(copied_run: RunDir) -> None:
+    path = copied_run.onnx("int8") / MODEL_FILE
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ModelError, match="is not the file that was exported"):
+        parity(copied_run)
+
+
+def test_a_verdict_does_not_cover_a_later_artefact(copied_run: RunDir) -> None:
+    assert len(passed_variants(copied_run)) == 2
+    damage(copied_run, lambda graph: edit(graph, "classifier.bias", lambda b: b + 1))
+    assert [folder.name for folder in passed_variants(copied_run)] == ["int8"]
+
+
+def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
+    (copied_run.onnx("int8") / OnnxArtifact.file_name).unlink()
+    with pytest.raises(RunError, match="has no onnx/int8/manifest.json yet") as caught:
+        parity(copied_run)
+    assert "ad2kit export" in caught.value.hint
+
+
+def test_conversion_cost_by_hand() -> None:
+    labels = np.array([0, 1] * 50)
+    fp32 = np.eye(2, dtype=np.float32)[labels]
+    same = conversion_cost(fp32, fp32, labels, ParityRecipe())
+    assert all(check.passed for check in same)
+    worse = fp32.copy()
+    worse[:2] = worse[:2, ::-1]
+    checks = {c.name: c for c in conversion_cost(worse, fp32, labels, ParityRecipe())}
+    assert checks["label agreement with fp32"].value == 0.98
+    assert checks["accuracy points lost to fp32"].value == pytest.approx(2.0)
+    assert not any(checks[name].passed for name in list(checks)[1:])

@@ -1,0 +1,177 @@
+"""A run that was stopped at any point ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ad2kit.distill import distill
+from ad2kit.errors import RunError
+from ad2kit.records import DistillReport, StepRecord
+from ad2kit.run_dir import RunDir, open_run, sha256_of
+from tests.conftest import QUICK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ad2kit.recipe import Recipe
+
+
+class Stopped(Exception):
+    """Stands for a kill between two updates: nothing is saved on the way out."""
+
+
+def stop_at(phase: str, step: int) -> Callable[[StepRecord], None]:
+    def on_step(record: StepRecord) -> None:
+        if (record.phase, record.step) == (phase, step):
+            raise Stopped
+
+    return on_step
+
+
+def weights(run: RunDir) -> dict[str, str]:
+    return {
+        name: sha256_of(run.path / name / "model.safetensors") for name in ("teacher", "student")
+    }
+
+
+def curve(run: RunDir, phase: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.curve(phase).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "stops", [[("teacher", 3)], [("teacher", 17), ("student", 1)], [("student", 10)],
+              [("teacher", 124), ("student", 15), ("student", 23)]],
+)  # fmt: skip
+def test_a_resumed_run_is_bit_identical_to_a_straight_one(
+    tmp_path: Path, quick_recipe: Recipe, finished_run: RunDir, stops: list[tuple[str, int]]
+) -> None:
+    run = open_run(quick_recipe, tmp_path)
+    for phase, step in stops:
+        with pytest.raises(Stopped):
+            distill(run, on_step=stop_at(phase, step))
+    distill(run)
+    assert weights(run) == weights(finished_run)
+    for phase in ("teacher", "student"):
+        assert curve(run, phase) == curve(finished_run, phase)
+    assert not run.checkpoint("teacher").exists()
+    assert not run.checkpoint("student").exists()
+
+
+def test_a_finished_stage_is_not_done_again(finished_run: RunDir) -> None:
+    def never(_record: StepRecord) -> None:
+        raise AssertionError("an update was made")
+
+    before = finished_run.distill_report.read_bytes()
+    distill(finished_run, on_step=never)
+    assert finished_run.distill_report.read_bytes() == before
+
+
+def half_trained(tmp_path: Path, recipe: Recipe) -> RunDir:
+    run = open_run(recipe, tmp_path)
+    with pytest.raises(Stopped):
+        distill(run, on_step=stop_at("student", 15))
+    return run
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, quick_recipe: Recipe) -> None:
+    run = half_trained(tmp_path, quick_recipe)
+    path = run.checkpoint("student") / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match="is damaged: sha256 expected") as caught:
+        distill(run)
+    assert "delete" in caught.value.hint
+
+
+def test_a_resume_under_other_threads_or_versions_is_refused_unless_allowed(
+    tmp_path: Path, quick_recipe: Recipe
+) -> None:
+    run = half_trained(tmp_path, quick_recipe)
+    path = run.checkpoint("student") / "checkpoint.json"
+    facts = json.loads(path.read_text())
+    facts["environment"] |= {"threads": "64", "torch": "1.0"}
+    path.write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=r"threads: 64 then, 1 now; torch: 1\.0 then"):
+        distill(run)
+    distill(run, allow_inexact=True)
+    assert run.distill_report.is_file()
+
+
+def test_changed_data_under_the_same_run_is_refused(tmp_path: Path, quick_recipe: Recipe) -> None:
+    rows = [f"a {'good' if i % 2 else 'bad'} film number {i}\t{i % 2}\n" for i in range(300)]
+    source = tmp_path / "data"
+    source.mkdir()
+    for name in ("train", "validation"):
+        (source / f"{name}.tsv").write_text("text\tlabel\n" + "".join(rows))
+    data = quick_recipe.data.model_copy(update={"source": str(source)})
+    run = open_run(quick_recipe.model_copy(update={"data": data}), tmp_path / "runs")
+    with pytest.raises(Stopped):
+        distill(run, on_step=stop_at("student", 5))
+    (source / "train.tsv").write_text("text\tlabel\n" + "".join(rows[:-1]))
+    with pytest.raises(RunError, match="was made from other data"):
+        distill(run)
+
+
+def test_a_run_folder_of_another_recipe_is_refused(
+    finished_run: RunDir, quick_recipe: Recipe
+) -> None:
+    other = quick_recipe.model_copy(update={"seed": 99})
+    with pytest.raises(RunError, match="holds a run of recipe 'smoke' with other data"):
+        open_run(other, finished_run.path.parent, finished_run.path)
+
+
+def test_two_processes_cannot_write_one_run(finished_run: RunDir) -> None:
+    with finished_run.locked(), pytest.raises(RunError, match="being written by another"):
+        distill(finished_run)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    tmp_path: Path, finished_run: RunDir, quick_recipe: Recipe
+) -> None:
+    run = open_run(quick_recipe, tmp_path)
+
+    def press(record: StepRecord) -> None:
+        if (record.phase, record.step) == ("student", 13):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(run, on_step=press)
+    assert json.loads((run.checkpoint("student") / "checkpoint.json").read_text())["step"] == 13
+    distill(run)
+    assert weights(run) == weights(finished_run)
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: RunDir) -> None:
+    """The short form of `make soak`, which kills the whole chain more often."""
+    command = [sys.executable, "-c", "from ad2kit.cli import main; main()", "distill", "smoke",
+               *QUICK, "--runs-dir", str(tmp_path)]  # fmt: skip
+    # The start-up takes seconds: counted from the first line of the curve, kills hit the work.
+    for marker, delay in (
+        ("teacher-training.jsonl", 0.15), ("training.jsonl", 0.05), ("training.jsonl", 0.3),
+    ):  # fmt: skip
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:
+            found = list(tmp_path.glob(f"*/{marker}"))
+            if found and found[0].stat().st_size:
+                time.sleep(delay)
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.iterdir()
+    run = RunDir(folder)
+    assert weights(run) == weights(finished_run)
+    assert DistillReport.read(run.distill_report).steps == 69
+    assert not list(folder.rglob(".tmp-*"))

@@ -1,0 +1,117 @@
+"""The plan of the house: who may import whom, and what must not be imported at all."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ad2kit
+
+PACKAGE = Path(ad2kit.__file__).parent
+CHECKOUT = PACKAGE.parent
+
+LAYERS = {
+    0: {"errors"},
+    1: {"recipe", "records", "run_dir", "runtime"},
+    2: {
+        "adversary", "batcher", "checkpoint", "classifier", "corpus", "data", "losses", "metrics",
+        "models", "quantize", "sources", "training",
+    },
+    3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
+    4: {"campaigns", "campaigns.run"},
+    5: {"cli", "progress"},
+}  # fmt: skip
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "__init__.py"
+    }
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ad2kit that a file imports anywhere, type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ad2kit"):
+            base = (node.module or "").removeprefix("ad2kit").lstrip(".")
+            found |= {base} if base else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("ad2kit.")
+                for alias in node.names
+                if alias.name.startswith("ad2kit.")
+            }
+    return found & set(LAYER_OF)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(modules()) == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("module", sorted(LAYER_OF))
+def test_a_module_imports_from_below_only(module: str) -> None:
+    layer = LAYER_OF[module]
+    for other in imported(modules()[module]):
+        # The small modules of layers 1 and 2 may use each other; a stage never knows a stage.
+        allowed = LAYER_OF[other] < layer or (LAYER_OF[other] == layer and layer in (1, 2, 5))
+        assert allowed, f"{module} (layer {layer}) imports {other} (layer {LAYER_OF[other]})"
+
+
+def test_modules_of_one_layer_do_not_import_each_other_in_circles() -> None:
+    graph = {module: imported(path) for module, path in modules().items()}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = {module for module, needs in graph.items() if module not in done and needs <= done}
+        assert ready, f"a circle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after some code."""
+    script = f"{code}\nimport sys\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"torch", "transformers", "optimum", "datasets", "accelerate", "sklearn", "scipy"}
+
+
+def test_the_control_sees_torch() -> None:
+    assert "torch" in loaded_after("import ad2kit.training")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ad2kit",
+        "import ad2kit.batcher, ad2kit.classifier",
+        "import serving.service",
+        "import ad2kit.recipe; ad2kit.recipe.load('demo')",
+    ],
+)
+def test_the_serving_path_imports_no_training_library(code: str) -> None:
+    assert not loaded_after(code) & HEAVY
+
+
+def test_help_imports_only_what_it_prints_with() -> None:
+    code = (
+        "import sys; sys.argv = ['ad2kit', '--help']\n"
+        "from ad2kit.cli import main\n"
+        "try: main()\nexcept SystemExit: pass"
+    )
+    assert not loaded_after(code) & (HEAVY | {"pydantic", "numpy", "onnxruntime", "bentoml"})
+
+
+def test_no_module_is_too_long_to_read() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert {name: n for name, n in lengths.items() if n > 430} == {}
