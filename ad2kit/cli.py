@@ -12,10 +12,7 @@ from ad2kit import __version__
 from ad2kit.errors import EXIT_BUG, EXIT_INTERRUPTED, Ad2kitError, UserError, no_room_left
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pydantic import BaseModel
-    from rich.console import Console
 
     from ad2kit.recipe import Recipe
     from ad2kit.records import ParityReport
@@ -153,11 +150,11 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Fine-tune the teacher if the recipe says so, and distil the student with AD2."""
-    from ad2kit.progress import training_progress
+    from ad2kit.terminal import training_progress
 
     folder = _open(recipe_name, overrides, runs_dir, run)
     stage = _needs_extra("ad2kit.distill", "distill")
-    with training_progress(_console()) as on_step:
+    with training_progress() as on_step:
         report = stage(folder, on_step=on_step, allow_inexact=allow_inexact)
     _result(
         report, as_json,
@@ -214,21 +211,24 @@ def package(
     as_json: Json = False,
 ) -> None:
     """Build a Bento, compare its HTTP answers with the artefact's, and publish its tag."""
+    from ad2kit.terminal import next_steps
+
     folder = _find(runs_dir, run)
     record = _needs_extra("ad2kit.package", "package")(
         folder, variant=variant, allow_failed_parity=allow_failed_parity
     )
-    _result(record, as_json, _next_steps(record.tag))
+    _result(record, as_json, next_steps(record.tag))
 
 
 @app.command()
 def report(run: RunArgument = None, runs_dir: RunsDir = RUNS) -> None:
     """Print the table of a run and write its report.md."""
     from ad2kit.report import report as write_report
+    from ad2kit.terminal import print_table
 
     folder = _find(runs_dir, run)
     write_report(folder)
-    _print_table(folder)
+    print_table(folder)
 
 
 @app.command()
@@ -244,9 +244,10 @@ def predict(
     import json
 
     import ad2kit
+    from ad2kit.terminal import read_lines
 
     classifier = ad2kit.load(run if run is not None else _passed(runs_dir))
-    lines = iter(texts) if texts else _lines(file)
+    lines = iter(texts) if texts else read_lines(file)
     pair = classifier.artifact.text_columns == 2
     while chunk := list(itertools.islice(lines, 256)):
         items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
@@ -265,33 +266,15 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Take a recipe all the way: distill, export, parity, bench, package."""
-    from ad2kit.progress import training_progress
+    from ad2kit.terminal import next_steps, print_table, training_progress
 
     folder = _open(recipe_name, overrides, runs_dir, run)
     campaign = _needs_extra("ad2kit.campaigns.run", "run_all")
-    with training_progress(_console()) as on_step:
+    with training_progress() as on_step:
         record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)
     if not as_json:
-        _print_table(folder)
-    _result(record, as_json, _next_steps(record.tag))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _logging() -> None:
-    """Send ad2kit's own messages to stderr, as plain lines, and silence other libraries' bars."""
-    import logging
-    import os
-
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("ad2kit").setLevel(logging.INFO)
-    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        print_table(folder)
+    _result(record, as_json, next_steps(record.tag))
 
 
 def _needs_extra(module: str, function: str) -> Any:
@@ -313,8 +296,9 @@ def _open(
 ) -> RunDir:
     from ad2kit.recipe import load
     from ad2kit.run_dir import open_run
+    from ad2kit.terminal import show_messages
 
-    _logging()
+    show_messages()
     recipe: Recipe = load(recipe_name, overrides or ())
     run = open_run(recipe, runs_dir, folder)
     typer.echo(f"run: {run.path}", err=True)
@@ -323,8 +307,9 @@ def _open(
 
 def _find(runs_dir: Path, folder: Path | None) -> RunDir:
     from ad2kit.run_dir import find_run
+    from ad2kit.terminal import show_messages
 
-    _logging()
+    show_messages()
     run = find_run(runs_dir, folder)
     if folder is None:
         typer.echo(f"run: {run.path} (the most recent)", err=True)
@@ -340,38 +325,15 @@ def _passed(runs_dir: Path) -> Path:
 
 
 def _judge(folder: RunDir, as_json: bool) -> None:
+    from ad2kit.terminal import print_table
+
     verdict: ParityReport = _needs_extra("ad2kit.parity", "parity")(folder)
     if as_json:
         _print_json(verdict.model_dump(mode="json"))
     else:
-        _print_table(folder)
+        print_table(folder)
     _needs_extra("ad2kit.parity", "insist_passed")(verdict, folder)
     typer.echo("parity: passed; next: ad2kit package, or serve it now: bentoml serve", err=True)
-
-
-def _print_table(folder: RunDir) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from ad2kit.report import HEADER, caption, rows
-
-    table = Table(*HEADER, box=box.SIMPLE_HEAD)
-    for row in rows(folder):
-        table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(caption(folder), highlight=False)
-    if folder.report.is_file():
-        console.print(f"report: {folder.report}", highlight=False)
-
-
-def _next_steps(tag: str) -> str:
-    curl = (
-        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
-        """-d '{"texts": ["hardly a disappointment"]}'"""
-    )
-    return f"next:\n  bentoml serve {tag}\n  {curl}"
 
 
 def _result(record: BaseModel, as_json: bool, text: str) -> None:
@@ -385,24 +347,6 @@ def _print_json(value: Any) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _lines(file: Path | None) -> Iterator[str]:
-    name = "stdin" if file is None else str(file)
-    if file is not None and not file.is_file():
-        raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
-    stream = sys.stdin.buffer if file is None else file.open("rb")
-    for number, line in enumerate(stream, 1):
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
-                hint="convert it, for example: iconv -f latin1 -t utf-8",
-            ) from error
-        if not text.strip():
-            raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
-        yield text
 
 
 def _complain(message: str, hint: str) -> None:

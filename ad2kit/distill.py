@@ -171,6 +171,7 @@ class _Stage:
             recipe.teacher.model, self.data.labels, seed=recipe.seed, train=self.data.train,
             finished=settings is None,
         )  # fmt: skip
+        models.check_layers(teacher, recipe.student.layers)  # before the long part, not after it
         if settings is not None:
             logger.info("fine-tuning the teacher %s", recipe.teacher.model)
             teacher = self.run_training(

@@ -175,6 +175,17 @@ def check_length(model: TextModel, max_length_tokens: int) -> None:
         )
 
 
+def check_layers(teacher: TextModel, layers: Sequence[int]) -> None:
+    """Refuse layer indices that the teacher does not have."""
+    depth = teacher.module.config.num_hidden_layers
+    wrong = [layer for layer in layers if layer >= depth]
+    if wrong:
+        raise ModelError(
+            f"student.layers names layer {wrong[0]}, but the teacher's layers are 0 to {depth - 1}",
+            hint=f"choose from 0 to {depth - 1}",
+        )
+
+
 def build_student(teacher: TextModel, layers: Sequence[int]) -> TextModel:
     """Build a student from some of the teacher's layers, with its embeddings and its head.
 
@@ -187,12 +198,7 @@ def build_student(teacher: TextModel, layers: Sequence[int]) -> TextModel:
     """
     config = teacher.module.config
     depth = config.num_hidden_layers
-    wrong = [layer for layer in layers if layer >= depth]
-    if wrong:
-        raise ModelError(
-            f"student.layers names layer {wrong[0]}, but the teacher's layers are 0 to {depth - 1}",
-            hint=f"choose from 0 to {depth - 1}",
-        )
+    check_layers(teacher, layers)
     weights = teacher.module.state_dict()
     # The one place in a state dict where an index runs over the layers, whatever the family
     # calls it: encoder.layer.3.…, transformer.layer.3.…, layers.3.…

@@ -135,7 +135,7 @@ def test_a_weak_student_fails_with_the_thresholds_of_the_recipe(copied_run: RunD
     write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": strict}))
     report = parity(copied_run)
     assert not report.passed
-    with pytest.raises(GateFailed, match="lower 95 % bound is .* expected at least 1"):
+    with pytest.raises(GateFailed, match=r"lower 95 % bound is .* expected at least 1"):
         insist_passed(report, copied_run)
     assert passed_variants(copied_run) == []
 
@@ -155,7 +155,7 @@ def test_a_verdict_does_not_cover_a_later_artefact(copied_run: RunDir) -> None:
 
 def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
     (copied_run.onnx("int8") / OnnxArtifact.file_name).unlink()
-    with pytest.raises(RunError, match="has no onnx/int8/manifest.json yet") as caught:
+    with pytest.raises(RunError, match=r"has no onnx/int8/manifest\.json yet") as caught:
         parity(copied_run)
     assert "ad2kit export" in caught.value.hint
 

@@ -162,6 +162,14 @@ def test_a_pair_model_reads_pairs(copied_run: RunDir) -> None:
     assert as_tuple == as_list
     first, second = (len(classifier.tokenizer.encode(text).ids) for text in ("not dull", "fine"))
     assert as_tuple.tokens == first + second - 1  # [CLS] a [SEP] b [SEP]
+    (encoding,) = classifier.encode([("not dull", "fine")])
+    feed = {
+        "input_ids": encoding.ids,
+        "attention_mask": [1] * len(encoding.ids),
+        "token_type_ids": [0] * first + [1] * (second - 1),
+    }
+    (expected,) = classifier.session.run(None, {k: np.array([v]) for k, v in feed.items()})
+    np.testing.assert_allclose(classifier.run([encoding]), expected, rtol=0, atol=TOLERANCE)
     for wrong in (["not dull"], [("a", "b", "c")]):
         with pytest.raises(UserError, match=r"reads 2 text\(s\)"):
             classifier.predict(wrong)  # type: ignore[arg-type]
@@ -227,7 +235,7 @@ def test_an_absent_provider_is_refused(finished_run: RunDir) -> None:
     wanted = "CUDAExecutionProvider"
     if wanted in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(ModelError, match=wanted) as refused:
+    with pytest.raises(ModelError, match=f"has no {wanted}") as refused:
         OnnxClassifier(finished_run.onnx("fp32"), provider=wanted)
     assert "CPUExecutionProvider" in refused.value.message
 

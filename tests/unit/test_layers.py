@@ -23,7 +23,7 @@ LAYERS = {
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.run"},
-    5: {"cli", "progress"},
+    5: {"cli", "terminal"},
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

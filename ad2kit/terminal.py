@@ -1,0 +1,159 @@
+"""What people see and type: progress, the table, log lines, and texts that are read in.
+
+Progress and messages go to stderr, a bar on a terminal and plain lines elsewhere; results alone
+go to stdout.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ad2kit.errors import UserError
+from ad2kit.report import HEADER, caption, rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import TaskID
+
+    from ad2kit.records import StepRecord
+    from ad2kit.run_dir import RunDir
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[StepRecord], None]]:
+    """Yield the function to call with each :class:`~ad2kit.records.StepRecord`."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    speed, metric = _Speed(), ""
+
+    def show(record: StepRecord) -> None:
+        nonlocal metric
+        if record.phase not in tasks:
+            tasks[record.phase] = bar.add_task(
+                record.phase, total=record.total_steps, completed=record.step - 1, facts=""
+            )
+            metric = ""
+        if record.select_metric is not None:
+            metric = f"select {record.select_metric:.4f}"
+        facts = f"loss {record.loss:.4f}  {speed.update(record):.0f} examples/s  {metric}"
+        bar.update(tasks[record.phase], completed=record.step, facts=facts)
+
+    with bar:
+        yield show
+
+
+def show_messages() -> None:
+    """Send ad2kit's own messages to stderr as plain lines; vendors' telemetry is off."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ad2kit").setLevel(logging.INFO)
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def print_table(folder: RunDir) -> None:
+    """Print the table of a run on stdout, and where its report lies."""
+    table = Table(*HEADER, box=box.SIMPLE_HEAD)
+    for row in rows(folder):
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(caption(folder), highlight=False)
+    if folder.report.is_file():
+        console.print(f"report: {folder.report}", highlight=False)
+
+
+def next_steps(tag: str) -> str:
+    """Return the commands to type after a Bento was published."""
+    curl = (
+        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
+        """-d '{"texts": ["hardly a disappointment"]}'"""
+    )
+    # `make` does not activate the environment, so that its programs may not be on the path.
+    here = Path(sys.executable).with_name("bentoml")
+    bentoml = "bentoml" if shutil.which("bentoml") or not here.is_file() else str(here)
+    return f"next:\n  {bentoml} serve {tag}\n  {curl}"
+
+
+def read_lines(file: Path | None) -> Iterator[str]:
+    """Yield the texts of a file, or of stdin, one a line.
+
+    Raises:
+        UserError: no such file, or a line that is empty or not UTF-8.
+    """
+    if file is not None and not file.is_file():
+        raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
+    name = "stdin" if file is None else str(file)
+    with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
+                    hint="convert it, for example: iconv -f latin1 -t utf-8",
+                ) from error
+            if not text.strip():
+                raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
+            yield text
+
+
+class _Speed:
+    """Examples per second since the phase began, its first update left out."""
+
+    def __init__(self) -> None:
+        self.phase, self.start, self.examples = "", 0.0, 0
+
+    def update(self, record: StepRecord) -> float:
+        now = time.monotonic()
+        if record.phase != self.phase:
+            self.phase, self.start, self.examples = record.phase, now, 0
+            return 0.0
+        self.examples += record.examples
+        return self.examples / max(now - self.start, 1e-9)
+
+
+class _Lines:
+    """A line after each evaluation, and now and then between."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.speed, self.last = console, _Speed(), time.monotonic()
+        self.first_step = 0
+
+    def __call__(self, record: StepRecord) -> None:
+        if record.phase != self.speed.phase:
+            self.first_step = record.step
+        rate = self.speed.update(record)
+        now = time.monotonic()
+        if record.select_metric is None and now - self.last < _SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        done = record.step - self.first_step
+        left = (now - self.speed.start) / max(done, 1) * (record.total_steps - record.step)
+        metric = "" if record.select_metric is None else f"  select {record.select_metric:.4f}"
+        self.console.print(
+            f"{record.phase} {record.step}/{record.total_steps}  loss {record.loss:.4f}  "
+            f"{rate:.0f} examples/s  {left:.0f} s left{metric}",
+            highlight=False,
+        )

@@ -1,0 +1,212 @@
+"""The command line as a user meets it: results, mistakes, exit codes, and what is on stdout."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ad2kit.cli import main
+from ad2kit.run_dir import RunDir
+from tests.conftest import QUICK
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALONE = [sys.executable, "-c", "from ad2kit.cli import main; main()"]
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def ad2kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command line in this process."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ad2kit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_recipes_and_version(ad2kit: Any) -> None:
+    listed = ad2kit("recipes", "--json")
+    assert set(json.loads(listed.out)) == {"demo", "smoke", "sst2", "sst2-minilm"}
+    assert ad2kit("--version").out.strip().count(".") == 2
+
+
+def test_check_accepts_the_demo_and_prints_it_whole(ad2kit: Any) -> None:
+    checked = ad2kit("check", "smoke", "distill.lr=5e-5", "--json")
+    assert checked.code == 0
+    result = json.loads(checked.out)
+    assert result["recipe"]["distill"]["lr"] == 5e-5
+    assert result["rows"] == {"train": 2200, "select": 200, "validation": 640}
+
+
+def test_doctor_looks_at_real_things(ad2kit: Any) -> None:
+    findings = {f["name"]: f for f in json.loads(ad2kit("doctor", "--json").out)}
+    assert findings["CPUExecutionProvider"]["value"] == "makes a session"
+    assert "belongs to onnxruntime" in findings["onnxruntime"]["value"]
+    assert "torch" in findings["versions"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["distill", "sst3"], "did you mean 'sst2'"),
+        (["distill", "smoke", "distill.leraning_rate=1"], "unknown key 'distill.leraning_rate'"),
+        (["distill", "smoke", "distill.lr"], "must look like key.path=value"),
+        (["check", "smoke", "data.source=/nowhere"], "no folder '/nowhere'"),
+        (["check", "smoke", "data.label_column=lable", "data.source=DATA"], "no column 'lable'"),
+        (["check", "smoke", "teacher.model=nowhere"], "write hub://nowhere"),
+        (["distill", "smoke", "student.layers=[7]"], "the teacher's layers are 0 to 3"),
+        (["check", "sst2"], "data.source=FOLDER"),
+        (["export"], "no run under"),
+        (["export", "nowhere"], "is not a run folder"),
+        (["bench", "--runs-dir", "."], "no run under"),
+        (["predict", "text"], "has a variant that passed"),
+        (["distill"], "Missing argument"),
+        (["distil", "smoke"], "No such command"),
+        (["distill", "smoke", "--fast"], "No such option"),
+    ],
+)
+def test_a_mistake_is_named_and_ends_with_2(
+    ad2kit: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation"):
+        (tmp_path / "data" / f"{name}.tsv").write_text("text\tlabel\ngood\t1\nbad\t0\n")
+    outcome = ad2kit(*(a.replace("DATA", "data") for a in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert expected in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_export_takes_the_most_recent_run_and_ends_with_the_verdict(
+    ad2kit: Any, copied_run: RunDir
+) -> None:
+    older = copied_run.path.parent / "older"
+    shutil.copytree(copied_run.path, older)
+    os.utime(older / "recipe.json", (1, 1))
+    exported = ad2kit("export", "--runs-dir", copied_run.path.parent)
+    assert exported.code == 0
+    assert f"run: {copied_run.path} (the most recent)" in exported.err
+    assert "parity: passed" in exported.err
+    assert "int8 (ONNX)" in exported.out
+
+
+def test_json_is_alone_on_stdout(ad2kit: Any, copied_run: RunDir) -> None:
+    assert json.loads(ad2kit("parity", copied_run.path, "--json").out)["rows"] == 640
+    artifacts = json.loads(ad2kit("export", copied_run.path, "--no-parity", "--json").out)
+    assert [a["variant"] for a in artifacts] == ["fp32", "int8"]
+    assert json.loads(ad2kit("bench", copied_run.path, "--json").out)["threads"] == 1
+
+
+def test_a_gate_that_fails_ends_with_1_and_leaves_its_report(
+    ad2kit: Any, copied_run: RunDir
+) -> None:
+    recipe = json.loads(copied_run.recipe_file.read_text())
+    recipe["parity"]["min_retained"] = 1.0
+    recipe["parity"]["min_retained_lower"] = 1.0
+    copied_run.recipe_file.write_text(json.dumps(recipe))
+    outcome = ad2kit("export", copied_run.path)
+    assert outcome.code == 1
+    assert "the parity gate of" in outcome.err
+    assert "expected at least 1" in outcome.err
+    assert "FAILED" in outcome.out
+    assert json.loads(copied_run.parity_report.read_text())["variants"]
+    assert ad2kit("package", copied_run.path).code == 1
+
+
+def test_report_and_bench_print_what_was_measured(ad2kit: Any, copied_run: RunDir) -> None:
+    assert "95 % interval" in ad2kit("report", copied_run.path).out
+    page = copied_run.report.read_text()
+    assert "| fp32 | export fidelity | label flips | 0 | at most 0 | passed |" in page
+    assert "p99" in ad2kit("bench", copied_run.path).out
+
+
+def test_predict_reads_arguments_a_file_and_stdin(
+    ad2kit: Any, finished_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["never dull", "hardly a disappointment"]
+    given = ad2kit("predict", *texts, "--run", finished_run.path)
+    lines = [json.loads(line) for line in given.out.splitlines()]
+    assert [line["text"] for line in lines] == texts
+    assert {"label", "score", "scores", "tokens", "truncated"} <= set(lines[0])
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts) + "\n")
+    assert ad2kit("predict", "--file", file, "--run", finished_run.path).out == given.out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    assert ad2kit("predict", "--run", finished_run.path).out == given.out
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"good\n\nbad\n", "line 2: empty text"), (b"good\ncaf\xe9\n", "line 2: not UTF-8")],
+)
+def test_predict_names_the_line_that_is_wrong(
+    ad2kit: Any, finished_run: RunDir, tmp_path: Path, content: bytes, expected: str
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes(content)
+    outcome = ad2kit("predict", "--file", file, "--run", finished_run.path)
+    assert outcome.code == 2
+    assert expected in outcome.err
+
+
+def test_predict_declares_a_text_that_was_cut(ad2kit: Any, finished_run: RunDir) -> None:
+    answer = json.loads(ad2kit("predict", "dull " * 20_000, "--run", finished_run.path).out)
+    assert (answer["truncated"], answer["tokens"]) == (True, 64)
+
+
+def test_a_full_disk_ends_with_2_and_the_same_command_goes_on(
+    tmp_path: Path, finished_run: RunDir
+) -> None:
+    """A limit on the size of a file stands for the full disk: the write fails half-way."""
+    command = [*ALONE, "distill", "smoke", *QUICK, "--runs-dir", str(tmp_path)]
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    full = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=small_files, check=False
+    )
+    assert full.returncode == 2, full.stderr
+    assert "the disk is full, or a file is larger than allowed" in full.stderr
+    assert "Traceback" not in full.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    (folder,) = tmp_path.iterdir()
+    ours, theirs = (r.student / "model.safetensors" for r in (RunDir(folder), finished_run))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_missing_extra_ends_with_3_and_names_it(finished_run: RunDir) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"sys.argv = ['ad2kit', 'parity', {str(finished_run.path)!r}]\n"
+        "from ad2kit.cli import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 3, result.stderr
+    assert "pip install 'ad2kit[cpu]'" in result.stderr
