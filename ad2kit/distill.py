@@ -180,7 +180,8 @@ class _Stage:
             ).model  # fmt: skip
         models.save(teacher, run.teacher, inputs=inputs)
         self.clean_up("teacher")
-        return teacher
+        # As a resumed run will find it: a tokenizer is not the same object after a round trip.
+        return models.load(run.teacher, self.data.labels)
 
     def run_training(
         self,

@@ -1,0 +1,430 @@
+"""The service over real HTTP: its answers are the artefact's, and its errors have one shape."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+import pytest
+
+from ad2kit.classifier import OnnxClassifier
+from ad2kit.data import load_data
+from ad2kit.package import served
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ad2kit.classifier import Prediction
+    from ad2kit.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+CHECKOUT = Path(__file__).parents[2]
+SERVICE = "serving.service:Ad2kitClassifier"
+TOLERANCE = 1e-5
+JSON = {"Content-Type": "application/json"}
+MEBIBYTE = 2**20
+CLIENTS = 40
+
+# The service as it is, but short of time and room, and with texts that make trouble.
+STRAINED = """
+import time
+from pathlib import Path
+
+from serving import service
+
+service.DEADLINE_S, service.MAX_QUEUE_TEXTS = 1.0, 2
+honest_run = service.OnnxClassifier.run
+
+
+def run(self, encodings):
+    text = " ".join("".join(encoding.tokens) for encoding in encodings).replace("##", "")
+    if "disaster" in text:
+        raise RuntimeError("our insides")
+    if "dull" in text:
+        time.sleep(2.5)
+    if "awkward" in text:
+        Path("busy").touch()
+        time.sleep(0.6)
+    return honest_run(self, encodings)
+
+
+service.OnnxClassifier.run = run
+Ad2kitClassifier = service.Ad2kitClassifier
+"""
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        assert self.status == 200, self.body
+        assert set(self.json) == {"predictions"}
+        return list(self.json["predictions"])
+
+
+def call(
+    address: str,
+    method: str,
+    path: str,
+    body: bytes | Iterable[bytes] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Reply:
+    """Make one request; a body that is no bytes is sent in chunks, without a Content-Length."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    try:
+        connection.request(method, path, body, headers or {}, encode_chunked=True)
+        response = connection.getresponse()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, names, response.read())
+    finally:
+        connection.close()
+
+
+def classify(address: str, texts: Any) -> Reply:
+    return call(address, "POST", "/classify", json.dumps({"texts": texts}).encode(), JSON)
+
+
+def check_error(reply: Reply, status: int, kind: str) -> dict[str, Any]:
+    """Check the contract of errors, and return what the error says."""
+    assert reply.status == status, reply.body
+    assert reply.headers["content-type"] == "application/json"
+    assert set(reply.json) == {"error"}
+    error: dict[str, Any] = reply.json["error"]
+    assert set(error) == {"type", "message", "hint"}
+    assert all(isinstance(value, str) and value for value in error.values())
+    assert error["type"] == kind
+    assert "Traceback" not in error["message"]
+    return error
+
+
+def check_prediction(found: dict[str, Any], expected: Prediction) -> None:
+    assert set(found) == {"label", "score", "scores", "tokens", "truncated"}
+    assert found["label"] == expected.label
+    assert found["score"] == pytest.approx(expected.score, abs=TOLERANCE)
+    assert found["scores"] == pytest.approx(expected.scores, abs=TOLERANCE)
+    assert (found["tokens"], found["truncated"]) == (expected.tokens, expected.truncated)
+
+
+@pytest.fixture(scope="module")
+def fp32(finished_run: RunDir) -> OnnxClassifier:
+    return OnnxClassifier(finished_run.onnx("fp32"), threads=1)
+
+
+@pytest.fixture(scope="module")
+def service(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The fp32 variant: int8 answers hang on what else is in the batch."""
+    yield from serving(tmp_path_factory, f"model={finished_run.onnx('fp32')}")
+
+
+def serving(tmp_path_factory: pytest.TempPathFactory, argument: str) -> Iterator[str]:
+    # The log goes to a folder of its own, so that the checkout stays clean.
+    arguments = ("--working-dir", str(CHECKOUT), "--arg", argument)
+    with served(SERVICE, tmp_path_factory.mktemp("service"), *arguments) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def strained_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("strained")
+    (folder / "strained.py").write_text(STRAINED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(CHECKOUT))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def strained(strained_folder: Path, finished_run: RunDir) -> Iterator[str]:
+    arguments = ("--working-dir", str(strained_folder), "--arg", f"model={finished_run.path}")
+    with served("strained:Ad2kitClassifier", strained_folder, *arguments) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def texts(finished_run: RunDir, fp32: OnnxClassifier) -> list[str]:
+    """As many texts as clients, whose answers no two can be taken for each other."""
+    validation = load_data(finished_run.recipe.data, finished_run.recipe.seed).validation
+    chosen: dict[str, float] = {}
+    for text, prediction in zip(
+        (text[0] for text in validation.texts),
+        fp32.predict([text[0] for text in validation.texts]),
+        strict=True,
+    ):
+        score = prediction.scores[fp32.labels[0]]
+        if all(abs(score - other) > 4 * TOLERANCE for other in chosen.values()):
+            chosen[text] = score
+    assert len(chosen) >= CLIENTS
+    return list(chosen)[:CLIENTS]
+
+
+def test_a_single_text_is_answered_as_the_artefact_answers_it(
+    service: str, fp32: OnnxClassifier, texts: list[str]
+) -> None:
+    expected = fp32.predict(texts, batch_size=1)
+    for text, prediction in zip(texts, expected, strict=True):
+        (found,) = classify(service, [text]).predictions
+        check_prediction(found, prediction)
+    check_prediction(classify(service, texts[0]).predictions[0], expected[0])  # not in a list
+
+
+def test_a_list_is_answered_in_its_order(
+    service: str, fp32: OnnxClassifier, texts: list[str]
+) -> None:
+    many = [*texts, *texts[::-1], *texts][:128]
+    found = classify(service, many).predictions
+    for each, prediction in zip(found, fp32.predict(many), strict=True):
+        check_prediction(each, prediction)
+
+
+def test_concurrent_clients_get_their_own_answers(
+    service: str, fp32: OnnxClassifier, texts: list[str]
+) -> None:
+    together = threading.Barrier(CLIENTS)
+
+    def client(number: int) -> list[dict[str, Any]]:
+        found = []
+        for turn in range(5):
+            together.wait(60)
+            found += classify(
+                service, [texts[number], texts[(number + turn) % CLIENTS]]
+            ).predictions
+        return found
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answers = list(pool.map(client, range(CLIENTS)))
+    expected = fp32.predict(texts, batch_size=1)
+    for number, found in enumerate(answers):
+        for turn in range(5):
+            check_prediction(found[2 * turn], expected[number])
+            check_prediction(found[2 * turn + 1], expected[(number + turn) % CLIENTS])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("not dull 🎉👩\u200d👩\u200d👧", id="emoji"),
+        pytest.param("not\0dull", id="zero byte"),
+        pytest.param("\u202eלא משעמם بكل تأكيد", id="right to left"),
+        pytest.param("\u200b", id="only a zero-width space"),
+        pytest.param(
+            "\uff4e\uff4f\uff54 dull e\u0301\u0301\u0301", id="wide letters, stacked accents"
+        ),
+        pytest.param('{"texts": ["\\u0000"]}', id="JSON in JSON"),
+    ],
+)
+def test_any_unicode_is_answered(service: str, fp32: OnnxClassifier, text: str) -> None:
+    (found,) = classify(service, [text]).predictions
+    check_prediction(found, fp32.predict([text])[0])
+
+
+def test_a_very_long_text_is_cut_and_says_so(service: str, fp32: OnnxClassifier) -> None:
+    text = ("not dull, " * 10_000)[:100_000]
+    (found,) = classify(service, [text]).predictions
+    assert found["truncated"] is True
+    assert found["tokens"] == fp32.artifact.max_length_tokens
+    check_prediction(found, fp32.predict([text])[0])
+
+
+def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
+    reply = call(service, "GET", "/info")
+    assert reply.status == 200
+    info = reply.json
+    assert info["variant"] == "fp32"
+    assert info["labels"] == list(fp32.labels)
+    assert info["max_length_tokens"] == fp32.artifact.max_length_tokens
+    assert info["limits"] == {
+        "texts": 128, "body_bytes": MEBIBYTE, "queue_texts": 1024, "deadline_s": 10.0,
+    }  # fmt: skip
+    assert info["lineage"] == fp32.artifact.lineage
+    assert len(info["lineage"]["student_sha256"]) == 64
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/healthz"])
+def test_health_is_answered(service: str, path: str) -> None:
+    assert call(service, "GET", path).status == 200
+
+
+def test_metrics_count_requests(service: str) -> None:
+    classify(service, "fine")
+    reply = call(service, "GET", "/metrics")
+    assert reply.status == 200
+    assert b'request_total{endpoint="/classify",http_response_code="200"' in reply.body
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "said"),
+    [
+        pytest.param(b"{", 400, "malformed_request", "JSON", id="malformed"),
+        pytest.param(b'{"texts": ["\xff"]}', 400, "malformed_request", "JSON", id="not UTF-8"),
+        pytest.param(
+            b'{"texts": ["\\ud800"]}', 400, "malformed_request", "JSON", id="lone surrogate"
+        ),
+        pytest.param(b"", 422, "invalid_input", "texts", id="no body"),
+        pytest.param(b"{}", 422, "invalid_input", "texts", id="no texts"),
+        pytest.param(b"[]", 422, "invalid_input", "object", id="not an object"),
+        pytest.param(
+            b'{"texts": ["a"], "text": 1}', 422, "invalid_input", "text: Extra", id="unknown field"
+        ),
+        pytest.param(b'{"texts": 5}', 422, "invalid_input", "texts", id="wrong type"),
+        pytest.param(b'{"texts": [null]}', 422, "invalid_input", "texts", id="null"),
+        pytest.param(b'{"texts": []}', 422, "invalid_input", "at least 1", id="empty list"),
+        pytest.param(b'{"texts": ["a", ""]}', 422, "invalid_input", "text 1", id="empty text"),
+        pytest.param(b'{"texts": " "}', 422, "invalid_input", "visible", id="blank text"),
+        pytest.param(b'{"texts": [["a", "b"]]}', 422, "invalid_input", "text 0", id="a pair"),
+        pytest.param(
+            json.dumps({"texts": ["a"] * 129}).encode(), 422, "invalid_input", "at most 128",
+            id="too many texts",
+        ),
+    ],
+)  # fmt: skip
+def test_an_invalid_body_is_refused(
+    service: str, body: bytes, status: int, kind: str, said: str
+) -> None:
+    error = check_error(call(service, "POST", "/classify", body, JSON), status, kind)
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}], ids=["none", "text"])
+def test_a_body_not_declared_as_json_is_refused(service: str, headers: dict[str, str]) -> None:
+    reply = call(service, "POST", "/classify", b'{"texts": ["a"]}', headers)
+    check_error(reply, 415, "unsupported_media_type")
+
+
+def body_of(size: int) -> bytes:
+    frame = b'{"texts": [""]}'
+    return frame.replace(b'""', b'"' + b"a" * (size - len(frame)) + b'"')
+
+
+def chunks_of(body: bytes) -> Iterator[bytes]:
+    for start in range(0, len(body), 2**16):
+        yield body[start : start + 2**16]
+
+
+def test_a_body_of_just_the_limit_is_read(service: str) -> None:
+    body = body_of(MEBIBYTE)
+    assert len(body) == MEBIBYTE
+    assert len(call(service, "POST", "/classify", body, JSON).predictions) == 1
+    assert len(call(service, "POST", "/classify", chunks_of(body), JSON).predictions) == 1
+
+
+def test_a_body_over_the_limit_is_refused(service: str) -> None:
+    body = body_of(MEBIBYTE + 1)
+    check_error(call(service, "POST", "/classify", body, JSON), 413, "too_large")
+    # Without a Content-Length only counting what arrives can notice.
+    check_error(call(service, "POST", "/classify", chunks_of(body), JSON), 413, "too_large")
+    # With one, nothing of the body needs to arrive.
+    announced = {**JSON, "Content-Length": str(100 * MEBIBYTE)}
+    check_error(call(service, "POST", "/classify", b"", announced), 413, "too_large")
+    assert classify(service, "still there").predictions
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("POST", "/nowhere", 404, "not_found"),
+        ("GET", "/classify", 405, "method_not_allowed"),
+        ("PUT", "/classify", 405, "method_not_allowed"),
+        ("POST", "/info", 405, "method_not_allowed"),
+    ],
+)
+def test_a_wrong_path_or_method_is_refused(
+    service: str, method: str, path: str, status: int, kind: str
+) -> None:
+    body = None if method == "GET" else b'{"texts": ["a"]}'
+    check_error(call(service, method, path, body, JSON), status, kind)
+
+
+def test_more_texts_than_the_queue_holds_are_put_off(strained: str) -> None:
+    reply = classify(strained, ["fine", "fine", "fine"])
+    check_error(reply, 429, "overloaded")
+    assert reply.headers["retry-after"] == "1"
+    assert len(classify(strained, ["fine", "fine"]).predictions) == 2
+
+
+def test_a_failure_inside_is_told_without_our_insides(strained: str) -> None:
+    reply = classify(strained, "a disaster")
+    check_error(reply, 500, "internal")
+    assert b"insides" not in reply.body
+    assert classify(strained, "fine").predictions
+
+
+def test_an_answer_that_takes_too_long_is_given_up(strained: str) -> None:
+    start = time.monotonic()
+    check_error(classify(strained, "dull"), 504, "deadline")
+    assert time.monotonic() - start < 2.4  # it did not wait for the engine
+    while classify(strained, "fine").status == 504:  # the engine is still at it
+        assert time.monotonic() - start < 30
+    assert classify(strained, "fine").predictions
+
+
+def test_a_stop_answers_what_is_under_way(strained_folder: Path, finished_run: RunDir) -> None:
+    busy = strained_folder / "busy"
+    busy.unlink(missing_ok=True)
+    arguments = ("--working-dir", str(strained_folder), "--arg", f"model={finished_run.path}")
+    with ThreadPoolExecutor(1) as pool:
+        with served("strained:Ad2kitClassifier", strained_folder, *arguments) as address:
+            reply = pool.submit(classify, address, "awkward")
+            end = time.monotonic() + 30
+            while not busy.exists():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        assert len(reply.result().predictions) == 1
+
+
+def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
+    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
+    int8 = OnnxClassifier(finished_run.onnx("int8"), threads=1)
+    server = serving(tmp_path_factory, f"runs_dir={finished_run.path.parent}")
+    address = next(server)
+    try:
+        assert call(address, "GET", "/info").json["variant"] == "int8"
+        for text, prediction in zip(texts, int8.predict(texts, batch_size=1), strict=True):
+            (found,) = classify(address, [text]).predictions
+            check_prediction(found, prediction)
+    finally:
+        next(server, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")
+def test_the_running_server_has_not_loaded_torch(service: str) -> None:
+    assert classify(service, "fine").predictions
+    maps = [
+        Path(f"/proc/{process.pid}/maps").read_text()
+        for process in psutil.Process().children(recursive=True)
+    ]
+    assert any("onnxruntime" in libraries for libraries in maps)  # this does find libraries
+    assert not any("libtorch" in libraries for libraries in maps)
+
+
+def test_the_service_imports_neither_torch_nor_transformers(finished_run: RunDir) -> None:
+    code = (
+        "import json, sys\n"
+        "from serving.service import OnnxClassifier\n"
+        "OnnxClassifier(sys.argv[1], threads=1).predict(['not dull'])\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(finished_run.onnx("fp32"))],
+        cwd=CHECKOUT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    modules = set(json.loads(found.stdout))
+    assert {"ad2kit", "bentoml", "onnxruntime", "tokenizers"} <= modules
+    heavy = {"torch", "transformers", "optimum", "datasets", "onnx", "sklearn", "scipy", "pyarrow"}
+    assert not heavy & modules
