@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from ad2kit.errors import ModelError
 from ad2kit.run_dir import sha256_of_folder, whole_folder, write_text
-from ad2kit.runtime import seeded
+from ad2kit.runtime import hub_or_its_cache, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -74,6 +74,7 @@ def find_model(reference: str) -> Path:
     if scheme == "hub":
         from huggingface_hub import snapshot_download
 
+        hub_or_its_cache()
         try:
             return Path(snapshot_download(rest, allow_patterns=_HUB_FILES, etag_timeout=5))
         except (OSError, ValueError) as error:

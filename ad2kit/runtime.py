@@ -5,8 +5,10 @@ Nothing here imports torch until a function that needs it is called.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import sys
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ad2kit.recipe import ComputeRecipe
+
+logger = logging.getLogger(__name__)
 
 VERSIONED = (
     "ad2kit", "accelerate", "bentoml", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
@@ -90,6 +94,22 @@ def accelerator(compute: ComputeRecipe) -> Accelerator:
         cpu=compute.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no" if compute.precision == "fp32" else compute.precision,
     )
+
+
+def hub_or_its_cache() -> None:
+    """Let the hub's libraries read their caches alone if the hub does not answer in seconds.
+
+    They would find that out themselves after half a minute of retries.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except OSError as error:
+        logger.info("the hub does not answer (%s); looking into the cache", type(error).__name__)
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 @contextmanager

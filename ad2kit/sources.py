@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ad2kit import corpus
 from ad2kit.errors import DataError, MissingExtra
+from ad2kit.runtime import hub_or_its_cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,6 +170,7 @@ def _read_hub(rest: str, label_column: str) -> Rows:
     except ModuleNotFoundError as error:
         raise MissingExtra("datasets", extra="cpu") from error
 
+    hub_or_its_cache()
     owner, _, config = rest.rpartition("/") if rest.count("/") == 2 else (rest, "", "")
     try:
         hub = load_dataset(owner, config or None)

@@ -1,0 +1,311 @@
+"""From a gated run to a published Bento, and that Bento on a machine that has nothing else."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+import psutil
+import pytest
+
+from ad2kit import package as stage
+from ad2kit.classifier import OnnxClassifier
+from ad2kit.data import load_data
+from ad2kit.errors import GateFailed, ModelError, RunError
+from ad2kit.package import ask, own_wheel, package, pinned_requirements, served
+from ad2kit.records import BentoRecord, OnnxArtifact
+from ad2kit.run_dir import RunDir, sha256_of_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.slow
+
+HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "scikit-learn")
+RECIPES = {"demo.yaml", "smoke.yaml", "sst2-minilm.yaml", "sst2.yaml"}
+
+
+@pytest.fixture(scope="module")
+def packaged(
+    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, BentoRecord]:
+    """A run of this module's own and the record of its Bento. Do not change them."""
+    folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
+    shutil.copytree(finished_run.path, folder)
+    run = RunDir(folder)
+    return run, package(run)
+
+
+def bento_folder(tag: str) -> Path:
+    return Path(bentoml.bentos.get(tag).path)
+
+
+def published() -> set[str]:
+    return {str(bento.tag) for bento in bentoml.bentos.list()}
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def fail_parity(run: RunDir) -> None:
+    """Write into parity.json that the first check of every variant failed."""
+    report = json.loads(run.parity_report.read_text())
+    for verdict in report["variants"]:
+        verdict["checks"][0]["passed"] = False
+    run.parity_report.write_text(json.dumps(report))
+
+
+def test_a_run_is_published_with_everything_it_needs(
+    packaged: tuple[RunDir, BentoRecord],
+) -> None:
+    run, record = packaged
+    assert record.tag in published()
+    assert record == BentoRecord.read(run.bento_record)
+    assert record.tag == f"ad2kit-smoke:{record.inputs[:12]}"
+    assert (record.variant, record.forced) == ("int8", False)
+    assert (record.service_texts, record.service_label_flips) == (100, 0)
+    assert record.service_score_gap <= 1e-5
+    bento = bento_folder(record.tag)
+    assert sha256_of_folder(bento / "src" / "artifact") == sha256_of_folder(run.onnx("int8"))
+    lineage = json.loads((bento / "src" / "lineage.json").read_text())
+    assert lineage["recipe"]["name"] == "smoke"
+    assert lineage["parity"]["forced"] is False
+    assert lineage["requirements"] == pinned_requirements()
+    manifest = json.loads((bento / "src" / "artifact" / OnnxArtifact.file_name).read_text())
+    assert manifest["lineage"]["student_sha256"] == lineage["distill"]["student_sha256"]
+
+
+def test_packaging_again_builds_nothing(
+    packaged: tuple[RunDir, BentoRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, record = packaged
+    created = bentoml.bentos.get(record.tag).creation_time
+
+    def unwanted(*_: object) -> None:
+        pytest.fail("it was built again")
+
+    monkeypatch.setattr(stage, "_build", unwanted)
+    assert package(run) == record
+    assert bentoml.bentos.get(record.tag).creation_time == created
+
+
+def test_a_bento_of_a_killed_run_is_replaced(
+    packaged: tuple[RunDir, BentoRecord], copied_run: RunDir
+) -> None:
+    # The Bento is published, but the process died before it wrote bento.json.
+    _, record = packaged
+    created = bentoml.bentos.get(record.tag).creation_time
+    assert not copied_run.bento_record.exists()
+    assert package(copied_run) == record
+    assert bentoml.bentos.get(record.tag).creation_time > created
+
+
+def test_a_run_that_failed_its_gate_is_packaged_only_by_force_and_says_so(
+    copied_run: RunDir,
+) -> None:
+    fail_parity(copied_run)
+    before = published()
+    for variant in (None, "fp32"):
+        with pytest.raises(GateFailed, match="has not passed parity") as refused:
+            package(copied_run, variant=variant)
+        assert "--allow-failed-parity" in refused.value.hint
+    assert published() == before
+    assert not copied_run.bento_record.exists()
+
+    record = package(copied_run, variant="fp32", allow_failed_parity=True)
+    assert (record.variant, record.forced) == ("fp32", True)
+    lineage = json.loads((bento_folder(record.tag) / "src" / "lineage.json").read_text())
+    assert lineage["parity"]["forced"] is True
+    checks = [verdict["checks"][0] for verdict in lineage["parity"]["variants"]]
+    assert not any(check["passed"] for check in checks)
+
+
+def edit_manifest(folder: Path) -> None:
+    path = folder / OnnxArtifact.file_name
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        pytest.param(
+            lambda folder: flip_a_bit(folder / "model.onnx"), ModelError, "sha256", id="graph"
+        ),
+        pytest.param(
+            lambda folder: flip_a_bit(folder / "tokenizer.json"), ModelError, "sha256",
+            id="tokenizer",
+        ),
+        pytest.param(edit_manifest, GateFailed, "changed after it was judged", id="manifest"),
+    ],
+)  # fmt: skip
+def test_an_artefact_that_is_not_the_one_that_was_judged_is_refused(
+    copied_run: RunDir,
+    damage: Callable[[Path], None],
+    error: type[Exception],
+    message: str,
+) -> None:
+    before = published()
+    damage(copied_run.onnx("int8"))
+    with pytest.raises(error, match=message):
+        package(copied_run, variant="int8")
+    assert published() == before
+    assert not copied_run.bento_record.exists()
+
+
+def test_force_does_not_reach_a_damaged_file(copied_run: RunDir) -> None:
+    fail_parity(copied_run)
+    flip_a_bit(copied_run.onnx("int8") / "model.onnx")
+    with pytest.raises(ModelError, match="sha256"):
+        package(copied_run, variant="int8", allow_failed_parity=True)
+
+
+def test_a_service_that_answers_something_else_is_not_published(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def ask_another(address: str, texts: list[Any]) -> list[dict[str, Any]]:
+        nonlocal asked
+        asked += 1
+        (answer,) = ask(address, texts)
+        if asked == 50:  # one score of one text out of a hundred
+            answer["scores"]["negative"] += 1e-4
+        return [answer]
+
+    monkeypatch.setattr(stage, "ask", ask_another)
+    copied_run.recipe_file.write_text(
+        copied_run.recipe_file.read_text().replace('"name": "smoke"', '"name": "unpublished"')
+    )
+    with pytest.raises(GateFailed, match=r"0 label flips and a score gap of 1\.0e-04 on 100 texts"):
+        package(copied_run)
+    assert not any(tag.startswith("ad2kit-unpublished") for tag in published())
+    assert not copied_run.bento_record.exists()
+
+
+def test_what_is_missing_or_unknown_is_named(copied_run: RunDir) -> None:
+    with pytest.raises(RunError, match="no variant 'int4'.* fp32, int8"):
+        package(copied_run, variant="int4")
+    copied_run.parity_report.unlink()
+    with pytest.raises(RunError, match=r"no parity\.json yet") as refused:
+        package(copied_run)
+    assert "ad2kit parity" in refused.value.hint
+
+
+def test_the_requirements_are_pinned_and_light() -> None:
+    requirements = pinned_requirements()
+    pins = dict(requirement.split("==") for requirement in requirements)  # each with one ==
+    assert len(pins) == len(requirements)
+    assert not {*HEAVY, "ad2kit", "pytest"} & set(pins)
+    assert {"bentoml", "tokenizers", "numpy", "pydantic", "uvloop", "httptools"} <= set(pins)
+    assert {"onnxruntime", "onnxruntime-gpu"} & set(pins)
+    for name, version in pins.items():
+        assert metadata.version(name).split("+")[0] == version
+
+
+def test_the_own_wheel_is_deterministic_and_complete(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one, two = (own_wheel(folder) for folder in folders)
+    assert one.name == two.name
+    assert one.read_bytes() == two.read_bytes()
+    with zipfile.ZipFile(one) as archive:
+        names = archive.namelist()
+        (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+        rows = list(csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()))
+        for name, digest, size in rows:
+            if name != f"{info}/RECORD":
+                content = archive.read(name)
+                expected = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
+                assert digest == f"sha256={expected.rstrip(b'=').decode()}"
+                assert int(size) == len(content)
+    assert sorted(row[0] for row in rows) == sorted(names)
+    assert {f"ad2kit/_recipes/{name}" for name in RECIPES} <= set(names)
+    assert {"ad2kit/py.typed", "ad2kit/cli.py", "ad2kit/_serving/service.py"} <= set(names)
+    assert not any("test" in name for name in names)
+
+
+def test_the_own_wheel_installs(tmp_path: Path) -> None:
+    wheel, site = own_wheel(tmp_path), tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index",
+         "--target", str(site), str(wheel)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    code = (
+        "import ad2kit.package as p, ad2kit.recipe as r, importlib.metadata as m\n"
+        "print(p.__file__, p._service_file(), m.version('ad2kit'), *r.recipe_names())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}  # before the editable install
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert found[0] == str(site / "ad2kit" / "package.py")
+    assert found[1] == str(site / "ad2kit" / "_serving" / "service.py")
+    assert found[2] == metadata.version("ad2kit")
+    assert {f"{name}.yaml" for name in found[3:]} == RECIPES
+
+
+def test_the_bento_serves_where_only_its_own_requirements_are_installed(
+    packaged: tuple[RunDir, BentoRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, record = packaged
+    bento = tmp_path / "bento"
+    shutil.copytree(bento_folder(record.tag), bento)
+    # As on another machine: no checkout on the path, no store of ours, another python.
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    requirements = bento / "env" / "python" / "requirements.txt"
+    (wheel,) = (bento / "env" / "python" / "wheels").glob("*.whl")
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "-r", str(requirements), str(wheel)], check=True
+    )
+    # pip had to add nothing of its own choice: the pins are the whole closure.
+    listed = subprocess.run(
+        [str(python), "-m", "pip", "list", "--format=json"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    installed = {each["name"].lower().replace("_", "-") for each in json.loads(listed.stdout)}
+    pinned = {pin.split("==")[0] for pin in pinned_requirements()}
+    assert installed - {"pip", "setuptools", "wheel"} == pinned | {"ad2kit"}
+    code = (
+        "import importlib.util as u, ad2kit\n"
+        "print(ad2kit.__file__, [n for n in ('torch', 'transformers') if u.find_spec(n)])"
+    )
+    found = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+    where, absent = found.stdout.split()
+    assert Path(where).is_relative_to(tmp_path / "venv")
+    assert absent == "[]"
+
+    monkeypatch.setattr(sys, "executable", str(python))  # whose `bentoml serve` it shall be
+    validation = load_data(run.recipe.data, run.recipe.seed).validation
+    texts = [text[0] for text in validation.texts[:60]]
+    expected = OnnxClassifier(run.onnx("int8"), threads=1).predict(texts, batch_size=1)
+    working = tmp_path / "elsewhere"
+    working.mkdir()
+    with served(bento, working) as address:
+        commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+        answers = [ask(address, [text])[0] for text in texts]
+    assert {command[0] for command in commands} == {str(python)}
+    for answer, prediction in zip(answers, expected, strict=True):
+        assert answer["label"] == prediction.label
+        assert answer["scores"] == pytest.approx(prediction.scores, abs=1e-5)
+        assert answer["tokens"] == prediction.tokens
