@@ -217,7 +217,7 @@ def package(
     record = _needs_extra("ad2kit.package", "package")(
         folder, variant=variant, allow_failed_parity=allow_failed_parity
     )
-    _result(record, as_json, next_steps(record.tag))
+    _result(record, as_json, next_steps(record.tag, folder))
 
 
 @app.command()
@@ -274,7 +274,7 @@ def run(
         record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)
     if not as_json:
         print_table(folder)
-    _result(record, as_json, next_steps(record.tag))
+    _result(record, as_json, next_steps(record.tag, folder))
 
 
 def _needs_extra(module: str, function: str) -> Any:

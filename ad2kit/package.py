@@ -83,7 +83,6 @@ def package(
     report = ParityReport.read(run.parity_report)
     folder, forced = _choose(run, report, variant, allow_failed_parity=allow_failed_parity)
     artifact = read_artifact(folder)
-    service = _service_file()
     requirements = pinned_requirements()
     lineage = {
         "recipe": recipe.model_dump(mode="json"),
@@ -91,21 +90,22 @@ def package(
         "parity": {"forced": forced, **report.model_dump(mode="json")},
         "requirements": requirements,
     }
-    inputs = fingerprint(lineage, sha256_of(folder / OnnxArtifact.file_name), sha256_of(service))
-    tag = f"ad2kit-{recipe.name}:{inputs[:12]}"
-    if run.bento_record.is_file() and _published(tag):
-        record = BentoRecord.read(run.bento_record)
-        if record.inputs == inputs:
-            logger.info("already packaged: %s", tag)
-            return record
-
     with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
         context = Path(temporary) / "context"
         context.mkdir()
-        shutil.copy2(service, context / "service.py")
+        wheel = own_wheel(context)
+        # The wheel holds the service too: a change of either makes another Bento.
+        inputs = fingerprint(lineage, sha256_of(folder / OnnxArtifact.file_name), sha256_of(wheel))
+        tag = f"ad2kit-{recipe.name}:{inputs[:12]}"
+        if run.bento_record.is_file() and _published(tag):
+            record = BentoRecord.read(run.bento_record)
+            if record.inputs == inputs:
+                logger.info("already packaged: %s", tag)
+                return record
+
+        shutil.copy2(_service_file(), context / "service.py")
         shutil.copytree(folder, context / "artifact")
         write_text(context / "lineage.json", json.dumps(lineage, indent=2))
-        wheel = own_wheel(context)
         write_text(
             context / "bentofile.yaml",
             json.dumps({  # JSON is YAML

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from ad2kit import __version__, metrics, models
 from ad2kit import data as datasets
-from ad2kit import metrics, models
 from ad2kit.classifier import OnnxClassifier, softmax
 from ad2kit.errors import GateFailed, RunError
 from ad2kit.records import Check, DistillReport, OnnxArtifact, ParityReport, VariantParity
@@ -81,6 +81,7 @@ def parity(run: RunDir) -> ParityReport:
             hint="restore the data; a gate on other data proves nothing about this run",
         )
     inputs = fingerprint(
+        __version__,
         [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
         distilled.teacher_sha256, distilled.student_sha256, distilled.splits["validation"].sha256,
         recipe.parity.model_dump(mode="json"), recipe.seed,
@@ -254,6 +255,8 @@ def distillation_quality(
         ece=metrics.expected_calibration_error(softmax(finite), reference.labels),
         checks=(
             *earlier,
+            # Where the teacher gives one answer to everything, so may a student: nobody wants it.
+            at_least(question, "classes predicted", len(np.unique(predicted)), 2),
             at_least(
                 question, "accuracy retained", retained, thresholds.min_retained, interval
             ),

@@ -6,6 +6,7 @@ go to stdout.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -84,11 +85,13 @@ def print_table(folder: RunDir) -> None:
         console.print(f"report: {folder.report}", highlight=False)
 
 
-def next_steps(tag: str) -> str:
-    """Return the commands to type after a Bento was published."""
+def next_steps(tag: str, folder: RunDir) -> str:
+    """Return the commands to type after the Bento of a run was published."""
+    pair = len(folder.recipe.data.text_columns) == 2
+    texts = [["it is late", "the hour is late"]] if pair else ["hardly a disappointment"]
     curl = (
         "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
-        """-d '{"texts": ["hardly a disappointment"]}'"""
+        f"-d '{json.dumps({'texts': texts})}'"
     )
     # `make` does not activate the environment, so that its programs may not be on the path.
     here = Path(sys.executable).with_name("bentoml")

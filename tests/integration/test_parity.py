@@ -160,6 +160,17 @@ def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
     assert "ad2kit export" in caught.value.hint
 
 
+def test_one_answer_for_everything_fails_even_beside_such_a_teacher(copied_run: RunDir) -> None:
+    for name in ("fp32", "int8"):
+        damage(
+            copied_run,
+            lambda graph: edit(graph, "classifier.bias", lambda b: b + np.array([9, 0])),
+            name,
+        )
+    assert "classes predicted" in failed_checks(copied_run)
+    assert "classes predicted" in failed_checks(copied_run, "int8")
+
+
 def test_conversion_cost_by_hand() -> None:
     labels = np.array([0, 1] * 50)
     fp32 = np.eye(2, dtype=np.float32)[labels]
