@@ -25,6 +25,7 @@ app = typer.Typer(
     "ad2kit package, bentoml serve.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: starting rich would double the time that it takes
     pretty_exceptions_enable=False,
 )
 
@@ -32,11 +33,11 @@ RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a .yaml file.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="E.g. distill.lr=5e-5.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="E.g. distill.lr=5e-5.")
 ]
 RunArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", help="A run folder; the most recent run if left out."),
+    typer.Argument(metavar="RUN", help="A run folder; the most recent run if left out."),
 ]
 RunsDir = Annotated[Path, typer.Option(help="Where the run folders lie.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder, if not the usual.")]
@@ -107,7 +108,7 @@ def recipes(as_json: Json = False) -> None:
 
 @app.command()
 def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check a recipe, its data and its teacher, without training anything."""
+    """Check a recipe, its data and its teacher; train nothing."""
     from ad2kit.data import load_data
     from ad2kit.models import find_model
     from ad2kit.recipe import load
@@ -127,7 +128,7 @@ def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine offers, and what to do about what is missing."""
+    """Say what this machine offers and what it lacks."""
     from ad2kit.doctor import examine
 
     findings = examine()
@@ -149,7 +150,7 @@ def distill(
     allow_inexact: Inexact = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the teacher if the recipe says so, and distil the student with AD2."""
+    """Fine-tune the teacher if need be; distil the student."""
     from ad2kit.terminal import training_progress
 
     folder = _open(recipe_name, overrides, runs_dir, run)
@@ -170,7 +171,7 @@ def export(
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export the student to ONNX variants, then ask the parity gate."""
+    """Export the student to ONNX, then ask the parity gate."""
     folder = _find(runs_dir, run)
     artifacts = _needs_extra("ad2kit.export", "export")(folder)
     if not no_parity:
@@ -182,13 +183,19 @@ def export(
 
 @app.command()
 def parity(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Judge every variant against the student and the teacher; exit code 1 if one fails."""
+    """Judge the variants against student and teacher.
+
+    Exit code 1 if one fails; the report is written all the same.
+    """
     _judge(_find(runs_dir, run), as_json)
 
 
 @app.command()
 def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Measure latency and throughput of teacher, student and variants, anew each time."""
+    """Measure latency and throughput of all models.
+
+    Anew each time, whatever the run holds already.
+    """
     folder = _find(runs_dir, run)
     report = _needs_extra("ad2kit.bench", "bench")(folder)
     lines = [
@@ -210,7 +217,10 @@ def package(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Build a Bento, compare its HTTP answers with the artefact's, and publish its tag."""
+    """Build a Bento, try it over HTTP, publish its tag.
+
+    The tag is published only if the service answers what the artefact computes.
+    """
     from ad2kit.terminal import next_steps
 
     folder = _find(runs_dir, run)
@@ -238,7 +248,10 @@ def predict(
     runs_dir: RunsDir = RUNS,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")] = None,
 ) -> None:
-    """Classify texts: one JSON line each. The two texts of a pair are separated by a tab."""
+    """Classify texts: one JSON line each.
+
+    The two texts of a pair are separated by a tab.
+    """
     import dataclasses
     import itertools
     import json
@@ -265,7 +278,10 @@ def run(
     allow_inexact: Inexact = False,
     as_json: Json = False,
 ) -> None:
-    """Take a recipe all the way: distill, export, parity, bench, package."""
+    """Take a recipe all the way to a Bento.
+
+    distill, export, parity, bench and package, each skipped where it is done.
+    """
     from ad2kit.terminal import next_steps, print_table, training_progress
 
     folder = _open(recipe_name, overrides, runs_dir, run)

@@ -6,8 +6,6 @@ of them torch), and the lineage: recipe, data fingerprints, parity report, versi
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import logging
 import os
@@ -19,20 +17,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from packaging.requirements import Requirement
 
 from ad2kit import __version__
 from ad2kit import data as datasets
+from ad2kit.bundle import own_wheel, pinned_requirements, service_file
 from ad2kit.classifier import OnnxClassifier, read_artifact
 from ad2kit.errors import GateFailed, MissingExtra, RunError
-from ad2kit.recipe import recipes_folder
 from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact, ParityReport
 from ad2kit.run_dir import (
     exclusive,
@@ -103,7 +98,7 @@ def package(
                 logger.info("already packaged: %s", tag)
                 return record
 
-        shutil.copy2(_service_file(), context / "service.py")
+        shutil.copy2(service_file(), context / "service.py")
         shutil.copytree(folder, context / "artifact")
         write_text(context / "lineage.json", json.dumps(lineage, indent=2))
         write_text(
@@ -138,73 +133,6 @@ def package(
     write_record(run.bento_record, record)
     logger.info("published %s: %d answers over HTTP equal the artefact's", tag, texts)
     return record
-
-
-def pinned_requirements() -> list[str]:
-    """Return what a serving process needs beside ad2kit, each pinned to the installed version.
-
-    The closure is ours and not BentoML's lock, which would need the network at build time.
-    """
-    runtime = "onnxruntime-gpu" if _installed("onnxruntime-gpu") else "onnxruntime"
-    wanted = [runtime, *(metadata.requires("ad2kit") or ())]
-    pins: dict[str, str] = {}
-    while wanted:
-        requirement = Requirement(wanted.pop())
-        # Our own `serve` extra counts, other packages' extras only where they are asked for.
-        active = [
-            extra
-            for extra in ("", "serve", *requirement.extras)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-        ]
-        name = requirement.name.lower().replace("_", "-")
-        if not active or name in pins or name == "ad2kit":
-            continue
-        distribution = metadata.distribution(name)
-        pins[name] = distribution.version
-        for text in distribution.requires or ():
-            child = Requirement(text)
-            extras = requirement.extras or {""}
-            if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in extras):
-                child.marker = None
-                wanted.append(str(child))
-    return [f"{name}=={version.split('+')[0]}" for name, version in sorted(pins.items())]
-
-
-def own_wheel(folder: Path) -> Path:
-    """Write the wheel of the installed ad2kit, editable or not, and return its path.
-
-    Deterministic: the same code makes the same bytes, so that a Bento's tag can be too.
-    """
-    package_folder, info = Path(__file__).parent, f"ad2kit-{__version__}.dist-info"
-    files = {
-        f"ad2kit/{path.relative_to(package_folder)}": path.read_bytes()
-        for path in package_folder.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".typed", ".yaml")
-    }
-    for name, source in (("_recipes", recipes_folder()), ("_serving", _service_file().parent)):
-        files |= {
-            f"ad2kit/{name}/{path.name}": path.read_bytes()
-            for path in source.iterdir()
-            if path.suffix in (".py", ".yaml")
-        }
-    distribution = metadata.distribution("ad2kit")
-    for name in ("METADATA", "entry_points.txt"):
-        files[f"{info}/{name}"] = (distribution.read_text(name) or "").encode()
-    files[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: ad2kit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    rows = []
-    for name, content in sorted(files.items()):
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        rows.append(f"{name},sha256={digest},{len(content)}\n")
-    files[f"{info}/RECORD"] = ("".join(rows) + f"{info}/RECORD,,\n").encode()
-    path = folder / f"ad2kit-{__version__}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in sorted(files.items()):
-            entry = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
-    return path
 
 
 @contextmanager
@@ -279,20 +207,6 @@ def _choose(
             hint="see parity.json; `ad2kit parity` judges again, --allow-failed-parity overrides",
         )
     return run.onnx(variant or known[0]), True
-
-
-def _service_file() -> Path:
-    here = Path(__file__).parent
-    installed = here / "_serving" / "service.py"
-    return installed if installed.is_file() else here.parent / "serving" / "service.py"
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _published(tag: str) -> bool:

@@ -20,10 +20,11 @@ import psutil
 import pytest
 
 from ad2kit import package as stage
+from ad2kit.bundle import own_wheel, pinned_requirements
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
 from ad2kit.errors import GateFailed, ModelError, RunError
-from ad2kit.package import ask, own_wheel, package, pinned_requirements, served
+from ad2kit.package import ask, package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
 from ad2kit.run_dir import RunDir, sha256_of_folder
 
@@ -101,6 +102,28 @@ def test_packaging_again_builds_nothing(
     monkeypatch.setattr(stage, "_build", unwanted)
     assert package(run) == record
     assert bentoml.bentos.get(record.tag).creation_time == created
+
+
+def test_other_code_makes_another_bento(
+    packaged: tuple[RunDir, BentoRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, record = packaged
+
+    def wheel_of_other_code(folder: Path) -> Path:
+        wheel = own_wheel(folder)
+        with zipfile.ZipFile(wheel, "a") as archive:
+            archive.writestr("ad2kit/fixed.py", "")
+        return wheel
+
+    def stop(_context: Path, _store: Path, tag: str) -> Path:
+        raise RunError(tag, hint="")
+
+    monkeypatch.setattr(stage, "own_wheel", wheel_of_other_code)
+    monkeypatch.setattr(stage, "_build", stop)
+    with pytest.raises(RunError) as built:
+        package(run)
+    assert built.value.message.startswith("ad2kit-smoke:")
+    assert built.value.message != record.tag
 
 
 def test_a_bento_of_a_killed_run_is_replaced(
@@ -197,7 +220,7 @@ def test_a_service_that_answers_something_else_is_not_published(
 
 
 def test_what_is_missing_or_unknown_is_named(copied_run: RunDir) -> None:
-    with pytest.raises(RunError, match="no variant 'int4'.* fp32, int8"):
+    with pytest.raises(RunError, match=r"no variant 'int4'.* fp32, int8"):
         package(copied_run, variant="int4")
     copied_run.parity_report.unlink()
     with pytest.raises(RunError, match=r"no parity\.json yet") as refused:
@@ -247,15 +270,15 @@ def test_the_own_wheel_installs(tmp_path: Path) -> None:
         check=True, capture_output=True,
     )  # fmt: skip
     code = (
-        "import ad2kit.package as p, ad2kit.recipe as r, importlib.metadata as m\n"
-        "print(p.__file__, p._service_file(), m.version('ad2kit'), *r.recipe_names())"
+        "import ad2kit.bundle as b, ad2kit.recipe as r, importlib.metadata as m\n"
+        "print(b.__file__, b.service_file(), m.version('ad2kit'), *r.recipe_names())"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}  # before the editable install
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
     ).stdout.split()  # fmt: skip
-    assert found[0] == str(site / "ad2kit" / "package.py")
+    assert found[0] == str(site / "ad2kit" / "bundle.py")
     assert found[1] == str(site / "ad2kit" / "_serving" / "service.py")
     assert found[2] == metadata.version("ad2kit")
     assert {f"{name}.yaml" for name in found[3:]} == RECIPES

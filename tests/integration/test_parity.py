@@ -161,12 +161,11 @@ def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
 
 
 def test_one_answer_for_everything_fails_even_beside_such_a_teacher(copied_run: RunDir) -> None:
+    def tilt(graph: Any) -> None:
+        edit(graph, "classifier.bias", lambda bias: bias + np.array([9, 0]))
+
     for name in ("fp32", "int8"):
-        damage(
-            copied_run,
-            lambda graph: edit(graph, "classifier.bias", lambda b: b + np.array([9, 0])),
-            name,
-        )
+        damage(copied_run, tilt, name)
     assert "classes predicted" in failed_checks(copied_run)
     assert "classes predicted" in failed_checks(copied_run, "int8")
 

@@ -1,0 +1,154 @@
+"""The wheel that users install, away from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+import ad2kit
+from ad2kit.bundle import own_wheel
+
+if TYPE_CHECKING:
+    from ad2kit.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+CHECKOUT = Path(__file__).parents[2]
+RECIPES = {"demo", "smoke", "sst2", "sst2-minilm"}
+MAIN = "from ad2kit.cli import main; main()"
+
+
+class Installed(NamedTuple):
+    """The wheel, installed without its dependencies into a folder that shadows the checkout."""
+
+    wheel: Path
+    site: Path
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.site.parent,
+            env={**os.environ, "PYTHONPATH": str(self.site)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def ad2kit(self, *arguments: str) -> str:
+        """Run the command line and return what it printed."""
+        done = self.python("-c", MAIN, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)],
+        cwd=CHECKOUT, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index",
+         "--target", str(folder / "site"), str(wheel)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return Installed(wheel, folder / "site")
+
+
+def test_the_wheel_holds_what_an_installation_needs_and_no_more(installed: Installed) -> None:
+    assert installed.wheel.name == f"ad2kit-{ad2kit.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(installed.wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        described = archive.read(metadata).decode()
+    assert {f"ad2kit/_recipes/{name}.yaml" for name in RECIPES} <= names
+    assert {"ad2kit/_serving/service.py", "ad2kit/py.typed", "ad2kit/cli.py"} <= names
+    modules = {
+        path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "ad2kit").rglob("*.py")
+    }
+    assert modules <= names
+    top = {name.split("/")[0] for name in names}
+    assert top == {"ad2kit", metadata.split("/")[0]}  # no tests, no bench, no serving
+    assert not any("test" in name or "__pycache__" in name for name in names)
+    # The base installation must stay light: whatever is heavy belongs to an extra.
+    required = [line for line in described.splitlines() if line.startswith("Requires-Dist:")]
+    base = [line for line in required if "extra ==" not in line]
+    assert base
+    assert not [line for line in base if "torch" in line or "transformers" in line]
+
+
+def test_a_bento_carries_the_same_code(installed: Installed, tmp_path: Path) -> None:
+    # `package` writes a wheel of its own, without a build backend: nothing may be missing in it.
+    def code(wheel: Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            return {name: archive.read(name) for name in names if name.startswith("ad2kit/")}
+
+    assert code(own_wheel(tmp_path)) == code(installed.wheel)
+
+
+def test_the_installed_package_shadows_the_checkout(installed: Installed) -> None:
+    # The other tests of this file mean nothing where this one fails.
+    done = installed.python("-c", "import ad2kit.cli; print(ad2kit.__file__, ad2kit.cli.__file__)")
+    assert done.returncode == 0, done.stderr
+    for path in done.stdout.split():
+        assert Path(path).is_relative_to(installed.site)
+
+
+def test_the_installed_command_lists_its_recipes(installed: Installed) -> None:
+    listed = installed.ad2kit("recipes")
+    assert {line.split()[0] for line in listed.splitlines()} == RECIPES
+    assert set(json.loads(installed.ad2kit("recipes", "--json"))) == RECIPES
+    assert installed.ad2kit("--version").strip() == ad2kit.__version__
+    assert (installed.site / "bin" / "ad2kit").is_file()
+
+
+def test_the_installed_command_checks_a_recipe(installed: Installed) -> None:
+    checked = json.loads(installed.ad2kit("check", "smoke", "--json"))
+    assert checked["recipe"]["name"] == "smoke"
+    assert all(checked["rows"].values())
+    wrong = installed.python("-c", MAIN, "check", "smok")
+    assert wrong.returncode == 2
+    assert "did you mean 'smoke'?" in wrong.stderr
+
+
+def test_the_installed_command_predicts_without_torch(
+    installed: Installed, finished_run: RunDir
+) -> None:
+    printed = installed.ad2kit("predict", "--run", str(finished_run.path), "not dull")
+    (line,) = printed.splitlines()
+    expected = ad2kit.load(finished_run.path, threads=1).predict(["not dull"])[0]
+    answer = json.loads(line)
+    assert answer["text"] == "not dull"
+    assert answer["label"] == expected.label
+    assert answer["scores"] == pytest.approx(expected.scores, abs=1e-5)
+    assert (answer["tokens"], answer["truncated"]) == (expected.tokens, False)
+    code = (
+        "import sys, ad2kit\n"
+        "ad2kit.load(sys.argv[1]).predict(['not dull'])\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = installed.python("-c", code, str(finished_run.path))
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_installed_service_is_found_by_the_package_stage(installed: Installed) -> None:
+    code = (
+        "from ad2kit.bundle import service_file\n"
+        "from ad2kit.recipe import recipes_folder\n"
+        "print(service_file(), recipes_folder())"
+    )
+    done = installed.python("-c", code)
+    package = installed.site / "ad2kit"
+    assert done.stdout.split() == [
+        str(package / "_serving" / "service.py"), str(package / "_recipes"),
+    ], done.stderr  # fmt: skip
