@@ -156,7 +156,8 @@ class ErrorContract:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         if scope["path"] == "/classify" and scope["method"] == "POST":
-            if not headers.get(b"content-type", b"").startswith(b"application/json"):
+            media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if media_type != b"application/json":
                 await self._reply(send, 415)
                 return
             length = headers.get(b"content-length", b"0")
@@ -201,7 +202,8 @@ class ErrorContract:
                 invalid_json = any("json_invalid" in str(p.get("type")) for p in problems)
                 status = 400 if invalid_json else 422
                 detail = "; ".join(
-                    f"{'.'.join(map(str, p.get('loc', ())))}: {p.get('msg')}" for p in problems[:3]
+                    ": ".join(filter(None, (".".join(map(str, p.get("loc", ()))), p.get("msg"))))
+                    for p in problems[:3]
                 )
             elif isinstance(body.get("error"), str):
                 detail = body["error"]
