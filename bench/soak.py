@@ -1,6 +1,6 @@
 """Kill -9 the whole chain at random moments, start it again each time, and compare the end.
 
-    python bench/soak.py [--kills 5] [--seed 0] [--recipe smoke]
+    python bench/soak.py [--kills 11] [--seed 0] [--recipe smoke]
 
 A straight run is made first. Then `ad2kit run` of the same recipe is killed (its whole process
 group, so also a build or a service under way) a random moment after a stage left its first trace,
@@ -11,6 +11,7 @@ bit, the same verdict, the same Bento tag, and nothing half-written. Ends with a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -81,19 +82,20 @@ def kill(recipe: str, folder: Path, marker: str, delay_s: float) -> bool:
 def main() -> None:
     """Compare a killed chain with a straight one; exit code 1 if they differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=len(MARKERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default="smoke")
     options = parser.parse_args()
     generator = random.Random(options.seed)  # noqa: S311  (no secret)
-    markers = sorted(generator.choices(range(len(MARKERS)), k=options.kills))
+    every = generator.sample(range(len(MARKERS)), len(MARKERS))
+    markers = sorted(itertools.islice(itertools.cycle(every), options.kills))
     with tempfile.TemporaryDirectory(prefix="ad2kit-soak-") as temporary:
         straight, killed = Path(temporary) / "straight", Path(temporary) / "killed"
         for folder in (straight, killed):
             folder.mkdir()
         landed = 0
         for marker in markers:
-            landed += kill(options.recipe, killed, MARKERS[marker], generator.uniform(0, 1))
+            landed += kill(options.recipe, killed, MARKERS[marker], generator.uniform(0, 2))
         for folder in (killed, straight):
             if code := chain(options.recipe, folder).wait():
                 sys.exit(f"the chain in {folder} ended with exit code {code}")
