@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +14,16 @@ import transformers
 from safetensors import safe_open
 
 from ad2kit.errors import ModelError
+from ad2kit.random_bert import random_bert
 from ad2kit.run_dir import sha256_of_folder, whole_folder, write_text
 from ad2kit.runtime import hub_or_its_cache, seeded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ad2kit.data import Split
-
-Texts = Sequence[tuple[str, ...]]
 
 MANIFEST = "sha256.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
@@ -106,7 +106,7 @@ def load_teacher(reference: str, labels: tuple[str, ...], *, seed: int, train: S
         ModelError: no weights, pickled weights only, weights of something else, or other labels.
     """
     if reference == "random://bert":
-        return _random_bert(labels, seed, train.texts)
+        return TextModel(*random_bert(labels, seed, train.texts), labels)
     return load(find_model(reference), labels, seed=seed, finished=finished)
 
 
@@ -302,27 +302,3 @@ def _check_labels(
             f"  data: {dict(enumerate(labels))}",
             hint="give data.labels in the teacher's order, or set teacher.finetune",
         )
-
-
-def _random_bert(labels: tuple[str, ...], seed: int, texts: Texts) -> TextModel:
-    """Build a four-layer BERT with random weights over the words of ``texts``, for smoke tests."""
-    from tokenizers.implementations import BertWordPieceTokenizer
-
-    words = sorted(
-        {word for columns in texts for text in columns
-         for word in re.findall(r"\w+|[^\w\s]", text.lower())}
-    )  # fmt: skip
-    letters = sorted({letter for word in words for letter in word})
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words,
-              *letters, *(f"##{letter}" for letter in letters)]  # fmt: skip
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    backend = BertWordPieceTokenizer(vocabulary, lowercase=True)
-    tokenizer = transformers.BertTokenizerFast(tokenizer_object=backend._tokenizer)  # noqa: SLF001
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=128, max_position_embeddings=128, id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )  # fmt: skip
-    with seeded(seed):
-        module = transformers.BertForSequenceClassification(config)
-    return TextModel(module, tokenizer, labels)

@@ -2,15 +2,11 @@
 
 A recipe is plain data until :func:`load` has applied the overrides; then the whole of it is
 checked once and becomes a frozen :class:`Recipe`. Each stage receives its own section.
-
-Scalars follow the YAML 1.2 core schema: ``5e-5`` is a number and ``no`` is a word (PyYAML's
-default, YAML 1.1, has it the other way round), and a key that appears twice is an error.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
@@ -19,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ad2kit.errors import RecipeError, nearest
+from ad2kit.yaml_core import parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -286,42 +283,3 @@ def _fields_at(keys: list[str]) -> list[str]:
         return next(cast(type[BaseModel], o) for o in options if hasattr(o, "model_fields"))
 
     return list(reduce(step, keys, cast(type[BaseModel], Recipe)).model_fields)
-
-
-class _CoreLoader(yaml.SafeLoader):
-    """YAML 1.2 core scalars, and no key twice."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' appears twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
-        "-+.0123456789",
-    ),
-):
-    _CoreLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}",
-        re.compile(rf"^(?:{_pattern})$"),
-        ["" if c == "\0" else c for c in _first],
-    )
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML with the 1.2 core schema into plain Python data."""
-    return yaml.load(text, Loader=_CoreLoader)  # noqa: S506  (a SafeLoader)

@@ -15,11 +15,11 @@ PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
 LAYERS = {
-    0: {"errors"},
+    0: {"errors", "yaml_core"},
     1: {"recipe", "records", "run_dir", "runtime"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "data", "losses",
-        "metrics", "models", "quantize", "sources", "training",
+        "metrics", "models", "quantize", "random_bert", "sources", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.run"},

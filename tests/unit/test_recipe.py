@@ -8,6 +8,7 @@ import pytest
 
 from ad2kit import recipe as recipes
 from ad2kit.errors import RecipeError
+from ad2kit.yaml_core import parse_yaml
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,7 @@ def test_sst2_has_the_published_hyperparameters() -> None:
     ],
 )  # fmt: skip
 def test_scalars_follow_the_yaml_core_schema(text: str, value: object) -> None:
-    parsed = recipes.parse_yaml(text)
+    parsed = parse_yaml(text)
     assert parsed == value
     assert type(parsed) is type(value)
 
