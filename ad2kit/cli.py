@@ -259,7 +259,8 @@ def predict(
     import ad2kit
     from ad2kit.terminal import read_lines
 
-    classifier = ad2kit.load(run if run is not None else _passed(runs_dir))
+    named = run is not None and not (run / "manifest.json").is_file()
+    classifier = ad2kit.load(_find(runs_dir, run).path if named else run or _passed(runs_dir))
     lines = iter(texts) if texts else read_lines(file)
     pair = classifier.artifact.text_columns == 2
     while chunk := list(itertools.islice(lines, 256)):

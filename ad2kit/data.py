@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from ad2kit.recipe import DataRecipe
+
+logger = logging.getLogger(__name__)
 
 _SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
 # A tiny training set must not lose more than a fifth of its rows to `select`.
@@ -82,9 +85,11 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             holds one class only, or the hub cannot be reached.
     """
     train_rows, validation_rows, names = read_rows(recipe)
+    for name, rows in (("train", train_rows), ("validation", validation_rows)):
+        _check_columns(rows, recipe, name)
     labels = recipe.labels or names or _labels_seen(train_rows, recipe)
-    train = _check(train_rows, recipe, labels, "train")
-    validation = _check(validation_rows, recipe, labels, "validation")
+    train = _check(train_rows, recipe, labels)
+    validation = _check(validation_rows, recipe, labels)
 
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     wanted = min(max(round(len(order) * _SELECT_FRACTION), _SELECT_LEAST), _SELECT_MOST)
@@ -94,6 +99,16 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
         _two_classes(split, labels, name)
+    seen = {*data.train.texts, *data.select.texts}
+    known = sum(text in seen for text in data.validation.texts)
+    if known == len(data.validation):
+        raise DataError(
+            f"all {known} validation texts are also training texts: a gate on them proves nothing",
+            hint="give a validation file that training does not see",
+        )
+    if known:
+        logger.warning("%d of %d validation texts are also training texts", known,
+                       len(data.validation))  # fmt: skip
     return data
 
 
@@ -183,11 +198,26 @@ def collate(
 
 
 def _labels_seen(rows: list[Row], recipe: DataRecipe) -> tuple[str, ...]:
-    return tuple(sorted({str(row.get(recipe.label_column)) for _, row in rows}))
+    return tuple(sorted({_label(where, row, recipe.label_column) for where, row in rows}))
 
 
-def _check(rows: list[Row], recipe: DataRecipe, labels: tuple[str, ...], name: str) -> Split:
-    """Turn raw rows into a split, or name the first row that is wrong."""
+def _label(where: str, row: dict[str, Any], column: str) -> str:
+    """Return a row's label as text: 1, "1" and 1.0 (a Parquet column with a gap) are the same."""
+    value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool | int):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise DataError(
+        f"{where}: '{column}' must be a label, a text or a whole number, found {value!r}",
+        hint="remove or correct the row",
+    )
+
+
+def _check_columns(rows: list[Row], recipe: DataRecipe, name: str) -> None:
+    """Insist on at least one row, and on the columns that the recipe names."""
     if not rows:
         raise DataError(f"the {name} split is empty", hint="give a file with at least two classes")
     where, first = rows[0]
@@ -198,21 +228,26 @@ def _check(rows: list[Row], recipe: DataRecipe, labels: tuple[str, ...], name: s
                 f"columns: {', '.join(map(str, first))}",
                 hint="set data.text_columns and data.label_column",
             )
+
+
+def _check(rows: list[Row], recipe: DataRecipe, labels: tuple[str, ...]) -> Split:
+    """Turn raw rows into a split, or name the first row that is wrong."""
     ids = {label: index for index, label in enumerate(labels)}
     texts, label_ids = [], []
     for where, row in rows:
         for column in recipe.text_columns:
-            if not isinstance(row.get(column), str) or not row[column].strip():
+            text = row.get(column)
+            if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
                 raise DataError(
                     f"{where}: '{column}' must be a text with at least one visible character, "
-                    f"found {row.get(column)!r}",
+                    f"found {text!r:.80}",
                     hint="remove or correct the row",
                 )
-        label = row.get(recipe.label_column)
+        label = _label(where, row, recipe.label_column)
         # A name wins over an id, so that labels called "1" and "0" keep their meaning.
-        index = ids.get(str(label))
-        if index is None and str(label).isdecimal() and int(str(label)) < len(labels):
-            index = int(str(label))
+        index = ids.get(label)
+        if index is None and label.isdecimal() and int(label) < len(labels):
+            index = int(label)
         if index is None:
             raise DataError(
                 f"{where}: label {label!r} is not in the label set ({', '.join(labels)})",
@@ -221,6 +256,11 @@ def _check(rows: list[Row], recipe: DataRecipe, labels: tuple[str, ...], name: s
         texts.append(tuple(row[column] for column in recipe.text_columns))
         label_ids.append(index)
     return Split(tuple(texts), np.asarray(label_ids, dtype=np.int64))
+
+
+def _is_unicode(text: str) -> bool:
+    """Half a surrogate pair, which JSON lets through, is no character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _two_classes(split: Split, labels: tuple[str, ...], name: str) -> None:

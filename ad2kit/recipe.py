@@ -47,7 +47,7 @@ class DataRecipe(Section):
     validation: str | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
     label_column: str
-    labels: tuple[str, ...] | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     max_length_tokens: Annotated[int, Field(ge=8)]
     max_train_rows: Positive | None = None
 
@@ -208,7 +208,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}", hint="correct the file") from error
     if not isinstance(data, dict):
         raise RecipeError(
@@ -223,9 +223,16 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def from_data(data: dict[str, Any], *, where: str) -> Recipe:
     """Check plain data whole and build the recipe; ``where`` names the source in errors."""
     try:
+        text = json.dumps(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"{where} holds something that is not plain data: {error}",
+            hint="use text, numbers, true, false, null, lists and mappings with text keys",
+        ) from error
+    try:
         # Through JSON, because pydantic's strict mode then takes a list for a tuple and a whole
         # number for a float, and still refuses "3" for 3 and true for 1.
-        return Recipe.model_validate_json(json.dumps(data))
+        return Recipe.model_validate_json(text)
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         raise RecipeError(
@@ -254,7 +261,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
             )
     try:
         data[keys[-1]] = parse_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(
             f"override '{override}': the value is not valid YAML", hint="quote the value"
         ) from error

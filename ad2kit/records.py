@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ad2kit.errors import RunError
+from ad2kit.recipe import ParityRecipe  # noqa: TC001  (pydantic reads it at run time)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,6 +134,17 @@ class Check(Part):
     interval: tuple[float, float] | None = None
     passed: bool
 
+    @model_validator(mode="after")
+    def _verdict_follows_from_the_value(self) -> Self:
+        """A report that was edited must not contradict itself."""
+        right = self.value <= self.threshold
+        if self.bound == "at least":
+            right = self.value >= self.threshold
+        if self.passed != right:
+            msg = f"'{self.name}' is {self.value}, {self.bound} {self.threshold}: not {self.passed}"
+            raise ValueError(msg)
+        return self
+
 
 class VariantParity(Part):
     """One variant against the PyTorch student, fp32 and the teacher."""
@@ -157,6 +169,7 @@ class ParityReport(Record):
     """The verdict of the gate on the labelled validation set."""
 
     inputs: str
+    thresholds: ParityRecipe
     rows: int
     truncated: int
     smallest_detectable_difference: float

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from contextlib import contextmanager
@@ -27,14 +28,16 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from ad2kit.errors import RunError
+from ad2kit.errors import RecipeError, RunError, no_room_left
 from ad2kit.recipe import Recipe, from_data
-from ad2kit.records import ParityReport
+from ad2kit.records import OnnxArtifact, ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pydantic import BaseModel
+
+logger = logging.getLogger(__name__)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -154,7 +157,14 @@ class RunDir:
                 f"{self.path} is not a run folder: it has no recipe.json",
                 hint="give a folder that `ad2kit distill` or `ad2kit run` made",
             )
-        return from_data(json.loads(self.recipe_file.read_text()), where=str(self.recipe_file))
+        try:
+            data = json.loads(self.recipe_file.read_text(encoding="utf-8"))
+            return from_data(data, where=str(self.recipe_file))
+        except (ValueError, RecipeError) as error:
+            raise RunError(
+                f"{self.recipe_file} is damaged: {error}",
+                hint=f"restore it, or delete {self.path} and run the recipe again",
+            ) from error
 
     def require(self, path: Path, *, command: str) -> None:
         """Insist that an earlier stage left ``path`` behind; else name its command."""
@@ -233,13 +243,21 @@ def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunD
             f"{run.path} is not empty and is not a run folder",
             hint="name an empty or a new folder",
         )
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_record(run.recipe_file, recipe)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_record(run.recipe_file, recipe)
+    except OSError as error:
+        if no_room_left(error):
+            raise
+        raise RunError(
+            f"cannot make the run folder {run.path}: {error.strerror}",
+            hint="name a folder that can be written, with --runs-dir or --run",
+        ) from error
     return run
 
 
 def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
-    """Return the run at ``folder``, or the one under ``runs_dir`` that was used last.
+    """Return the run at ``folder``, or the distilled one under ``runs_dir`` that was used last.
 
     Raises:
         RunError: there is none.
@@ -248,10 +266,14 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
         run = RunDir(folder if folder.exists() else runs_dir / folder)
         _ = run.recipe
         return run
-    runs = sorted(runs_dir.glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
+    # A run whose first command failed, or is still training, must not hide a finished one.
+    runs = [
+        path for path in runs_dir.glob("*/recipe.json") if (path.parent / "distill.json").exists()
+    ]
+    runs.sort(key=lambda path: path.stat().st_mtime)
     if not runs:
         raise RunError(
-            f"no run under {runs_dir.resolve()}",
+            f"no run under {runs_dir.resolve()} has a distilled student",
             hint="make one with `ad2kit run demo`, or name the folder with --runs-dir",
         )
     return RunDir(runs[-1].parent)
@@ -261,12 +283,15 @@ def passed_variants(run: RunDir) -> list[Path]:
     """Return the variants that passed parity and have not changed since, smallest first."""
     if not run.parity_report.is_file():
         return []
-    found = []
-    for verdict in ParityReport.read(run.parity_report).variants:
+    report, found = ParityReport.read(run.parity_report), []
+    if report.thresholds != run.recipe.parity:
+        return []  # judged by other thresholds than the recipe has now
+    for verdict in report.variants:
         manifest = run.onnx(verdict.variant) / "manifest.json"
         if verdict.passed and manifest.is_file() and sha256_of(manifest) == verdict.manifest_sha256:
             found.append(manifest.parent)
-    return sorted(found, key=lambda folder: (folder / "model.onnx").stat().st_size)
+    # By the manifest: whether the files are there is seen, and said, when one is loaded.
+    return sorted(found, key=lambda f: OnnxArtifact.read(f / "manifest.json").model_bytes)
 
 
 def latest_passed_run(runs_dir: Path) -> RunDir:
@@ -277,8 +302,12 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
     """
     reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
     for report in reversed(reports):
-        if passed_variants(RunDir(report.parent)):
-            return RunDir(report.parent)
+        try:
+            if passed_variants(RunDir(report.parent)):
+                return RunDir(report.parent)
+        except RunError as error:
+            # One damaged run must not take the others out of service.
+            logger.warning("passed over: %s", error.message)
     raise RunError(
         f"no run under {runs_dir.resolve()} has a variant that passed the parity gate",
         hint="make one with `ad2kit run demo`, or look at `ad2kit parity`",

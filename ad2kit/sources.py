@@ -118,7 +118,12 @@ def _read_file(path: Path) -> list[Row]:
 
         if not path.is_file():
             raise DataError(f"no file '{path}'", hint="correct the path in the data section")
-        table = pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            table = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} is not a Parquet table: {error}", hint="write it again"
+            ) from error
         return [(f"{path}, row {number}", row) for number, row in enumerate(table, 1)]
     if suffix == "jsonl":
         rows = []
@@ -128,7 +133,7 @@ def _read_file(path: Path) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number}: not JSON: {error}", hint="correct the line"
                 ) from error
@@ -145,12 +150,24 @@ def _read_file(path: Path) -> list[Row]:
             if suffix == "tsv"
             else csv.reader(f"{line}\n" for line in lines)
         )
-        header = next(reader, [])
+        try:
+            parsed = [(reader.line_num, fields) for fields in reader]
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {reader.line_num}: not {suffix.upper()}: {error}",
+                hint="end lines with \\n or \\r\\n",
+            ) from error
+        header = parsed[0][1] if parsed else []
+        twice = {name for name in header if header.count(name) > 1}
+        if twice:
+            raise DataError(
+                f"{path}: the column '{min(twice)}' appears twice", hint="rename one of them"
+            )
         rows = []
-        for fields in reader:
+        for number, fields in parsed[1:]:
             if not fields:
                 continue
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {number}"
             if len(fields) != len(header):
                 raise DataError(
                     f"{where}: expected {len(header)} fields ({', '.join(header)}), "

@@ -113,6 +113,8 @@ def ad2(accelerator: Accelerator, settings: DistillRecipe) -> Objective:
             delta, steps = adv.ascend(delta, gradient, mask, attack), steps - 1
         else:
             delta = adv.random_start(mask, embeddings.embedding_dim, attack)
+        # Replaying rewinds the generator; the next update must not draw this one's noise again.
+        drawn = _rng_state(mask.device)
         for index in range(steps):
             value, gradient = adv.inner_gradient(replayed, delta)
             if attack.start == "random" and index == 0:
@@ -120,6 +122,7 @@ def ad2(accelerator: Accelerator, settings: DistillRecipe) -> Objective:
             delta = adv.ascend(delta, gradient, mask, attack)
         adversarial = replayed(delta)
         accelerator.backward(alpha * adversarial * share)
+        _set_rng_state(mask.device, drawn)
         terms["adversarial"] = adversarial.item()
         inner = {
             "inner_loss_before": before,

@@ -248,7 +248,12 @@ class Ad2kitClassifier:
         folder = artifact_folder()
         self.classifier = OnnxClassifier(folder, threads=arguments.threads)
         lineage = Path(__file__).parent / "lineage.json"
-        self.lineage = json.loads(lineage.read_text()) if lineage.is_file() else {}
+        report = folder.parent.parent / "parity.json"  # of the run that the artefact lies in
+        self.parity = None
+        if lineage.is_file():
+            self.parity = json.loads(lineage.read_text())["parity"]
+        elif report.is_file():
+            self.parity = json.loads(report.read_text())
         # The first inference allocates and compiles; no user should wait for it.
         columns = self.classifier.artifact.text_columns
         self.classifier.predict(["warm up" if columns == 1 else ("warm", "up")])
@@ -298,7 +303,7 @@ class Ad2kitClassifier:
                 "deadline_s": DEADLINE_S,
             },
             "lineage": artifact.lineage,
-            "parity": self.lineage.get("parity"),
+            "parity": self.parity,
         }
 
     @bentoml.on_shutdown

@@ -116,7 +116,7 @@ def test_nan_in_one_logit_fails(copied_run: RunDir) -> None:
         return array
 
     damage(copied_run, lambda graph: edit(graph, "classifier.bias", poison), "int8")
-    assert "logits not finite" in failed_checks(copied_run, "int8")
+    assert "converted logits not finite" in failed_checks(copied_run, "int8")
     assert [folder.name for folder in passed_variants(copied_run)] == ["fp32"]
 
 
@@ -173,11 +173,11 @@ def test_one_answer_for_everything_fails_even_beside_such_a_teacher(copied_run: 
 def test_conversion_cost_by_hand() -> None:
     labels = np.array([0, 1] * 50)
     fp32 = np.eye(2, dtype=np.float32)[labels]
-    same = conversion_cost(fp32, fp32, labels, ParityRecipe())
+    same = conversion_cost(fp32, fp32, fp32, labels, ParityRecipe())
     assert all(check.passed for check in same)
     worse = fp32.copy()
     worse[:2] = worse[:2, ::-1]
-    checks = {c.name: c for c in conversion_cost(worse, fp32, labels, ParityRecipe())}
+    checks = {c.name: c for c in conversion_cost(worse, worse, fp32, labels, ParityRecipe())}
     assert checks["label agreement with fp32"].value == 0.98
     assert checks["accuracy points lost to fp32"].value == pytest.approx(2.0)
     assert not any(checks[name].passed for name in list(checks)[1:])

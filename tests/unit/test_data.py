@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOOD = "text\tlabel\n" + "".join(f'text {i} "quoted\t{i % 2}\n' for i in range(40))
+OTHER = GOOD.replace("text ", "other ")
 
 
 def recipe(source: Path | str | None, **changes: object) -> DataRecipe:
@@ -30,7 +31,7 @@ def recipe(source: Path | str | None, **changes: object) -> DataRecipe:
     return DataRecipe.model_validate(values | changes)
 
 
-def folder(path: Path, train: str = GOOD, validation: str = GOOD, suffix: str = "tsv") -> Path:
+def folder(path: Path, train: str = GOOD, validation: str = OTHER, suffix: str = "tsv") -> Path:
     (path / f"train.{suffix}").write_text(train)
     (path / f"validation.{suffix}").write_text(validation)
     return path
@@ -51,13 +52,19 @@ def test_all_formats_read_the_same_rows(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    rows = [{"text": f"text, {i}\nsecond line", "label": i % 2} for i in range(40)]
+    plain: list[dict[str, object]] = [
+        {"text": f"text, {i}\nsecond line", "label": i % 2} for i in range(40)
+    ]
     found = []
     for suffix in ("csv", "jsonl", "parquet"):
         target = tmp_path / suffix
         target.mkdir()
         for name in ("train", "validation"):
             path = target / f"{name}.{suffix}"
+            if name == "train":
+                rows = [row | {"text": f"seen {row['text']}"} for row in plain]
+            else:
+                rows = plain
             if suffix == "csv":
                 lines = "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows)
                 path.write_text("text,label\n" + lines)
@@ -84,7 +91,8 @@ def test_label_names_come_from_labels_txt(tmp_path: Path) -> None:
 
 def test_label_names_in_the_rows_mean_what_the_recipe_says(tmp_path: Path) -> None:
     rows = "text\tlabel\n" + "".join(f"t{i}\t{('yes', 'no')[i % 2]}\n" for i in range(20))
-    data = load_data(recipe(folder(tmp_path, rows, rows), labels=("no", "yes")), 1)
+    source = folder(tmp_path, rows.replace("\nt", "\ns"), rows)
+    data = load_data(recipe(source, labels=("no", "yes")), 1)
     first = dict(zip(data.validation.texts, data.validation.labels.tolist(), strict=True))
     assert (first[("t0",)], first[("t1",)]) == (1, 0)
 
@@ -98,7 +106,7 @@ def test_the_splits_are_disjoint_deterministic_and_depend_on_the_seed(tmp_path: 
     assert len(data.train) + len(data.select) == 40
     assert len(data.select) == 8  # a fifth at most of a tiny set
     # The gate's rows keep the order of the file.
-    assert data.validation.texts[0] == ('text 0 "quoted',)
+    assert data.validation.texts[0] == ('other 0 "quoted',)
 
 
 def test_select_takes_five_percent_between_200_and_2000(tmp_path: Path) -> None:
@@ -111,6 +119,12 @@ def test_max_train_rows_caps_train_and_select_together(tmp_path: Path) -> None:
     data = load_data(recipe(folder(tmp_path), max_train_rows=30), 1)
     assert len(data.train) + len(data.select) == 30
     assert len(data.validation) == 40
+
+
+def test_labels_that_parquet_made_floats_are_whole_numbers(tmp_path: Path) -> None:
+    lines = [f'{{"text": "t{i}", "label": {i % 2}.0}}\n' for i in range(20)]
+    source = folder(tmp_path, "".join(lines[:14]), "".join(lines[14:]), suffix="jsonl")
+    assert load_data(recipe(source), 1).labels == ("0", "1")
 
 
 def without_column(path: Path) -> Path:
@@ -155,6 +169,41 @@ def broken_json(path: Path) -> Path:
     return folder(path, line + '{"text": \n', line, suffix="jsonl")
 
 
+def leaked(path: Path) -> Path:
+    return folder(path, GOOD, GOOD)
+
+
+def no_parquet(path: Path) -> Path:
+    return folder(path, "PAR1", "PAR1", suffix="parquet")
+
+
+def column_twice(path: Path) -> Path:
+    return folder(path, GOOD.replace("text\tlabel", "text\ttext\tlabel", 1))
+
+
+def old_line_ends(path: Path) -> Path:
+    return folder(path, 'text,label\ra,1\r"b"x\r,0\r', "text,label\na,1\n", suffix="csv")
+
+
+def deep_json(path: Path) -> Path:
+    return folder(path, "[" * 100_000 + "\n", '{"text": "a", "label": 1}\n', suffix="jsonl")
+
+
+def half_a_surrogate(path: Path) -> Path:
+    line = '{"text": "a", "label": 1}\n'
+    return folder(path, line + '{"text": "b \\ud800", "label": 0}\n', line, suffix="jsonl")
+
+
+def no_label(path: Path) -> Path:
+    line = '{"text": "a", "label": "x"}\n'
+    return folder(path, line + '{"text": "b", "label": null}\n', line, suffix="jsonl")
+
+
+def list_label(path: Path) -> Path:
+    line = '{"text": "a", "label": "x"}\n'
+    return folder(path, line + '{"text": "b", "label": ["x"]}\n', line, suffix="jsonl")
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -167,6 +216,14 @@ def broken_json(path: Path) -> Path:
         (no_train_file, "expected exactly one train"),
         (two_train_files, r"expected exactly one train.*train\.tsv, train\.csv"),
         (broken_json, r"train\.jsonl, line 2: not JSON"),
+        (leaked, "all 40 validation texts are also training texts"),
+        (no_parquet, r"train\.parquet is not a Parquet table"),
+        (column_twice, "the column 'text' appears twice"),
+        (old_line_ends, r"train\.csv, line \d+: not CSV"),
+        (deep_json, r"train\.jsonl, line 1: not JSON"),
+        (half_a_surrogate, r"train\.jsonl, line 2: 'text' must be a text"),
+        (no_label, r"line 2: 'label' must be a label, a text or a whole number, found None"),
+        (list_label, r"line 2: 'label' must be a label, .* found \['x'\]"),
     ],
 )
 def test_wrong_data_is_an_error_that_says_where(
@@ -181,8 +238,9 @@ def test_a_label_outside_the_label_set_is_refused(tmp_path: Path) -> None:
     source = folder(tmp_path, GOOD.replace("\t0\n", "\tx\n", 1))
     with pytest.raises(DataError, match=r"line 2: label 'x' is not in the label set \(a, b\)"):
         load_data(recipe(source, labels=("a", "b")), 1)
-    with pytest.raises(DataError, match=r"line 3: label '1' is not in the label set \(a\)"):
-        load_data(recipe(folder(tmp_path), labels=("a",)), 1)
+    source = folder(tmp_path, GOOD.replace("\t0\n", "\t2\n", 1))
+    with pytest.raises(DataError, match=r"line 2: label '2' is not in the label set \(a, b\)"):
+        load_data(recipe(source, labels=("a", "b")), 1)
 
 
 @pytest.mark.parametrize(
