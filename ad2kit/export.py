@@ -58,7 +58,7 @@ def export(run: RunDir) -> list[OnnxArtifact]:
     # fp32 first: the others are made from its graph.
     for variant in sorted(recipe.export.variants, key=lambda name: name != "fp32"):
         inputs = fingerprint(
-            variant, sha256_of(run.student / models.MANIFEST),
+            __version__, variant, sha256_of(run.student / models.MANIFEST),
             [metadata.version(tool) for tool in _TOOLS], recipe.data.max_length_tokens,
         )  # fmt: skip
         folder = run.onnx(variant)

@@ -113,6 +113,26 @@ def test_export_takes_the_most_recent_run_and_ends_with_the_verdict(
     assert "int8 (ONNX)" in exported.out
 
 
+def test_a_command_that_failed_does_not_hide_a_finished_run(
+    ad2kit: Any, copied_run: RunDir
+) -> None:
+    runs = copied_run.path.parent
+    assert ad2kit("distill", "smoke", "student.layers=[9]", "--runs-dir", runs).code == 2
+    assert f"run: {copied_run.path}" in ad2kit("parity", "--runs-dir", runs).err
+
+
+def test_a_damaged_run_is_the_users_to_mend_and_no_defect(ad2kit: Any, copied_run: RunDir) -> None:
+    (copied_run.onnx("int8") / "model.onnx").unlink()
+    assert "sha256 expected" in ad2kit("export", copied_run.path).err
+    assert ad2kit("predict", "--run", copied_run.onnx("fp32"), "fine").code == 0
+    copied_run.recipe_file.write_text("{")
+    outcome = ad2kit("export", copied_run.path)
+    assert (outcome.code, "is damaged" in outcome.err) == (2, True)
+    (copied_run.path.parent / "file").write_text("")
+    outcome = ad2kit("distill", "smoke", "--runs-dir", copied_run.path.parent / "file")
+    assert (outcome.code, "cannot make the run folder" in outcome.err) == (2, True)
+
+
 def test_json_is_alone_on_stdout(ad2kit: Any, copied_run: RunDir) -> None:
     assert json.loads(ad2kit("parity", copied_run.path, "--json").out)["rows"] == 640
     artifacts = json.loads(ad2kit("export", copied_run.path, "--no-parity", "--json").out)

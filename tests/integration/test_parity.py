@@ -129,6 +129,40 @@ def test_another_tokenizer_fails(copied_run: RunDir) -> None:
     assert "texts with other token ids" in failed_checks(copied_run)
 
 
+def test_nothing_made_from_an_unfaithful_fp32_passes(copied_run: RunDir) -> None:
+    damage(copied_run, lambda graph: edit(graph, "classifier.bias", lambda bias: bias + 0.01))
+    assert "logit gap, batches" in failed_checks(copied_run, "int8")
+    assert passed_variants(copied_run) == []
+
+
+def test_a_verdict_does_not_outlive_the_thresholds_that_it_was_given_by(
+    copied_run: RunDir,
+) -> None:
+    assert len(passed_variants(copied_run)) == 2
+    recipe = copied_run.recipe
+    stricter = recipe.parity.model_copy(update={"min_agreement": 1.0})
+    write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": stricter}))
+    assert passed_variants(copied_run) == []
+
+
+def test_a_report_that_contradicts_itself_is_refused(copied_run: RunDir) -> None:
+    text = copied_run.parity_report.read_text()
+    copied_run.parity_report.write_text(text.replace('"value": 0.0', '"value": 7.0', 1))
+    with pytest.raises(RunError, match="is not a ParityReport"):
+        passed_variants(copied_run)
+
+
+def test_a_changed_teacher_or_student_is_noticed_even_where_the_verdict_is_known(
+    copied_run: RunDir,
+) -> None:
+    path = copied_run.teacher / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="is not the file that was written"):
+        parity(copied_run)
+
+
 def test_a_weak_student_fails_with_the_thresholds_of_the_recipe(copied_run: RunDir) -> None:
     recipe = copied_run.recipe
     strict = recipe.parity.model_copy(update={"min_retained": 1.0, "min_retained_lower": 1.0})

@@ -106,6 +106,27 @@ def test_the_adversary_attacks_the_network_that_the_clean_pass_saw() -> None:
     assert torch.rand(1) == first
 
 
+def test_a_random_start_draws_anew_at_each_update() -> None:
+    """Replaying the dropout must not rewind the generator over the noise of the start."""
+    seen: list[torch.Tensor] = []
+    original = adv.random_start
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    model = tiny_bert(dropout=True)
+    model.module.train()
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adv, "random_start", spy)
+        step = ad2(cpu(), settings(radius=1.0, start="random"))
+        step(model, batch(model), 1.0)
+        drawn = torch.rand(seen[0].numel())
+    # In the box, the start is 2u - 1 of the draws: the next ones must be others.
+    assert not torch.allclose(drawn[:64], (seen[0].flatten()[:64] + 1) / 2)
+
+
 def test_the_hard_label_term_adds_its_gradient() -> None:
     model = tiny_bert()
     data = batch(model)
