@@ -88,7 +88,11 @@ def print_table(folder: RunDir) -> None:
 def next_steps(tag: str, folder: RunDir) -> str:
     """Return the commands to type after the Bento of a run was published."""
     pair = len(folder.recipe.data.text_columns) == 2
-    texts = [["it is late", "the hour is late"]] if pair else ["hardly a disappointment"]
+    texts = (
+        [["it is late", "the hour is late"]]
+        if pair
+        else ["although the plot is weak, the acting is superb"]
+    )
     curl = (
         "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
         f"-d '{json.dumps({'texts': texts})}'"
