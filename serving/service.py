@@ -67,9 +67,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={
-            "example": {"texts": ["although the plot is weak, the acting is superb"]}
-        },
+        json_schema_extra={"example": {"texts": ["the plot is weak, but the acting is superb"]}},
     )
 
     texts: str | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
