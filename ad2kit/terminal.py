@@ -91,7 +91,7 @@ def next_steps(tag: str, folder: RunDir) -> str:
     texts = (
         [["it is late", "the hour is late"]]
         if pair
-        else ["although the plot is weak, the acting is superb"]
+        else ["I expected a dull film and was proven wrong"]
     )
     curl = (
         "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
