@@ -110,7 +110,8 @@ def test_changed_data_under_the_same_run_is_refused(tmp_path: Path, quick_recipe
     source = tmp_path / "data"
     source.mkdir()
     for name in ("train", "validation"):
-        (source / f"{name}.tsv").write_text("text\tlabel\n" + "".join(rows))
+        own = "".join(rows).replace("film", name)
+        (source / f"{name}.tsv").write_text(f"text\tlabel\n{own}")
     data = quick_recipe.data.model_copy(update={"source": str(source)})
     run = open_run(quick_recipe.model_copy(update={"data": data}), tmp_path / "runs")
     with pytest.raises(Stopped):
