@@ -303,8 +303,7 @@ Question = Literal["export fidelity", "conversion cost", "distillation quality"]
 def at_most(question: Question, name: str, value: float, threshold: float) -> Check:
     """Return the check ``value <= threshold``; NaN fails."""
     return Check(
-        question=question, name=name, value=value, bound="at most", threshold=threshold,
-        passed=bool(value <= threshold),
+        question=question, name=name, value=value, bound="at most", threshold=threshold
     )  # fmt: skip
 
 
@@ -315,7 +314,7 @@ def at_least(
     """Return the check ``value >= threshold``; NaN fails."""
     return Check(
         question=question, name=name, value=value, bound="at least", threshold=threshold,
-        interval=interval, passed=bool(value >= threshold),
+        interval=interval,
     )  # fmt: skip
 
 

@@ -6,9 +6,9 @@ Numbers carry their unit in their name. Fractions lie in [0, 1].
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
 
 from ad2kit.errors import RunError
 from ad2kit.recipe import ParityRecipe  # noqa: TC001  (pydantic reads it at run time)
@@ -20,9 +20,21 @@ SCHEMA_VERSION: Literal[1] = 1
 
 
 class Part(BaseModel):
-    """A piece of a record: frozen, closed to unknown keys."""
+    """A piece of a record: frozen, closed to unknown keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    What is computed from other fields is written for readers and never read back: a verdict in
+    an edited file has no effect, only the values have. A value that is no number is written as
+    "NaN" or "Infinity", because JSON has no such number and null would not be one again.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compute_again(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in cls.model_computed_fields}
 
 
 class Record(Part):
@@ -132,18 +144,14 @@ class Check(Part):
     bound: Literal["at most", "at least"]
     threshold: float
     interval: tuple[float, float] | None = None
-    passed: bool
 
-    @model_validator(mode="after")
-    def _verdict_follows_from_the_value(self) -> Self:
-        """A report that was edited must not contradict itself."""
-        right = self.value <= self.threshold
-        if self.bound == "at least":
-            right = self.value >= self.threshold
-        if self.passed != right:
-            msg = f"'{self.name}' is {self.value}, {self.bound} {self.threshold}: not {self.passed}"
-            raise ValueError(msg)
-        return self
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps within its threshold; NaN never does."""
+        if self.bound == "at most":
+            return self.value <= self.threshold
+        return self.value >= self.threshold
 
 
 class VariantParity(Part):
@@ -159,6 +167,7 @@ class VariantParity(Part):
     ece: float
     checks: tuple[Check, ...]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether every check of this variant passed."""
@@ -178,6 +187,7 @@ class ParityReport(Record):
     student_accuracy: float
     variants: tuple[VariantParity, ...]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether every variant that the recipe asks for passed."""
