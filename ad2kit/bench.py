@@ -17,8 +17,9 @@ import torch
 from ad2kit import models
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import RecipeError
+from ad2kit.files import fingerprint, sha256_of, write_record
 from ad2kit.records import DistillReport, LatencyCell, LatencyReport, OnnxArtifact
-from ad2kit.run_dir import exclusive, fingerprint, sha256_of, write_record
+from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus, environment
 
 if TYPE_CHECKING:

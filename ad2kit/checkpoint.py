@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ad2kit.errors import RunError, no_room_left
+from ad2kit.files import sha256_of, whole_folder, write_record
 from ad2kit.records import Record
-from ad2kit.run_dir import sha256_of, whole_folder, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.errors import MissingExtra, ModelError, RunError, UserError
+from ad2kit.files import check_sha256
 from ad2kit.records import OnnxArtifact
-from ad2kit.run_dir import RunDir, passed_variants, sha256_of
+from ad2kit.run_dir import RunDir, passed_variants
 from ad2kit.runtime import available_cpus
 
 try:
@@ -88,15 +89,8 @@ def read_artifact(folder: Path) -> OnnxArtifact:
             hint="give a folder that `ad2kit export` wrote, such as runs/NAME/onnx/int8",
         )
     artifact = OnnxArtifact.read(folder / OnnxArtifact.file_name)
-    for name, expected in artifact.files.items():
-        path = folder / name
-        found = sha256_of(path) if path.is_file() else "no file"
-        if found != expected:
-            raise ModelError(
-                f"{path} is not the file that was exported: sha256 expected {expected[:12]}…, "
-                f"found {found[:12]}",
-                hint=f"restore the file, or delete {folder} and run `ad2kit export` again",
-            )
+    again = f"restore the file, or delete {folder} and run `ad2kit export` again"
+    check_sha256(folder, artifact.files, hint=again)
     return artifact
 
 

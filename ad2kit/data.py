@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ad2kit.errors import DataError, nearest
+from ad2kit.files import fingerprint
 from ad2kit.records import SplitFacts
-from ad2kit.run_dir import fingerprint
 from ad2kit.sources import Row, read_rows
 
 if TYPE_CHECKING:

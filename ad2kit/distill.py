@@ -19,9 +19,10 @@ from ad2kit import data as datasets
 from ad2kit import models
 from ad2kit.checkpoint import TrainState, restore_checkpoint, save_checkpoint
 from ad2kit.errors import RunError
+from ad2kit.files import fingerprint, sha256_of, whole_file, write_record, write_text
 from ad2kit.metrics import accuracy
 from ad2kit.records import DistillReport, StepRecord
-from ad2kit.run_dir import exclusive, fingerprint, sha256_of, write_record, write_text
+from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
 from ad2kit.runtime import environment
 from ad2kit.training import Objective, ad2, finetuning, new_state, predict_logits, train
@@ -245,9 +246,8 @@ class _Stage:
                 ) from error
         logger.info("teacher reads %d training texts", len(encoded))
         logits = predict_logits(teacher, encoded, self.accelerator.device)
-        temporary = path.with_name(f".tmp-{path.name}")
-        save_file({"logits": logits}, temporary)
-        temporary.replace(path)
+        with whole_file(path) as new:
+            save_file({"logits": logits}, new)
         return logits
 
 

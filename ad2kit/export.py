@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING
 from ad2kit import __version__, models
 from ad2kit.classifier import MODEL_FILE, read_artifact
 from ad2kit.errors import MissingExtra
+from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.records import DistillReport, OnnxArtifact
-from ad2kit.run_dir import (
-    exclusive,
-    fingerprint,
-    sha256_of,
-    sha256_of_folder,
-    whole_folder,
-    write_record,
-)
+from ad2kit.run_dir import exclusive
 
 try:
     import transformers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,8 +13,9 @@ import transformers
 from safetensors import safe_open
 
 from ad2kit.errors import ModelError
+from ad2kit.files import check_sha256, sha256_of_folder, whole_folder, write_record
 from ad2kit.random_bert import random_bert
-from ad2kit.run_dir import sha256_of_folder, whole_folder, write_text
+from ad2kit.records import ModelManifest
 from ad2kit.runtime import hub_or_its_cache, seeded
 
 if TYPE_CHECKING:
@@ -240,14 +240,13 @@ def save(model: TextModel, folder: Path, *, inputs: str) -> None:
     with whole_folder(folder) as new:
         model.module.save_pretrained(new, safe_serialization=True)
         model.tokenizer.save_pretrained(new)
-        write_text(
-            new / MANIFEST, json.dumps({"inputs": inputs, "files": sha256_of_folder(new)}, indent=2)
-        )
+        manifest = ModelManifest(inputs=inputs, files=sha256_of_folder(new))
+        write_record(new / MANIFEST, manifest)
 
 
 def saved_inputs(folder: Path) -> str:
     """Return the fingerprint of what a saved model was made from."""
-    return str(json.loads((folder / MANIFEST).read_text())["inputs"])
+    return ModelManifest.read(folder / MANIFEST).inputs
 
 
 def check_files(folder: Path) -> None:
@@ -275,18 +274,9 @@ def check_files(folder: Path) -> None:
             raise ModelError(
                 f"{path} is damaged: {error}", hint="copy the file again, or run its stage again"
             ) from error
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return
-    expected = json.loads(manifest.read_text())["files"]
-    found_files = sha256_of_folder(folder)
-    for name, digest in expected.items():
-        if found_files.get(name) != digest:
-            raise ModelError(
-                f"{folder / name} is not the file that was written: sha256 expected "
-                f"{digest[:12]}…, found {(found_files.get(name) or 'no file')[:12]}",
-                hint=f"delete {folder} and run `ad2kit distill` again",
-            )
+    if (folder / MANIFEST).is_file():
+        again = f"delete {folder} and run `ad2kit distill` again"
+        check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=again)
 
 
 def _check_labels(

@@ -23,8 +23,9 @@ from ad2kit import __version__, metrics, models
 from ad2kit import data as datasets
 from ad2kit.classifier import OnnxClassifier, softmax
 from ad2kit.errors import GateFailed, RunError
+from ad2kit.files import fingerprint, sha256_of, write_record
 from ad2kit.records import Check, DistillReport, OnnxArtifact, ParityReport, VariantParity
-from ad2kit.run_dir import exclusive, fingerprint, sha256_of, write_record
+from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus
 from ad2kit.training import predict_logits
 

@@ -119,6 +119,13 @@ class DistillReport(Record):
     environment: dict[str, str]
 
 
+class ModelManifest(Record):
+    """``sha256.json`` of a saved teacher or student: what it was made from, and its files."""
+
+    inputs: str
+    files: dict[str, str]
+
+
 class OnnxArtifact(Record):
     """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from."""
 

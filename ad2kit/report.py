@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ad2kit.files import write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport, ParityReport
-from ad2kit.run_dir import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A run folder: every file name of a run, its lock, and writes that are whole or absent.
+"""A run folder: every file name of a run, its lock, and which run a command means.
 
     runs/<recipe>-<fingerprint>/
         recipe.json                 the resolved recipe
@@ -16,92 +16,28 @@ goes on where it stopped, and a change of the learning rate is another run.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import os
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
 from ad2kit.errors import RecipeError, RunError, no_room_left
+from ad2kit.files import fingerprint, sha256_of, sweep, write_record
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.records import OnnxArtifact, ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from pydantic import BaseModel
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-
-DEFAULT_RUNS_DIR = Path("runs")
-_TEMPORARY = ".tmp-"
-
-
-def fingerprint(*parts: Any) -> str:
-    """Return the sha256 of plain data in canonical JSON, as 64 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of_folder(folder: Path) -> dict[str, str]:
-    """Return name -> sha256 for the files directly in ``folder``, sorted by name."""
-    return {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that its name shows the old content or the new, never a part."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_record(path: Path, record: BaseModel) -> None:
-    """Write a record as indented JSON, atomically."""
-    write_text(path, record.model_dump_json(indent=2) + "\n")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the name ``path`` when the block ends well.
-
-    An older folder of that name is replaced. If the block raises, or the process is killed, what
-    was written stays under a temporary name that :meth:`RunDir.locked` sweeps away.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{_TEMPORARY}new-{path.name}")
-    old = path.with_name(f"{_TEMPORARY}old-{path.name}")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        for file in new.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Inside:
@@ -169,11 +105,10 @@ class RunDir:
     def require(self, path: Path, *, command: str) -> None:
         """Insist that an earlier stage left ``path`` behind; else name its command."""
         if not path.exists():
+            what = self.recipe.name if command == "distill" else self.path
             raise RunError(
                 f"{self.path} has no {path.relative_to(self.path)} yet",
-                hint=f"run `ad2kit {command} {self.path}` first"
-                if command != "distill"
-                else f"run `ad2kit distill {self.recipe.name}` first",
+                hint=f"run `ad2kit {command} {what}` first",
             )
 
     @contextmanager
@@ -192,11 +127,7 @@ class RunDir:
                 hint="wait for it, or stop it, then run the same command again",
             ) from error
         try:
-            for leftover in self.path.rglob(f"{_TEMPORARY}*"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink(missing_ok=True)
+            sweep(self.path)
             os.utime(self.recipe_file)
             yield
         finally:
@@ -267,16 +198,13 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
         _ = run.recipe
         return run
     # A run whose first command failed, or is still training, must not hide a finished one.
-    runs = [
-        path for path in runs_dir.glob("*/recipe.json") if (path.parent / "distill.json").exists()
-    ]
-    runs.sort(key=lambda path: path.stat().st_mtime)
+    runs = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]
     if not runs:
         raise RunError(
             f"no run under {runs_dir.resolve()} has a distilled student",
             hint="make one with `ad2kit run demo`, or name the folder with --runs-dir",
         )
-    return RunDir(runs[-1].parent)
+    return max(runs, key=lambda run: run.recipe_file.stat().st_mtime)
 
 
 def passed_variants(run: RunDir) -> list[Path]:

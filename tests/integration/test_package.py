@@ -24,9 +24,10 @@ from ad2kit.bundle import own_wheel, pinned_requirements
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
 from ad2kit.errors import GateFailed, ModelError, RunError
+from ad2kit.files import sha256_of_folder
 from ad2kit.package import ask, package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
-from ad2kit.run_dir import RunDir, sha256_of_folder
+from ad2kit.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable

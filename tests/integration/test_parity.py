@@ -12,10 +12,11 @@ from onnx import numpy_helper
 
 from ad2kit.classifier import MODEL_FILE
 from ad2kit.errors import GateFailed, ModelError, RunError
+from ad2kit.files import sha256_of, write_record
 from ad2kit.parity import conversion_cost, insist_passed, parity
 from ad2kit.recipe import ParityRecipe
 from ad2kit.records import OnnxArtifact, ParityReport
-from ad2kit.run_dir import RunDir, passed_variants, sha256_of, write_record
+from ad2kit.run_dir import RunDir, passed_variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,7 +188,7 @@ def test_a_weak_student_fails_with_the_thresholds_of_the_recipe(copied_run: RunD
 def test_an_artefact_that_was_changed_after_its_export_is_refused(copied_run: RunDir) -> None:
     path = copied_run.onnx("int8") / MODEL_FILE
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ModelError, match="is not the file that was exported"):
+    with pytest.raises(ModelError, match="is not the file that was written"):
         parity(copied_run)
 
 

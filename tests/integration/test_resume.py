@@ -14,8 +14,9 @@ import pytest
 
 from ad2kit.distill import distill
 from ad2kit.errors import RunError
+from ad2kit.files import sha256_of
 from ad2kit.records import DistillReport, StepRecord
-from ad2kit.run_dir import RunDir, open_run, sha256_of
+from ad2kit.run_dir import RunDir, open_run
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:

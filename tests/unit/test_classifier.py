@@ -208,7 +208,7 @@ def test_a_tokenizer_that_was_changed_in_meaning_is_refused(copied_run: RunDir) 
 def test_a_graph_that_matches_its_manifest_but_does_not_load_is_refused(
     copied_run: RunDir,
 ) -> None:
-    from ad2kit.run_dir import sha256_of
+    from ad2kit.files import sha256_of
 
     folder = copied_run.onnx("fp32")
     (folder / "model.onnx").write_bytes(b"not a graph")

@@ -16,7 +16,7 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "yaml_core"},
-    1: {"recipe", "records", "run_dir", "runtime"},
+    1: {"files", "recipe", "records", "run_dir", "runtime"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "data", "losses",
         "metrics", "models", "quantize", "random_bert", "sources", "training",

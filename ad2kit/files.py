@@ -1,0 +1,113 @@
+"""Files that are whole or absent, and known by their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from pydantic import BaseModel
+
+_NEW, _OLD = ".tmp-new-", ".tmp-old-"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 of plain data in canonical JSON, as 64 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> dict[str, str]:
+    """Return name -> sha256 for the files directly in ``folder``, sorted by name."""
+    return {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def check_sha256(folder: Path, files: Mapping[str, str], *, hint: str) -> None:
+    """Compare files of ``folder`` with the sha256 that they had when they were written.
+
+    Raises:
+        ModelError: the first that is missing or another one.
+    """
+    for name, expected in files.items():
+        path = folder / name
+        found = sha256_of(path) if path.is_file() else "no file"
+        if found != expected:
+            raise ModelError(
+                f"{path} is not the file that was written: sha256 expected {expected[:12]}…, "
+                f"found {found[:12]}",
+                hint=hint,
+            )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what is written there takes the name ``path`` at the end."""
+    new = path.with_name(f"{_NEW}{path.name}")
+    yield new
+    _to_disk(new)
+    new.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record as indented JSON, whole or not at all."""
+    write_text(path, record.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name ``path``, of an older one too, at the end.
+
+    After a kill :func:`sweep` puts back an older folder that had lost its name already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}")
+    try:
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            _to_disk(file)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written below ``folder``."""
+    for old in folder.rglob(f"{_OLD}*"):
+        path = old.with_name(old.name.removeprefix(_OLD))
+        if not path.exists():
+            old.rename(path)
+    for leftover in list(folder.rglob(".tmp-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
