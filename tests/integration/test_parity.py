@@ -11,9 +11,11 @@ import pytest
 from onnx import numpy_helper
 
 from ad2kit.classifier import MODEL_FILE
+from ad2kit.data import Encoded
 from ad2kit.errors import GateFailed, ModelError, RunError
 from ad2kit.files import sha256_of, write_record
-from ad2kit.parity import conversion_cost, insist_passed, parity
+from ad2kit.gate import Reference, conversion_cost, distillation_quality
+from ad2kit.parity import insist_passed, parity
 from ad2kit.recipe import ParityRecipe
 from ad2kit.records import OnnxArtifact, ParityReport
 from ad2kit.run_dir import RunDir, passed_variants
@@ -226,3 +228,34 @@ def test_conversion_cost_by_hand() -> None:
     assert checks["label agreement with fp32"].value == 0.98
     assert checks["accuracy points lost to fp32"].value == pytest.approx(2.0)
     assert not any(checks[name].passed for name in list(checks)[1:])
+
+
+def test_a_variant_that_is_right_only_in_company_fails() -> None:
+    labels = np.array([0, 1] * 50)
+    fp32 = np.eye(2, dtype=np.float32)[labels]
+    alone = fp32.copy()
+    alone[:4] = alone[:4, ::-1]
+    checks = conversion_cost(fp32, alone, fp32, labels, ParityRecipe())
+    assert {check.name for check in checks if not check.passed} == {
+        "label agreement with fp32, one by one",
+        "accuracy points lost to fp32",
+    }
+
+
+def test_a_rare_class_that_the_student_lost_fails_although_accuracy_hardly_moves() -> None:
+    labels = np.repeat([0, 1, 2], [490, 490, 20])
+    teacher = np.eye(3, dtype=np.float32)[labels]
+    student = teacher.copy()
+    student[labels == 2] = [1, 0, 0]
+    reference = Reference(labels, teacher, student, Encoded([], None, labels, 0))
+    verdict = distillation_quality(
+        "fp32", "", student, reference, ("a", "b", "rare"), (), ParityRecipe(), 0
+    )
+    assert verdict.retained == pytest.approx(0.98)
+    assert [check.name for check in verdict.checks if not check.passed] == [
+        "classes that only the teacher answers"
+    ]
+    honest = distillation_quality(
+        "fp32", "", teacher, reference, ("a", "b", "rare"), (), ParityRecipe(), 0
+    )
+    assert honest.passed
