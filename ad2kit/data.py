@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ad2kit.errors import DataError, nearest
 from ad2kit.files import fingerprint
@@ -170,12 +169,12 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
 
 def collate(
     encoded: Encoded, rows: Iterable[int], tokenizer: PreTrainedTokenizerFast
-) -> dict[str, torch.Tensor]:
+) -> dict[str, np.ndarray]:
     """Pad some rows to the longest of them.
 
     Returns:
         ``input_ids``, ``attention_mask`` and, where the family has them, ``token_type_ids``:
-        int64 tensors of shape [rows, longest].
+        int64 arrays of shape [rows, longest].
     """
     chosen = [int(row) for row in rows]
     ids = [encoded.input_ids[row] for row in chosen]
@@ -190,10 +189,10 @@ def collate(
     left = tokenizer.padding_side == "left"
     padded = {}
     for name, (values, fill) in fields.items():
-        tensor = torch.full((len(ids), width), fill, dtype=torch.int64)
-        for row, value in zip(tensor, values, strict=True):
-            row[width - len(value) if left else 0 :][: len(value)] = torch.tensor(value)
-        padded[name] = tensor
+        array = np.full((len(ids), width), fill, dtype=np.int64)
+        for row, value in zip(array, values, strict=True):
+            row[width - len(value) if left else 0 :][: len(value)] = value
+        padded[name] = array
     return padded
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,31 +14,28 @@ from safetensors.torch import load_file, save_file
 from ad2kit import data as datasets
 from ad2kit import models
 from ad2kit.checkpoint import TrainState, restore_checkpoint, save_checkpoint
+from ad2kit.curve import adversary_verdict, read_curve
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, whole_file, write_record, write_text
 from ad2kit.metrics import accuracy
 from ad2kit.records import DistillReport, StepRecord
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
-from ad2kit.runtime import environment
+from ad2kit.runtime import deferred_interrupt, environment
 from ad2kit.training import Objective, ad2, finetuning, new_state, predict_logits, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
     from typing import Literal
 
     from accelerate import Accelerator
 
     from ad2kit.data import Data, Encoded
     from ad2kit.models import TextModel
-    from ad2kit.recipe import DistillRecipe, Recipe, TrainRecipe
+    from ad2kit.recipe import Recipe, TrainRecipe
     from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
-
-# Below this share of the clean loss, the adversary has changed nothing that training could feel.
-IDLE_GAIN = 0.01
 
 
 @exclusive
@@ -98,7 +91,7 @@ def distill(
         ad2(accelerator, recipe.distill),
     )  # fmt: skip
     models.save(state.model, run.student, inputs=inputs)
-    kd, gain, verdict = _adversary_verdict(run.curve("student"), recipe.distill)
+    kd, gain, verdict = adversary_verdict(run.curve("student"), recipe.distill)
     report = DistillReport(
         inputs=inputs,
         labels=data.labels,
@@ -203,9 +196,9 @@ class _Stage:
                 checkpoint, state, inputs, self.surroundings, allow_inexact=self.allow_inexact
             )
             logger.info("%s: resumed after update %d", phase, state.step)
-        records = [r for r in _read_curve(curve) if r.step <= state.step]
+        records = [r for r in read_curve(curve) if r.step <= state.step]
         write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
-        with _deferred_interrupt() as interrupted, curve.open("a", encoding="utf-8") as lines:
+        with deferred_interrupt() as interrupted, curve.open("a", encoding="utf-8") as lines:
             for record in train(
                 state, encoded["train"], teacher_logits, objective, settings,
                 lambda model: _accuracy(model, encoded["select"], self.accelerator),
@@ -254,51 +247,3 @@ class _Stage:
 def _accuracy(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> float:
     logits = predict_logits(model, encoded, accelerator.device)
     return accuracy(logits.argmax(dim=1).numpy(), encoded.labels)
-
-
-def _read_curve(path: Path) -> list[StepRecord]:
-    """Return the step records of a curve; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [StepRecord.model_validate_json(line) for line in lines if line.endswith("\n")]
-
-
-def _adversary_verdict(curve: Path, settings: DistillRecipe) -> tuple[float, float | None, str]:
-    """Return mean clean KL, mean adversarial gain, and what they mean in words."""
-    records = _read_curve(curve)
-    kd = float(np.mean([record.terms["kd"] for record in records]))
-    gains = [r.adversarial_gain for r in records if r.adversarial_gain is not None]
-    if not gains:
-        return kd, None, "no adversary: alpha is 0, this was plain distillation"
-    gain, attack = float(np.mean(gains)), settings.adversary
-    facts = (
-        f"radius {attack.radius:g} ({attack.norm}) raised the KL by {gain:.2e} nats on average, "
-        f"{gain / kd:.2%} of the clean {kd:.2e}"
-    )
-    if gain < IDLE_GAIN * kd:
-        return kd, gain, f"the adversary was idle: {facts}; a larger distill.adversary.radius bites"
-    return kd, gain, f"the adversary was at work: {facts}"
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C set an event, so that an update is never cut in two; the second stops.
-
-    Only the main thread can own a signal handler; elsewhere Python's own behaviour stays.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handler(_signal: int, _frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -120,3 +122,26 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Let the first Ctrl-C set an event, so that an update is never cut in two; the second stops.
+
+    Only the main thread can own a signal handler; elsewhere Python's own behaviour stays.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handler(_signal: int, _frame: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)

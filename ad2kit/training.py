@@ -200,9 +200,8 @@ def train(
         for start in range(0, len(rows), micro):
             part = rows[start : start + micro]
             share = len(part) / len(rows)
-            inputs = datasets.collate(encoded, part, model.tokenizer)
             batch = Batch(
-                {name: tensor.to(device) for name, tensor in inputs.items()},
+                padded(model, encoded, part, device),
                 torch.from_numpy(encoded.labels[part]).to(device),
                 None if teacher_logits is None else teacher_logits[part].to(device),
             )
@@ -237,10 +236,17 @@ def predict_logits(model: TextModel, encoded: Encoded, device: torch.device) -> 
     model.module.eval()
     logits = torch.empty(len(encoded), len(model.labels))
     for rows in datasets.by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH):
-        inputs = datasets.collate(encoded, rows, model.tokenizer)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        inputs = padded(model, encoded, rows, device)
         logits[rows] = model.module(**inputs).logits.float().cpu()
     return logits
+
+
+def padded(
+    model: TextModel, encoded: Encoded, rows: np.ndarray, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return some rows as padded tensors on a device; see :func:`ad2kit.data.collate`."""
+    arrays = datasets.collate(encoded, rows, model.tokenizer)
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def _insist_finite(value: float, what: str, phase: str, step: int, lr: float) -> None:

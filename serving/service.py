@@ -27,24 +27,19 @@ from starlette.routing import Route
 from ad2kit import __version__
 from ad2kit.batcher import Batcher, QueueFull
 from ad2kit.classifier import OnnxClassifier, servable_artifact
+from ad2kit.error_contract import ErrorContract
 from ad2kit.errors import UserError
 from ad2kit.run_dir import latest_passed_run
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
-
     from starlette.requests import Request
-
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_TEXTS = 128
 MAX_BODY_BYTES = 2**20
 MAX_QUEUE_TEXTS = 1024
 MAX_BATCH_TOKENS = 4096
 DEADLINE_S = 10.0
+EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty'
 
 
 class Arguments(BaseModel):
@@ -95,12 +90,6 @@ class Unprocessable(BentoMLException):
     error_code = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
-class TooLarge(BentoMLException):
-    """A body that grew past the limit while it was read."""
-
-    error_code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-
-
 class Overloaded(BentoMLException):
     """The queue is full."""
 
@@ -111,114 +100,6 @@ class DeadlineExceeded(BentoMLException):
     """The answer was not ready in time."""
 
     error_code = HTTPStatus.GATEWAY_TIMEOUT
-
-
-ERRORS: dict[int, tuple[str, str, str]] = {
-    400: ("malformed_request", "the body is not valid JSON", 'send {"texts": ["..."]}'),
-    404: ("not_found", "there is no such path", "see POST /classify and GET /info"),
-    405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
-    413: (
-        "too_large",
-        f"the body is larger than {MAX_BODY_BYTES} bytes",
-        f"send fewer texts per request, {MAX_TEXTS} at most",
-    ),
-    415: (
-        "unsupported_media_type",
-        "the body is not declared as JSON",
-        "send the header Content-Type: application/json",
-    ),
-    422: (
-        "invalid_input",
-        "the body does not fit",
-        f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty',
-    ),
-    429: ("overloaded", "too many texts are waiting", "retry after the time in Retry-After"),
-    500: ("internal", "the service failed on this request", "see the server's log"),
-    503: ("not_ready", "the service is not ready", "retry; see GET /readyz"),
-    504: ("deadline", f"no answer within {DEADLINE_S:g} s", "retry, or send fewer texts"),
-}
-
-
-class ErrorContract:
-    """ASGI middleware: bounds the body while it is read, and gives every error one shape.
-
-    BentoML answers 400 for each kind of invalid body, in several shapes and partly as a list;
-    clients get ``{"error": {"type", "message", "hint"}}`` instead, from here alone.
-    """
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass one request through."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if scope["path"] == "/classify" and scope["method"] == "POST":
-            media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if media_type != b"application/json":
-                await self._reply(send, 415)
-                return
-            length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length) > MAX_BODY_BYTES:
-                await self._reply(send, 413)
-                return
-        received, failed, status = 0, b"", 200
-
-        async def bounded_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise TooLarge("stopped reading")
-            return message
-
-        async def typed_send(message: Message) -> None:
-            nonlocal failed, status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            if status < 400:
-                await send(message)
-            elif message["type"] == "http.response.body":
-                failed += message.get("body", b"")
-                if not message.get("more_body"):
-                    await self._reply(send, status, failed)
-
-        await self.app(scope, bounded_receive, typed_send)
-
-    @staticmethod
-    async def _reply(send: Send, status: int, bento_body: bytes = b"") -> None:
-        """Send one error; 4xx of BentoML keep their text, 5xx say nothing of our insides."""
-        detail = ""
-        try:
-            body = json.loads(bento_body) if bento_body and status < 500 else {}
-        except ValueError:
-            body = {}
-        body = body[0] if isinstance(body, list) and body else body
-        if isinstance(body, dict):
-            problems = body.get("detail")
-            if status == 400 and isinstance(problems, list):
-                invalid_json = any("json_invalid" in str(p.get("type")) for p in problems)
-                status = 400 if invalid_json else 422
-                detail = "; ".join(
-                    ": ".join(filter(None, (".".join(map(str, p.get("loc", ()))), p.get("msg"))))
-                    for p in problems[:3]
-                )
-            elif isinstance(body.get("error"), str):
-                detail = body["error"]
-        kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
-        if detail:
-            message = f"{message}: {detail}"
-        content = json.dumps({"error": {"type": kind, "message": message, "hint": hint}}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
-        if status == HTTPStatus.TOO_MANY_REQUESTS:
-            headers.append((b"retry-after", b"1"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
 
 
 def artifact_folder() -> Path:
@@ -312,4 +193,8 @@ class Ad2kitClassifier:
         await self.batcher.close()
 
 
-Ad2kitClassifier.add_asgi_middleware(ErrorContract)  # type: ignore[attr-defined]
+Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
+    ErrorContract,
+    max_body_bytes=MAX_BODY_BYTES,
+    hints={413: f"send at most {MAX_TEXTS} texts per request", 422: EXPECTED, 400: EXPECTED},
+)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ad2kit import models
-from ad2kit.data import Encoded, Split, collate, encode
+from ad2kit.data import Encoded, Split, encode
 from ad2kit.recipe import ComputeRecipe, DistillRecipe, load
 from ad2kit.runtime import accelerator
-from ad2kit.training import Batch
+from ad2kit.training import Batch, padded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +43,7 @@ def tiny_bert(seed: int = 3, *, dropout: bool = False) -> TextModel:
         model.module.config.attention_probs_dropout_prob = 0.0
         for layer in model.module.bert.encoder.layer:  # type: ignore[union-attr]
             layer.attention.self.dropout_prob = 0.0
-    return replace(model)
+    return model
 
 
 def encoded(model: TextModel) -> Encoded:
@@ -54,13 +53,16 @@ def encoded(model: TextModel) -> Encoded:
 def batch(model: TextModel, rows: slice = slice(None)) -> Batch:
     data = encoded(model)
     chosen = np.arange(len(data))[rows]
-    generator = torch.Generator().manual_seed(11)
-    teacher_logits = 2 * torch.randn(len(data), 2, generator=generator)
     return Batch(
-        collate(data, chosen, model.tokenizer),
+        padded(model, data, chosen, torch.device("cpu")),
         torch.from_numpy(data.labels[chosen]),
-        teacher_logits[torch.from_numpy(chosen)],
+        teacher_logits()[torch.from_numpy(chosen)],
     )
+
+
+def teacher_logits() -> torch.Tensor:
+    """What a decided teacher says of TEXTS, shape [texts, labels]."""
+    return 2 * torch.randn(len(TEXTS), 2, generator=torch.Generator().manual_seed(11))
 
 
 def settings(**changes: object) -> DistillRecipe:

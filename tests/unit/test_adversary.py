@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ad2kit import adversary as adv
 from ad2kit.losses import soft_target_kl
 from ad2kit.recipe import AdversaryRecipe
-from tests.models import batch, tiny_bert
+from tests.models import batch, teacher_logits, tiny_bert
 
 if TYPE_CHECKING:
     from ad2kit.models import TextModel
@@ -154,12 +154,10 @@ def test_the_ascent_never_lowers_a_smooth_inner_loss(norm: Any, start: Any) -> N
 def test_the_inner_gradient_leaves_nothing_on_the_parameters() -> None:
     model: TextModel = tiny_bert()
     data = batch(model)
-    assert data.teacher_logits is not None
-    teacher_logits = data.teacher_logits
 
     def inner(delta: torch.Tensor) -> torch.Tensor:
         with adv.perturbed(model.word_embeddings, delta):
-            return soft_target_kl(model.module(**data.inputs).logits, teacher_logits, 1.0)
+            return soft_target_kl(model.module(**data.inputs).logits, teacher_logits(), 1.0)
 
     mask = data.inputs["attention_mask"]
     value, gradient = adv.inner_gradient(inner, adv.no_perturbation(mask, 64))

@@ -18,8 +18,9 @@ LAYERS = {
     0: {"errors", "yaml_core"},
     1: {"files", "recipe", "records", "run_dir", "runtime"},
     2: {
-        "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "data", "gate",
-        "losses", "metrics", "models", "quantize", "random_bert", "sources", "training",
+        "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "curve", "data",
+        "error_contract", "gate", "losses", "metrics", "models", "quantize", "random_bert",
+        "sources", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.run"},

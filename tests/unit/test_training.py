@@ -15,7 +15,7 @@ from ad2kit.errors import DivergedError
 from ad2kit.losses import cross_entropy, soft_target_kl
 from ad2kit.recipe import load
 from ad2kit.training import ad2, finetuning, learning_rate, new_state, train
-from tests.models import batch, cpu, encoded, gradients, settings, tiny_bert
+from tests.models import batch, cpu, encoded, gradients, settings, teacher_logits, tiny_bert
 
 if TYPE_CHECKING:
     from ad2kit.records import StepRecord
@@ -26,8 +26,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "smoke.json"
 def hand_written_kd(seed: int = 3) -> torch.Tensor:
     model = tiny_bert(seed)
     data = batch(model)
-    assert data.teacher_logits is not None
-    loss = soft_target_kl(model.module(**data.inputs).logits, data.teacher_logits, 1.0)
+    loss = soft_target_kl(model.module(**data.inputs).logits, teacher_logits(), 1.0)
     loss.backward()
     return gradients(model)
 
@@ -61,12 +60,11 @@ def test_the_zero_start_ascent_uses_the_gradient_of_the_clean_kl() -> None:
     """The gradient that the clean backward pass leaves on δ equals a separately computed one."""
     model = tiny_bert()
     data = batch(model)
-    assert data.teacher_logits is not None
-    teacher_logits, mask = data.teacher_logits, data.inputs["attention_mask"]
+    mask = data.inputs["attention_mask"]
 
     def inner(delta: torch.Tensor) -> torch.Tensor:
         with adv.perturbed(model.word_embeddings, delta):
-            return soft_target_kl(model.module(**data.inputs).logits, teacher_logits, 1.0)
+            return soft_target_kl(model.module(**data.inputs).logits, teacher_logits(), 1.0)
 
     seen: list[torch.Tensor] = []
     original = adv.ascend
@@ -144,9 +142,8 @@ def trained(accumulation_steps: int, norm: str) -> tuple[torch.Tensor, list[Step
         epochs=3, batch_size=8, accumulation_steps=accumulation_steps, norm=norm, radius=1e-2
     )
     state = new_state(model, recipe, accelerator)
-    teacher_logits = batch(model).teacher_logits
     records = list(
-        train(state, encoded(model), teacher_logits, ad2(accelerator, recipe), recipe,
+        train(state, encoded(model), teacher_logits(), ad2(accelerator, recipe), recipe,
               lambda _model: 0.5, accelerator, phase="student", seed=1)
     )  # fmt: skip
     weights = torch.cat([p.detach().flatten() for p in state.model.module.parameters()])
@@ -169,12 +166,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser() -> None:
     recipe = settings(epochs=1, batch_size=8)
     state = new_state(model, recipe, accelerator)
     before = [p.detach().clone() for p in state.model.module.parameters()]
-    teacher_logits = batch(model).teacher_logits
-    assert teacher_logits is not None
-    teacher_logits[3, 0] = float("nan")
+    logits = teacher_logits()
+    logits[3, 0] = float("nan")
     with pytest.raises(DivergedError, match=r"student: the loss is nan at update 1") as caught:
         list(
-            train(state, encoded(model), teacher_logits, ad2(accelerator, recipe), recipe,
+            train(state, encoded(model), logits, ad2(accelerator, recipe), recipe,
                   lambda _model: 0.0, accelerator, phase="student", seed=1)
         )  # fmt: skip
     assert "lower distill.lr" in caught.value.hint

@@ -1,0 +1,42 @@
+"""The training curve of a run: one step record a line, and what it says of the adversary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ad2kit.records import StepRecord
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.recipe import DistillRecipe
+
+# Below this share of the clean loss, the adversary has changed nothing that training could feel.
+IDLE_GAIN = 0.01
+
+
+def read_curve(path: Path) -> list[StepRecord]:
+    """Return the step records of a curve; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [StepRecord.model_validate_json(line) for line in lines if line.endswith("\n")]
+
+
+def adversary_verdict(curve: Path, settings: DistillRecipe) -> tuple[float, float | None, str]:
+    """Return mean clean KL, mean adversarial gain, and what they mean in words."""
+    records = read_curve(curve)
+    kd = float(np.mean([record.terms["kd"] for record in records]))
+    gains = [r.adversarial_gain for r in records if r.adversarial_gain is not None]
+    if not gains:
+        return kd, None, "no adversary: alpha is 0, this was plain distillation"
+    gain, attack = float(np.mean(gains)), settings.adversary
+    facts = (
+        f"radius {attack.radius:g} ({attack.norm}) raised the KL by {gain:.2e} nats on average, "
+        f"{gain / kd:.2%} of the clean {kd:.2e}"
+    )
+    if gain < IDLE_GAIN * kd:
+        return kd, gain, f"the adversary was idle: {facts}; a larger distill.adversary.radius bites"
+    return kd, gain, f"the adversary was at work: {facts}"

@@ -1,0 +1,150 @@
+"""One shape for every error of the service, and a bound on what it reads. Plain ASGI."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+# status: type, message, hint
+ERRORS: dict[int, tuple[str, str, str]] = {
+    400: ("malformed_request", "the body is not valid JSON", "send JSON"),
+    404: ("not_found", "there is no such path", "see POST /classify and GET /info"),
+    405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
+    413: (
+        "too_large",
+        "the body is larger than this service reads",
+        "send less at once",
+    ),
+    415: (
+        "unsupported_media_type",
+        "the body is not declared as JSON",
+        "send the header Content-Type: application/json",
+    ),
+    422: (
+        "invalid_input",
+        "the body does not fit",
+        "see /docs.json for what is expected",
+    ),
+    429: ("overloaded", "too many texts are waiting", "retry after the time in Retry-After"),
+    500: ("internal", "the service failed on this request", "see the server's log"),
+    503: ("not_ready", "the service is not ready", "retry; see GET /readyz"),
+    504: ("deadline", "no answer in time", "retry, or send fewer texts"),
+}
+
+
+class ErrorContract:
+    """ASGI middleware: bounds the body while it is read, and gives every error one shape.
+
+    BentoML answers 400 for each kind of invalid body, in several shapes and partly as a list;
+    clients get ``{"error": {"type", "message", "hint"}}`` instead, from here alone. 4xx keep the
+    text that the application gave, 5xx say nothing of its insides.
+
+    Args:
+        app: the application to wrap.
+        max_body_bytes: the largest request body.
+        hints: what the client should do instead, by status, where it is more than the default.
+    """
+
+    def __init__(
+        self, app: App, *, max_body_bytes: int, hints: Mapping[int, str] | None = None
+    ) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.hints = hints or {}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass one request through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope["method"] == "POST":
+            media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if media_type != b"application/json":
+                await self._reply(send, 415)
+                return
+            length = headers.get(b"content-length", b"0")
+            if length.isdigit() and int(length) > self.max_body_bytes:
+                await self._reply(send, 413)
+                return
+        received, answer, status = 0, b"", 200
+
+        async def bounded_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise _TooLarge
+            return message
+
+        async def typed_send(message: Message) -> None:
+            nonlocal answer, status
+            if message["type"] == "http.response.start":
+                status = 413 if received > self.max_body_bytes else message["status"]
+            if status < 400:
+                await send(message)
+            elif message["type"] == "http.response.body":
+                answer += message.get("body", b"")
+                if not message.get("more_body"):
+                    await self._reply(send, status, answer)
+
+        await self.app(scope, bounded_receive, typed_send)
+
+    async def _reply(self, send: Send, status: int, answer: bytes = b"") -> None:
+        """Send one error, with what can be learnt from the application's own answer."""
+        detail = ""
+        if status < 500:
+            status, detail = _understand(status, answer)
+        kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
+        error = {
+            "type": kind,
+            "message": f"{message}: {detail}" if detail else message,
+            "hint": self.hints.get(status, hint),
+        }
+        content = json.dumps({"error": error}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ]
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            headers.append((b"retry-after", b"1"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+class _TooLarge(Exception):
+    """Ends the reading of a body that grew past the limit."""
+
+
+def _understand(status: int, answer: bytes) -> tuple[int, str]:
+    """Return the status that was meant, and the text, of one of BentoML's 4xx answers.
+
+    It answers 400 both for what is no JSON and for JSON that does not fit the schema.
+    """
+    try:
+        body = json.loads(answer)
+    except ValueError:
+        return status, ""
+    body = body[0] if isinstance(body, list) and body else body
+    if not isinstance(body, dict) or status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return status, ""
+    problems = body.get("detail")
+    if status != HTTPStatus.BAD_REQUEST or not isinstance(problems, list):
+        error = body.get("error")
+        return status, error if isinstance(error, str) else ""
+    if not any("json_invalid" in str(problem.get("type")) for problem in problems):
+        status = 422
+    lines = [
+        ": ".join(filter(None, (".".join(map(str, p.get("loc", ()))), p.get("msg"))))
+        for p in problems[:3]
+    ]
+    return status, "; ".join(lines)
