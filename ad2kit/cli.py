@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ad2kit import __version__
-from ad2kit.errors import EXIT_BUG, EXIT_INTERRUPTED, Ad2kitError, UserError, no_room_left
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ad2kit.recipe import Recipe
     from ad2kit.records import ParityReport
     from ad2kit.run_dir import RunDir
 
@@ -49,41 +46,6 @@ Inexact = Annotated[
 RUNS = Path("runs")
 
 
-def main() -> None:
-    """Run the command line; every way to end has its exit code (see :mod:`ad2kit.errors`)."""
-    try:
-        code = app(standalone_mode=False)
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped", "the same command goes on where this one stopped")
-        code = EXIT_INTERRUPTED
-    except Ad2kitError as error:
-        _complain(error.message, error.hint)
-        code = error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
-    except Exception as error:
-        show = getattr(error, "show", None)  # typer's own errors about options and arguments
-        if callable(show):
-            show()
-            code = UserError.exit_code
-        elif no_room_left(error):
-            _complain(
-                f"the disk is full, or a file is larger than allowed: {error}",
-                "make room, then run the same command again; nothing finished was lost",
-            )
-            code = UserError.exit_code
-        else:
-            import traceback
-
-            traceback.print_exc()
-            _complain("this is a defect of ad2kit", "please report it with the lines above")
-            code = EXIT_BUG
-    sys.exit(code or 0)
-
-
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
@@ -110,12 +72,12 @@ def recipes(as_json: Json = False) -> None:
 def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a recipe, its data and its teacher; train nothing."""
     from ad2kit.data import load_data
-    from ad2kit.models import find_model
     from ad2kit.recipe import load
+    from ad2kit.references import find_model
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    if not recipe.teacher.model.startswith("random://"):
+    if recipe.teacher.model != "random://bert":
         find_model(recipe.teacher.model)
     sizes = {name: len(getattr(data, name)) for name in ("train", "select", "validation")}
     if as_json:
@@ -151,9 +113,9 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Fine-tune the teacher if need be; distil the student."""
-    from ad2kit.terminal import training_progress
+    from ad2kit.terminal import start_run, training_progress
 
-    folder = _open(recipe_name, overrides, runs_dir, run)
+    folder = start_run(recipe_name, overrides, runs_dir, run)
     stage = _needs_extra("ad2kit.distill", "distill")
     with training_progress() as on_step:
         report = stage(folder, on_step=on_step, allow_inexact=allow_inexact)
@@ -172,7 +134,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the student to ONNX, then ask the parity gate."""
-    folder = _find(runs_dir, run)
+    from ad2kit.terminal import use_run
+
+    folder = use_run(runs_dir, run)
     artifacts = _needs_extra("ad2kit.export", "export")(folder)
     if not no_parity:
         _judge(folder, as_json)
@@ -187,7 +151,9 @@ def parity(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = Fa
 
     Exit code 1 if one fails; the report is written all the same.
     """
-    _judge(_find(runs_dir, run), as_json)
+    from ad2kit.terminal import use_run
+
+    _judge(use_run(runs_dir, run), as_json)
 
 
 @app.command()
@@ -196,15 +162,12 @@ def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = Fal
 
     Anew each time, whatever the run holds already.
     """
-    folder = _find(runs_dir, run)
+    from ad2kit.report import latency_lines
+    from ad2kit.terminal import use_run
+
+    folder = use_run(runs_dir, run)
     report = _needs_extra("ad2kit.bench", "bench")(folder)
-    lines = [
-        f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
-        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
-        f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
-        for cell in report.cells
-    ]
-    _result(report, as_json, "\n".join(lines))
+    _result(report, as_json, "\n".join(latency_lines(report)))
 
 
 @app.command()
@@ -221,9 +184,9 @@ def package(
 
     The tag is published only if the service answers what the artefact computes.
     """
-    from ad2kit.terminal import next_steps
+    from ad2kit.terminal import next_steps, use_run
 
-    folder = _find(runs_dir, run)
+    folder = use_run(runs_dir, run)
     record = _needs_extra("ad2kit.package", "package")(
         folder, variant=variant, allow_failed_parity=allow_failed_parity
     )
@@ -234,9 +197,9 @@ def package(
 def report(run: RunArgument = None, runs_dir: RunsDir = RUNS) -> None:
     """Print the table of a run and write its report.md."""
     from ad2kit.report import report as write_report
-    from ad2kit.terminal import print_table
+    from ad2kit.terminal import print_table, use_run
 
-    folder = _find(runs_dir, run)
+    folder = use_run(runs_dir, run)
     write_report(folder)
     print_table(folder)
 
@@ -252,22 +215,12 @@ def predict(
 
     The two texts of a pair are separated by a tab.
     """
-    import dataclasses
-    import itertools
-    import json
-
     import ad2kit
-    from ad2kit.terminal import read_lines
+    from ad2kit.terminal import answers, read_lines, use_servable
 
-    named = run is not None and not (run / "manifest.json").is_file()
-    classifier = ad2kit.load(_find(runs_dir, run).path if named else run or _passed(runs_dir))
-    lines = iter(texts) if texts else read_lines(file)
-    pair = classifier.artifact.text_columns == 2
-    while chunk := list(itertools.islice(lines, 256)):
-        items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
-        for text, prediction in zip(chunk, classifier.predict(items), strict=True):
-            answer = {"text": text, **dataclasses.asdict(prediction)}
-            typer.echo(json.dumps(answer, ensure_ascii=False))
+    classifier = ad2kit.load(use_servable(runs_dir, run))
+    for answer in answers(classifier, iter(texts) if texts else read_lines(file)):
+        typer.echo(answer)
 
 
 @app.command()
@@ -283,9 +236,9 @@ def run(
 
     distill, export, parity, bench and package, each skipped where it is done.
     """
-    from ad2kit.terminal import next_steps, print_table, training_progress
+    from ad2kit.terminal import next_steps, print_table, start_run, training_progress
 
-    folder = _open(recipe_name, overrides, runs_dir, run)
+    folder = start_run(recipe_name, overrides, runs_dir, run)
     campaign = _needs_extra("ad2kit.campaigns.run", "run_all")
     with training_progress() as on_step:
         record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)
@@ -306,39 +259,6 @@ def _needs_extra(module: str, function: str) -> Any:
         if (error.name or "").startswith("ad2kit"):
             raise
         raise MissingExtra(error.name or module, extra="cpu") from error
-
-
-def _open(
-    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None
-) -> RunDir:
-    from ad2kit.recipe import load
-    from ad2kit.run_dir import open_run
-    from ad2kit.terminal import show_messages
-
-    show_messages()
-    recipe: Recipe = load(recipe_name, overrides or ())
-    run = open_run(recipe, runs_dir, folder)
-    typer.echo(f"run: {run.path}", err=True)
-    return run
-
-
-def _find(runs_dir: Path, folder: Path | None) -> RunDir:
-    from ad2kit.run_dir import find_run
-    from ad2kit.terminal import show_messages
-
-    show_messages()
-    run = find_run(runs_dir, folder)
-    if folder is None:
-        typer.echo(f"run: {run.path} (the most recent)", err=True)
-    return run
-
-
-def _passed(runs_dir: Path) -> Path:
-    from ad2kit.run_dir import latest_passed_run
-
-    run = latest_passed_run(runs_dir)
-    typer.echo(f"run: {run.path} (the most recent that passed its gate)", err=True)
-    return run.path
 
 
 def _judge(folder: RunDir, as_json: bool) -> None:
@@ -364,7 +284,3 @@ def _print_json(value: Any) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _complain(message: str, hint: str) -> None:
-    typer.echo(f"ad2kit: {message}\n  -> {hint}", err=True)

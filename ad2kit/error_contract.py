@@ -102,7 +102,9 @@ class ErrorContract:
     async def _reply(self, send: Send, status: int, answer: bytes = b"") -> None:
         """Send one error, with what can be learnt from the application's own answer."""
         detail = ""
-        if status < 500:
+        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            detail = f"at most {self.max_body_bytes} bytes"
+        elif status < 500:
             status, detail = _understand(status, answer)
         kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
         error = {
@@ -135,7 +137,7 @@ def _understand(status: int, answer: bytes) -> tuple[int, str]:
     except ValueError:
         return status, ""
     body = body[0] if isinstance(body, list) and body else body
-    if not isinstance(body, dict) or status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+    if not isinstance(body, dict):
         return status, ""
     problems = body.get("detail")
     if status != HTTPStatus.BAD_REQUEST or not isinstance(problems, list):

@@ -50,6 +50,14 @@ SERVICE_TEXTS = 100
 # Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
 MAX_SCORE_GAP = 1e-5
 START_TIMEOUT_S = 90.0
+# `bentoml serve`, told by Linux to stop when its parent dies: a kill -9 leaves no server behind.
+_SERVE = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, "-m", "bentoml", "serve", *sys.argv[1:]])
+"""
 
 
 @exclusive
@@ -79,6 +87,7 @@ def package(
         "parity": {"forced": forced, **report.model_dump(mode="json")},
         "requirements": requirements,
     }
+    # Not in the run folder: BentoML refuses to build below any folder whose name is hidden.
     with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
         context = Path(temporary) / "context"
         context.mkdir()
@@ -144,8 +153,8 @@ def served(target: str | Path, folder: Path, *arguments: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "bentoml", "serve", str(target), "--host", "127.0.0.1",
-               "--port", str(port), *arguments]  # fmt: skip
+    command = [sys.executable, "-c", _SERVE, str(target), "--host", "127.0.0.1", "--port",
+               str(port), *arguments]  # fmt: skip
     log_path = folder / "server.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)

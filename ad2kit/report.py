@@ -76,6 +76,16 @@ def caption(run: RunDir) -> str:
     )
 
 
+def latency_lines(latency: LatencyReport) -> list[str]:
+    """Return one line for each cell."""
+    return [
+        f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
+        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
+        f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
+        for cell in latency.cells
+    ]
+
+
 def report(run: RunDir) -> Path:
     """Write ``report.md`` of a run and return its path."""
     parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)

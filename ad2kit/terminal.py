@@ -6,6 +6,8 @@ go to stdout.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -22,17 +24,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ad2kit.errors import UserError
+from ad2kit.recipe import load
 from ad2kit.report import HEADER, caption, rows
+from ad2kit.run_dir import find_run, latest_passed_run, open_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.progress import TaskID
 
+    from ad2kit.classifier import OnnxClassifier
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
 
 _SECONDS_BETWEEN_LINES = 15.0
+_LINES_AT_ONCE = 256
 
 
 @contextmanager
@@ -71,6 +77,38 @@ def show_messages() -> None:
     logging.getLogger("ad2kit").setLevel(logging.INFO)
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def start_run(
+    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None
+) -> RunDir:
+    """Create the run of a recipe, or find it again, and say where it lies."""
+    show_messages()
+    run = open_run(load(recipe_name, overrides or ()), runs_dir, folder)
+    _note(f"run: {run.path}")
+    return run
+
+
+def use_run(runs_dir: Path, folder: Path | None) -> RunDir:
+    """Return the run that was named, or the most recent one, and say which that is."""
+    show_messages()
+    run = find_run(runs_dir, folder)
+    if folder is None:
+        _note(f"run: {run.path} (the most recent)")
+    return run
+
+
+def use_servable(runs_dir: Path, folder: Path | None) -> Path:
+    """Return the run or variant that was named, or the run that passed last, and say which."""
+    if folder is not None:
+        return folder if folder.exists() else runs_dir / folder
+    run = latest_passed_run(runs_dir)
+    _note(f"run: {run.path} (the most recent that passed its gate)")
+    return run.path
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)
 
 
 def print_table(folder: RunDir) -> None:
@@ -124,6 +162,16 @@ def read_lines(file: Path | None) -> Iterator[str]:
             if not text.strip():
                 raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
             yield text
+
+
+def answers(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
+    """Yield one line of JSON for each text; the two texts of a pair are separated by a tab."""
+    pair = classifier.artifact.text_columns == 2
+    while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
+        items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
+        for text, prediction in zip(chunk, classifier.predict(items), strict=True):
+            answer = {"text": text, **dataclasses.asdict(prediction)}
+            yield json.dumps(answer, ensure_ascii=False)
 
 
 class _Speed:

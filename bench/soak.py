@@ -35,8 +35,7 @@ MARKERS = (
 
 def command(recipe: str, runs_dir: Path) -> list[str]:
     """Return the command line of the chain."""
-    main = "from ad2kit.cli import main; main()"
-    return [sys.executable, "-c", main, "run", recipe, "--runs-dir", str(runs_dir)]
+    return [sys.executable, "-m", "ad2kit", "run", recipe, "--runs-dir", str(runs_dir)]
 
 
 def outcome(runs_dir: Path) -> dict[str, object]:

@@ -196,5 +196,10 @@ class Ad2kitClassifier:
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
     max_body_bytes=MAX_BODY_BYTES,
-    hints={413: f"send at most {MAX_TEXTS} texts per request", 422: EXPECTED, 400: EXPECTED},
+    hints={
+        413: f"send at most {MAX_TEXTS} texts per request",
+        422: EXPECTED,
+        400: EXPECTED,
+        504: f"the deadline is {DEADLINE_S:g} s; retry, or send fewer texts",
+    },
 )

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ad2kit.cli import main
+from ad2kit.__main__ import main
 from ad2kit.run_dir import RunDir
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ALONE = [sys.executable, "-c", "from ad2kit.cli import main; main()"]
+ALONE = [sys.executable, "-m", "ad2kit"]
 
 
 class Outcome:
@@ -223,7 +223,7 @@ def test_a_missing_extra_ends_with_3_and_names_it(finished_run: RunDir) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"
         f"sys.argv = ['ad2kit', 'parity', {str(finished_run.path)!r}]\n"
-        "from ad2kit.cli import main; main()"
+        "from ad2kit.__main__ import main; main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False

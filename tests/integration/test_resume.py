@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from ad2kit.distill import distill
@@ -154,7 +155,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: RunDir) -> None:
     """The short form of `make soak`, which kills the whole chain more often."""
-    command = [sys.executable, "-c", "from ad2kit.cli import main; main()", "distill", "smoke",
+    command = [sys.executable, "-m", "ad2kit", "distill", "smoke",
                *QUICK, "--runs-dir", str(tmp_path)]  # fmt: skip
     # The start-up takes seconds: counted from the first line of the curve, kills hit the work.
     for marker, delay in (
@@ -177,3 +178,74 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: 
     assert weights(run) == weights(finished_run)
     assert DistillReport.read(run.distill_report).steps == 69
     assert not list(folder.rglob(".tmp-*"))
+
+
+# Each kills the process itself, half-way through one kind of write.
+INSIDE = {
+    "a checkpoint": ("ad2kit.checkpoint", "save_file", 2),
+    "the teacher": ("ad2kit.models", "write_record", 0),
+    "the logit cache": ("ad2kit.distill", "save_file", 0),
+    "the student": ("ad2kit.models", "write_record", 0),
+    "the fp32 export": ("ad2kit.export", "main_export", 0),
+    "the int8 export": ("ad2kit.export", "quantize_int8", 0),
+    "the parity report": ("ad2kit.parity", "write_record", 0),
+    "the Bento": ("ad2kit.package", "_build", 0),
+    "the trial of the service": ("ad2kit.package", "ask", 3),
+}
+KILLER = """
+import importlib, os, signal, sys
+from pathlib import Path
+module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+module = importlib.import_module(module)
+original = getattr(module, name)
+def killing(*args, **kwargs):
+    global calls
+    if calls == 0:
+        for path in (a for a in args if isinstance(a, Path)):
+            if ".tmp-" in str(path) and not path.exists():
+                path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls -= 1
+    return original(*args, **kwargs)
+setattr(module, name, killing)
+sys.argv = ["ad2kit", *sys.argv[4:]]
+from ad2kit.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_inside_each_kind_of_write_changes_nothing(
+    tmp_path: Path, finished_run: RunDir
+) -> None:
+    arguments = ["run", "smoke", *QUICK, "--runs-dir", str(tmp_path)]
+    for what, (module, name, calls) in INSIDE.items():
+        script = [sys.executable, "-c", KILLER, module, name, str(calls), *arguments]
+        killed = subprocess.run(script, capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, f"not inside {what}: {killed.stderr}"
+    result = subprocess.run(
+        [sys.executable, "-m", "ad2kit", *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.iterdir()
+    run = RunDir(folder)
+    assert weights(run) == weights(finished_run)
+    for variant in ("fp32", "int8"):
+        ours, theirs = (r.onnx(variant) / "model.onnx" for r in (run, finished_run))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert not list(folder.rglob(".tmp-*"))
+    # The killed trial took its server along.
+    deadline = time.monotonic() + 20
+    while (left := trial_servers()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def trial_servers() -> list[str]:
+    """The command lines of running processes that serve a Bento which is not published yet."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if "ad2kit-package-" in line:
+            found.append(line)
+    return found

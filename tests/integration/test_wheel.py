@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPES = {"demo", "smoke", "sst2", "sst2-minilm"}
-MAIN = "from ad2kit.cli import main; main()"
+MAIN = "from ad2kit.__main__ import main; main()"
 
 
 class Installed(NamedTuple):

@@ -20,11 +20,11 @@ LAYERS = {
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "curve", "data",
         "error_contract", "gate", "losses", "metrics", "models", "quantize", "random_bert",
-        "sources", "training",
+        "references", "sources", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.run"},
-    5: {"cli", "terminal"},
+    5: {"__main__", "cli", "terminal"},
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
@@ -107,7 +107,7 @@ def test_the_serving_path_imports_no_training_library(code: str) -> None:
 def test_help_imports_only_what_it_prints_with() -> None:
     code = (
         "import sys; sys.argv = ['ad2kit', '--help']\n"
-        "from ad2kit.cli import main\n"
+        "from ad2kit.__main__ import main\n"
         "try: main()\nexcept SystemExit: pass"
     )
     assert not loaded_after(code) & (
@@ -117,4 +117,4 @@ def test_help_imports_only_what_it_prints_with() -> None:
 
 def test_no_module_is_too_long_to_read() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
-    assert {name: n for name, n in lengths.items() if n > 430} == {}
+    assert {name: n for name, n in lengths.items() if n > 300} == {}

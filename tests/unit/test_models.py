@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from ad2kit import models
+from ad2kit import models, references
 from ad2kit.errors import ModelError
 from tests.models import LABELS, batch, split, tiny_bert
 
@@ -168,7 +168,7 @@ def test_a_maximum_length_beyond_the_positions_is_refused() -> None:
 )
 def test_a_teacher_that_is_not_there(reference: str, expected: str, hint: str) -> None:
     with pytest.raises(ModelError, match=expected) as caught:
-        models.find_model(reference)
+        references.find_model(reference)
     assert hint in caught.value.hint
 
 

