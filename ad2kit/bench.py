@@ -16,7 +16,6 @@ import torch
 
 from ad2kit import models
 from ad2kit.classifier import OnnxClassifier
-from ad2kit.errors import RecipeError
 from ad2kit.files import fingerprint, sha256_of, write_record
 from ad2kit.records import DistillReport, LatencyCell, LatencyReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
@@ -51,7 +50,7 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
 
     Raises:
         RunError: nothing is exported yet.
-        RecipeError: a length that the student has no positions for.
+        ModelError: a length that the student has no positions for.
     """
     recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
     folders = [run.onnx(variant) for variant in recipe.export.variants]
@@ -72,14 +71,7 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
     torch.set_num_threads(threads)
     teacher = models.load(run.teacher, distilled.labels)
     student = models.load(run.student, distilled.labels)
-    positions = getattr(student.module.config, "max_position_embeddings", 2**31)
-    too_long = [length for length in recipe.bench.lengths_tokens if length > positions]
-    if too_long:
-        raise RecipeError(
-            f"bench.lengths_tokens names {too_long[0]}, but the student has positions for "
-            f"{positions} tokens",
-            hint=f"use lengths up to {positions}",
-        )
+    models.check_length(student, max(recipe.bench.lengths_tokens), key="bench.lengths_tokens")
     systems = {TEACHER: _torch_call(teacher), STUDENT: _torch_call(student)}
     sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}
     for folder in folders:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ad2kit.errors import RunError, no_room_left
+from ad2kit.errors import RunError
 from ad2kit.files import sha256_of, whole_folder, write_record
 from ad2kit.records import Record
 
@@ -68,20 +67,14 @@ def save_checkpoint(
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     with whole_folder(folder) as new:
-        try:
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()},
-                new / "state.safetensors",
-            )
-        except SafetensorError as error:
-            if no_room_left(error):
-                raise OSError(28, "No space left on device", str(folder)) from error
-            raise
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, new / "state.safetensors"
+        )
         facts = CheckpointFacts(
             inputs=inputs,
             step=state.step,
             best_step=state.best_step,
-            best_metric=max(state.best_metric, -1e9),
+            best_metric=state.best_metric,
             environment=environment,
             sha256=sha256_of(new / "state.safetensors"),
         )
@@ -137,9 +130,9 @@ def restore_checkpoint(
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.step, state.best_step = facts.step, facts.best_step
+    state.step = facts.step
+    state.best_step, state.best_metric = facts.best_step, facts.best_metric
     state.best_weights = part("best")
-    state.best_metric = facts.best_metric if state.best_weights else -math.inf
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])

@@ -134,8 +134,8 @@ class _Stage:
         )  # fmt: skip
 
     def encode(self, model: TextModel) -> dict[str, Encoded]:
-        models.check_length(model, self.recipe.data.max_length_tokens)
         length = self.recipe.data.max_length_tokens
+        models.check_length(model, length, key="data.max_length_tokens")
         encoded = {
             name: datasets.encode(getattr(self.data, name), model.tokenizer, length)
             for name in ("train", "select", "validation")

@@ -118,16 +118,21 @@ def load(folder: Path, labels: tuple[str, ...], *, seed: int = 0, finished: bool
     return TextModel(module, tokenizer, labels)
 
 
-def check_length(model: TextModel, max_length_tokens: int) -> None:
-    """Refuse a maximum length beyond the model's position embeddings."""
-    positions = getattr(model.module.config, "max_position_embeddings", None)
+def most_tokens(model: TextModel) -> int | None:
+    """Return for how many tokens the model has positions; None if for any number."""
+    positions: int | None = getattr(model.module.config, "max_position_embeddings", None)
     # RoBERTa and its like start counting positions after the padding id.
     offset = 2 if "roberta" in model.module.config.model_type else 0
-    if positions is not None and max_length_tokens > positions - offset:
+    return None if positions is None else positions - offset
+
+
+def check_length(model: TextModel, length_tokens: int, *, key: str) -> None:
+    """Refuse a length beyond the model's position embeddings; ``key`` names it in the recipe."""
+    most = most_tokens(model)
+    if most is not None and length_tokens > most:
         raise ModelError(
-            f"data.max_length_tokens is {max_length_tokens}, but the teacher has positions for "
-            f"{positions - offset} tokens",
-            hint=f"set data.max_length_tokens={positions - offset} or less",
+            f"{key} is {length_tokens}, but the model has positions for {most} tokens",
+            hint=f"set {key} to {most} or less",
         )
 
 

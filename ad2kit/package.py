@@ -197,16 +197,10 @@ def _choose(
         if variant in (None, folder.name):
             return folder, False
     if not allow_failed_parity:
-        failed = [
-            f"{verdict.variant}: {check.name} {check.value:.4g}, expected {check.bound} "
-            f"{check.threshold:g}"
-            for verdict in report.variants
-            for check in verdict.checks
-            if not check.passed and variant in (None, verdict.variant)
-        ]
+        failed = "; ".join(report.failures(variant))
         raise GateFailed(
             f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now: "
-            f"{'; '.join(failed) or 'the artefact changed after it was judged'}",
+            f"{failed or 'the artefact or the thresholds changed after it was judged'}",
             hint="see parity.json; `ad2kit parity` judges again, --allow-failed-parity overrides",
         )
     return run.onnx(variant or known[0]), True

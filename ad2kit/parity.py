@@ -147,16 +147,9 @@ def insist_passed(report: ParityReport, run: RunDir) -> None:
     Raises:
         GateFailed: names every check that failed, with its value and its threshold.
     """
-    failed = [
-        f"  {verdict.variant}: {check.name} is {check.value:.4g}, expected {check.bound} "
-        f"{check.threshold:g}"
-        for verdict in report.variants
-        for check in verdict.checks
-        if not check.passed
-    ]
-    if failed:
+    if not report.passed:
         raise GateFailed(
-            f"the parity gate of {run.path} failed:\n" + "\n".join(failed),
+            f"the parity gate of {run.path} failed:\n  " + "\n  ".join(report.failures()),
             hint=f"the whole report is {run.parity_report}; train longer, change the student, or "
             "leave the variant out (export.variants)",
         )

@@ -200,6 +200,16 @@ class ParityReport(Record):
         """Whether every variant that the recipe asks for passed."""
         return all(variant.passed for variant in self.variants)
 
+    def failures(self, variant: str | None = None) -> list[str]:
+        """Return a line for each check that failed, of one variant or of all."""
+        return [
+            f"{verdict.variant}: {check.name} is {check.value:.4g}, expected {check.bound} "
+            f"{check.threshold:g}"
+            for verdict in self.variants
+            for check in verdict.checks
+            if not check.passed and variant in (None, verdict.variant)
+        ]
+
 
 class LatencyCell(Part):
     """Timed calls of one system at one shape; the percentiles are of whole calls."""

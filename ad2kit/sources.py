@@ -98,8 +98,6 @@ def _read_folder(folder: Path) -> Rows:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"no file '{path}'", hint="correct the path in the data section")
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -112,73 +110,84 @@ def _text(path: Path) -> str:
 
 
 def _read_file(path: Path) -> list[Row]:
-    suffix = path.suffix.lstrip(".")
-    if suffix == "parquet":
-        import pyarrow.parquet
-
-        if not path.is_file():
-            raise DataError(f"no file '{path}'", hint="correct the path in the data section")
-        try:
-            table = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} is not a Parquet table: {error}", hint="write it again"
-            ) from error
-        return [(f"{path}, row {number}", row) for number, row in enumerate(table, 1)]
-    if suffix == "jsonl":
-        rows = []
-        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-        for number, line in enumerate(_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON: {error}", hint="correct the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected an object", hint="correct it")
-            rows.append((f"{path}, line {number}", row))
-        return rows
-    if suffix in ("tsv", "csv"):
-        csv.field_size_limit(sys.maxsize)
-        lines = _text(path).replace("\r\n", "\n").split("\n")
-        # In TSV a quotation mark is an ordinary character (the GLUE files depend on it).
-        reader = (
-            csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if suffix == "tsv"
-            else csv.reader(f"{line}\n" for line in lines)
+    readers = {
+        "tsv": _read_delimited,
+        "csv": _read_delimited,
+        "jsonl": _read_jsonl,
+        "parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lstrip("."))
+    if reader is None:
+        raise DataError(
+            f"{path}: expected a file that ends in {', '.join(readers)}",
+            hint="convert or rename it",
         )
+    if not path.is_file():
+        raise DataError(f"no file '{path}'", hint="correct the path in the data section")
+    return reader(path)
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet table: {error}", hint="write it again") from error
+    return [(f"{path}, row {number}", row) for number, row in enumerate(table, 1)]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            parsed = [(reader.line_num, fields) for fields in reader]
-        except csv.Error as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}, line {reader.line_num}: not {suffix.upper()}: {error}",
-                hint="end lines with \\n or \\r\\n",
+                f"{path}, line {number}: not JSON: {error}", hint="correct the line"
             ) from error
-        header = parsed[0][1] if parsed else []
-        twice = {name for name in header if header.count(name) > 1}
-        if twice:
+        if not isinstance(row, dict):
             raise DataError(
-                f"{path}: the column '{min(twice)}' appears twice", hint="rename one of them"
+                f"{path}, line {number}: expected an object, found {type(row).__name__}",
+                hint='write lines like {"text": "...", "label": "..."}',
             )
-        rows = []
-        for number, fields in parsed[1:]:
-            if not fields:
-                continue
-            where = f"{path}, line {number}"
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{where}: expected {len(header)} fields ({', '.join(header)}), "
-                    f"found {len(fields)}",
-                    hint="correct the line",
-                )
-            rows.append((where, dict(zip(header, fields, strict=True))))
-        return rows
-    raise DataError(
-        f"{path}: expected a file that ends in {', '.join(FORMATS)}", hint="convert or rename it"
+        rows.append((f"{path}, line {number}", row))
+    return rows
+
+
+def _read_delimited(path: Path) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)
+    lines = _text(path).replace("\r\n", "\n").split("\n")
+    # In TSV a quotation mark is an ordinary character (the GLUE files depend on it).
+    reader = (
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if path.suffix == ".tsv"
+        else csv.reader(f"{line}\n" for line in lines)
     )
+    try:
+        parsed = [(f"{path}, line {reader.line_num}", fields) for fields in reader if fields]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not {path.suffix[1:].upper()}: {error}",
+            hint="end lines with \\n or \\r\\n",
+        ) from error
+    header = parsed[0][1] if parsed else []
+    twice = {name for name in header if header.count(name) > 1}
+    if twice:
+        raise DataError(
+            f"{path}: the column '{min(twice)}' appears twice", hint="rename one of them"
+        )
+    for where, fields in parsed:
+        if len(fields) != len(header):
+            raise DataError(
+                f"{where}: expected {len(header)} fields ({', '.join(header)}), "
+                f"found {len(fields)}",
+                hint="correct the line",
+            )
+    return [(where, dict(zip(header, fields, strict=True))) for where, fields in parsed[1:]]
 
 
 def _read_hub(rest: str, label_column: str) -> Rows:

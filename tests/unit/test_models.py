@@ -153,8 +153,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 def test_a_maximum_length_beyond_the_positions_is_refused() -> None:
     with pytest.raises(ModelError, match="has positions for 128 tokens"):
-        models.check_length(tiny_bert(), 129)
-    models.check_length(tiny_bert(), 128)
+        models.check_length(tiny_bert(), 129, key="data.max_length_tokens")
+    models.check_length(tiny_bert(), 128, key="data.max_length_tokens")
 
 
 @pytest.mark.parametrize(
