@@ -19,12 +19,12 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ad2kit.recipe import AdversaryRecipe
+    from ad2kit.sections import AdversaryRecipe
 
 
 @contextmanager
-def perturbed(word_embeddings: torch.nn.Module, delta: torch.Tensor) -> Iterator[None]:
-    """Add ``delta`` to the output of the word-embedding module inside the block.
+def perturbed(word_embeddings: torch.nn.Module, delta: torch.Tensor | None) -> Iterator[None]:
+    """Add ``delta`` to the output of the word-embedding module inside the block; None adds nothing.
 
     A hook and not ``inputs_embeds``: several families compute position ids from the token ids,
     and go wrong without them under left padding. The sum is kept in float32, where a radius of
@@ -34,6 +34,9 @@ def perturbed(word_embeddings: torch.nn.Module, delta: torch.Tensor) -> Iterator
         word_embeddings: the module that looks up token ids.
         delta: shape [batch, tokens, embedding width].
     """
+    if delta is None:
+        yield
+        return
 
     def add(
         _module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor
@@ -113,14 +116,17 @@ def random_start(
 
 
 def inner_gradient(
-    inner_loss: Callable[[torch.Tensor], torch.Tensor], delta: torch.Tensor
+    inner_loss: Callable[[torch.Tensor], torch.Tensor],
+    delta: torch.Tensor,
+    scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
 ) -> tuple[float, torch.Tensor]:
     """Return the inner loss at ``delta`` and its gradient there.
 
     The gradient is taken with respect to δ alone: nothing accumulates on the parameters.
+    ``scaled`` multiplies the loss before it, for half precision; :func:`ascend` does not mind.
     """
     delta = delta.detach().requires_grad_(True)
     loss = inner_loss(delta)
     gradient: torch.Tensor
-    (gradient,) = torch.autograd.grad(loss, delta)
+    (gradient,) = torch.autograd.grad(scaled(loss), delta)
     return loss.item(), gradient

@@ -69,8 +69,8 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
             return report
 
     torch.set_num_threads(threads)
-    teacher = models.load(run.teacher, distilled.labels)
-    student = models.load(run.student, distilled.labels)
+    teacher = models.load(run.teacher, distilled.labels, distilled.task)
+    student = models.load(run.student, distilled.labels, distilled.task)
     models.check_length(student, max(recipe.bench.lengths_tokens), key="bench.lengths_tokens")
     systems = {TEACHER: _torch_call(teacher), STUDENT: _torch_call(student)}
     sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}

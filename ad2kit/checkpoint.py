@@ -16,6 +16,7 @@ from ad2kit.records import Record
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
     from ad2kit.models import TextModel
@@ -29,9 +30,27 @@ class CheckpointFacts(Record):
     inputs: str
     step: int
     best_step: int
-    best_metric: float
+    best_score: float
+    best_criterion: float
     environment: dict[str, str]
     sha256: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on the ``select`` split: its score, and its distance from its teacher if it has one.
+
+    A student's weights are chosen by the distance: it needs no labels and uses the whole of each
+    answer, so that some hundred rows tell epochs apart which their accuracy cannot.
+    """
+
+    score: float
+    distance: float | None = None
+
+    @property
+    def criterion(self) -> float:
+        """What the best weights have most of."""
+        return self.score if self.distance is None else -self.distance
 
 
 @dataclass
@@ -42,13 +61,15 @@ class TrainState:
     optimizer: AcceleratedOptimizer
     step: int = 0
     best_step: int = 0
-    best_metric: float = -math.inf
+    best_score: float = 0.0
+    best_criterion: float = -math.inf
     best_weights: Weights = field(default_factory=dict)
 
-    def keep_if_best(self, metric: float) -> None:
-        """Keep a copy of the weights if ``metric`` is above every earlier one."""
-        if metric > self.best_metric:
-            self.best_step, self.best_metric = self.step, metric
+    def keep_if_best(self, found: Evaluation) -> None:
+        """Keep a copy of the weights if none was better; of equals the longer trained."""
+        if found.criterion >= self.best_criterion:
+            self.best_step, self.best_score = self.step, found.score
+            self.best_criterion = found.criterion
             self.best_weights = {
                 key: value.detach().cpu().clone()
                 for key, value in self.model.module.state_dict().items()
@@ -56,16 +77,20 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, inputs: str, environment: dict[str, str]
-) -> None:
-    """Write weights, best weights, optimiser moments and generator states, atomically."""
+    folder: Path, state: TrainState, inputs: str, environment: dict[str, str],
+    accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Write weights, best weights, optimiser moments and generator states, atomically.
+
+    Every process calls it, and the first one writes.
+    """
     tensors = {f"model.{key}": value for key, value in state.model.module.state_dict().items()}
     tensors |= {f"best.{key}": value for key, value in state.best_weights.items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors |= _generators(accelerator)
+    if not accelerator.is_main_process:
+        return
     with whole_folder(folder) as new:
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, new / "state.safetensors"
@@ -74,7 +99,8 @@ def save_checkpoint(
             inputs=inputs,
             step=state.step,
             best_step=state.best_step,
-            best_metric=state.best_metric,
+            best_score=state.best_score,
+            best_criterion=state.best_criterion,
             environment=environment,
             sha256=sha256_of(new / "state.safetensors"),
         )
@@ -82,8 +108,8 @@ def save_checkpoint(
 
 
 def restore_checkpoint(
-    folder: Path, state: TrainState, inputs: str, environment: dict[str, str], *,
-    allow_inexact: bool,
+    folder: Path, state: TrainState, inputs: str, environment: dict[str, str],
+    accelerator: Accelerator, *, allow_inexact: bool,
 ) -> None:  # fmt: skip
     """Put ``state``, and torch's generators, back to where the checkpoint was written.
 
@@ -131,8 +157,22 @@ def restore_checkpoint(
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step = facts.step
-    state.best_step, state.best_metric = facts.best_step, facts.best_metric
+    state.best_step, state.best_score = facts.best_step, facts.best_score
+    state.best_criterion = facts.best_criterion
     state.best_weights = part("best")
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    generators = part("rng")
+    # Under another number of processes (--allow-inexact) some have no state of their own to resume.
+    mine = f"{min(accelerator.process_index, len(generators) - 1)}"
+    if accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(generators[mine], accelerator.device)
+    else:
+        torch.set_rng_state(generators[mine])
+
+
+def _generators(accelerator: Accelerator) -> Weights:
+    """Return the state of each process's generator: the one that draws dropout on its device."""
+    cuda = accelerator.device.type == "cuda"
+    mine = torch.cuda.get_rng_state(accelerator.device) if cuda else torch.get_rng_state()
+    # Collected as wide integers: not every backend sends bytes.
+    states = accelerator.gather(mine.to(accelerator.device, torch.int64)[None])
+    return {f"rng.{rank}": state.to("cpu", torch.uint8) for rank, state in enumerate(states)}

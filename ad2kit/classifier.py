@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ad2kit.files import check_sha256
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, passed_variants
 from ad2kit.runtime import available_cpus
+from ad2kit.tasks import answers, scores
 
 try:
     import onnxruntime
@@ -35,20 +36,24 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one text; ``scores`` are the probabilities of all labels, in label order."""
+    """The answer for one text; which fields are set depends on the task of the model.
 
-    label: str
-    score: float
-    scores: dict[str, float]
+    ``label`` and its probability ``score`` of a single-label model; all ``labels`` whose
+    probability is above one half of a multi-label one; the ``value`` of a regression. ``scores``
+    are the probabilities of all labels, in label order; a regression has none.
+    """
+
     tokens: int
     truncated: bool
+    label: str | None = None
+    score: float | None = None
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
-
-def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Return probabilities over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields that are set, as plain data."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
 
 
 def servable_artifact(folder: str | Path) -> Path:
@@ -207,17 +212,23 @@ class OnnxClassifier:
         return logits
 
     def predictions(self, encodings: Sequence[Encoding], logits: NDArray[Any]) -> list[Prediction]:
-        """Turn logits, shape [texts, labels], into predictions."""
-        return [
-            Prediction(
-                label=self.labels[int(row.argmax())],
-                score=float(row.max()),
-                scores=dict(zip(self.labels, row.tolist(), strict=True)),
-                tokens=len(encoding.ids),
-                truncated=bool(encoding.overflowing),
+        """Turn logits, shape [texts, outputs], into predictions."""
+        task, found = self.artifact.task, []
+        rows = zip(encodings, answers(task, logits), scores(task, logits), strict=True)
+        for encoding, answer, row in rows:
+            named = dict(zip(self.labels, row.tolist(), strict=True))
+            facts: dict[str, Any] = {"scores": named}
+            if task == "single_label":
+                facts |= {"label": self.labels[int(answer)], "score": float(row[int(answer)])}
+            elif task == "multi_label":
+                facts["labels"] = tuple(name for name, on in zip(self.labels, answer, strict=True)
+                                        if on)  # fmt: skip
+            else:
+                facts = {"value": float(answer)}
+            found.append(
+                Prediction(tokens=len(encoding.ids), truncated=bool(encoding.overflowing), **facts)
             )
-            for encoding, row in zip(encodings, softmax(logits), strict=True)
-        ]
+        return found
 
     def logits(self, texts: Sequence[Text], batch_size: int = 32) -> NDArray[np.float32]:
         """Return the logits of texts, float32 [texts, labels]."""

@@ -121,8 +121,8 @@ def distill(
         report = stage(folder, on_step=on_step, allow_inexact=allow_inexact)
     _result(
         report, as_json,
-        f"select accuracy: teacher {report.teacher_select_accuracy:.4f}, student "
-        f"{report.student_select_accuracy:.4f}\nnext: ad2kit export",
+        f"select {' and '.join(report.metrics)}: teacher {report.teacher_select_score:.4f}, "
+        f"student {report.student_select_score:.4f}\nnext: ad2kit export",
     )  # fmt: skip
 
 
@@ -245,6 +245,39 @@ def run(
     if not as_json:
         print_table(folder)
     _result(record, as_json, next_steps(record.tag, folder))
+
+
+@app.command()
+def compare(
+    recipe_name: RecipeName,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, ad2.")
+    ] = "finetune,kd,pkd,ad2",
+    seeds: Annotated[int, typer.Option(min=1, help="Students of each method.")] = 5,
+    runs_dir: RunsDir = RUNS,
+    allow_inexact: Inexact = False,
+    as_json: Json = False,
+) -> None:
+    """Train students by several methods from one teacher; say which is better.
+
+    The last method is tested against each of the others. It goes on where it was stopped.
+    """
+    from ad2kit.recipe import load
+    from ad2kit.terminal import print_comparison, show_messages, training_progress
+
+    show_messages()
+    recipe = load(recipe_name, overrides or ())
+    campaign = _needs_extra("ad2kit.campaigns.compare", "compare")
+    with training_progress() as on_step:
+        report, folder = campaign(
+            recipe, [name.strip() for name in methods.split(",")], seeds, runs_dir,
+            on_step=on_step, allow_inexact=allow_inexact,
+        )  # fmt: skip
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        print_comparison(report, folder)
 
 
 def _needs_extra(module: str, function: str) -> Any:

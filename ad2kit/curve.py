@@ -1,4 +1,4 @@
-"""The training curve of a run: one step record a line, and what it says of the adversary."""
+"""The training curve of a run: one step record a line, and what it says in words."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 from ad2kit.records import StepRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from ad2kit.recipe import DistillRecipe
+    from ad2kit.sections import DistillRecipe
 
 # Below this share of the clean loss, the adversary has changed nothing that training could feel.
 IDLE_GAIN = 0.01
@@ -25,17 +26,20 @@ def read_curve(path: Path) -> list[StepRecord]:
     return [StepRecord.model_validate_json(line) for line in lines if line.endswith("\n")]
 
 
-def adversary_verdict(curve: Path, settings: DistillRecipe) -> tuple[float, float | None, str]:
-    """Return mean clean KL, mean adversarial gain, and what they mean in words."""
-    records = read_curve(curve)
+def verdict(
+    records: Sequence[StepRecord], settings: DistillRecipe
+) -> tuple[float, float | None, str]:
+    """Return mean clean distance to the teacher, mean adversarial gain, and what they mean."""
     kd = float(np.mean([record.terms["kd"] for record in records]))
     gains = [r.adversarial_gain for r in records if r.adversarial_gain is not None]
     if not gains:
-        return kd, None, "no adversary: alpha is 0, this was plain distillation"
+        if settings.imitates:
+            return kd, None, "no adversary: alpha is 0, this was plain distillation"
+        return kd, None, "no teacher: only hard labels have a weight, this was fine-tuning"
     gain, attack = float(np.mean(gains)), settings.adversary
     facts = (
-        f"radius {attack.radius:g} ({attack.norm}) raised the KL by {gain:.2e} nats on average, "
-        f"{gain / kd:.2%} of the clean {kd:.2e}"
+        f"radius {attack.radius:g} ({attack.norm}) raised the distance to the teacher by "
+        f"{gain:.2e} on average, {gain / kd:.2%} of the clean {kd:.2e}"
     )
     if gain < IDLE_GAIN * kd:
         return kd, gain, f"the adversary was idle: {facts}; a larger distill.adversary.radius bites"

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ad2kit.errors import DataError, nearest
 from ad2kit.files import fingerprint
+from ad2kit.labels import counts, label_names, no_labels, read_labels
 from ad2kit.records import SplitFacts
-from ad2kit.sources import Row, read_rows
+from ad2kit.sources import Row, read_rows, read_unlabelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
-    from ad2kit.recipe import DataRecipe
+    from ad2kit.sections import DataRecipe, Task
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _BUCKET_BATCHES = 32
 
 @dataclass(frozen=True)
 class Split:
-    """Texts (one or two columns each) and their label ids, shape [rows]."""
+    """Texts (one or two columns each) and their labels; see :mod:`ad2kit.labels`."""
 
     texts: tuple[tuple[str, ...], ...]
     labels: np.ndarray
@@ -53,24 +54,44 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits and the names of the label ids."""
+    """The splits, the kind of task, and the names of the label ids.
 
+    ``unlabelled`` holds texts for the student alone; its labels say that there are none.
+    """
+
+    task: Task
     labels: tuple[str, ...]
     train: Split
     select: Split
     validation: Split
+    unlabelled: Split
+
+    def splits(self) -> dict[str, Split]:
+        """Return the splits that hold anything, by name."""
+        splits = {
+            "train": self.train, "select": self.select, "validation": self.validation,
+            "unlabelled": self.unlabelled,
+        }  # fmt: skip
+        return {name: split for name, split in splits.items() if len(split)}
+
+    def distillation(self) -> Split:
+        """Return what the student reads: the training rows, then the unlabelled ones."""
+        return Split(
+            self.train.texts + self.unlabelled.texts,
+            np.concatenate([self.train.labels, self.unlabelled.labels]),
+        )
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised split: ragged ``input_ids`` (and ``token_type_ids`` for the families that read
-    them), label ids of shape [rows], and how many texts were cut to the maximum length.
+    them), labels as in the split, and which texts were cut to the maximum length, bool [rows].
     """  # noqa: D205
 
     input_ids: list[list[int]]
     token_type_ids: list[list[int]] | None
     labels: np.ndarray
-    truncated: int
+    truncated: np.ndarray
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,21 +105,29 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             holds one class only, or the hub cannot be reached.
     """
     train_rows, validation_rows, names = read_rows(recipe)
+    columns = (*recipe.text_columns, recipe.label_column)
     for name, rows in (("train", train_rows), ("validation", validation_rows)):
-        _check_columns(rows, recipe, name)
-    labels = recipe.labels or names or _labels_seen(train_rows, recipe)
-    train = _check(train_rows, recipe, labels)
-    validation = _check(validation_rows, recipe, labels)
-
+        _check_columns(rows, columns, name)
+    labels = label_names(train_rows, recipe, names)
+    train, validation = (
+        Split(_texts(rows, recipe), read_labels(rows, recipe, labels))
+        for rows in (train_rows, validation_rows)
+    )
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     wanted = min(max(round(len(order) * _SELECT_FRACTION), _SELECT_LEAST), _SELECT_MOST)
     select_rows = max(1, min(wanted, int(len(order) * _SELECT_SHARE_LIMIT)))
+    unlabelled = tuple(text for each in recipe.unlabelled for text in _unlabelled(each, recipe))
     data = Data(
-        labels, train.take(order[select_rows:]), train.take(order[:select_rows]), validation
+        task=recipe.task,
+        labels=labels,
+        train=train.take(order[select_rows:]),
+        select=train.take(order[:select_rows]),
+        validation=validation,
+        unlabelled=Split(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
-        _two_classes(split, labels, name)
-    seen = {*data.train.texts, *data.select.texts}
+        _insist_on_variety(split, recipe.task, labels, name)
+    seen = {*data.train.texts, *data.select.texts, *data.unlabelled.texts}
     known = sum(text in seen for text in data.validation.texts)
     if known == len(data.validation):
         raise DataError(
@@ -111,21 +140,32 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
     return data
 
 
-def facts(data: Data, truncated: dict[str, int]) -> dict[str, SplitFacts]:
-    """Return what the splits hold; ``truncated`` counts the cut texts of each split."""
+def _unlabelled(reference: str, recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
+    rows = read_unlabelled(reference, recipe.text_columns)
+    _check_columns(rows, recipe.text_columns, reference)
+    return _texts(rows, recipe)
+
+
+def facts(
+    data: Data, *, train: Encoded, select: Encoded, validation: Encoded
+) -> dict[str, SplitFacts]:
+    """Return what the splits hold; ``train`` also encodes the unlabelled texts, after its own."""
+    rows = len(data.train)
+    truncated = {
+        "train": train.truncated[:rows], "select": select.truncated,
+        "validation": validation.truncated, "unlabelled": train.truncated[rows:],
+    }  # fmt: skip
     return {
         name: SplitFacts(
             rows=len(split),
-            class_counts={
-                label: int((split.labels == index).sum()) for index, label in enumerate(data.labels)
-            },
-            truncated=truncated[name],
+            class_counts=(
+                {} if name == "unlabelled" else counts(data.task, split.labels, data.labels)
+            ),
+            truncated=int(truncated[name].sum()),
             sha256=split.sha256(),
         )
-        for name, split in (
-            ("train", data.train), ("select", data.select), ("validation", data.validation),
-        )
-    }  # fmt: skip
+        for name, split in data.splits().items()
+    }
 
 
 def encode(split: Split, tokenizer: PreTrainedTokenizerFast, max_length_tokens: int) -> Encoded:
@@ -136,7 +176,7 @@ def encode(split: Split, tokenizer: PreTrainedTokenizerFast, max_length_tokens: 
         batch["input_ids"],
         batch["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else None,
         split.labels,
-        sum(bool(encoding.overflowing) for encoding in batch.encodings or ()),
+        np.asarray([bool(encoding.overflowing) for encoding in batch.encodings or ()]),
     )
 
 
@@ -196,31 +236,12 @@ def collate(
     return padded
 
 
-def _labels_seen(rows: list[Row], recipe: DataRecipe) -> tuple[str, ...]:
-    return tuple(sorted({_label(where, row, recipe.label_column) for where, row in rows}))
-
-
-def _label(where: str, row: dict[str, Any], column: str) -> str:
-    """Return a row's label as text: 1, "1" and 1.0 (a Parquet column with a gap) are the same."""
-    value = row.get(column)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool | int):
-        return str(value)
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    raise DataError(
-        f"{where}: '{column}' must be a label, a text or a whole number, found {value!r}",
-        hint="remove or correct the row",
-    )
-
-
-def _check_columns(rows: list[Row], recipe: DataRecipe, name: str) -> None:
+def _check_columns(rows: list[Row], columns: tuple[str, ...], name: str) -> None:
     """Insist on at least one row, and on the columns that the recipe names."""
     if not rows:
-        raise DataError(f"the {name} split is empty", hint="give a file with at least two classes")
+        raise DataError(f"the {name} split is empty", hint="give a file that holds rows")
     where, first = rows[0]
-    for column in (*recipe.text_columns, recipe.label_column):
+    for column in columns:
         if column not in first:
             raise DataError(
                 f"{where}: no column '{column}'{nearest(column, first)}; "
@@ -229,10 +250,9 @@ def _check_columns(rows: list[Row], recipe: DataRecipe, name: str) -> None:
             )
 
 
-def _check(rows: list[Row], recipe: DataRecipe, labels: tuple[str, ...]) -> Split:
-    """Turn raw rows into a split, or name the first row that is wrong."""
-    ids = {label: index for index, label in enumerate(labels)}
-    texts, label_ids = [], []
+def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
+    """Return the text columns of raw rows, or name the first that is no text."""
+    texts = []
     for where, row in rows:
         for column in recipe.text_columns:
             text = row.get(column)
@@ -242,19 +262,8 @@ def _check(rows: list[Row], recipe: DataRecipe, labels: tuple[str, ...]) -> Spli
                     f"found {text!r:.80}",
                     hint="remove or correct the row",
                 )
-        label = _label(where, row, recipe.label_column)
-        # A name wins over an id, so that labels called "1" and "0" keep their meaning.
-        index = ids.get(label)
-        if index is None and label.isdecimal() and int(label) < len(labels):
-            index = int(label)
-        if index is None:
-            raise DataError(
-                f"{where}: label {label!r} is not in the label set ({', '.join(labels)})",
-                hint="correct the row, or list all labels in data.labels",
-            )
         texts.append(tuple(row[column] for column in recipe.text_columns))
-        label_ids.append(index)
-    return Split(tuple(texts), np.asarray(label_ids, dtype=np.int64))
+    return tuple(texts)
 
 
 def _is_unicode(text: str) -> bool:
@@ -262,11 +271,16 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _two_classes(split: Split, labels: tuple[str, ...], name: str) -> None:
-    present = np.unique(split.labels)
-    if len(present) < 2:
+def _insist_on_variety(split: Split, task: Task, labels: tuple[str, ...], name: str) -> None:
+    if len(np.unique(split.labels)) < 2:
+        what = {
+            "single_label": "one class only",
+            "multi_label": "all labels in every row, or none in any",
+            "regression": "one value only",
+        }[task]
+        held = split.labels.flat[0]
+        value = labels[int(held)] if task == "single_label" else f"{held:g}"
         raise DataError(
-            f"the {name} split holds one class only: '{labels[present[0]]}' in all "
-            f"{len(split)} rows",
-            hint="give rows of at least two classes, or raise data.max_train_rows",
+            f"the {name} split holds {what}: '{value}' in all {len(split)} rows",
+            hint="give rows that differ in their labels, or raise data.max_train_rows",
         )

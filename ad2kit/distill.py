@@ -1,38 +1,40 @@
-"""The distill stage: a teacher, fine-tuned where the recipe says so, and its AD2 student."""
+"""The distill stage: a teacher, fine-tuned where the recipe says so, and its student."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ad2kit import data as datasets
-from ad2kit import models
-from ad2kit.checkpoint import TrainState, restore_checkpoint, save_checkpoint
-from ad2kit.curve import adversary_verdict, read_curve
+from ad2kit import models, store
+from ad2kit.checkpoint import Evaluation
+from ad2kit.curve import read_curve, verdict
 from ad2kit.errors import RunError
-from ad2kit.files import fingerprint, sha256_of, whole_file, write_record, write_text
-from ad2kit.metrics import accuracy
-from ad2kit.records import DistillReport, StepRecord
+from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
+from ad2kit.intermediate import comparison
+from ad2kit.losses import soft_targets
+from ad2kit.metrics import score
+from ad2kit.objectives import distillation, finetuning
+from ad2kit.records import DistillReport, ModelManifest, StepRecord
+from ad2kit.references import RANDOM, find_model
+from ad2kit.resumable import Trainer
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
-from ad2kit.runtime import deferred_interrupt, environment
-from ad2kit.training import Objective, ad2, finetuning, new_state, predict_logits, train
+from ad2kit.runtime import environment, peak_memory_mb
+from ad2kit.tasks import answers
+from ad2kit.training import predict_logits, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal
 
     from accelerate import Accelerator
 
-    from ad2kit.data import Data, Encoded
+    from ad2kit.data import Data, Encoded, Split
     from ad2kit.models import TextModel
-    from ad2kit.recipe import Recipe, TrainRecipe
+    from ad2kit.recipe import Recipe
     from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,11 @@ def distill(
     on_step: Callable[[StepRecord], None] = lambda _record: None,
     allow_inexact: bool = False,
 ) -> DistillReport:
-    """The distill stage: teacher (fine-tuned if the recipe says so) and AD2 student of a run.
+    """The distill stage: teacher (fine-tuned if the recipe says so) and student of a run.
 
-    Done work is kept: a finished teacher is loaded, an unfinished training goes on from its
-    checkpoint, and a finished student is returned as it is.
+    Done work is kept: a finished teacher is loaded, one that another run beside this one has
+    fine-tuned on the same data is taken over, an unfinished training goes on from its checkpoint,
+    and a finished student is returned as it is. Under `accelerate launch` every process calls it.
 
     Args:
         run: the run folder, with its recipe.
@@ -58,60 +61,79 @@ def distill(
     Raises:
         DataError, ModelError, RunError, DivergedError: see the functions that this one calls.
     """
-    recipe = run.recipe
+    recipe, settings = run.recipe, run.recipe.distill
     accelerator = make_accelerator(recipe.compute)
-    surroundings = environment(torch.get_num_threads(), accelerator.device.type)
+    surroundings = environment(
+        torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
+    ) | {"compile": str(recipe.compute.compile)}
     data = datasets.load_data(recipe.data, recipe.seed)
-    stage = _Stage(run, recipe, data, accelerator, surroundings, on_step, allow_inexact)
+    trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
+    stage = _Stage(run, recipe, data, trainer)
 
     teacher = stage.teacher()
-    teacher_sha = sha256_of(run.teacher / models.MANIFEST)
     inputs = fingerprint(
-        teacher_sha, stage.data_sha256(),
+        stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
     )  # fmt: skip
     if run.distill_report.is_file():
         report = DistillReport.read(run.distill_report)
         if report.inputs == inputs and (run.student / models.MANIFEST).is_file():
-            models.load(run.student, data.labels)  # refuses a student that was tampered with
+            models.load(run.student, data.labels, data.task)  # refuses one that was tampered with
             logger.info("student is already distilled: %s", run.student)
             return report
 
-    encoded = stage.encode(teacher)
-    teacher.module.to(accelerator.device)
-    teacher_logits = stage.cached_logits(teacher, encoded["train"], teacher_sha)
-    teacher_select = _accuracy(teacher, encoded["select"], accelerator)
-    student = models.build_student(teacher, recipe.student.layers)
+    student = stage.student(teacher)
     logger.info(
-        "student: %d layers, %.1f M parameters", len(recipe.student.layers),
+        "student: %d layers, %.1f M parameters", student.module.config.num_hidden_layers,
         student.parameters() / 1e6,
     )  # fmt: skip
-    state = stage.run_training(
-        student, recipe.distill, "student", inputs, encoded, teacher_logits,
-        ad2(accelerator, recipe.distill),
+    reading, select = data.distillation(), stage.encode(student, data.select)
+    encoded = stage.encode(student, reading)
+    teacher.module.to(accelerator.device)
+    teacher_logits = stage.teacher_logits(teacher, reading)
+    told = stage.logits(teacher, stage.encode(teacher, data.select))
+    layers = recipe.student.layers if recipe.student.model is None else None
+    insides = comparison(teacher, student, layers, settings.intermediate)
+    prepare(student, recipe.compute)
+    state = trainer.train(
+        student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
+        lambda model: stage.evaluate(model, select, told if settings.imitates else None),
+        phase="student", seed=recipe.seed if settings.seed is None else settings.seed,
+        inputs=inputs,
     )  # fmt: skip
-    models.save(state.model, run.student, inputs=inputs)
-    kd, gain, verdict = adversary_verdict(run.curve("student"), recipe.distill)
+    if accelerator.is_main_process:
+        models.save(state.model, run.student, inputs=inputs)
+    accelerator.wait_for_everyone()
+    records = read_curve(run.curve("student"))
+    kd, gain, words = verdict(records, settings)
+    seconds = sum(record.seconds for record in records)
+    validation = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     report = DistillReport(
         inputs=inputs,
         labels=data.labels,
-        splits=datasets.facts(data, {name: split.truncated for name, split in encoded.items()}),
-        teacher_sha256=teacher_sha,
+        splits=datasets.facts(data, train=encoded, select=select, validation=validation),
+        teacher_sha256=stage.teacher_sha256(),
         student_sha256=sha256_of(run.student / models.MANIFEST),
         teacher_parameters=teacher.parameters(),
         student_parameters=state.model.parameters(),
-        teacher_select_accuracy=teacher_select,
-        student_select_accuracy=state.best_metric,
+        task=data.task,
+        metrics=recipe.data.judged_by,
+        teacher_select_score=stage.score(told, select),
+        student_select_score=state.best_score,
         best_step=state.best_step,
         steps=state.step,
+        train_seconds=seconds,
+        examples_per_s=sum(record.examples for record in records) / seconds,
+        peak_memory_mb=peak_memory_mb(),
         mean_clean_kl=kd,
         mean_adversarial_gain=gain,
-        adversary_verdict=verdict,
+        verdict=words,
         environment=surroundings,
     )
-    write_record(run.distill_report, report)
-    stage.clean_up("student")
-    logger.info("%s", verdict)
+    if accelerator.is_main_process:
+        write_record(run.distill_report, report)
+    trainer.clean_up("student")
+    logger.info("%s", words)
     return report
 
 
@@ -122,128 +144,126 @@ class _Stage:
     run: RunDir
     recipe: Recipe
     data: Data
-    accelerator: Accelerator
-    surroundings: dict[str, str]
-    on_step: Callable[[StepRecord], None]
-    allow_inexact: bool
+    trainer: Trainer
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.trainer.accelerator
 
     def data_sha256(self) -> str:
         return fingerprint(
             self.data.labels, self.data.train.sha256(), self.data.select.sha256(),
             self.data.validation.sha256(), self.recipe.data.max_length_tokens,
+            self.recipe.data.judged_by,
         )  # fmt: skip
 
-    def encode(self, model: TextModel) -> dict[str, Encoded]:
+    def teacher_sha256(self) -> str:
+        """Return what the teacher is: its weights and its tokenizer, however it came about."""
+        return fingerprint(ModelManifest.read(self.run.teacher / models.MANIFEST).files)
+
+    def encode(self, model: TextModel, split: Split) -> Encoded:
         length = self.recipe.data.max_length_tokens
         models.check_length(model, length, key="data.max_length_tokens")
-        encoded = {
-            name: datasets.encode(getattr(self.data, name), model.tokenizer, length)
-            for name in ("train", "select", "validation")
-        }
-        cut = sum(split.truncated for split in encoded.values())
-        if cut:
-            logger.info("%d texts are longer than %d tokens and were truncated", cut, length)
+        encoded = datasets.encode(split, model.tokenizer, length)
+        if encoded.truncated.any():
+            logger.info("%d texts are longer than %d tokens and were truncated",
+                        encoded.truncated.sum(), length)  # fmt: skip
         return encoded
 
+    def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
+        return predict_logits(model, encoded, self.accelerator.device, self.accelerator)
+
+    def score(self, logits: torch.Tensor, encoded: Encoded) -> float:
+        found = answers(self.data.task, logits.numpy())
+        return score(self.recipe.data.judged_by, found, encoded.labels)
+
+    def evaluate(
+        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None
+    ) -> Evaluation:
+        logits, distance = self.logits(model, encoded), None
+        if teacher_logits is not None:
+            temperature = self.recipe.distill.temperature
+            distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
+        return Evaluation(self.score(logits, encoded), distance)
+
     def teacher(self) -> TextModel:
-        """Return the teacher of the run, trained now if it is not there yet."""
-        recipe, run = self.recipe, self.run
-        settings = recipe.teacher.finetune
+        """Return the teacher of the run, which is made now if it is not there yet."""
+        recipe, run, data = self.recipe, self.run, self.data
         inputs = fingerprint(
             recipe.seed, self.data_sha256(), recipe.teacher.model_dump(mode="json")
         )
-        if (run.teacher / models.MANIFEST).is_file():
-            teacher = models.load(run.teacher, self.data.labels)
-            if models.saved_inputs(run.teacher) != inputs:
-                raise RunError(
-                    f"{run.teacher} was made from other data than this run reads now",
-                    hint=f"restore the data, or delete {run.path} to start again",
-                )
-            logger.info("teacher: %s", run.teacher)
-            return teacher
-        teacher = models.load_teacher(
-            recipe.teacher.model, self.data.labels, seed=recipe.seed, train=self.data.train,
-            finished=settings is None,
-        )  # fmt: skip
-        models.check_layers(teacher, recipe.student.layers)  # before the long part, not after it
-        if settings is not None:
-            logger.info("fine-tuning the teacher %s", recipe.teacher.model)
-            teacher = self.run_training(
-                teacher, settings, "teacher", inputs, self.encode(teacher), None,
-                finetuning(self.accelerator),
-            ).model  # fmt: skip
-        models.save(teacher, run.teacher, inputs=inputs)
-        self.clean_up("teacher")
-        # As a resumed run will find it: a tokenizer is not the same object after a round trip.
-        return models.load(run.teacher, self.data.labels)
-
-    def run_training(
-        self,
-        model: TextModel,
-        settings: TrainRecipe,
-        phase: Literal["teacher", "student"],
-        inputs: str,
-        encoded: dict[str, Encoded],
-        teacher_logits: torch.Tensor | None,
-        objective: Objective,
-    ) -> TrainState:
-        """Train to the end, through interruptions, and leave the best weights in the model."""
-        torch.manual_seed(self.recipe.seed)
-        state = new_state(model, settings, self.accelerator)
-        checkpoint, curve = self.run.checkpoint(phase), self.run.curve(phase)
-        if checkpoint.is_dir():
-            restore_checkpoint(
-                checkpoint, state, inputs, self.surroundings, allow_inexact=self.allow_inexact
+        if not (run.teacher / models.MANIFEST).is_file():
+            self._make_teacher(inputs)
+        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
+        teacher = models.load(run.teacher, data.labels, data.task)
+        if models.saved_inputs(run.teacher) != inputs:
+            raise RunError(
+                f"{run.teacher} was made from other data than this run reads now",
+                hint=f"restore the data, or delete {run.path} to start again",
             )
-            logger.info("%s: resumed after update %d", phase, state.step)
-        records = [r for r in read_curve(curve) if r.step <= state.step]
-        write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
-        with deferred_interrupt() as interrupted, curve.open("a", encoding="utf-8") as lines:
-            for record in train(
-                state, encoded["train"], teacher_logits, objective, settings,
-                lambda model: _accuracy(model, encoded["select"], self.accelerator),
-                self.accelerator, phase=phase, seed=self.recipe.seed,
-            ):  # fmt: skip
-                lines.write(f"{record.model_dump_json()}\n")
-                lines.flush()
-                self.on_step(record)
-                stopping = interrupted.is_set()
-                if stopping or record.step % settings.checkpoint_every_steps == 0:
-                    save_checkpoint(checkpoint, state, inputs, self.surroundings)
-                if stopping:
-                    logger.info("%s: stopped after update %d, saved", phase, record.step)
-                    raise KeyboardInterrupt
-        state.model.module.load_state_dict(state.best_weights, strict=True)
-        return state
+        logger.info("teacher: %s", run.teacher)
+        return teacher
 
-    def clean_up(self, phase: str) -> None:
-        """Remove the checkpoint of a training whose result is saved."""
-        shutil.rmtree(self.run.checkpoint(phase), ignore_errors=True)
+    def _make_teacher(self, inputs: str) -> None:
+        """Take over the teacher of another run, or train it; all processes take part."""
+        recipe, run, data, first = (
+            self.recipe,
+            self.run,
+            self.data,
+            self.accelerator.is_main_process,
+        )
+        source, settings = recipe.teacher.model, recipe.teacher.finetune
+        key = fingerprint(
+            inputs, recipe.compute.precision,
+            None if source == RANDOM else sha256_of_folder(find_model(source)),
+        )  # fmt: skip
+        if first and store.take_teacher(run.shared, key, run.teacher):
+            logger.info("another run has made this teacher")
+        self.accelerator.wait_for_everyone()
+        if not (run.teacher / models.MANIFEST).is_file():
+            teacher = models.load_reference(
+                source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
+            )
+            if recipe.student.model is None:
+                models.check_layers(teacher, recipe.student.layers or ())  # not after the long part
+            if settings is not None:
+                logger.info("fine-tuning the teacher %s", source)
+                select = self.encode(teacher, data.select)
+                prepare(teacher, recipe.compute)
+                teacher = self.trainer.train(
+                    teacher, self.encode(teacher, data.train), None, finetuning(self.accelerator),
+                    settings, lambda model: self.evaluate(model, select),
+                    phase="teacher", seed=recipe.seed, inputs=inputs,
+                ).model  # fmt: skip
+            if first:
+                models.save(teacher, run.teacher, inputs=inputs)
+                store.give_teacher(run.shared, key, run.teacher)
+            self.accelerator.wait_for_everyone()
+        self.trainer.clean_up("teacher")
 
-    def cached_logits(self, teacher: TextModel, encoded: Encoded, teacher_sha: str) -> torch.Tensor:
-        """Return the teacher's logits on the training split, computed once per fingerprint.
+    def student(self, teacher: TextModel) -> TextModel:
+        """Return the student before its first update."""
+        recipe = self.recipe.student
+        source = teacher
+        if recipe.model is not None:
+            source = models.load_reference(
+                recipe.model, self.data, seed=self.recipe.seed, finished=False, key="student.model"
+            )
+        return models.build_student(source, recipe.layers) if recipe.layers else source
 
-        The file is named by teacher (with its tokenizer), rows and maximum length: a change of
+    def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
+        """Return the teacher's logits on what the student reads, computed once for all runs.
+
+        They are stored under teacher (with its tokenizer), texts and maximum length: a change of
         any of them looks for another file.
         """
-        inputs = fingerprint(
-            teacher_sha, self.data.train.sha256(), self.recipe.data.max_length_tokens
-        )
-        path = self.run.teacher_logits(inputs)
-        if path.is_file():
-            try:
-                return load_file(path)["logits"]
-            except (SafetensorError, KeyError) as error:
-                raise RunError(
-                    f"{path} is damaged: {error}", hint=f"delete {path} and run again"
-                ) from error
-        logger.info("teacher reads %d training texts", len(encoded))
-        logits = predict_logits(teacher, encoded, self.accelerator.device)
-        with whole_file(path) as new:
-            save_file({"logits": logits}, new)
-        return logits
+        key = fingerprint(self.teacher_sha256(), split.texts, self.recipe.data.max_length_tokens)
 
+        def compute() -> torch.Tensor:
+            logger.info("teacher reads %d training texts", len(split))
+            encoded = self.encode(teacher, split)
+            return predict_logits(teacher, encoded, self.accelerator.device)
 
-def _accuracy(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> float:
-    logits = predict_logits(model, encoded, accelerator.device)
-    return accuracy(logits.argmax(dim=1).numpy(), encoded.labels)
+        # The first process computes and stores, the others read.
+        with self.accelerator.main_process_first():
+            return store.logits(self.run.shared, key, compute)

@@ -71,6 +71,7 @@ def export(run: RunDir) -> list[OnnxArtifact]:
             artifact = OnnxArtifact(
                 variant=variant,
                 inputs=inputs,
+                task=distilled.task,
                 labels=distilled.labels,
                 max_length_tokens=recipe.data.max_length_tokens,
                 pad_token_id=json.loads((new / "config.json").read_text())["pad_token_id"],

@@ -1,18 +1,18 @@
 """The questions of the parity gate, as functions from arrays to checks.
 
-Arrays run over the rows of the labelled validation set; logits have shape [rows, labels].
+Arrays run over the rows of the labelled validation set; logits have shape [rows, outputs].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ad2kit import metrics
-from ad2kit.classifier import softmax
 from ad2kit.records import Check, VariantParity
+from ad2kit.tasks import answers, softmax
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.data import Encoded
-    from ad2kit.recipe import ParityRecipe
+    from ad2kit.sections import Metric, ParityRecipe, Task
 
     Logits = NDArray[np.float32]
 
@@ -37,10 +37,16 @@ PROBES = 64
 class Reference:
     """What the artefacts are compared with, over the rows of the validation set."""
 
-    labels: NDArray[np.int64]
+    task: Task
+    metrics: tuple[Metric, ...]
+    labels: NDArray[Any]
     teacher: Logits
     student: Logits
     encoded: Encoded
+
+    def score(self, logits: Logits) -> float:
+        """Return the score of some logits by the metrics of the task."""
+        return metrics.score(self.metrics, answers(self.task, logits), self.labels)
 
 
 def export_fidelity(
@@ -79,11 +85,14 @@ def export_fidelity(
         "logit gap, padded": gap(padded, probes),
         "logit gap, reversed order": gap(backwards, probes),
     }
-    flips = int((logits.argmax(1) != expected.argmax(1)).sum())
     question: Question = "export fidelity"
+    flips = []
+    if reference.task != "regression":
+        changed = answers(reference.task, logits) != answers(reference.task, expected)
+        flips = [at_most(question, "label flips", int(changed.sum()), thresholds.max_label_flips)]
     return (
         at_most(question, "logits not finite", _not_finite(logits), 0),
-        at_most(question, "label flips", flips, thresholds.max_label_flips),
+        *flips,
         *(at_most(question, name, value, thresholds.max_logit_gap) for name, value in gaps.items()),
     )
 
@@ -96,11 +105,7 @@ def same_token_ids(encodings: Sequence[Encoding], encoded: Encoded) -> Check:
 
 
 def conversion_cost(
-    logits: Logits,
-    alone: Logits,
-    fp32: Logits,
-    labels: NDArray[np.int64],
-    thresholds: ParityRecipe,
+    logits: Logits, alone: Logits, fp32: Logits, reference: Reference, thresholds: ParityRecipe
 ) -> tuple[Check, ...]:
     """Question 2: a converted variant against fp32; all arrays run over the validation rows.
 
@@ -108,22 +113,19 @@ def conversion_cost(
     depends a little on its company: the variant is judged in batches and one by one.
     """
     question: Question = "conversion cost"
-    agreement = float((logits.argmax(1) == fp32.argmax(1)).mean())
-    agreement_alone = float((alone.argmax(1) == fp32.argmax(1)).mean())
-    lost = 100 * (
-        metrics.accuracy(fp32.argmax(1), labels)
-        - min(metrics.accuracy(found.argmax(1), labels) for found in (logits, alone))
-    )
+    finite, finite_alone = (np.nan_to_num(found) for found in (logits, alone))
+    score = reference.score(fp32)
+    lost = 100 * (score - min(reference.score(found) for found in (finite, finite_alone)))
+    what, least = "label agreement with fp32", thresholds.min_agreement
+    if reference.task == "regression":
+        what = "correlation with fp32"  # there are no labels to agree on
     return (
         at_most(question, "converted logits not finite", _not_finite(logits), 0),
-        at_least(question, "label agreement with fp32", agreement, thresholds.min_agreement),
+        at_least(question, what, _agreement(reference.task, finite, fp32), least),
         at_least(
-            question,
-            "label agreement with fp32, one by one",
-            agreement_alone,
-            thresholds.min_agreement,
+            question, f"{what}, one by one", _agreement(reference.task, finite_alone, fp32), least
         ),
-        at_most(question, "accuracy points lost to fp32", lost, thresholds.max_points_lost),
+        at_most(question, "points lost to fp32", lost, thresholds.max_points_lost),
     )
 
 
@@ -132,39 +134,71 @@ def distillation_quality(
     names: tuple[str, ...], earlier: tuple[Check, ...], thresholds: ParityRecipe, seed: int,
 ) -> VariantParity:  # fmt: skip
     """Question 3: a variant against the teacher; ``earlier`` are its answers so far."""
-    predicted, teacher = logits.argmax(1), reference.teacher.argmax(1)
-    right, teacher_right = predicted == reference.labels, teacher == reference.labels
-    retained = float(right.mean() / max(teacher_right.mean(), 1 / len(right)))
-    interval = metrics.retained_interval(right, teacher_right, thresholds.bootstrap_samples, seed)
-    recall = metrics.recall_by_class(predicted, reference.labels, names)
-    teacher_recall = metrics.recall_by_class(teacher, reference.labels, names)
-    question: Question = "distillation quality"
-    lost = set(teacher.tolist()) - set(predicted.tolist())
+    task, labels = reference.task, reference.labels
     finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
+    ours, teacher = answers(task, finite), answers(task, reference.teacher)
+    score, teacher_score = reference.score(finite), reference.score(reference.teacher)
+    retained = score / teacher_score if teacher_score > 0 else 0.0
+    draws = metrics.paired_bootstrap(
+        reference.metrics, (ours, teacher), labels, thresholds.bootstrap_samples, seed
+    )
+    interval = metrics.retained_interval(draws)
+    recall = metrics.recall_by_class(task, ours, labels, names)
+    teacher_recall = metrics.recall_by_class(task, teacher, labels, names)
+    question: Question = "distillation quality"
+    single = task == "single_label"
     return VariantParity(
         variant=variant,
         manifest_sha256=manifest_sha256,
-        accuracy=float(right.mean()),
+        score=score,
+        metrics={name: metrics.measure(name, ours, labels) for name in reference.metrics},
         retained=retained,
         retained_interval=interval,
-        mcnemar_p=metrics.mcnemar_p(right, teacher_right),
+        smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
+        mcnemar_p=metrics.mcnemar_p(ours == labels, teacher == labels) if single else None,
         recall_change_by_class={name: recall[name] - teacher_recall[name] for name in recall},
-        ece=metrics.expected_calibration_error(softmax(finite), reference.labels),
+        ece=metrics.expected_calibration_error(softmax(finite), labels) if single else None,
         checks=(
             *earlier,
-            # Accuracy hardly notices a rare class that is lost.
-            at_most(question, "classes that only the teacher answers", len(lost), 0),
-            # And where the teacher gives one answer to everything, nobody wants its student.
-            at_least(question, "classes predicted", len(np.unique(predicted)), 2),
+            *_variety(task, ours, teacher),
             at_least(
-                question, "accuracy retained", retained, thresholds.min_retained, interval
+                question, f"{reference_name(reference)} retained", retained,
+                thresholds.min_retained, interval,
             ),
             at_least(
-                question, "accuracy retained, lower 95 % bound", interval[0],
+                question, f"{reference_name(reference)} retained, lower 95 % bound", interval[0],
                 thresholds.min_retained_lower,
             ),
         ),
     )  # fmt: skip
+
+
+def reference_name(reference: Reference) -> str:
+    """Return what the score is called, such as "accuracy" or "f1 and accuracy"."""
+    return " and ".join(reference.metrics)
+
+
+def _variety(task: Task, ours: NDArray[Any], teacher: NDArray[Any]) -> tuple[Check, ...]:
+    """Insist that the student has not given up on a class, which accuracy hardly notices."""
+    question: Question = "distillation quality"
+    if task == "regression":
+        return (at_least(question, "different values predicted", len(np.unique(ours)), 2),)
+    if task == "multi_label":
+        lost = int((teacher.any(axis=0) & ~ours.any(axis=0)).sum())
+        return (at_most(question, "labels that only the teacher gives", lost, 0),)
+    lost = len(set(teacher.tolist()) - set(ours.tolist()))
+    return (
+        at_most(question, "classes that only the teacher answers", lost, 0),
+        # And where the teacher gives one answer to everything, nobody wants its student.
+        at_least(question, "classes predicted", len(np.unique(ours)), 2),
+    )
+
+
+def _agreement(task: Task, logits: Logits, fp32: Logits) -> float:
+    ours, theirs = answers(task, logits), answers(task, fp32)
+    if task == "regression":
+        return metrics.measure("pearson", ours, theirs)
+    return float((ours == theirs).mean())
 
 
 def at_most(question: Question, name: str, value: float, threshold: float) -> Check:

@@ -1,34 +1,68 @@
-"""Metrics and paired statistics over arrays of predictions. No torch."""
+"""Metrics and paired statistics over arrays of answers. No torch.
+
+GLUE's own metrics (Wang et al., *GLUE: A Multi-Task Benchmark and Analysis Platform*, ICLR 2019):
+accuracy, F1 of the positive class, Matthews correlation, Pearson and Spearman correlation. Where a
+task has two, GLUE takes their mean, and so does :func:`score`.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, recall_score
+from scipy.stats import binomtest, pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    Ids = NDArray[np.int64]
+    from ad2kit.sections import Metric, Task
+
+    Array = NDArray[Any]
     Floats = NDArray[np.float64]
 
-
-def accuracy(predicted: Ids, labels: Ids) -> float:
-    """Return the fraction of ``predicted``, shape [rows], that equals ``labels``."""
-    return float(accuracy_score(labels, predicted))
+# Four of five samples find a difference of this many standard errors at the two-sided 5 % level.
+_DETECTABLE_SE = 1.960 + 0.842
 
 
-def recall_by_class(predicted: Ids, labels: Ids, names: tuple[str, ...]) -> dict[str, float]:
-    """Return recall for each class that occurs in ``labels``."""
-    present = np.unique(labels)
-    values = recall_score(labels, predicted, labels=present, average=None, zero_division=0.0)
+def measure(metric: Metric, answers: Array, labels: Array) -> float:
+    """Return one metric of ``answers`` against ``labels``; see :mod:`ad2kit.tasks` for the shapes.
+
+    ``f1`` is of class 1 of two. A correlation with a constant is 0: no answer follows the labels.
+    """
+    if metric == "accuracy":
+        same = answers == labels
+        return float((same.all(axis=1) if same.ndim == 2 else same).mean())
+    if metric == "matthews":
+        return float(matthews_corrcoef(labels, answers))
+    if metric in ("pearson", "spearman"):
+        if np.ptp(answers) == 0 or np.ptp(labels) == 0:
+            return 0.0
+        correlate = pearsonr if metric == "pearson" else spearmanr
+        return float(correlate(answers, labels).statistic)
+    average = {"f1": "binary", "macro_f1": "macro", "micro_f1": "micro"}[metric]
+    return float(f1_score(labels, answers, average=average, zero_division=0.0))
+
+
+def score(metrics: Sequence[Metric], answers: Array, labels: Array) -> float:
+    """Return the mean of the metrics: the one number that judges a model on a task."""
+    return float(np.mean([measure(metric, answers, labels) for metric in metrics]))
+
+
+def recall_by_class(
+    task: Task, answers: Array, labels: Array, names: tuple[str, ...]
+) -> dict[str, float]:
+    """Return recall for each class or label that occurs in ``labels``; none for a regression."""
+    if task == "regression":
+        return {}
+    present = np.unique(labels) if task == "single_label" else np.flatnonzero(labels.any(axis=0))
+    values = recall_score(labels, answers, labels=present, average=None, zero_division=0.0)
     return {names[index]: float(value) for index, value in zip(present, values, strict=True)}
 
 
-def expected_calibration_error(probabilities: Floats, labels: Ids, bins: int = 15) -> float:
+def expected_calibration_error(probabilities: Floats, labels: Array, bins: int = 15) -> float:
     """Return the ECE: the mean gap between confidence and accuracy over equal-width bins.
 
     Guo, Pleiss, Sun and Weinberger, *On Calibration of Modern Neural Networks*, 2017, equation 3.
@@ -48,29 +82,83 @@ def expected_calibration_error(probabilities: Floats, labels: Ids, bins: int = 1
     return float(sum(gaps))
 
 
-def retained_interval(
-    student_right: NDArray[np.bool_], teacher_right: NDArray[np.bool_], samples: int, seed: int
-) -> tuple[float, float]:
-    """Return the 95 % percentile interval of student accuracy over teacher accuracy.
-
-    Paired bootstrap: rows are drawn with replacement and both models judged on the same draw.
+def paired_bootstrap(
+    metrics: Sequence[Metric], models: Sequence[Array], labels: Array, samples: int, seed: int
+) -> Floats:
+    """Return the scores of several models on the same bootstrap draws of the rows.
 
     Args:
-        student_right: whether the student was right, shape [rows].
-        teacher_right: whether the teacher was right, shape [rows].
-        samples: number of draws.
+        metrics: their mean is the score.
+        models: the answers of each model.
+        labels: of the rows.
+        samples: number of draws, each of all rows with replacement.
         seed: of the draws.
+
+    Returns:
+        Shape [samples, models].
     """
-    # Only the four joint outcomes matter, so a draw of all rows is one multinomial.
-    joint = np.array([
-        (student_right & teacher_right).sum(), (student_right & ~teacher_right).sum(),
-        (~student_right & teacher_right).sum(), (~student_right & ~teacher_right).sum(),
-    ])  # fmt: skip
-    rows = int(joint.sum())
-    draws = np.random.default_rng(seed).multinomial(rows, joint / rows, size=samples)
-    student, teacher = draws[:, 0] + draws[:, 1], draws[:, 0] + draws[:, 2]
-    low, high = np.percentile(student / np.maximum(teacher, 1), [2.5, 97.5])
+    generator = np.random.default_rng(seed)
+    found = np.empty((samples, len(models)))
+    for sample in found:
+        rows = generator.integers(len(labels), size=len(labels))
+        sample[:] = [score(metrics, answers[rows], labels[rows]) for answers in models]
+    return found
+
+
+def retained_interval(draws: Floats) -> tuple[float, float]:
+    """Return the 95 % percentile interval of student over teacher, of bootstrap scores [n, 2].
+
+    Where the teacher scores nothing there is nothing to retain: such a draw counts as 0.
+    """
+    student, teacher = draws.T
+    safe = np.where(teacher > 0, teacher, 1.0)
+    low, high = np.percentile(np.where(teacher > 0, student / safe, 0.0), [2.5, 97.5])
     return float(low), float(high)
+
+
+def smallest_detectable_difference(draws: Floats, rows: int) -> float:
+    """Return the difference between two models that four of five such samples would find.
+
+    Two-sided at 5 % with 80 % power, in the normal approximation, from the standard deviation of
+    the difference over paired bootstrap scores [n, 2]; never finer than one of the ``rows``.
+    """
+    deviation = float((draws[:, 0] - draws[:, 1]).std())
+    return _DETECTABLE_SE * max(deviation, 1 / rows)
+
+
+def randomisation_p(
+    metrics: Sequence[Metric], first: Sequence[Array], second: Sequence[Array], labels: Array,
+    samples: int, seed: int,
+) -> float:  # fmt: skip
+    """Return the two-sided p-value of an approximate randomisation test of two methods.
+
+    Yeh, *More accurate tests for the statistical significance of result differences*, COLING
+    2000: if the methods were the same, swapping their answers on any row would change nothing.
+
+    Args:
+        metrics: their mean is the score.
+        first: answers of one method, for each seed.
+        second: of the other, for the same seeds.
+        labels: of the rows.
+        samples: number of random swaps.
+        seed: of the swaps.
+    """
+
+    def difference(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
+        scores = [[score(metrics, a, labels) for a in method] for method in (ours, theirs)]
+        return float(np.mean(scores[0]) - np.mean(scores[1]))
+
+    observed = abs(difference(first, second))
+    generator, at_least = np.random.default_rng(seed), 0
+    for _ in range(samples):
+        swap = generator.random(len(labels)) < 0.5
+        mask = swap[:, None] if first[0].ndim == 2 else swap
+        pairs = [(np.where(mask, b, a), np.where(mask, a, b))
+                 for a, b in zip(first, second, strict=True)]  # fmt: skip
+        ours, theirs = zip(*pairs, strict=True)
+        # A hair's breadth, so that a swap that changes nothing counts whatever the rounding.
+        at_least += abs(difference(ours, theirs)) >= observed - 1e-12
+    return (at_least + 1) / (samples + 1)
 
 
 def mcnemar_p(first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]) -> float:
@@ -80,15 +168,3 @@ def mcnemar_p(first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]) -
     if only_first + only_second == 0:
         return 1.0
     return float(binomtest(only_first, only_first + only_second, 0.5).pvalue)
-
-
-def smallest_detectable_difference(
-    first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]
-) -> float:
-    """Return the accuracy difference that McNemar's test finds in four of five such samples.
-
-    Two-sided at 5 % with 80 % power, in the normal approximation, for as many discordant pairs as
-    were seen (at least one).
-    """
-    discordant = max(1, int((first_right != second_right).sum()))
-    return (1.960 + 0.842) * math.sqrt(discordant) / len(first_right)

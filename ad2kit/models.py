@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ from ad2kit.errors import ModelError
 from ad2kit.files import check_sha256, sha256_of_folder, whole_folder, write_record
 from ad2kit.random_bert import random_bert
 from ad2kit.records import ModelManifest
-from ad2kit.references import find_model
+from ad2kit.references import RANDOM, find_model
 from ad2kit.runtime import seeded
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from ad2kit.data import Split
+    from ad2kit.data import Data
+    from ad2kit.sections import Task
 
 MANIFEST = "sha256.json"
 
@@ -35,6 +36,7 @@ class TextModel:
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     labels: tuple[str, ...]
+    task: Task = "single_label"
 
     @property
     def word_embeddings(self) -> torch.nn.Embedding:
@@ -46,28 +48,31 @@ class TextModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def load_teacher(reference: str, labels: tuple[str, ...], *, seed: int, train: Split,
-                 finished: bool) -> TextModel:  # fmt: skip
-    """Load the teacher.
+def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key: str
+                   ) -> TextModel:  # fmt: skip
+    """Load a teacher, or a checkpoint to make a student from.
 
     Args:
-        reference: see :class:`ad2kit.recipe.TeacherRecipe`.
-        labels: the names of the data's labels, in the order of their ids.
+        reference: see :class:`ad2kit.sections.TeacherRecipe`.
+        data: its labels and task; and its training texts, from which ``random://`` makes its
+            vocabulary.
         seed: for a classification head that is not in the checkpoint, and for ``random://``.
-        train: the training texts, from which ``random://`` makes its vocabulary.
         finished: the checkpoint must already hold a classifier with these labels.
+        key: the key of the recipe that holds ``reference``, for messages.
 
     Raises:
         ModelError: no weights, pickled weights only, weights of something else, or other labels.
     """
-    if reference == "random://bert":
-        return TextModel(*random_bert(labels, seed, train.texts), labels)
-    return load(find_model(reference), labels, seed=seed, finished=finished)
+    if reference == RANDOM:
+        parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
+        return TextModel(*parts, data.labels, data.task)
+    folder = find_model(reference, key=key)
+    return load(folder, data.labels, data.task, seed=seed, finished=finished)
 
 
-def load(folder: Path, labels: tuple[str, ...], *, seed: int = 0, finished: bool = True
-         ) -> TextModel:  # fmt: skip
-    """Load a classifier from a folder; see :func:`load_teacher`.
+def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, seed: int = 0,
+         finished: bool = True) -> TextModel:  # fmt: skip
+    """Load a model from a folder; see :func:`load_reference`.
 
     A folder that :func:`save` wrote is compared with its sha256 manifest first.
     """
@@ -79,10 +84,9 @@ def load(folder: Path, labels: tuple[str, ...], *, seed: int = 0, finished: bool
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if finished:
-            _check_labels(folder, config, labels)
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+            _check_labels(folder, config, labels, task)
+        for key, value in head_config(labels, task).items():
+            setattr(config, key, value)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with seeded(seed):
             module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -115,14 +119,24 @@ def load(folder: Path, labels: tuple[str, ...], *, seed: int = 0, finished: bool
             if finished
             else "give an encoder checkpoint of the architecture that its config.json names",
         )
-    return TextModel(module, tokenizer, labels)
+    return TextModel(module, tokenizer, labels, task)
+
+
+def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
+    """Return what transformers' configuration says of a head with these outputs."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": task if task == "regression" else f"{task}_classification",
+    }
 
 
 def most_tokens(model: TextModel) -> int | None:
     """Return for how many tokens the model has positions; None if for any number."""
     positions: int | None = getattr(model.module.config, "max_position_embeddings", None)
-    # RoBERTa and its like start counting positions after the padding id.
-    offset = 2 if "roberta" in model.module.config.model_type else 0
+    # These start counting positions after the padding id.
+    offset = 2 if model.module.config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
     return None if positions is None else positions - offset
 
 
@@ -136,63 +150,79 @@ def check_length(model: TextModel, length_tokens: int, *, key: str) -> None:
         )
 
 
-def check_layers(teacher: TextModel, layers: Sequence[int]) -> None:
-    """Refuse layer indices that the teacher does not have."""
-    depth = teacher.module.config.num_hidden_layers
+def check_layers(source: TextModel, layers: Sequence[int]) -> None:
+    """Refuse layer indices that the model to copy from does not have."""
+    depth = source.module.config.num_hidden_layers
     wrong = [layer for layer in layers if layer >= depth]
     if wrong:
         raise ModelError(
-            f"student.layers names layer {wrong[0]}, but the teacher's layers are 0 to {depth - 1}",
+            f"student.layers names layer {wrong[0]}, but the layers of the "
+            f"'{source.module.config.model_type}' to copy from are 0 to {depth - 1}",
             hint=f"choose from 0 to {depth - 1}",
         )
 
 
-def build_student(teacher: TextModel, layers: Sequence[int]) -> TextModel:
-    """Build a student from some of the teacher's layers, with its embeddings and its head.
+def layer_stack(module: torch.nn.Module, depth: int) -> str | None:
+    """Return the prefix of the layers in a state dict; None if the layers share their weights.
+
+    It is the one place where an index runs over all layers, whatever the family calls it:
+    ``bert.encoder.layer.``, ``distilbert.transformer.layer.``, ``model.layers.``.
+    """
+    indices: dict[str, set[int]] = {}
+    for key in module.state_dict():
+        match = re.match(r"(.*?\.layers?\.)(\d+)\.", key)
+        if match:
+            indices.setdefault(match[1], set()).add(int(match[2]))
+    stacks = [stack for stack, found in indices.items() if found == set(range(depth))]
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def build_student(source: TextModel, layers: Sequence[int]) -> TextModel:
+    """Build a student from some layers of a model, with its embeddings and its head.
+
+    Where all layers share their weights (ALBERT) the student keeps them, and goes through them
+    as often as it has layers.
 
     Args:
-        teacher: the model to copy weights from.
-        layers: zero-based indices of the teacher's layers, in the student's order.
+        source: the model to copy weights from: the teacher, or another checkpoint.
+        layers: zero-based indices of its layers, in the student's order.
 
     Raises:
-        ModelError: a layer that the teacher does not have, or layers that share their weights.
+        ModelError: a layer that it does not have, or layers that cannot be told apart.
     """
-    config = teacher.module.config
+    config = source.module.config
     depth = config.num_hidden_layers
-    check_layers(teacher, layers)
-    weights = teacher.module.state_dict()
-    # The one place in a state dict where an index runs over the layers, whatever the family
-    # calls it: encoder.layer.3.…, transformer.layer.3.…, layers.3.…
-    stacks = {
-        match[1]
-        for match in (re.match(r"(.*?\.layers?\.)(\d+)\.", key) for key in weights)
-        if match
-    }
-    stacks = {
-        stack for stack in stacks
-        if {int(k[len(stack):].split(".")[0]) for k in weights if k.startswith(stack)}
-        == set(range(depth))
-    }  # fmt: skip
-    if len(stacks) != 1:
+    check_layers(source, layers)
+    chosen = dict(source.module.state_dict())
+    stack = layer_stack(source.module, depth)
+    if stack is not None:
+        layer_of = re.compile(rf"{re.escape(stack)}(\d+)\.(.*)")
+        copies = {key: layer_of.fullmatch(key) for key in chosen}
+        weights = {key: value for key, value in chosen.items() if not copies[key]}
+        for new, old in enumerate(layers):
+            for key, match in copies.items():
+                if match and int(match[1]) == old:
+                    weights[f"{stack}{new}.{match[2]}"] = chosen[key]
+        chosen = weights
+    elif getattr(config, "num_hidden_groups", None) != 1:
         raise ModelError(
-            f"the layers of a '{config.model_type}' teacher cannot be told apart: expected one "
-            f"stack of {depth} layers in its weights, found {len(stacks)}",
-            hint="families that share weights between layers (ALBERT) are not supported",
+            f"the layers of a '{config.model_type}' cannot be told apart: expected one stack of "
+            f"{depth} layers in its weights",
+            hint="leave student.layers out and name an encoder to start from in student.model",
         )
-    (stack,) = stacks
-    chosen = {key: value for key, value in weights.items() if not key.startswith(stack)}
-    for new, old in enumerate(layers):
-        source = f"{stack}{old}."
-        for key, value in weights.items():
-            if key.startswith(source):
-                chosen[f"{stack}{new}.{key.removeprefix(source)}"] = value
     student_config = type(config).from_dict(config.to_dict())
     student_config.num_hidden_layers = len(layers)
     with seeded(0):
-        module = type(teacher.module)(student_config)
-    # Strict: nothing of the student is left at its random initial value.
-    module.load_state_dict(chosen, strict=True)
-    return TextModel(module, teacher.tokenizer, teacher.labels)
+        module = type(source.module)(student_config)
+    try:
+        # Strict: nothing of the student is left at its random initial value.
+        module.load_state_dict(chosen, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"layers {list(layers)} of a '{config.model_type}' do not fit in these places: {error}",
+            hint="keep its first layer first: in ModernBERT it lacks a norm that the others have",
+        ) from error
+    return TextModel(module, source.tokenizer, source.labels, source.task)
 
 
 def save(model: TextModel, folder: Path, *, inputs: str) -> None:
@@ -240,15 +270,17 @@ def check_files(folder: Path) -> None:
 
 
 def _check_labels(
-    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...]
+    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task
 ) -> None:
     id2label = config.id2label or {}
     theirs = tuple(id2label[index] for index in sorted(id2label))
     generic = tuple(f"LABEL_{index}" for index in range(len(labels)))
-    if theirs not in (labels, generic):
+    # A regression has one output, and nobody agrees on its name.
+    fits = len(theirs) == 1 if task == "regression" else theirs in (labels, generic)
+    if not fits:
         raise ModelError(
             f"the teacher's labels differ from the data's:\n"
             f"  teacher {folder}: {dict(enumerate(theirs))}\n"
-            f"  data: {dict(enumerate(labels))}",
+            f"  data ({task}): {dict(enumerate(labels))}",
             hint="give data.labels in the teacher's order, or set teacher.finetune",
         )

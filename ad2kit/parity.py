@@ -19,7 +19,7 @@ import torch
 
 from ad2kit import __version__, metrics, models
 from ad2kit import data as datasets
-from ad2kit.classifier import OnnxClassifier, softmax
+from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import GateFailed, RunError
 from ad2kit.files import fingerprint, sha256_of, write_record
 from ad2kit.gate import (
@@ -32,6 +32,7 @@ from ad2kit.gate import (
 from ad2kit.records import DistillReport, OnnxArtifact, ParityReport
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus
+from ad2kit.tasks import answers, softmax
 from ad2kit.training import predict_logits
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def parity(run: RunDir) -> ParityReport:
         __version__,
         [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
         distilled.teacher_sha256, distilled.student_sha256, distilled.splits["validation"].sha256,
-        recipe.parity.model_dump(mode="json"), recipe.seed,
+        recipe.parity.model_dump(mode="json"), recipe.data.judged_by, recipe.seed,
     )  # fmt: skip
     classifiers = {
         folder.name: OnnxClassifier(folder, threads=recipe.compute.threads) for folder in folders
@@ -83,13 +84,15 @@ def parity(run: RunDir) -> ParityReport:
 
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     cpu = torch.device("cpu")
-    teacher = models.load(run.teacher, data.labels)
-    student = models.load(run.student, data.labels)
+    teacher = models.load(run.teacher, data.labels, data.task)
+    student = models.load(run.student, data.labels, data.task)
     encoded = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     teacher_encoded = datasets.encode(
         data.validation, teacher.tokenizer, recipe.data.max_length_tokens
     )
     reference = Reference(
+        data.task,
+        recipe.data.judged_by,
         data.validation.labels,
         predict_logits(teacher, teacher_encoded, cpu).numpy(),
         predict_logits(student, encoded, cpu).numpy(),
@@ -108,33 +111,31 @@ def parity(run: RunDir) -> ParityReport:
         checks = (*fidelity, same_token_ids(encodings[name], encoded))
         if name != "fp32":
             alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
-            checks += conversion_cost(
-                logits[name], alone, logits["fp32"], reference.labels, recipe.parity
-            )
+            checks += conversion_cost(logits[name], alone, logits["fp32"], reference, recipe.parity)
         verdict = distillation_quality(
             name, sha256_of(folder / OnnxArtifact.file_name), logits[name], reference, data.labels,
             checks, recipe.parity, recipe.seed,
         )  # fmt: skip
         verdicts.append(verdict)
-    predicted = reference.teacher.argmax(1)
-    teacher_right = predicted == reference.labels
-    ignored = set(reference.labels.tolist()) - set(predicted.tolist())
-    if ignored:
-        names = ", ".join(data.labels[index] for index in sorted(ignored))
-        logger.warning("the teacher never answers %s; no student of it will", names)
+    found = answers(data.task, reference.teacher)
+    if data.task == "single_label":
+        ignored = set(reference.labels.tolist()) - set(found.tolist())
+        if ignored:
+            names = ", ".join(data.labels[index] for index in sorted(ignored))
+            logger.warning("the teacher never answers %s; no student of it will", names)
     report = ParityReport(
         inputs=inputs,
         thresholds=recipe.parity,
         rows=len(encoded),
-        truncated=encoded.truncated,
-        smallest_detectable_difference=metrics.smallest_detectable_difference(
-            logits["fp32"].argmax(1) == reference.labels, teacher_right
-        ),
-        teacher_accuracy=float(teacher_right.mean()),
-        teacher_ece=metrics.expected_calibration_error(
-            softmax(reference.teacher), reference.labels
-        ),
-        student_accuracy=metrics.accuracy(reference.student.argmax(1), reference.labels),
+        truncated=int(encoded.truncated.sum()),
+        teacher_score=reference.score(reference.teacher),
+        teacher_metrics={
+            name: metrics.measure(name, found, reference.labels) for name in reference.metrics
+        },
+        teacher_ece=metrics.expected_calibration_error(softmax(reference.teacher), reference.labels)
+        if data.task == "single_label"
+        else None,
+        student_score=reference.score(reference.student),
         variants=tuple(verdicts),
     )
     write_record(run.parity_report, report)

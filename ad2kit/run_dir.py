@@ -5,9 +5,9 @@
         teacher/  student/          safetensors, tokenizer, sha256 manifest
         teacher-training.jsonl  training.jsonl
         teacher-checkpoint/  checkpoint/   only while training
-        teacher-logits-<fingerprint>.safetensors
         distill.json  parity.json  latency.json  bento.json  report.md
         onnx/<variant>/             model.onnx, tokenizer, manifest.json
+    runs/.shared/                   what runs share, see ad2kit.store
 
 The fingerprint covers what decides the weights, so the same command finds the same folder and
 goes on where it stopped, and a change of the learning rate is another run.
@@ -19,7 +19,7 @@ import functools
 import json
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -29,6 +29,7 @@ from ad2kit.errors import RecipeError, RunError, no_room_left
 from ad2kit.files import fingerprint, sha256_of, sweep, write_record
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.records import OnnxArtifact, ParityReport
+from ad2kit.runtime import is_first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,9 +78,10 @@ class RunDir:
         """Return the folder of the unfinished training of ``teacher`` or ``student``."""
         return self.path / ("checkpoint" if phase == "student" else "teacher-checkpoint")
 
-    def teacher_logits(self, inputs: str) -> Path:
-        """Return the cache of teacher logits for one fingerprint of everything they hang on."""
-        return self.path / f"teacher-logits-{inputs[:16]}.safetensors"
+    @property
+    def shared(self) -> Path:
+        """The folder of what the runs beside this one share; see :mod:`ad2kit.store`."""
+        return self.path.parent / ".shared"
 
     @property
     def recipe(self) -> Recipe:
@@ -142,7 +144,7 @@ def exclusive(
     @functools.wraps(stage)
     def locked_stage(run: RunDir, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         _ = run.recipe  # a folder that is no run gets no lock file
-        with run.locked():
+        with run.locked() if is_first_process() else nullcontext():
             return stage(run, *args, **kwargs)
 
     return locked_stage
@@ -176,7 +178,8 @@ def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunD
         )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_record(run.recipe_file, recipe)
+        if is_first_process() or not run.recipe_file.is_file():
+            write_record(run.recipe_file, recipe)
     except OSError as error:
         if no_room_left(error):
             raise

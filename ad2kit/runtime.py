@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from ad2kit.recipe import ComputeRecipe
+    from ad2kit.sections import ComputeRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def available_cpus() -> int:
     return cores or 1
 
 
-def environment(threads: int, device: str = "cpu") -> dict[str, str]:
+def environment(threads: int, device: str = "cpu", processes: int = 1) -> dict[str, str]:
     """Return a snapshot of hardware and versions, as plain strings."""
     versions = {}
     for name in VERSIONED:
@@ -59,6 +59,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, str]:
         "cores": str(available_cpus()),
         "device": device,
         "threads": str(threads),
+        "processes": str(processes),
         **versions,
     }
 
@@ -90,12 +91,37 @@ def accelerator(compute: ComputeRecipe) -> Accelerator:
             hint="set compute.device=cpu, or see `ad2kit doctor`",
         )
     torch.set_num_threads(compute.threads or available_cpus())
-    # Accelerate keeps one state per process; two runs in it may differ in precision.
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+    # Accelerate keeps one state per process; two runs in it may differ in precision. The part that
+    # holds the connection between processes stays.
+    AcceleratorState._reset_state(reset_partial_state=processes() == 1)  # noqa: SLF001
     return Accelerator(
         cpu=compute.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no" if compute.precision == "fp32" else compute.precision,
     )
+
+
+def processes() -> int:
+    """Return how many processes share this training, as `accelerate launch` and torchrun say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Return the most memory that this process has held: resident, and on its GPU if it has one."""
+    import resource
+
+    import torch
+
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    found = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if torch.cuda.is_available():
+        found["vram"] = torch.cuda.max_memory_allocated() / 1e6
+    return found
 
 
 def hub_or_its_cache() -> None:

@@ -18,7 +18,7 @@ from ad2kit.runtime import hub_or_its_cache
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ad2kit.recipe import DataRecipe
+    from ad2kit.sections import DataRecipe
 
 # The data are part of the recipe: the same for every seed of the training.
 _OPINIONS_SEED = 7
@@ -38,9 +38,10 @@ def read_rows(recipe: DataRecipe) -> Rows:
     """
     if recipe.source is None:
         return _read_file(Path(recipe.train or "")), _read_file(Path(recipe.validation or "")), None
+    names = (recipe.train or "train", recipe.validation or "validation")
     scheme, separator, rest = recipe.source.partition("://")
     if not separator:
-        return _read_folder(Path(recipe.source))
+        return _read_folder(Path(recipe.source), names)
     if scheme == "embedded" and rest == "opinions":
         opinions = corpus.opinions(seed=_OPINIONS_SEED)
 
@@ -55,7 +56,9 @@ def read_rows(recipe: DataRecipe) -> Rows:
             rows(opinions.train, "train"), rows(opinions.validation, "validation"), corpus.LABELS,
         )  # fmt: skip
     if scheme == "hub":
-        return _read_hub(rest, recipe.label_column)
+        hub = _load_hub(rest)
+        train, validation = (_hub_split(hub, rest, name) for name in names)
+        return train, validation, _hub_label_names(hub[names[0]], recipe.label_column)
     raise DataError(
         f"data.source: expected a folder, hub://owner/name[/config] or embedded://opinions, "
         f"found '{recipe.source}'",
@@ -63,7 +66,29 @@ def read_rows(recipe: DataRecipe) -> Rows:
     )
 
 
-def _read_folder(folder: Path) -> Rows:
+def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
+    """Read one entry of ``data.unlabelled``: a file, or ``hub://owner/name[/config]#split``.
+
+    Raises:
+        DataError: as :func:`read_rows`; or a .txt file where the task reads two columns.
+    """
+    if reference.startswith("hub://"):
+        rest, _, split = reference.removeprefix("hub://").partition("#")
+        return _hub_split(_load_hub(rest), rest, split or "train")
+    path = Path(reference)
+    if path.suffix == ".txt" and path.is_file():
+        if len(text_columns) != 1:
+            raise DataError(
+                f"{path}: a .txt file holds one text a line, but this task reads "
+                f"{', '.join(text_columns)}",
+                hint="give a tsv, csv, jsonl or parquet file with these columns",
+            )
+        lines = enumerate(_text(path).split("\n"), 1)
+        return [(f"{path}, line {n}", {text_columns[0]: line}) for n, line in lines if line.strip()]
+    return _read_file(path)
+
+
+def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
     if not folder.is_dir():
         raise DataError(
             f"data.source: no folder '{folder}'",
@@ -82,19 +107,19 @@ def _read_folder(folder: Path) -> Rows:
             )
         return found[0]
 
-    names = folder / "labels.txt"
-    labels = None
-    if names.is_file():
-        pairs = [line.split("\t") for line in _text(names).splitlines() if line]
-        if [pair[0] for pair in pairs] != [str(i) for i in range(len(pairs))] or not all(
-            len(pair) == 2 for pair in pairs
-        ):
-            raise DataError(
-                f"{names}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
-                hint="correct the file, or give data.labels",
-            )
-        labels = tuple(name for _, name in pairs)
-    return _read_file(split_file("train")), _read_file(split_file("validation")), labels
+    train, validation = (_read_file(split_file(name)) for name in names)
+    label_file = folder / "labels.txt"
+    if not label_file.is_file():
+        return train, validation, None
+    pairs = [line.split("\t") for line in _text(label_file).splitlines() if line]
+    if [pair[0] for pair in pairs] != [str(i) for i in range(len(pairs))] or not all(
+        len(pair) == 2 for pair in pairs
+    ):
+        raise DataError(
+            f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
+            hint="correct the file, or give data.labels",
+        )
+    return train, validation, tuple(name for _, name in pairs)
 
 
 def _text(path: Path) -> str:
@@ -190,7 +215,7 @@ def _read_delimited(path: Path) -> list[Row]:
     return [(where, dict(zip(header, fields, strict=True))) for where, fields in parsed[1:]]
 
 
-def _read_hub(rest: str, label_column: str) -> Rows:
+def _load_hub(rest: str) -> Any:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
@@ -199,23 +224,26 @@ def _read_hub(rest: str, label_column: str) -> Rows:
     hub_or_its_cache()
     owner, _, config = rest.rpartition("/") if rest.count("/") == 2 else (rest, "", "")
     try:
-        hub = load_dataset(owner, config or None)
+        return load_dataset(owner, config or None)
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot load the data set '{rest}' from the hub: {type(error).__name__}: {error}",
             hint="without a network, put train.tsv and validation.tsv into a folder and give "
             "data.source=FOLDER",
         ) from error
-    for name in ("train", "validation"):
-        if name not in hub:
-            raise DataError(
-                f"hub data set '{rest}' has no split '{name}', only {', '.join(hub)}",
-                hint="download it into files and give data.train and data.validation",
-            )
-    feature = hub["train"].features.get(label_column)
-    names = tuple(feature.names) if hasattr(feature, "names") else None
 
-    def rows(name: str) -> list[Row]:
-        return [(f"{rest} {name} row {number}", row) for number, row in enumerate(hub[name], 1)]
 
-    return rows("train"), rows("validation"), names
+def _hub_split(hub: Any, rest: str, name: str) -> list[Row]:
+    if name not in hub:
+        raise DataError(
+            f"hub data set '{rest}' has no split '{name}', only {', '.join(hub)}",
+            hint="name its splits with data.train and data.validation",
+        )
+    return [(f"{rest} {name} row {number}", row) for number, row in enumerate(hub[name], 1)]
+
+
+def _hub_label_names(split: Any, column: str) -> tuple[str, ...] | None:
+    """Return the names of a class column, or of a column of lists of classes."""
+    feature = split.features.get(column)
+    feature = getattr(feature, "feature", feature)
+    return tuple(feature.names) if hasattr(feature, "names") else None

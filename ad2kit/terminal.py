@@ -6,7 +6,6 @@ go to stdout.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from ad2kit.classifier import OnnxClassifier
-    from ad2kit.records import StepRecord
+    from ad2kit.records import CompareReport, StepRecord
     from ad2kit.run_dir import RunDir
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -62,8 +61,8 @@ def training_progress() -> Iterator[Callable[[StepRecord], None]]:
                 record.phase, total=record.total_steps, completed=record.step - 1, facts=""
             )
             metric = ""
-        if record.select_metric is not None:
-            metric = f"select {record.select_metric:.4f}"
+        if record.select_score is not None:
+            metric = f"select {record.select_score:.4f}"
         facts = f"loss {record.loss:.4f}  {speed.update(record):.0f} examples/s  {metric}"
         bar.update(tasks[record.phase], completed=record.step, facts=facts)
 
@@ -123,6 +122,20 @@ def print_table(folder: RunDir) -> None:
         console.print(f"report: {folder.report}", highlight=False)
 
 
+def print_comparison(report: CompareReport, folder: Path) -> None:
+    """Print the tables of a comparison on stdout, and where its files lie."""
+    from ad2kit.campaigns.compare import DIFFERENCES, HEADER, caption, tables
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for header, lines in zip((HEADER, DIFFERENCES), tables(report), strict=True):
+        table = Table(*header, box=box.SIMPLE_HEAD)
+        for row in lines:
+            table.add_row(*row)
+        console.print(table)
+    console.print(caption(report), highlight=False)
+    console.print(f"report: {folder / 'compare.md'}", highlight=False)
+
+
 def next_steps(tag: str, folder: RunDir) -> str:
     """Return the commands to type after the Bento of a run was published."""
     pair = len(folder.recipe.data.text_columns) == 2
@@ -170,7 +183,7 @@ def answers(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
     while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
         items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
         for text, prediction in zip(chunk, classifier.predict(items), strict=True):
-            answer = {"text": text, **dataclasses.asdict(prediction)}
+            answer = {"text": text, **prediction.as_dict()}
             yield json.dumps(answer, ensure_ascii=False)
 
 
@@ -201,12 +214,12 @@ class _Lines:
             self.first_step = record.step
         rate = self.speed.update(record)
         now = time.monotonic()
-        if record.select_metric is None and now - self.last < _SECONDS_BETWEEN_LINES:
+        if record.select_score is None and now - self.last < _SECONDS_BETWEEN_LINES:
             return
         self.last = now
         done = record.step - self.first_step
         left = (now - self.speed.start) / max(done, 1) * (record.total_steps - record.step)
-        metric = "" if record.select_metric is None else f"  select {record.select_metric:.4f}"
+        metric = "" if record.select_score is None else f"  select {record.select_score:.4f}"
         self.console.print(
             f"{record.phase} {record.step}/{record.total_steps}  loss {record.loss:.4f}  "
             f"{rate:.0f} examples/s  {left:.0f} s left{metric}",

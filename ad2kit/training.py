@@ -1,137 +1,36 @@
-"""The training loop, and the objectives that it minimises.
+"""The training loop.
 
-    L(θ) = t²·KL(p_T(x) ‖ p_S(e(x); θ)) + α·t²·KL(p_T(x) ‖ p_S(e(x) + δ*; θ)) + w·CE(y, p_S(x; θ))
-
-AD2 after Zhang, Uma Naresh and He, AAAI 2022 (see :mod:`ad2kit.adversary` for δ*, and for what is
-our reading). The teacher is fine-tuned by the same loop with another objective.
+One loop for every training: the teacher's fine-tuning and the student's distillation differ in
+the objective that they hand to it (see :mod:`ad2kit.objectives`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
-from ad2kit import adversary as adv
 from ad2kit import data as datasets
-from ad2kit.checkpoint import TrainState
-from ad2kit.errors import DivergedError
-from ad2kit.losses import cross_entropy, soft_target_kl
-from ad2kit.models import TextModel
+from ad2kit.checkpoint import Evaluation, TrainState
+from ad2kit.errors import DivergedError, ModelError
+from ad2kit.models import TextModel, layer_stack
+from ad2kit.objectives import Batch, StepLosses
 from ad2kit.records import StepRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    import numpy as np
     from accelerate import Accelerator
 
     from ad2kit.data import Encoded
-    from ad2kit.recipe import DistillRecipe, TrainRecipe
+    from ad2kit.objectives import Objective
+    from ad2kit.sections import ComputeRecipe, TrainRecipe
 
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded tensors of some rows, their labels [rows], and the teacher's logits if it has any."""
-
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
-    teacher_logits: torch.Tensor | None
-
-
-@dataclass
-class StepLosses:
-    """What one (micro-)batch contributed: the loss, its terms, and the inner problem."""
-
-    loss: float
-    terms: dict[str, float]
-    inner: dict[str, float] = field(default_factory=dict)
-
-
-Objective = Callable[[TextModel, Batch, float], StepLosses]
-"""Runs the forward and backward passes of a (micro-)batch and leaves gradients on the parameters,
-scaled by the batch's share of the rows of its update."""
-
-
-def finetuning(accelerator: Accelerator) -> Objective:
-    """Return the objective of plain fine-tuning: cross entropy with the labels."""
-
-    def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
-        with accelerator.autocast():
-            loss = cross_entropy(model.module(**batch.inputs).logits, batch.labels)
-        accelerator.backward(loss * share)
-        return StepLosses(loss.item(), {"cross_entropy": loss.item()})
-
-    return step
-
-
-def ad2(accelerator: Accelerator, settings: DistillRecipe) -> Objective:
-    """Return the objective of AD2; with ``alpha`` 0 it is plain distillation, at its cost.
-
-    The clean pass runs with a zero δ that records its gradient, so that the first ascent step
-    from a zero start costs no pass of its own. The adversarial passes replay the dropout masks
-    of the clean one: the adversary attacks the network that was seen, and
-    ``adversarial_gain`` measures δ and not two draws of dropout.
-    """
-
-    def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
-        assert batch.teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
-        teacher_logits, mask = batch.teacher_logits, batch.inputs["attention_mask"]
-        embeddings, alpha = model.word_embeddings, settings.alpha
-
-        def forward(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with adv.perturbed(embeddings, delta), accelerator.autocast():
-                logits = model.module(**batch.inputs).logits
-            return logits, soft_target_kl(logits, teacher_logits, settings.temperature)
-
-        dropout = _rng_state(mask.device)
-        delta = adv.no_perturbation(mask, embeddings.embedding_dim)
-        logits, kd = forward(delta)
-        hard = cross_entropy(logits, batch.labels) if settings.hard_label_weight else None
-        # KD goes first and alone: the gradient on δ is then that of the inner objective.
-        accelerator.backward(kd * share, retain_graph=hard is not None)
-        gradient, delta.grad = delta.grad, None
-        if hard is not None:
-            accelerator.backward(settings.hard_label_weight * hard * share)
-        terms = {"kd": kd.item()} | ({"cross_entropy": hard.item()} if hard is not None else {})
-        loss = kd.item() + (settings.hard_label_weight * hard.item() if hard is not None else 0.0)
-        if alpha == 0:
-            return StepLosses(loss, terms)
-
-        def replayed(delta: torch.Tensor) -> torch.Tensor:
-            _set_rng_state(mask.device, dropout)
-            return forward(delta)[1]
-
-        attack, before, steps = settings.adversary, kd.item(), settings.adversary.steps
-        if attack.start == "zero":
-            assert gradient is not None  # noqa: S101
-            delta, steps = adv.ascend(delta, gradient, mask, attack), steps - 1
-        else:
-            delta = adv.random_start(mask, embeddings.embedding_dim, attack)
-        # Replaying rewinds the generator; the next update must not draw this one's noise again.
-        drawn = _rng_state(mask.device)
-        for index in range(steps):
-            value, gradient = adv.inner_gradient(replayed, delta)
-            if attack.start == "random" and index == 0:
-                before = value
-            delta = adv.ascend(delta, gradient, mask, attack)
-        adversarial = replayed(delta)
-        accelerator.backward(alpha * adversarial * share)
-        _set_rng_state(mask.device, drawn)
-        terms["adversarial"] = adversarial.item()
-        inner = {
-            "inner_loss_before": before,
-            "inner_loss_after": adversarial.item(),
-            "adversarial_gain": adversarial.item() - kd.item(),
-        }
-        return StepLosses(loss + alpha * adversarial.item(), terms, inner)
-
-    return step
 
 
 def learning_rate(step: int, total_steps: int, settings: TrainRecipe) -> float:
@@ -143,7 +42,12 @@ def learning_rate(step: int, total_steps: int, settings: TrainRecipe) -> float:
 
 
 def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator) -> TrainState:
-    """Return the state before the first update: AdamW without decay on biases and norms."""
+    """Return the state before the first update: AdamW without decay on biases and norms.
+
+    The module is moved to the device, and not wrapped: several processes sum their gradients in
+    the loop, once per update and not once per backward pass.
+    """
+    model.module.to(accelerator.device)
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for parameter in model.module.parameters():
@@ -154,9 +58,9 @@ def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator)
             {"params": plain, "weight_decay": 0.0},
         ],
         lr=settings.lr,
+        fused=True,
     )
-    module, optimizer = accelerator.prepare(model.module, optimizer)
-    return TrainState(replace(model, module=module), optimizer)
+    return TrainState(replace(model), accelerator.prepare_optimizer(optimizer))
 
 
 def train(
@@ -165,7 +69,7 @@ def train(
     teacher_logits: torch.Tensor | None,
     objective: Objective,
     settings: TrainRecipe,
-    evaluate: Callable[[TextModel], float],
+    evaluate: Callable[[TextModel], Evaluation],
     accelerator: Accelerator,
     *,
     phase: Literal["teacher", "student"],
@@ -175,18 +79,20 @@ def train(
 
     Yields a record after each update, with ``state`` consistent: the caller logs, saves a
     checkpoint, or stops. At the end of each epoch the model is evaluated and the best kept.
+    Several processes share the rows of each update, and stay equal.
 
     Raises:
         DivergedError: a loss or gradient norm is not finite; the optimiser has not stepped.
+        ModelError: one row alone does not fit into the memory of the GPU.
     """
     model, optimizer = state.model, state.optimizer
     lengths = [len(ids) for ids in encoded.input_ids]
     steps_per_epoch = math.ceil(len(encoded) / settings.batch_size)
     total = steps_per_epoch * settings.epochs
-    micro = settings.batch_size // settings.accumulation_steps
-    device = accelerator.device
+    parts = settings.accumulation_steps
     batches: list[np.ndarray] = []
     while state.step < total:
+        start = time.perf_counter()
         epoch, index = divmod(state.step, steps_per_epoch)
         if index == 0 or not batches:
             batches = datasets.epoch_batches(lengths, settings.batch_size, seed, epoch)
@@ -195,50 +101,142 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.module.train()
-        optimizer.zero_grad()
-        loss, terms, inner = 0.0, dict[str, float](), dict[str, float]()
-        for start in range(0, len(rows), micro):
-            part = rows[start : start + micro]
-            share = len(part) / len(rows)
-            batch = Batch(
-                padded(model, encoded, part, device),
-                torch.from_numpy(encoded.labels[part]).to(device),
-                None if teacher_logits is None else teacher_logits[part].to(device),
-            )
-            losses = objective(model, batch, share)
-            loss += share * losses.loss
-            for sums, values in ((terms, losses.terms), (inner, losses.inner)):
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + share * value
-        _insist_finite(loss, "loss", phase, state.step, lr)
+        while True:
+            optimizer.zero_grad()
+            try:
+                sums = _accumulate(
+                    model, encoded, teacher_logits, objective, rows, parts, accelerator
+                )
+                break
+            except torch.OutOfMemoryError as error:
+                if parts >= len(rows):
+                    raise ModelError(
+                        f"{phase}: one text of {max(lengths[row] for row in rows)} tokens does "
+                        "not fit into the memory of the GPU",
+                        hint="set compute.gradient_checkpointing=true, compute.precision=bf16, "
+                        "or a smaller data.max_length_tokens",
+                    ) from error
+                parts *= 2
+        sums = _sum_over_processes(model, sums, accelerator)
+        _insist_finite(sums.loss, "loss", phase, state.step, lr)
         norm = float(accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm))
         # In fp16 the loss scaler meets such gradients by design, and skips the step itself.
         if accelerator.mixed_precision != "fp16":
             _insist_finite(norm, "gradient norm", phase, state.step, lr)
         optimizer.step()
         state.step += 1
-        metric = None
+        seconds = time.perf_counter() - start
+        found = None
         if state.step % steps_per_epoch == 0:
-            metric = evaluate(model)
-            state.keep_if_best(metric)
+            found = evaluate(model)
+            state.keep_if_best(found)
         yield StepRecord(
-            phase=phase, step=state.step, total_steps=total, epoch=epoch, lr=lr, loss=loss,
-            terms=terms, grad_norm=norm, examples=len(rows), select_metric=metric,
-            inner_loss_before=inner.get("inner_loss_before"),
-            inner_loss_after=inner.get("inner_loss_after"),
-            adversarial_gain=inner.get("adversarial_gain"),
+            phase=phase, step=state.step, total_steps=total, epoch=epoch, lr=lr, loss=sums.loss,
+            terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,
+            select_score=None if found is None else found.score,
+            select_distance=None if found is None else found.distance,
+            inner_loss_before=sums.inner.get("inner_loss_before"),
+            inner_loss_after=sums.inner.get("inner_loss_after"),
+            adversarial_gain=sums.inner.get("adversarial_gain"),
         )  # fmt: skip
 
 
+def _accumulate(
+    model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None,
+    objective: Objective, rows: np.ndarray, parts: int, accelerator: Accelerator,
+) -> StepLosses:  # fmt: skip
+    """Run this process's share of an update in parts; gradients and losses add up."""
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    # With fewer rows than processes, one without takes a row at no weight: it must keep step.
+    weight = 1.0 if len(mine) else 0.0
+    chunks = [part for part in np.array_split(mine, parts) if len(part)] or [rows[:1]]
+    device, sums = accelerator.device, StepLosses(0.0, {})
+    for part in chunks:
+        share = weight * len(part) / len(rows)
+        batch = Batch(
+            padded(model, encoded, part, device),
+            torch.from_numpy(encoded.labels[part]).to(device),
+            None if teacher_logits is None else teacher_logits[part].to(device),
+        )
+        losses = objective(model, batch, share)
+        sums.loss += share * losses.loss
+        for total, values in ((sums.terms, losses.terms), (sums.inner, losses.inner)):
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + share * value
+    return sums
+
+
+def _sum_over_processes(model: TextModel, sums: StepLosses, accelerator: Accelerator) -> StepLosses:
+    """Add up gradients and losses: each process has scaled its own by its share of the rows."""
+    if accelerator.num_processes == 1:
+        return sums
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    flat = accelerator.reduce(flat, "sum")
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, gradient in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    values = [sums.loss, *sums.terms.values(), *sums.inner.values()]
+    added = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
+    last = 1 + len(sums.terms)
+    return StepLosses(
+        added[0],
+        dict(zip(sums.terms, added[1:last], strict=True)),
+        dict(zip(sums.inner, added[last:], strict=True)),
+    )
+
+
 @torch.inference_mode()
-def predict_logits(model: TextModel, encoded: Encoded, device: torch.device) -> torch.Tensor:
-    """Return the logits of all rows on clean text, without dropout, as float32 [rows, classes]."""
+def predict_logits(
+    model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
+) -> torch.Tensor:
+    """Return the logits of all rows on clean text, without dropout, as float32 [rows, outputs].
+
+    Given an accelerator of several processes, these share the work and all have the result.
+    """
     model.module.eval()
-    logits = torch.empty(len(encoded), len(model.labels))
-    for rows in datasets.by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH):
+    logits = torch.zeros(len(encoded), len(model.labels))
+    batches = datasets.by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH)
+    if accelerator is not None:
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+    for rows in batches:
         inputs = padded(model, encoded, rows, device)
         logits[rows] = model.module(**inputs).logits.float().cpu()
+    if accelerator is not None and accelerator.num_processes > 1:
+        logits = accelerator.reduce(logits.to(device), "sum").cpu()
     return logits
+
+
+def prepare(model: TextModel, compute: ComputeRecipe) -> None:
+    """Apply what the recipe says of speed and memory to a model that will be trained.
+
+    Layers are compiled one by one: the word embeddings stay outside, where their hook lives.
+
+    Raises:
+        ModelError: the family does not have it.
+    """
+    module = model.module
+    if compute.gradient_checkpointing:
+        try:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ModelError(
+                f"compute.gradient_checkpointing: {error}",
+                hint="leave it out, and lower distill.batch_size or raise accumulation_steps",
+            ) from error
+    if compute.compile:
+        stack = layer_stack(module, module.config.num_hidden_layers)
+        if stack is None:
+            raise ModelError(
+                f"compute.compile: the layers of a '{module.config.model_type}' share their "
+                "weights, or cannot be found",
+                hint="set compute.compile=false",
+            )
+        for layer in module.get_submodule(stack.rstrip(".")).children():
+            layer.compile(dynamic=True)
 
 
 def padded(
@@ -257,14 +255,3 @@ def _insist_finite(value: float, what: str, phase: str, step: int, lr: float) ->
             hint=f"lower {'teacher.finetune' if phase == 'teacher' else 'distill'}.lr, or the "
             "adversary's radius",
         )
-
-
-def _rng_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

@@ -47,7 +47,7 @@ def outcome(runs_dir: Path) -> dict[str, object]:
         "teacher": sha256_of(run.teacher / "model.safetensors"),
         "student": sha256_of(run.student / "model.safetensors"),
         "graphs": [sha256_of(run.onnx(v.variant) / "model.onnx") for v in parity.variants],
-        "accuracies": [v.accuracy for v in parity.variants],
+        "scores": [v.score for v in parity.variants],
         "passed": parity.passed,
         "tag": BentoRecord.read(run.bento_record).tag,
         "half_written": [path.name for path in folder.rglob(".tmp-*")],

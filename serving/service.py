@@ -55,6 +55,8 @@ class Arguments(BaseModel):
 arguments = bentoml.use_arguments(Arguments)
 
 Text = str | tuple[str, str]
+# A field that another task has is left out and not null.
+Optional: Any = Field(None, exclude_if=lambda value: value is None)
 
 
 class ClassifyRequest(BaseModel):
@@ -69,11 +71,17 @@ class ClassifyRequest(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Label, its probability, all probabilities, and whether the text was cut."""
+    """The answer for one text, and whether it was cut.
 
-    label: str
-    score: float
-    scores: dict[str, float]
+    Which fields there are depends on the model's task (see /info): label and score; labels; or
+    value. All probabilities are in scores.
+    """
+
+    label: str | None = Optional
+    score: float | None = Optional
+    labels: list[str] | None = Optional
+    value: float | None = Optional
+    scores: dict[str, float] | None = Optional
     tokens: int
     truncated: bool
 
@@ -160,14 +168,8 @@ class Ad2kitClassifier:
             raise DeadlineExceeded("no answer in time") from error
         predictions = self.classifier.predictions(encodings, logits)
         return ClassifyResponse(
-            predictions=[
-                Prediction(
-                    label=each.label, score=each.score, scores=each.scores, tokens=each.tokens,
-                    truncated=each.truncated,
-                )
-                for each in predictions
-            ]
-        )  # fmt: skip
+            predictions=[Prediction.model_validate(each.as_dict()) for each in predictions]
+        )
 
     def info(self) -> dict[str, Any]:
         """Return the model, where it comes from, what it passed, and the limits of the service."""
@@ -175,6 +177,7 @@ class Ad2kitClassifier:
         return {
             "ad2kit": __version__,
             "variant": artifact.variant,
+            "task": artifact.task,
             "labels": list(artifact.labels),
             "max_length_tokens": artifact.max_length_tokens,
             "limits": {

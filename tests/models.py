@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from ad2kit import models
-from ad2kit.data import Encoded, Split, encode
-from ad2kit.recipe import ComputeRecipe, DistillRecipe, load
+from ad2kit.data import Data, Encoded, Split, encode
+from ad2kit.objectives import Batch
+from ad2kit.recipe import load
+from ad2kit.references import RANDOM
 from ad2kit.runtime import accelerator
-from ad2kit.training import Batch, padded
+from ad2kit.sections import ComputeRecipe, DistillRecipe
+from ad2kit.training import padded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,9 +36,14 @@ def split() -> Split:
     return Split(tuple((text,) for text in TEXTS), np.array([1, 1, 0, 0, 1, 0, 1, 1]))
 
 
+def data() -> Data:
+    rows = split()
+    return Data("single_label", LABELS, rows, rows, rows, rows.take(np.arange(0)))
+
+
 def tiny_bert(seed: int = 3, *, dropout: bool = False) -> TextModel:
     """A random BERT over the words of TEXTS, in evaluation mode unless with dropout."""
-    model = models.load_teacher("random://bert", LABELS, seed=seed, train=split(), finished=False)
+    model = models.load_reference(RANDOM, data(), seed=seed, finished=False, key="teacher.model")
     if not dropout:
         for module in model.module.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -51,11 +59,11 @@ def encoded(model: TextModel) -> Encoded:
 
 
 def batch(model: TextModel, rows: slice = slice(None)) -> Batch:
-    data = encoded(model)
-    chosen = np.arange(len(data))[rows]
+    texts = encoded(model)
+    chosen = np.arange(len(texts))[rows]
     return Batch(
-        padded(model, data, chosen, torch.device("cpu")),
-        torch.from_numpy(data.labels[chosen]),
+        padded(model, texts, chosen, torch.device("cpu")),
+        torch.from_numpy(texts.labels[chosen]),
         teacher_logits()[torch.from_numpy(chosen)],
     )
 

@@ -16,13 +16,15 @@ from ad2kit.errors import GateFailed, ModelError, RunError
 from ad2kit.files import sha256_of, write_record
 from ad2kit.gate import Reference, conversion_cost, distillation_quality
 from ad2kit.parity import insist_passed, parity
-from ad2kit.recipe import ParityRecipe
 from ad2kit.records import OnnxArtifact, ParityReport
 from ad2kit.run_dir import RunDir, passed_variants
+from ad2kit.sections import DataRecipe, ParityRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from ad2kit.sections import Task
 
 
 def failed_checks(run: RunDir, variant: str = "fp32") -> set[str]:
@@ -66,7 +68,7 @@ def test_an_honest_run_passes(copied_run: RunDir) -> None:
     report = ParityReport.read(copied_run.parity_report)
     assert {v.variant for v in report.variants} == {"fp32", "int8"}
     assert report.rows == 640
-    assert report.student_accuracy == report.variants[0].accuracy
+    assert report.student_score == report.variants[0].score
     insist_passed(report, copied_run)
 
 
@@ -217,16 +219,26 @@ def test_one_answer_for_everything_fails_even_beside_such_a_teacher(copied_run: 
     assert "classes predicted" in failed_checks(copied_run, "int8")
 
 
+def judged(labels: Any, teacher: Any, student: Any, task: Task = "single_label") -> Reference:
+    metrics = DataRecipe(
+        train="x", validation="x", task=task, text_columns=("x",), label_column="y",
+        max_length_tokens=8,
+    ).judged_by  # fmt: skip
+    none = np.zeros(len(labels), dtype=bool)
+    return Reference(task, metrics, labels, teacher, student, Encoded([], None, labels, none))
+
+
 def test_conversion_cost_by_hand() -> None:
     labels = np.array([0, 1] * 50)
     fp32 = np.eye(2, dtype=np.float32)[labels]
-    same = conversion_cost(fp32, fp32, fp32, labels, ParityRecipe())
+    reference = judged(labels, fp32, fp32)
+    same = conversion_cost(fp32, fp32, fp32, reference, ParityRecipe())
     assert all(check.passed for check in same)
     worse = fp32.copy()
     worse[:2] = worse[:2, ::-1]
-    checks = {c.name: c for c in conversion_cost(worse, worse, fp32, labels, ParityRecipe())}
+    checks = {c.name: c for c in conversion_cost(worse, worse, fp32, reference, ParityRecipe())}
     assert checks["label agreement with fp32"].value == 0.98
-    assert checks["accuracy points lost to fp32"].value == pytest.approx(2.0)
+    assert checks["points lost to fp32"].value == pytest.approx(2.0)
     assert not any(checks[name].passed for name in list(checks)[1:])
 
 
@@ -235,10 +247,10 @@ def test_a_variant_that_is_right_only_in_company_fails() -> None:
     fp32 = np.eye(2, dtype=np.float32)[labels]
     alone = fp32.copy()
     alone[:4] = alone[:4, ::-1]
-    checks = conversion_cost(fp32, alone, fp32, labels, ParityRecipe())
+    checks = conversion_cost(fp32, alone, fp32, judged(labels, fp32, fp32), ParityRecipe())
     assert {check.name for check in checks if not check.passed} == {
         "label agreement with fp32, one by one",
-        "accuracy points lost to fp32",
+        "points lost to fp32",
     }
 
 
@@ -247,7 +259,7 @@ def test_a_rare_class_that_the_student_lost_fails_although_accuracy_hardly_moves
     teacher = np.eye(3, dtype=np.float32)[labels]
     student = teacher.copy()
     student[labels == 2] = [1, 0, 0]
-    reference = Reference(labels, teacher, student, Encoded([], None, labels, 0))
+    reference = judged(labels, teacher, student)
     verdict = distillation_quality(
         "fp32", "", student, reference, ("a", "b", "rare"), (), ParityRecipe(), 0
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ad2kit import adversary as adv
 from ad2kit.losses import soft_target_kl
-from ad2kit.recipe import AdversaryRecipe
+from ad2kit.sections import AdversaryRecipe
 from tests.models import batch, teacher_logits, tiny_bert
 
 if TYPE_CHECKING:

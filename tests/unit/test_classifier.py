@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ad2kit
-from ad2kit.classifier import OnnxClassifier, softmax
+from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
 from ad2kit.errors import ModelError, RunError, UserError
 from ad2kit.records import OnnxArtifact
+from ad2kit.tasks import softmax
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ import pytest
 
 from ad2kit.data import Data, epoch_batches, load_data
 from ad2kit.errors import DataError
-from ad2kit.recipe import DataRecipe
+from ad2kit.sections import DataRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

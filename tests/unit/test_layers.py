@@ -16,14 +16,15 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "yaml_core"},
-    1: {"files", "recipe", "records", "run_dir", "runtime"},
+    1: {"files", "recipe", "records", "run_dir", "runtime", "sections"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "curve", "data",
-        "error_contract", "gate", "losses", "metrics", "models", "quantize", "random_bert",
-        "references", "sources", "training",
+        "error_contract", "gate", "intermediate", "labels", "losses", "metrics", "models",
+        "objectives", "quantize", "random_bert", "references", "resumable", "sources", "store",
+        "tasks", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
-    4: {"campaigns", "campaigns.run"},
+    4: {"campaigns", "campaigns.compare", "campaigns.run"},
     5: {"__main__", "cli", "terminal"},
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}

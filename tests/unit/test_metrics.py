@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 
 from ad2kit import metrics
 
+if TYPE_CHECKING:
+    from ad2kit.sections import Metric
 
-def test_accuracy_and_recall() -> None:
+
+def test_recall_by_class() -> None:
     predicted, labels = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
-    assert metrics.accuracy(predicted, labels) == 0.75
-    recall = metrics.recall_by_class(predicted, labels, ("a", "b", "never"))
+    recall = metrics.recall_by_class("single_label", predicted, labels, ("a", "b", "never"))
     assert recall == {"a": pytest.approx(2 / 3), "b": 1.0}
+    several = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0]])
+    truth = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0]])
+    recall = metrics.recall_by_class("multi_label", several, truth, ("a", "b", "never"))
+    assert recall == {"a": pytest.approx(2 / 3), "b": 1.0}
+    assert metrics.recall_by_class("regression", np.ones(2), np.ones(2), ("x",)) == {}
+
+
+# Four right of six: tp 2, fn 1, fp 1, tn 2.
+ANSWERS, LABELS = np.array([1, 1, 0, 1, 0, 0]), np.array([1, 1, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("accuracy", 4 / 6),
+        ("f1", 2 * 2 / (2 * 2 + 1 + 1)),
+        ("macro_f1", 2 / 3),
+        ("matthews", (2 * 2 - 1 * 1) / (3 * 3 * 3 * 3) ** 0.5),
+    ],
+)
+def test_classification_metrics_of_a_worked_example(metric: Metric, expected: float) -> None:
+    assert metrics.measure(metric, ANSWERS, LABELS) == pytest.approx(expected)
+
+
+def test_matthews_and_f1_of_an_uneven_example() -> None:
+    # tp 5, fn 1, fp 2, tn 12.
+    labels = np.repeat([1, 0], [6, 14])
+    found = np.repeat([1, 0, 1, 0], [5, 1, 2, 12])
+    expected = (5 * 12 - 2 * 1) / (7 * 6 * 14 * 13) ** 0.5
+    assert metrics.measure("matthews", found, labels) == pytest.approx(expected)
+    assert metrics.measure("f1", found, labels) == pytest.approx(10 / 13)
+    both = metrics.score(("f1", "accuracy"), found, labels)
+    assert both == pytest.approx((10 / 13 + 17 / 20) / 2)
+
+
+def test_correlations_of_a_worked_example() -> None:
+    answers, labels = np.array([1.0, 2.0, 3.0, 5.0]), np.array([1.0, 3.0, 2.0, 4.0])
+    # Deviations (-1.75, -0.75, 0.25, 2.25) and (-1.5, 0.5, -0.5, 1.5).
+    covariance = 1.75 * 1.5 - 0.75 * 0.5 - 0.25 * 0.5 + 2.25 * 1.5
+    expected = covariance / (8.75 * 5.0) ** 0.5
+    assert metrics.measure("pearson", answers, labels) == pytest.approx(expected)
+    # Ranks 1 2 3 4 and 1 3 2 4: 1 - 6 * 2 / (4 * 15).
+    assert metrics.measure("spearman", answers, labels) == pytest.approx(0.8)
+    assert metrics.measure("pearson", np.ones(4), labels) == 0.0
+
+
+def test_several_labels_are_judged_label_by_label_or_whole() -> None:
+    labels = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
+    answers = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    # Over all labels tp 2, fp 1, fn 1; per label F1 1, 2/3 and 0.
+    assert metrics.measure("micro_f1", answers, labels) == pytest.approx(4 / 6)
+    assert metrics.measure("macro_f1", answers, labels) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics.measure("accuracy", answers, labels) == pytest.approx(1 / 3)
 
 
 def test_ece_of_a_worked_example() -> None:
@@ -33,22 +90,36 @@ def test_mcnemar_of_a_worked_example() -> None:
     assert metrics.mcnemar_p(first, first) == 1.0
 
 
+def draws(student: Any, teacher: Any, labels: Any, samples: int = 2000) -> Any:
+    return metrics.paired_bootstrap(("accuracy",), (student, teacher), labels, samples, seed=1)
+
+
 def test_the_interval_of_identical_models_is_a_point_and_grows_with_disagreement() -> None:
-    right = np.arange(500) % 10 != 0
-    assert metrics.retained_interval(right, right, 500, seed=1) == (1.0, 1.0)
+    labels = np.ones(500, dtype=int)
+    right = (np.arange(500) % 10 != 0).astype(int)
+    assert metrics.retained_interval(draws(right, right, labels)) == (1.0, 1.0)
     other = np.roll(right, 3)
-    low, high = metrics.retained_interval(other, right, 2000, seed=1)
+    low, high = metrics.retained_interval(draws(other, right, labels))
     assert low < 1.0 < high
     # Delta method: sd of (a - b) / b with 100 discordant of 500 rows, accuracy 0.9.
     sd = np.sqrt(100) / 500 / 0.9
     assert high - low == pytest.approx(2 * 1.96 * sd, rel=0.1)
-    assert metrics.retained_interval(other, right, 2000, seed=1) == (low, high)
+    assert metrics.retained_interval(draws(other, right, labels)) == (low, high)
+
+
+def test_a_teacher_that_scores_nothing_leaves_nothing_to_retain() -> None:
+    assert metrics.retained_interval(np.array([[0.5, 0.0]] * 100)) == (0.0, 0.0)
 
 
 def test_the_smallest_detectable_difference_shrinks_with_rows() -> None:
-    first = np.ones(100, dtype=bool)
-    second = first.copy()
-    second[:4] = False
-    assert metrics.smallest_detectable_difference(first, second) == pytest.approx(2.802 * 2 / 100)
-    four_times = metrics.smallest_detectable_difference(np.tile(first, 4), np.tile(second, 4))
-    assert four_times == pytest.approx(2.802 * 4 / 400)
+    labels = np.ones(100, dtype=int)
+    second = labels.copy()
+    second[:4] = 0
+    # The difference has the standard deviation sqrt(p (1 - p) / n) with p = 4 %.
+    for times in (1, 4):
+        found = metrics.smallest_detectable_difference(
+            draws(np.tile(labels, times), np.tile(second, times), np.tile(labels, times)),
+            100 * times,
+        )
+        assert found == pytest.approx(2.802 * (0.04 * 0.96 / (100 * times)) ** 0.5, rel=0.06)
+    assert metrics.smallest_detectable_difference(np.ones((50, 2)), 100) == pytest.approx(0.02802)

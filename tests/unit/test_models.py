@@ -66,19 +66,36 @@ def test_other_families_shrink_too(config: Any, model: Any) -> None:
 
 
 def test_a_layer_that_the_teacher_lacks_is_refused() -> None:
-    with pytest.raises(ModelError, match="names layer 4, but the teacher's layers are 0 to 3"):
+    with pytest.raises(ModelError, match=r"layer 4, but the layers of the 'bert' .* are 0 to 3"):
         models.build_student(tiny_bert(), [1, 4])
 
 
-def test_shared_layers_are_refused_by_name() -> None:
+def albert(groups: int) -> models.TextModel:
     config = transformers.AlbertConfig(
         vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=3,
-        num_attention_heads=2, intermediate_size=32,
+        num_attention_heads=2, intermediate_size=32, num_hidden_groups=groups,
     )  # fmt: skip
-    albert: Any = transformers.AlbertForSequenceClassification(config)
-    teacher = models.TextModel(albert, tiny_bert().tokenizer, LABELS)
-    with pytest.raises(ModelError, match="'albert' teacher cannot be told apart"):
-        models.build_student(teacher, [0])
+    module: Any = transformers.AlbertForSequenceClassification(config)
+    return models.TextModel(module, tiny_bert().tokenizer, LABELS)
+
+
+def test_a_student_of_shared_layers_keeps_them_and_uses_them_less() -> None:
+    teacher = albert(groups=1)
+    student = models.build_student(teacher, [0, 1])
+    assert student.parameters() == teacher.parameters()
+    assert student.module.config.num_hidden_layers == 2
+    inputs = {"input_ids": torch.arange(8)[None]}
+    teacher.module.eval()
+    student.module.eval()
+    with torch.no_grad():
+        states = teacher.module(**inputs, output_hidden_states=True).hidden_states
+        found = student.module(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(found[2], states[2])
+
+
+def test_layers_that_share_weights_in_groups_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="the layers of a 'albert' cannot be told apart"):
+        models.build_student(albert(groups=2), [0])
 
 
 def test_save_and_load_is_exact(tmp_path: Path) -> None:

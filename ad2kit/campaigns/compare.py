@@ -1,0 +1,287 @@
+"""Several methods against each other: same teacher, same data, several seeds, one table.
+
+Every student is a run of its own beside the others, so that a comparison goes on where it was
+stopped, and what one has trained serves the next.
+
+How sure a difference is:
+
+- *Interval*: bootstrap over seeds and over validation rows, paired in both.
+- *p*: approximate randomisation (Yeh, *More accurate tests for the statistical significance of
+  result differences*, COLING 2000): the answers of the two methods are swapped row by row, for all
+  seeds at once; two-sided. It asks whether these rows can tell the methods apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ad2kit import data as datasets
+from ad2kit import metrics, models, store
+from ad2kit.distill import distill
+from ad2kit.errors import RecipeError, nearest
+from ad2kit.files import fingerprint, whole_file, write_record, write_text
+from ad2kit.recipe import from_data
+from ad2kit.records import CompareReport, Difference, MethodResult, ModelManifest, StudentResult
+from ad2kit.report import markdown_table
+from ad2kit.run_dir import open_run
+from ad2kit.runtime import accelerator
+from ad2kit.tasks import answers
+from ad2kit.training import predict_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from ad2kit.data import Data
+    from ad2kit.recipe import Recipe
+    from ad2kit.records import StepRecord
+
+logger = logging.getLogger(__name__)
+
+Answers = np.ndarray[Any, np.dtype[Any]]
+
+_NO_INSIDES = {"pkd": 0.0, "hidden_states": 0.0, "attentions": 0.0, "value_relations": 0.0}
+_KD = {"kd_weight": 1.0, "alpha": 0.0, "hard_label_weight": 0.0, "intermediate": _NO_INSIDES}
+# What a method changes in the distill section of the recipe; the rest, budget and learning rate
+# included, is the recipe's for all.
+METHODS: dict[str, dict[str, Any]] = {
+    "finetune": _KD | {"kd_weight": 0.0, "hard_label_weight": 1.0},
+    "kd": _KD,
+    "pkd": _KD | {"intermediate": _NO_INSIDES | {"pkd": 1.0}},
+    "tinybert": _KD | {"intermediate": _NO_INSIDES | {"hidden_states": 1.0, "attentions": 1.0}},
+    "minilm": _KD | {"intermediate": _NO_INSIDES | {"value_relations": 1.0}},
+    "ad2": {},
+}
+
+
+def compare(
+    recipe: Recipe, methods: Sequence[str], seeds: int, runs_dir: Path, *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None, allow_inexact: bool = False,
+) -> tuple[CompareReport, Path]:  # fmt: skip
+    """Train every method from the same teacher with each seed, judge them, write the report.
+
+    What is trained already is not trained again.
+
+    Args:
+        recipe: data, teacher, student and budget of all; its distill section is the method `ad2`.
+        methods: of :data:`METHODS`; the last is compared with each of the others.
+        seeds: how many; they draw order and dropout of the students' training.
+        runs_dir: where the runs lie.
+        on_step: called after each update.
+        allow_inexact: see :func:`ad2kit.distill.distill`.
+
+    Returns:
+        The report, and the folder that it was written to, with a table and a plot.
+
+    Raises:
+        RecipeError: an unknown method, or `ad2` of a recipe without an adversary.
+        UserError: see :func:`ad2kit.distill.distill`.
+    """
+    variants = {method: _variant(recipe, method) for method in methods}
+    data = datasets.load_data(recipe.data, recipe.seed)
+    judge = _Judge(recipe, data, runs_dir)
+    students = list[StudentResult]()
+    found = {method: list[Answers]() for method in variants}
+    teacher, environment = 0.0, dict[str, str]()
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        for method, variant in variants.items():
+            run = open_run(_with_seed(variant, seed), runs_dir)
+            logger.info("%s, seed %d: %s", method, seed, run.path)
+            distilled = distill(run, on_step=on_step, allow_inexact=allow_inexact)
+            found[method].append(judge.answers(run.student))
+            teacher = judge.score(judge.answers(run.teacher))
+            environment = distilled.environment
+            students.append(
+                StudentResult(
+                    method=method,
+                    seed=seed,
+                    run=run.path.name,
+                    teacher_sha256=distilled.teacher_sha256,
+                    student_sha256=distilled.student_sha256,
+                    score=judge.score(found[method][-1]),
+                    train_seconds=distilled.train_seconds,
+                    examples_per_s=distilled.examples_per_s,
+                    verdict=distilled.verdict,
+                )
+            )
+    report = CompareReport(
+        recipe=recipe.name,
+        inputs=fingerprint(recipe.model_dump(mode="json")),
+        metrics=recipe.data.judged_by,
+        rows=len(data.validation),
+        teacher_score=teacher,
+        students=tuple(students),
+        methods=tuple(_summary(method, students, teacher) for method in variants),
+        differences=judge.differences(found),
+        environment=environment,
+    )
+    folder = runs_dir / f"compare-{recipe.name}-{report.inputs[:8]}"
+    folder.mkdir(exist_ok=True)
+    write_record(folder / "compare.json", report)
+    write_text(folder / "compare.md", markdown(report))
+    plot(report, folder / "compare.svg")
+    return report, folder
+
+
+class _Judge:
+    """Scores students on the validation set, and says how sure their differences are."""
+
+    def __init__(self, recipe: Recipe, data: Data, runs_dir: Path) -> None:
+        self.recipe, self.data, self.runs_dir = recipe, data, runs_dir
+        self.metrics, self.labels = recipe.data.judged_by, data.validation.labels
+
+    def answers(self, folder: Path) -> Answers:
+        """Return a model's answers on the validation set, computed once."""
+        data, length = self.data, self.recipe.data.max_length_tokens
+
+        def compute() -> torch.Tensor:
+            device = accelerator(self.recipe.compute).device
+            model = models.load(folder, data.labels, data.task)
+            model.module.to(device)
+            encoded = datasets.encode(data.validation, model.tokenizer, length)
+            return predict_logits(model, encoded, device)
+
+        files = ModelManifest.read(folder / models.MANIFEST).files
+        key = fingerprint(files, data.validation.texts, length)
+        logits = store.logits(self.runs_dir / ".shared", key, compute)
+        return answers(data.task, logits.numpy())
+
+    def score(self, found: Answers) -> float:
+        """Return the score of some answers by the metrics of the task."""
+        return metrics.score(self.metrics, found, self.labels)
+
+    def differences(self, found: dict[str, list[Answers]]) -> tuple[Difference, ...]:
+        """Compare the last method with each of the others."""
+        *baselines, ours = found
+        samples, seed = self.recipe.parity.bootstrap_samples, self.recipe.seed
+        count = len(found[ours])
+        flat = [answer for method in found for answer in found[method]]
+        draws = metrics.paired_bootstrap(self.metrics, flat, self.labels, samples, seed)
+        # Rows were drawn; now, in every draw, the seeds, which the methods have in common.
+        chosen = np.random.default_rng([seed, 1]).integers(count, size=(samples, 1, count))
+        drawn = np.take_along_axis(draws.reshape(samples, len(found), count), chosen, axis=2)
+        means = dict(zip(found, drawn.mean(axis=2).T, strict=True))
+
+        def difference(baseline: str) -> Difference:
+            low, high = np.percentile(means[ours] - means[baseline], [2.5, 97.5])
+            mean = {name: np.mean([self.score(a) for a in found[name]]) for name in found}
+            return Difference(
+                method=ours,
+                baseline=baseline,
+                difference=float(mean[ours] - mean[baseline]),
+                interval=(float(low), float(high)),
+                p=metrics.randomisation_p(
+                    self.metrics, found[ours], found[baseline], self.labels, samples, seed
+                ),
+                smallest_detectable_difference=metrics.smallest_detectable_difference(
+                    np.stack([means[ours], means[baseline]], axis=1), len(self.labels)
+                ),
+            )
+
+        return tuple(difference(baseline) for baseline in baselines)
+
+
+def _variant(recipe: Recipe, method: str) -> Recipe:
+    """Return the recipe of a method: its distill section changed as :data:`METHODS` says."""
+    if method not in METHODS:
+        raise RecipeError(
+            f"no method '{method}'{nearest(method, METHODS)}; methods: {', '.join(METHODS)}",
+            hint="for example: --methods finetune,kd,ad2",
+        )
+    if method == "ad2" and recipe.distill.alpha == 0:
+        raise RecipeError(
+            "the method ad2 is the recipe as it is, but its distill.alpha is 0: no adversary",
+            hint="set distill.alpha=1, or leave ad2 out of --methods",
+        )
+    plain = recipe.model_dump(mode="json")
+    plain["distill"] |= METHODS[method]
+    return from_data(plain, where=f"the recipe for {method}")
+
+
+def _with_seed(recipe: Recipe, seed: int) -> Recipe:
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"seed": seed})})
+
+
+def _summary(method: str, students: Sequence[StudentResult], teacher: float) -> MethodResult:
+    mine = [student for student in students if student.method == method]
+    scores = [student.score for student in mine]
+    median = float(np.median(scores))
+    return MethodResult(
+        method=method,
+        median=median,
+        lowest=min(scores),
+        highest=max(scores),
+        retained=median / teacher if teacher > 0 else 0.0,
+        train_seconds=float(np.median([student.train_seconds for student in mine])),
+        examples_per_s=float(np.median([student.examples_per_s for student in mine])),
+    )
+
+
+HEADER = ("method", "median", "lowest", "highest", "retained", "seconds", "examples/s")
+DIFFERENCES = ("points", "difference", "95 % interval", "p", "detectable")
+
+
+def tables(report: CompareReport) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Return the rows under :data:`HEADER` and those under :data:`DIFFERENCES`, as text."""
+    results = [("teacher", f"{report.teacher_score:.4f}", *[""] * 5)]
+    results += [
+        (
+            each.method, f"{each.median:.4f}", f"{each.lowest:.4f}", f"{each.highest:.4f}",
+            f"{each.retained:.2%}", f"{each.train_seconds:.0f}", f"{each.examples_per_s:.0f}",
+        )
+        for each in report.methods
+    ]  # fmt: skip
+    differences: list[tuple[str, ...]] = [
+        (
+            f"{each.method} - {each.baseline}", f"{100 * each.difference:+.2f}",
+            f"{100 * each.interval[0]:+.2f} to {100 * each.interval[1]:+.2f}", f"{each.p:.3f}",
+            f"{100 * each.smallest_detectable_difference:.2f}",
+        )
+        for each in report.differences
+    ]  # fmt: skip
+    return results, differences
+
+
+def caption(report: CompareReport) -> str:
+    """Return in words what the tables show."""
+    seeds = len({student.seed for student in report.students})
+    idle = [s for s in report.students if s.verdict.startswith("the adversary was idle")]
+    text = (
+        f"{' and '.join(report.metrics)} on {report.rows} validation rows, {seeds} seed(s), one "
+        "teacher. Differences are of means, in points, with a bootstrap interval over rows and "
+        "seeds, the p of an approximate randomisation test, and the smallest difference that four "
+        "of five such comparisons would find."
+    )
+    return f"{text} {idle[0].run}: {idle[0].verdict}." if idle else text
+
+
+def markdown(report: CompareReport) -> str:
+    """Return the report as a page of Markdown."""
+    results, differences = tables(report)
+    lines = [f"# {report.recipe}", "", *markdown_table(HEADER, results)]
+    if differences:
+        lines += ["", *markdown_table(DIFFERENCES, differences)]
+    return "\n".join([*lines, "", caption(report), ""])
+
+
+def plot(report: CompareReport, path: Path) -> None:
+    """Draw every student as a point, each method's median as a line, and the teacher."""
+    figure = Figure(figsize=(6, 0.6 * len(report.methods) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for row, each in enumerate(report.methods):
+        scores = [s.score for s in report.students if s.method == each.method]
+        axes.plot(scores, [row] * len(scores), "o", alpha=0.6)
+        axes.plot([each.median] * 2, [row - 0.25, row + 0.25], color="black")
+    axes.axvline(report.teacher_score, linestyle="--", color="gray", label="teacher")
+    axes.set_yticks(range(len(report.methods)), [each.method for each in report.methods])
+    axes.invert_yaxis()
+    axes.set_xlabel(" and ".join(report.metrics))
+    axes.legend()
+    with whole_file(path) as new:
+        figure.savefig(new, format="svg", metadata={"Date": None})

@@ -1,0 +1,249 @@
+"""The sections of a recipe: frozen, strictly typed, and closed to unknown keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Variant = Literal["fp32", "int8"]
+Task = Literal["single_label", "multi_label", "regression"]
+Metric = Literal["accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"]
+
+METRICS_OF: dict[Task, tuple[Metric, ...]] = {
+    "single_label": ("accuracy", "f1", "macro_f1", "matthews"),
+    "multi_label": ("micro_f1", "macro_f1", "accuracy"),
+    "regression": ("pearson", "spearman"),
+}
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strictly typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataRecipe(Section):
+    """Where the texts lie and how they are read.
+
+    ``source`` is a folder (of tsv, csv, jsonl or parquet files), ``hub://owner/name`` or
+    ``hub://owner/name/config``, or ``embedded://opinions``; ``train`` and ``validation`` then name
+    its files (without suffix) or splits, and null stands for "train" and "validation". Without a
+    source both are paths of files. ``unlabelled`` lists files (also .txt, a text a line) or
+    ``hub://owner/name[/config]#split``: texts that the student learns from through its teacher
+    alone. ``labels`` lists the names in the order of their ids; if null they come from the source.
+
+    ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
+    a list, or names separated by commas) or ``regression`` (a number). ``metrics`` judge it, and
+    where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
+    Spearman correlation.
+    """
+
+    source: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    unlabelled: tuple[str, ...] = ()
+    task: Task = "single_label"
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
+    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+    label_column: str
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    max_length_tokens: Annotated[int, Field(ge=8)]
+    max_train_rows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source is None and None in (self.train, self.validation):
+            msg = "give 'source', or both of 'train' and 'validation'"
+            raise ValueError(msg)
+        embedded = (self.source or "").startswith("embedded://")
+        if embedded and (self.train, self.validation) != (None, None):
+            msg = "an embedded source has no other splits: leave 'train' and 'validation' out"
+            raise ValueError(msg)
+        known = METRICS_OF[self.task]
+        for metric in self.metrics or ():
+            if metric not in known:
+                msg = f"metric '{metric}' does not fit a {self.task} task: {', '.join(known)}"
+                raise ValueError(msg)
+        if self.task == "regression" and self.labels is not None:
+            msg = "a regression task has a number and no 'labels'"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def judged_by(self) -> tuple[Metric, ...]:
+        """The metrics of the task, the usual ones if the recipe names none."""
+        usual: dict[Task, tuple[Metric, ...]] = {
+            "single_label": ("accuracy",),
+            "multi_label": ("micro_f1",),
+            "regression": ("pearson", "spearman"),
+        }
+        return self.metrics or usual[self.task]
+
+
+class TrainRecipe(Section):
+    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping."""
+
+    epochs: Positive
+    batch_size: Positive
+    accumulation_steps: Positive = 1
+    lr: AboveZero
+    warmup_ratio: Fraction = 0.1
+    weight_decay: NotNegative = 0.01
+    max_grad_norm: AboveZero = 1.0
+    checkpoint_every_steps: Positive = 200
+
+    @model_validator(mode="after")
+    def _micro_batches_are_whole(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            msg = (
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"accumulation_steps {self.accumulation_steps}"
+            )
+            raise ValueError(msg)
+        return self
+
+
+class TeacherRecipe(Section):
+    """The model to distil: ``hub://owner/name``, ``package://module/folder``,
+    ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
+    teacher that is a finished classifier.
+    """  # noqa: D205
+
+    model: str
+    finetune: TrainRecipe | None
+
+
+class StudentRecipe(Section):
+    """The student before distillation: some layers of an encoder.
+
+    ``layers`` are zero-based indices into the layers of ``model``, null for all of them; ``model``
+    is written like the teacher's, null for the teacher itself. A student from another checkpoint
+    may have another width, depth and tokenizer.
+    """
+
+    model: str | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_not_the_teacher(self) -> Self:
+        if self.model is None and self.layers is None:
+            msg = "give 'layers' of the teacher, or the 'model' to start from"
+            raise ValueError(msg)
+        return self
+
+
+class AdversaryRecipe(Section):
+    """The inner maximisation of AD2: projected gradient ascent on the word embeddings.
+
+    ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, of
+    the Euclidean norm over an example's real tokens for ``l2``.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    radius: NotNegative = 1e-5
+    step_size: NotNegative = 1e-3
+    steps: Positive = 1
+    start: Literal["zero", "random"] = "zero"
+
+
+class IntermediateRecipe(Section):
+    """Weights of the terms that compare the insides of student and teacher; 0 leaves one out.
+
+    ``pkd``: normalised [CLS] states of the layers below the last (Sun et al., EMNLP 2019).
+    ``hidden_states`` and ``attentions``: every layer, in the manner of TinyBERT (Jiao et al.,
+    Findings of EMNLP 2020). ``value_relations``: of the last layer (MiniLMv2, Wang et al.,
+    Findings of ACL 2021); the only one that lets widths differ.
+    """
+
+    pkd: NotNegative = 0.0
+    hidden_states: NotNegative = 0.0
+    attentions: NotNegative = 0.0
+    value_relations: NotNegative = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether the teacher has to run beside the student."""
+        return any(weight > 0 for _, weight in self)
+
+
+class DistillRecipe(TrainRecipe):
+    """Distillation: a weighted sum of terms, each left out where its weight is 0.
+
+    ``kd_weight * kd + alpha * adversarial + hard_label_weight * supervised + intermediate``.
+
+    ``seed`` draws the order and the dropout of the student's training alone; null takes the
+    recipe's. With it, students of several seeds share their data and their teacher.
+    """
+
+    seed: Seed | None = None
+    temperature: AboveZero = 1.0
+    kd_weight: NotNegative = 1.0
+    alpha: NotNegative = 1.0
+    hard_label_weight: NotNegative = 0.0
+    intermediate: IntermediateRecipe = IntermediateRecipe()
+    adversary: AdversaryRecipe = AdversaryRecipe()
+
+    @property
+    def imitates(self) -> bool:
+        """Whether anything but the hard labels teaches the student."""
+        return self.kd_weight > 0 or self.alpha > 0 or self.intermediate.any
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if not self.imitates and not self.hard_label_weight:
+            msg = "all loss terms have weight 0: there is nothing to learn from"
+            raise ValueError(msg)
+        return self
+
+
+class ExportRecipe(Section):
+    """The ONNX variants to write. Every other variant is derived from fp32."""
+
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = get_args(Variant)
+
+    @model_validator(mode="after")
+    def _fp32_is_the_reference(self) -> Self:
+        if "fp32" not in self.variants:
+            msg = "'fp32' must be among the variants: the others are compared with it"
+            raise ValueError(msg)
+        return self
+
+
+class ParityRecipe(Section):
+    """The thresholds of the parity gate; agreement and retention are fractions."""
+
+    max_logit_gap: NotNegative = 1e-4
+    max_label_flips: Annotated[int, Field(ge=0)] = 0
+    min_retained: Fraction = 0.97
+    min_retained_lower: Fraction = 0.95
+    min_agreement: Fraction = 0.985
+    max_points_lost: NotNegative = 1.0
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2_000
+
+
+class BenchRecipe(Section):
+    """What the latency report measures."""
+
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
+    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16, 32, 128)
+    seconds_per_cell: AboveZero = 1.0
+
+
+class ComputeRecipe(Section):
+    """Hardware: ``auto`` takes the accelerator if there is one; null threads takes all cores.
+
+    ``compile`` compiles the layers with torch.compile. ``gradient_checkpointing`` computes
+    activations again in the backward pass instead of keeping them: less memory, a third more time.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: Positive | None = None
+    compile: bool = False
+    gradient_checkpointing: bool = False

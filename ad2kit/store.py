@@ -1,0 +1,88 @@
+"""What the runs under one folder share: fine-tuned teachers and their logits.
+
+    runs/.shared/teachers/<key>/        as in a run folder
+    runs/.shared/logits/<key>.safetensors
+
+A key is the fingerprint of everything that the content depends on, so that a change of any of it
+looks for another entry; nothing here is ever updated. A run keeps its own teacher (hard links
+where the file system has them), so that deleting this folder costs time and no result.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ad2kit.errors import RunError
+from ad2kit.files import sweep, whole_file, whole_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import torch
+
+
+def take_teacher(store: Path, key: str, target: Path) -> bool:
+    """Put a stored teacher at ``target``; False if there is none."""
+    source = store / "teachers" / key[:16]
+    if not source.is_dir():
+        return False
+    _link(source, target)
+    return True
+
+
+def give_teacher(store: Path, key: str, source: Path) -> None:
+    """Store a finished teacher for other runs."""
+    target = store / "teachers" / key[:16]
+    with _writing(store):
+        if not target.is_dir():
+            _link(source, target)
+
+
+def logits(store: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return stored logits, or compute and store them.
+
+    Raises:
+        RunError: the stored file is damaged.
+    """
+    path = store / "logits" / f"{key[:16]}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)["logits"]
+        except (SafetensorError, KeyError) as error:
+            raise RunError(
+                f"{path} is damaged: {error}", hint=f"delete {path} and run again"
+            ) from error
+    computed = compute()
+    with _writing(store):
+        path.parent.mkdir(exist_ok=True)
+        with whole_file(path) as new:
+            save_file({"logits": computed}, new)
+    return computed
+
+
+@contextmanager
+def _writing(store: Path) -> Iterator[None]:
+    """Hold the store for writing, rid of what a killed process left in it."""
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / ".lock"):
+        sweep(store)
+        yield
+
+
+def _link(source: Path, target: Path) -> None:
+    def copy(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(old, new)
+
+    with whole_folder(target) as new:
+        shutil.copytree(source, new, copy_function=copy, dirs_exist_ok=True)
