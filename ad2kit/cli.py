@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ad2kit import __version__
+from ad2kit.runtime import stage
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from ad2kit.records import ParityReport
     from ad2kit.run_dir import RunDir
 
@@ -59,13 +58,15 @@ def _root(
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
     from ad2kit.recipe import load, recipe_names
+    from ad2kit.terminal import print_json
 
     found = [load(name) for name in recipe_names()]
     if as_json:
-        _print_json({recipe.name: recipe.description for recipe in found})
+        print_json({recipe.name: recipe.description for recipe in found})
         return
+    width = max(len(recipe.name) for recipe in found)
     for recipe in found:
-        typer.echo(f"{recipe.name:<12} {recipe.description}")
+        typer.echo(f"{recipe.name:<{width}}  {recipe.description}")
 
 
 @app.command()
@@ -73,15 +74,19 @@ def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = 
     """Check a recipe, its data and its teacher; train nothing."""
     from ad2kit.data import load_data
     from ad2kit.recipe import load
-    from ad2kit.references import find_model
+    from ad2kit.references import RANDOM, find_model
+    from ad2kit.terminal import print_json
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    if recipe.teacher.model != "random://bert":
-        find_model(recipe.teacher.model)
-    sizes = {name: len(getattr(data, name)) for name in ("train", "select", "validation")}
+    for key, model in (
+        ("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)
+    ):  # fmt: skip
+        if model not in (None, RANDOM):
+            find_model(model, key=key)
+    sizes = {name: len(split) for name, split in data.splits().items()}
     if as_json:
-        _print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
+        print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
         return
     typer.echo(recipe.model_dump_json(indent=2))
     rows = ", ".join(f"{name} {count}" for name, count in sizes.items())
@@ -92,10 +97,11 @@ def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = 
 def doctor(as_json: Json = False) -> None:
     """Say what this machine offers and what it lacks."""
     from ad2kit.doctor import examine
+    from ad2kit.terminal import print_json
 
     findings = examine()
     if as_json:
-        _print_json([finding.model_dump() for finding in findings])
+        print_json([finding.model_dump() for finding in findings])
         return
     for finding in findings:
         typer.echo(f"{finding.name}: {finding.value}")
@@ -113,17 +119,18 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Fine-tune the teacher if need be; distil the student."""
-    from ad2kit.terminal import start_run, training_progress
+    from ad2kit.terminal import print_result, start_run, training_progress
 
     folder = start_run(recipe_name, overrides, runs_dir, run)
-    stage = _needs_extra("ad2kit.distill", "distill")
+    work = stage("ad2kit.distill", "distill")
     with training_progress() as on_step:
-        report = stage(folder, on_step=on_step, allow_inexact=allow_inexact)
-    _result(
-        report, as_json,
+        report = work(folder, on_step=on_step, allow_inexact=allow_inexact)
+    print_result(
+        report,
         f"select {' and '.join(report.metrics)}: teacher {report.teacher_select_score:.4f}, "
         f"student {report.student_select_score:.4f}\nnext: ad2kit export",
-    )  # fmt: skip
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -134,15 +141,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the student to ONNX, then ask the parity gate."""
-    from ad2kit.terminal import use_run
+    from ad2kit.terminal import print_json, use_run
 
     folder = use_run(runs_dir, run)
-    artifacts = _needs_extra("ad2kit.export", "export")(folder)
+    artifacts = stage("ad2kit.export", "export")(folder)
     if not no_parity:
         _judge(folder, as_json)
         return
     if as_json:
-        _print_json([artifact.model_dump(mode="json") for artifact in artifacts])
+        print_json([artifact.model_dump(mode="json") for artifact in artifacts])
 
 
 @app.command()
@@ -163,11 +170,11 @@ def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = Fal
     Anew each time, whatever the run holds already.
     """
     from ad2kit.report import latency_lines
-    from ad2kit.terminal import use_run
+    from ad2kit.terminal import print_result, use_run
 
     folder = use_run(runs_dir, run)
-    report = _needs_extra("ad2kit.bench", "bench")(folder)
-    _result(report, as_json, "\n".join(latency_lines(report)))
+    report = stage("ad2kit.bench", "bench")(folder)
+    print_result(report, "\n".join(latency_lines(report)), as_json=as_json)
 
 
 @app.command()
@@ -184,13 +191,13 @@ def package(
 
     The tag is published only if the service answers what the artefact computes.
     """
-    from ad2kit.terminal import next_steps, use_run
+    from ad2kit.terminal import next_steps, print_result, use_run
 
     folder = use_run(runs_dir, run)
-    record = _needs_extra("ad2kit.package", "package")(
+    record = stage("ad2kit.package", "package")(
         folder, variant=variant, allow_failed_parity=allow_failed_parity
     )
-    _result(record, as_json, next_steps(record.tag, folder))
+    print_result(record, next_steps(record.tag, folder), as_json=as_json)
 
 
 @app.command()
@@ -236,15 +243,21 @@ def run(
 
     distill, export, parity, bench and package, each skipped where it is done.
     """
-    from ad2kit.terminal import next_steps, print_table, start_run, training_progress
+    from ad2kit.terminal import (
+        next_steps,
+        print_result,
+        print_table,
+        start_run,
+        training_progress,
+    )
 
     folder = start_run(recipe_name, overrides, runs_dir, run)
-    campaign = _needs_extra("ad2kit.campaigns.run", "run_all")
+    campaign = stage("ad2kit.campaigns.run", "run_all")
     with training_progress() as on_step:
         record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)
     if not as_json:
         print_table(folder)
-    _result(record, as_json, next_steps(record.tag, folder))
+    print_result(record, next_steps(record.tag, folder), as_json=as_json)
 
 
 @app.command()
@@ -259,61 +272,27 @@ def compare(
     allow_inexact: Inexact = False,
     as_json: Json = False,
 ) -> None:
-    """Train students by several methods from one teacher; say which is better.
-
-    The last method is tested against each of the others. It goes on where it was stopped.
-    """
+    """Train students by several methods from one teacher; test the last against the others."""
     from ad2kit.recipe import load
     from ad2kit.terminal import print_comparison, show_messages, training_progress
 
     show_messages()
-    recipe = load(recipe_name, overrides or ())
-    campaign = _needs_extra("ad2kit.campaigns.compare", "compare")
+    recipe, names = load(recipe_name, overrides or ()), methods.replace(" ", "").split(",")
+    campaign = stage("ad2kit.campaigns.compare", "compare")
     with training_progress() as on_step:
         report, folder = campaign(
-            recipe, [name.strip() for name in methods.split(",")], seeds, runs_dir,
-            on_step=on_step, allow_inexact=allow_inexact,
-        )  # fmt: skip
-    if as_json:
-        _print_json(report.model_dump(mode="json"))
-    else:
-        print_comparison(report, folder)
-
-
-def _needs_extra(module: str, function: str) -> Any:
-    """Import a stage; what it lacks is a missing extra and not a defect."""
-    import importlib
-
-    from ad2kit.errors import MissingExtra
-
-    try:
-        return getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ad2kit"):
-            raise
-        raise MissingExtra(error.name or module, extra="cpu") from error
+            recipe, names, seeds, runs_dir, on_step=on_step, allow_inexact=allow_inexact
+        )
+    print_comparison(report, folder, as_json=as_json)
 
 
 def _judge(folder: RunDir, as_json: bool) -> None:
-    from ad2kit.terminal import print_table
+    from ad2kit.terminal import print_json, print_table
 
-    verdict: ParityReport = _needs_extra("ad2kit.parity", "parity")(folder)
+    verdict: ParityReport = stage("ad2kit.parity", "parity")(folder)
     if as_json:
-        _print_json(verdict.model_dump(mode="json"))
+        print_json(verdict.model_dump(mode="json"))
     else:
         print_table(folder)
-    _needs_extra("ad2kit.parity", "insist_passed")(verdict, folder)
+    stage("ad2kit.parity", "insist_passed")(verdict, folder)
     typer.echo("parity: passed; next: ad2kit package, or serve it now: bentoml serve", err=True)
-
-
-def _result(record: BaseModel, as_json: bool, text: str) -> None:
-    if as_json:
-        _print_json(record.model_dump(mode="json"))
-    else:
-        typer.echo(text)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,7 +1,7 @@
 """Labelled texts: read, checked row by row, split three ways, tokenised, batched by length.
 
-``train`` trains, ``select`` (carved from the training rows by seed) makes every choice, and
-``validation`` is read by the gate alone.
+``train`` trains, ``select`` (carved from the training rows by seed, unless the recipe says
+otherwise) makes every choice, and ``validation`` is read by the gate alone.
 """
 
 from __future__ import annotations
@@ -114,20 +114,23 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         for rows in (train_rows, validation_rows)
     )
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
+    own = recipe.select_from == "validation"
     wanted = min(max(round(len(order) * _SELECT_FRACTION), _SELECT_LEAST), _SELECT_MOST)
-    select_rows = max(1, min(wanted, int(len(order) * _SELECT_SHARE_LIMIT)))
+    select_rows = 0 if own else max(1, min(wanted, int(len(order) * _SELECT_SHARE_LIMIT)))
     unlabelled = tuple(text for each in recipe.unlabelled for text in _unlabelled(each, recipe))
     data = Data(
         task=recipe.task,
         labels=labels,
         train=train.take(order[select_rows:]),
-        select=train.take(order[:select_rows]),
+        select=validation if own else train.take(order[:select_rows]),
         validation=validation,
         unlabelled=Split(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
         _insist_on_variety(split, recipe.task, labels, name)
-    seen = {*data.train.texts, *data.select.texts, *data.unlabelled.texts}
+    seen = {*data.train.texts, *data.unlabelled.texts} | (
+        {*data.select.texts} if not own else set()
+    )
     known = sum(text in seen for text in data.validation.texts)
     if known == len(data.validation):
         raise DataError(
@@ -210,7 +213,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
 def collate(
     encoded: Encoded, rows: Iterable[int], tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, np.ndarray]:
-    """Pad some rows to the longest of them.
+    """Pad some rows to the longest of them, on the right: the heads read the first position.
 
     Returns:
         ``input_ids``, ``attention_mask`` and, where the family has them, ``token_type_ids``:
@@ -226,12 +229,11 @@ def collate(
         types = [encoded.token_type_ids[row] for row in chosen]
         fields["token_type_ids"] = (types, tokenizer.pad_token_type_id)
     width = max(map(len, ids))
-    left = tokenizer.padding_side == "left"
     padded = {}
     for name, (values, fill) in fields.items():
         array = np.full((len(ids), width), fill, dtype=np.int64)
         for row, value in zip(array, values, strict=True):
-            row[width - len(value) if left else 0 :][: len(value)] = value
+            row[: len(value)] = value
         padded[name] = array
     return padded
 

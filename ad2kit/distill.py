@@ -24,6 +24,7 @@ from ad2kit.resumable import Trainer
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
 from ad2kit.runtime import environment, peak_memory_mb
+from ad2kit.students import build_student, check_layers
 from ad2kit.tasks import answers
 from ad2kit.training import predict_logits, prepare
 
@@ -92,8 +93,7 @@ def distill(
     teacher.module.to(accelerator.device)
     teacher_logits = stage.teacher_logits(teacher, reading)
     told = stage.logits(teacher, stage.encode(teacher, data.select))
-    layers = recipe.student.layers if recipe.student.model is None else None
-    insides = comparison(teacher, student, layers, settings.intermediate)
+    insides = comparison(teacher, student, settings.intermediate)
     prepare(student, recipe.compute)
     state = trainer.train(
         student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
@@ -225,7 +225,7 @@ class _Stage:
                 source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
             )
             if recipe.student.model is None:
-                models.check_layers(teacher, recipe.student.layers or ())  # not after the long part
+                check_layers(teacher, recipe.student.layers or ())  # not after the long part
             if settings is not None:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
@@ -249,7 +249,7 @@ class _Stage:
             source = models.load_reference(
                 recipe.model, self.data, seed=self.recipe.seed, finished=False, key="student.model"
             )
-        return models.build_student(source, recipe.layers) if recipe.layers else source
+        return build_student(source, recipe.layers) if recipe.layers else source
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on what the student reads, computed once for all runs.

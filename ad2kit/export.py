@@ -15,9 +15,9 @@ from ad2kit.errors import MissingExtra
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
+from ad2kit.runtime import quiet_transformers
 
 try:
-    import transformers
     from optimum.exporters.onnx import main_export
     from torch.jit._trace import TracerWarning
 
@@ -97,26 +97,20 @@ def export(run: RunDir) -> list[OnnxArtifact]:
 
 def _export_fp32(student: Path, folder: Path) -> None:
     """Trace the student with optimum; the fidelity of the graph is the parity gate's question."""
-    quiet = transformers.utils.logging
-    verbosity = quiet.get_verbosity()
-    quiet.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            # Constants of the mask computation, which do not depend on the example input.
-            warnings.simplefilter("ignore", TracerWarning)
-            # optimum 2.1 still passes an argument that torch and transformers have renamed.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            main_export(
-                str(student),
-                output=folder,
-                task="text-classification",
-                device="cpu",
-                do_validation=False,
-                no_post_process=True,
-            )
-    finally:
-        quiet.set_verbosity(verbosity)
+    with warnings.catch_warnings(), quiet_transformers():
+        # Constants of the mask computation, which do not depend on the example input.
+        warnings.simplefilter("ignore", TracerWarning)
+        # optimum 2.1 still passes an argument that torch and transformers have renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        main_export(
+            str(student),
+            output=folder,
+            task="text-classification",
+            device="cpu",
+            do_validation=False,
+            no_post_process=True,
+        )
 
 
 def _copy_all_but_the_graph(source: Path, target: Path) -> None:

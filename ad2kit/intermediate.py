@@ -10,10 +10,9 @@ import torch
 
 from ad2kit import losses
 from ad2kit.errors import ModelError
+from ad2kit.runtime import quiet_transformers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ad2kit.models import TextModel
     from ad2kit.sections import IntermediateRecipe
 
@@ -52,6 +51,9 @@ class Comparison:
         """Run a forward pass; return the logits and those insides that a term needs."""
         weights, values = self.weights, list[torch.Tensor]()
         with ExitStack() as stack:
+            # A family that cannot be told which kernel to use falls back, ALBERT in so many words
+            # for every layer.
+            stack.enter_context(quiet_transformers())
             if weights.value_relations:
                 projection, fused = _value_projection(model)
 
@@ -95,16 +97,16 @@ class Comparison:
 
 
 def comparison(
-    teacher: TextModel, student: TextModel, layers: Sequence[int] | None,
-    weights: IntermediateRecipe,
-) -> Comparison | None:  # fmt: skip
+    teacher: TextModel, student: TextModel, weights: IntermediateRecipe
+) -> Comparison | None:
     """Return the comparison that the weights ask for, or None if they ask for none.
+
+    The student's layers imitate evenly spaced layers of the teacher, the last one its last,
+    whichever they were copied from: that is where they start, and this is where they shall go.
 
     Args:
         teacher: the model to imitate.
         student: the model to train.
-        layers: the teacher's layers that the student was made from; None if it was made from
-            something else, and then its layers imitate evenly spaced ones.
         weights: of the terms.
 
     Raises:
@@ -146,10 +148,11 @@ def comparison(
         )
     if weights.attentions:
         for model in (teacher, student):
-            # The faster kernels never form the distributions.
-            model.module.set_attn_implementation("eager")
-    if layers is None:
-        layers = [(j + 1) * theirs.num_hidden_layers // depth - 1 for j in range(depth)]
+            # The faster kernels never form the distributions; families that cannot be told fall
+            # back by themselves, and say so at length.
+            with quiet_transformers():
+                model.module.set_attn_implementation("eager")
+    layers = ((j + 1) * theirs.num_hidden_layers // depth - 1 for j in range(depth))
     return Comparison(teacher, tuple(layers), weights)
 
 

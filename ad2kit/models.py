@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,10 +15,9 @@ from ad2kit.files import check_sha256, sha256_of_folder, whole_folder, write_rec
 from ad2kit.random_bert import random_bert
 from ad2kit.records import ModelManifest
 from ad2kit.references import RANDOM, find_model
-from ad2kit.runtime import seeded
+from ad2kit.runtime import quiet_transformers, seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -77,18 +76,20 @@ def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, 
     A folder that :func:`save` wrote is compared with its sha256 manifest first.
     """
     check_files(folder)
-    quiet = transformers.utils.logging
-    verbosity = quiet.get_verbosity()
-    # What it would warn about, a new head, is decided below from what was missing.
-    quiet.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if finished:
             _check_labels(folder, config, labels, task)
         for key, value in head_config(labels, task).items():
             setattr(config, key, value)
+        kernel = None
+        if config.model_type == "modernbert":
+            # On a GPU it would compile its embeddings or flatten the batch before them; either way
+            # the adversary's hook would not be where it has to be.
+            config.reference_compile, kernel = False, "sdpa"
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        with seeded(seed):
+        # What it would warn about, a new head, is decided below from what was missing.
+        with seeded(seed), quiet_transformers():
             module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 config=config,
@@ -96,14 +97,16 @@ def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, 
                 use_safetensors=True,
                 output_loading_info=True,
                 dtype=torch.float32,
+                attn_implementation=kernel,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{folder} is not a text classifier that transformers can load: {error}",
             hint="give a folder with config.json, model.safetensors and tokenizer.json",
         ) from error
-    finally:
-        quiet.set_verbosity(verbosity)
+    # Older checkpoints of DistilBERT name BERT's tokenizer, whose segments it does not read.
+    reads = inspect.signature(module.forward).parameters
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in reads]
     prefix = f"{module.base_model_prefix}."
     missing = [
         key
@@ -148,81 +151,6 @@ def check_length(model: TextModel, length_tokens: int, *, key: str) -> None:
             f"{key} is {length_tokens}, but the model has positions for {most} tokens",
             hint=f"set {key} to {most} or less",
         )
-
-
-def check_layers(source: TextModel, layers: Sequence[int]) -> None:
-    """Refuse layer indices that the model to copy from does not have."""
-    depth = source.module.config.num_hidden_layers
-    wrong = [layer for layer in layers if layer >= depth]
-    if wrong:
-        raise ModelError(
-            f"student.layers names layer {wrong[0]}, but the layers of the "
-            f"'{source.module.config.model_type}' to copy from are 0 to {depth - 1}",
-            hint=f"choose from 0 to {depth - 1}",
-        )
-
-
-def layer_stack(module: torch.nn.Module, depth: int) -> str | None:
-    """Return the prefix of the layers in a state dict; None if the layers share their weights.
-
-    It is the one place where an index runs over all layers, whatever the family calls it:
-    ``bert.encoder.layer.``, ``distilbert.transformer.layer.``, ``model.layers.``.
-    """
-    indices: dict[str, set[int]] = {}
-    for key in module.state_dict():
-        match = re.match(r"(.*?\.layers?\.)(\d+)\.", key)
-        if match:
-            indices.setdefault(match[1], set()).add(int(match[2]))
-    stacks = [stack for stack, found in indices.items() if found == set(range(depth))]
-    return stacks[0] if len(stacks) == 1 else None
-
-
-def build_student(source: TextModel, layers: Sequence[int]) -> TextModel:
-    """Build a student from some layers of a model, with its embeddings and its head.
-
-    Where all layers share their weights (ALBERT) the student keeps them, and goes through them
-    as often as it has layers.
-
-    Args:
-        source: the model to copy weights from: the teacher, or another checkpoint.
-        layers: zero-based indices of its layers, in the student's order.
-
-    Raises:
-        ModelError: a layer that it does not have, or layers that cannot be told apart.
-    """
-    config = source.module.config
-    depth = config.num_hidden_layers
-    check_layers(source, layers)
-    chosen = dict(source.module.state_dict())
-    stack = layer_stack(source.module, depth)
-    if stack is not None:
-        layer_of = re.compile(rf"{re.escape(stack)}(\d+)\.(.*)")
-        copies = {key: layer_of.fullmatch(key) for key in chosen}
-        weights = {key: value for key, value in chosen.items() if not copies[key]}
-        for new, old in enumerate(layers):
-            for key, match in copies.items():
-                if match and int(match[1]) == old:
-                    weights[f"{stack}{new}.{match[2]}"] = chosen[key]
-        chosen = weights
-    elif getattr(config, "num_hidden_groups", None) != 1:
-        raise ModelError(
-            f"the layers of a '{config.model_type}' cannot be told apart: expected one stack of "
-            f"{depth} layers in its weights",
-            hint="leave student.layers out and name an encoder to start from in student.model",
-        )
-    student_config = type(config).from_dict(config.to_dict())
-    student_config.num_hidden_layers = len(layers)
-    with seeded(0):
-        module = type(source.module)(student_config)
-    try:
-        # Strict: nothing of the student is left at its random initial value.
-        module.load_state_dict(chosen, strict=True)
-    except RuntimeError as error:
-        raise ModelError(
-            f"layers {list(layers)} of a '{config.model_type}' do not fit in these places: {error}",
-            hint="keep its first layer first: in ModernBERT it lacks a norm that the others have",
-        ) from error
-    return TextModel(module, source.tokenizer, source.labels, source.task)
 
 
 def save(model: TextModel, folder: Path, *, inputs: str) -> None:

@@ -134,57 +134,6 @@ class DistillReport(Record):
     environment: dict[str, str]
 
 
-class StudentResult(Part):
-    """One student of a comparison; ``run`` is the name of its folder."""
-
-    method: str
-    seed: int
-    run: str
-    teacher_sha256: str
-    student_sha256: str
-    score: float
-    train_seconds: float
-    examples_per_s: float
-    verdict: str
-
-
-class MethodResult(Part):
-    """The students of one method: scores over the seeds, and the cost of training one."""
-
-    method: str
-    median: float
-    lowest: float
-    highest: float
-    retained: float
-    train_seconds: float
-    examples_per_s: float
-
-
-class Difference(Part):
-    """How much ``method`` is above ``baseline``: means over the seeds, as a fraction."""
-
-    method: str
-    baseline: str
-    difference: float
-    interval: tuple[float, float]
-    p: float
-    smallest_detectable_difference: float
-
-
-class CompareReport(Record):
-    """Several methods from one teacher, judged on the labelled validation set."""
-
-    recipe: str
-    inputs: str
-    metrics: tuple[Metric, ...]
-    rows: int
-    teacher_score: float
-    students: tuple[StudentResult, ...]
-    methods: tuple[MethodResult, ...]
-    differences: tuple[Difference, ...]
-    environment: dict[str, str]
-
-
 class ModelManifest(Record):
     """``sha256.json`` of a saved teacher or student: what it was made from, and its files."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ad2kit import markdown
 from ad2kit.files import write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport, ParityReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from ad2kit.records import LatencyCell
@@ -68,6 +68,8 @@ def caption(run: RunDir) -> str:
         "differences below "
         f"{100 * difference:.1f} points are within their noise."
     )
+    if run.recipe.data.select_from == "validation":
+        text += " The checkpoint was chosen on these same texts, which flatters the student."
     if not run.latency_report.is_file():
         return text
     latency = LatencyReport.read(run.latency_report)
@@ -114,12 +116,12 @@ def report(run: RunDir) -> Path:
         bento = [f"`{record.tag}`: {answers}."]
     sections = {
         f"# {run.recipe.name}: {'passed' if parity.passed else 'FAILED'}": [run.recipe.description],
-        "## Result": [*markdown_table(HEADER, rows(run)), "", caption(run)],
+        "## Result": [*markdown.table(HEADER, rows(run)), "", caption(run)],
         "## Training": [training],
-        "## The gate": markdown_table(
+        "## The gate": markdown.table(
             ("variant", "question", "check", "value", "expected", "verdict"), checks
         ),
-        "## Data": markdown_table(("split", "rows", "truncated", "classes"), splits),
+        "## Data": markdown.table(("split", "rows", "truncated", "classes"), splits),
         "## Bento": bento,
         "## Versions": [f"- {name} {version}" for name, version in distilled.environment.items()],
     }
@@ -145,8 +147,3 @@ def _smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyC
         key=lambda cell: cell.batch_size,
     )
     return cells[0], cells[-1]
-
-
-def markdown_table(header: tuple[str, ...], table: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *table)]

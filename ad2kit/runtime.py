@@ -5,6 +5,7 @@ Nothing here imports torch until a function that needs it is called.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ import threading
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ad2kit.errors import MissingExtra, UserError
 
@@ -31,6 +32,20 @@ VERSIONED = (
     "ad2kit", "accelerate", "bentoml", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
     "optimum", "optimum-onnx", "tokenizers", "torch", "transformers",
 )  # fmt: skip
+
+
+def stage(module: str, function: str) -> Any:
+    """Import a stage; what it lacks is a missing extra and not a defect.
+
+    Raises:
+        MissingExtra: names the extra to install.
+    """
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ad2kit"):
+            raise
+        raise MissingExtra(error.name or module, extra="cpu") from error
 
 
 def available_cpus() -> int:
@@ -138,6 +153,19 @@ def hub_or_its_cache() -> None:
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers says about a model inside the block: we say it ourselves."""
+    from transformers.utils import logging as theirs
+
+    verbosity = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -41,7 +41,9 @@ class DataRecipe(Section):
     ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
     a list, or names separated by commas) or ``regression`` (a number). ``metrics`` judge it, and
     where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
-    Spearman correlation.
+    Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
+    from the training rows, or, as many papers do, those of ``validation``, which flatters the
+    scores on them.
     """
 
     source: str | None = None
@@ -55,6 +57,7 @@ class DataRecipe(Section):
     labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     max_length_tokens: Annotated[int, Field(ge=8)]
     max_train_rows: Positive | None = None
+    select_from: Literal["train", "validation"] = "train"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

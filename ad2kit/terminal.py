@@ -26,14 +26,17 @@ from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.report import HEADER, caption, rows
 from ad2kit.run_dir import find_run, latest_passed_run, open_run
+from ad2kit.runtime import is_first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pydantic import BaseModel
     from rich.progress import TaskID
 
     from ad2kit.classifier import OnnxClassifier
-    from ad2kit.records import CompareReport, StepRecord
+    from ad2kit.compare_report import CompareReport
+    from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -71,9 +74,14 @@ def training_progress() -> Iterator[Callable[[StepRecord], None]]:
 
 
 def show_messages() -> None:
-    """Send ad2kit's own messages to stderr as plain lines; vendors' telemetry is off."""
+    """Send ad2kit's own messages to stderr as plain lines; vendors' telemetry is off.
+
+    Of several processes (`accelerate launch`) the first alone speaks.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("ad2kit").setLevel(logging.INFO)
+    logging.getLogger("ad2kit").setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  (to its end)
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -106,8 +114,22 @@ def use_servable(runs_dir: Path, folder: Path | None) -> Path:
     return run.path
 
 
+def print_result(result: BaseModel, text: str, *, as_json: bool) -> None:
+    """Print the result of a command on stdout: as JSON, or as words."""
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        print(text)  # noqa: T201
+
+
+def print_json(value: Any) -> None:
+    """Print plain data on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)
+    if is_first_process():
+        print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)
 
 
 def print_table(folder: RunDir) -> None:
@@ -122,9 +144,12 @@ def print_table(folder: RunDir) -> None:
         console.print(f"report: {folder.report}", highlight=False)
 
 
-def print_comparison(report: CompareReport, folder: Path) -> None:
-    """Print the tables of a comparison on stdout, and where its files lie."""
-    from ad2kit.campaigns.compare import DIFFERENCES, HEADER, caption, tables
+def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> None:
+    """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for header, lines in zip((HEADER, DIFFERENCES), tables(report), strict=True):

@@ -17,9 +17,9 @@ import torch
 from ad2kit import data as datasets
 from ad2kit.checkpoint import Evaluation, TrainState
 from ad2kit.errors import DivergedError, ModelError
-from ad2kit.models import TextModel, layer_stack
 from ad2kit.objectives import Batch, StepLosses
 from ad2kit.records import StepRecord
+from ad2kit.students import layer_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ad2kit.data import Encoded
+    from ad2kit.models import TextModel
     from ad2kit.objectives import Objective
     from ad2kit.sections import ComputeRecipe, TrainRecipe
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ad2kit.models import TextModel
+    from ad2kit.sections import Task
 
 TEXTS = (
     "never dull", "hardly a disappointment, all told", "bad", "not at all a convincing film",
@@ -32,18 +33,25 @@ def cpu() -> Accelerator:
     return accelerator(ComputeRecipe(device="cpu", threads=1))
 
 
-def split() -> Split:
-    return Split(tuple((text,) for text in TEXTS), np.array([1, 1, 0, 0, 1, 0, 1, 1]))
+def split(task: Task = "single_label") -> Split:
+    classes = np.array([1, 1, 0, 0, 1, 0, 1, 1])
+    labels = {
+        "single_label": classes,
+        "multi_label": np.stack([classes, classes[::-1]], axis=1).astype(np.float32),
+        "regression": np.linspace(0, 5, len(TEXTS), dtype=np.float32),
+    }[task]
+    return Split(tuple((text,) for text in TEXTS), labels)
 
 
-def data() -> Data:
-    rows = split()
-    return Data("single_label", LABELS, rows, rows, rows, rows.take(np.arange(0)))
+def data(task: Task = "single_label") -> Data:
+    rows, labels = split(task), ("value",) if task == "regression" else LABELS
+    return Data(task, labels, rows, rows, rows, rows.take(np.arange(0)))
 
 
-def tiny_bert(seed: int = 3, *, dropout: bool = False) -> TextModel:
+def tiny_bert(seed: int = 3, *, dropout: bool = False, task: Task = "single_label") -> TextModel:
     """A random BERT over the words of TEXTS, in evaluation mode unless with dropout."""
-    model = models.load_reference(RANDOM, data(), seed=seed, finished=False, key="teacher.model")
+    rows = data(task)
+    model = models.load_reference(RANDOM, rows, seed=seed, finished=False, key="teacher.model")
     if not dropout:
         for module in model.module.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -55,7 +63,7 @@ def tiny_bert(seed: int = 3, *, dropout: bool = False) -> TextModel:
 
 
 def encoded(model: TextModel) -> Encoded:
-    return encode(split(), model.tokenizer, 32)
+    return encode(split(model.task), model.tokenizer, 32)
 
 
 def batch(model: TextModel, rows: slice = slice(None)) -> Batch:
@@ -64,13 +72,13 @@ def batch(model: TextModel, rows: slice = slice(None)) -> Batch:
     return Batch(
         padded(model, texts, chosen, torch.device("cpu")),
         torch.from_numpy(texts.labels[chosen]),
-        teacher_logits()[torch.from_numpy(chosen)],
+        teacher_logits(len(model.labels))[torch.from_numpy(chosen)],
     )
 
 
-def teacher_logits() -> torch.Tensor:
-    """What a decided teacher says of TEXTS, shape [texts, labels]."""
-    return 2 * torch.randn(len(TEXTS), 2, generator=torch.Generator().manual_seed(11))
+def teacher_logits(outputs: int = 2) -> torch.Tensor:
+    """What a decided teacher says of TEXTS, shape [texts, outputs]."""
+    return 2 * torch.randn(len(TEXTS), outputs, generator=torch.Generator().manual_seed(11))
 
 
 def settings(**changes: object) -> DistillRecipe:

@@ -199,6 +199,11 @@ def no_label(path: Path) -> Path:
     return folder(path, line + '{"text": "b", "label": null}\n', line, suffix="jsonl")
 
 
+def decimals(path: Path) -> Path:
+    rows = "".join(f"t{i}\t{i % 5 / 2}\n" for i in range(20))
+    return folder(path, f"text\tlabel\n{rows}", f"text\tlabel\n{rows}".replace("t1", "u1"))
+
+
 def list_label(path: Path) -> Path:
     line = '{"text": "a", "label": "x"}\n'
     return folder(path, line + '{"text": "b", "label": ["x"]}\n', line, suffix="jsonl")
@@ -223,6 +228,7 @@ def list_label(path: Path) -> Path:
         (deep_json, r"train\.jsonl, line 1: not JSON"),
         (half_a_surrogate, r"train\.jsonl, line 2: 'text' must be a text"),
         (no_label, r"line 2: 'label' must be a label, a text or a whole number, found None"),
+        (decimals, r"'label' holds decimal numbers such as 0\.0, not classes"),
         (list_label, r"line 2: 'label' must be a label, .* found \['x'\]"),
     ],
 )
@@ -232,6 +238,106 @@ def test_wrong_data_is_an_error_that_says_where(
     with pytest.raises(DataError, match=expected) as caught:
         load_data(recipe(make(tmp_path)), 1)
     assert caught.value.hint
+
+
+def values(path: Path, *rows: tuple[str, object], suffix: str = "jsonl") -> Path:
+    """A folder whose training rows are padded with good ones of both kinds."""
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    return folder(path, "".join(lines), "".join(lines).replace('"text": "', '"text": "v'), suffix)
+
+
+def test_several_labels_are_lists_or_names_between_commas(tmp_path: Path) -> None:
+    rows = [("a", ["x", "y"]), ("b", []), ("c", ["y"]), ("d", ["z"]), ("e", ["x"])]
+    lists = load_data(recipe(values(tmp_path, *rows), task="multi_label"), 1)
+    assert lists.labels == ("x", "y", "z")
+    found = dict(zip(lists.validation.texts, lists.validation.labels.tolist(), strict=True))
+    assert found[("va",)] == [1.0, 1.0, 0.0]
+    assert found[("vb",)] == [0.0, 0.0, 0.0]
+    other = tmp_path / "commas"
+    other.mkdir()
+    texts = [(text, ", ".join(labels)) for text, labels in rows]
+    commas = load_data(recipe(values(other, *texts), task="multi_label"), 1)
+    assert commas.train.sha256() == lists.train.sha256()
+
+
+def test_a_regression_reads_numbers_and_names_its_output_after_the_column(tmp_path: Path) -> None:
+    rows = [("a", "2.5"), ("b", 3), ("c", 0.0), ("d", "-1e-1"), ("e", 5)]
+    data = load_data(recipe(values(tmp_path, *rows), task="regression"), 1)
+    assert data.labels == ("label",)
+    assert data.validation.labels.tolist() == pytest.approx([2.5, 3.0, 0.0, -0.1, 5.0])
+    assert data.validation.labels.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "expected"),
+    [
+        ("regression", "NaN", "must be a finite number, found 'NaN'"),
+        ("regression", "positive", "must be a finite number, found 'positive'"),
+        ("regression", None, "must be a finite number, found None"),
+        ("regression", True, "must be a finite number, found True"),
+        ("multi_label", None, "must be a list of labels"),
+        ("multi_label", [1.5], "must be a label, a text or a whole number, found 1.5"),
+        ("single_label", float("nan"), "must be a label, a text or a whole number, found nan"),
+    ],
+)
+def test_a_label_that_does_not_fit_the_task_is_refused(
+    tmp_path: Path, task: str, label: object, expected: str
+) -> None:
+    source = values(tmp_path, ("a", "1"), ("b", label), ("c", "0"))
+    with pytest.raises(DataError, match=rf"line 2: .*{expected}"):
+        load_data(recipe(source, task=task), 1)
+
+
+def test_a_pair_recipe_on_single_texts_is_refused(tmp_path: Path) -> None:
+    pair = recipe(folder(tmp_path), text_columns=("sentence1", "sentence2"))
+    with pytest.raises(DataError, match=r"no column 'sentence1'.*columns: text, label") as caught:
+        load_data(pair, 1)
+    assert "data.text_columns" in caught.value.hint
+
+
+def test_unlabelled_texts_join_what_the_student_reads_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("one more\n\nand another\n")
+    (tmp_path / "more.tsv").write_text("text\tsource\na third\tweb\n")
+    files = tuple(str(tmp_path / name) for name in ("more.txt", "more.tsv"))
+    data = load_data(recipe(folder(tmp_path), unlabelled=files), 1)
+    assert data.unlabelled.texts == (("one more",), ("and another",), ("a third",))
+    assert data.unlabelled.labels.tolist() == [-100] * 3
+    reading = data.distillation()
+    assert reading.texts == data.train.texts + data.unlabelled.texts
+    assert not set(data.unlabelled.texts) & {*data.train.texts, *data.select.texts}
+    plain = load_data(recipe(tmp_path), 1)
+    assert (plain.train.sha256(), plain.select.sha256()) == (
+        data.train.sha256(), data.select.sha256(),
+    )  # fmt: skip
+    assert set(plain.splits()) == {"train", "select", "validation"}
+
+
+def test_wrong_unlabelled_files_are_named(tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    with pytest.raises(DataError, match=r"no file .*absent\.tsv"):
+        load_data(recipe(source, unlabelled=(str(tmp_path / "absent.tsv"),)), 1)
+    (tmp_path / "other.tsv").write_text("sentence\nhello\n")
+    with pytest.raises(DataError, match=r"other\.tsv, line 2: no column 'text'"):
+        load_data(recipe(source, unlabelled=(str(tmp_path / "other.tsv"),)), 1)
+    (tmp_path / "lines.txt").write_text("hello\n")
+    pair = recipe(source, text_columns=("text", "label"), unlabelled=(f"{tmp_path}/lines.txt",))
+    with pytest.raises(DataError, match=r"lines\.txt: a \.txt file holds one text a line"):
+        load_data(pair, 1)
+
+
+def test_select_may_be_the_validation_rows_as_papers_have_it(tmp_path: Path) -> None:
+    data = load_data(recipe(folder(tmp_path), select_from="validation"), 1)
+    assert data.select.texts == data.validation.texts
+    assert len(data.train) == 40
+
+
+def test_a_split_of_another_name_is_read(tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    (source / "validation.tsv").rename(source / "dev.tsv")
+    data = load_data(recipe(source, validation="dev"), 1)
+    assert data.validation.texts[0] == ('other 0 "quoted',)
+    with pytest.raises(DataError, match=r"expected exactly one validation\.\(tsv"):
+        load_data(recipe(source), 1)
 
 
 def test_a_label_outside_the_label_set_is_refused(tmp_path: Path) -> None:

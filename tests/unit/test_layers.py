@@ -15,13 +15,14 @@ PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
 LAYERS = {
-    0: {"errors", "yaml_core"},
+    0: {"errors", "markdown", "yaml_core"},
     1: {"files", "recipe", "records", "run_dir", "runtime", "sections"},
     2: {
-        "adversary", "batcher", "bundle", "checkpoint", "classifier", "corpus", "curve", "data",
+        "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
+        "curve", "data",
         "error_contract", "gate", "intermediate", "labels", "losses", "metrics", "models",
         "objectives", "quantize", "random_bert", "references", "resumable", "sources", "store",
-        "tasks", "training",
+        "students", "tasks", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.compare", "campaigns.run"},

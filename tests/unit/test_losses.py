@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from ad2kit.losses import soft_target_kl, supervised
+from ad2kit import losses
+from ad2kit.losses import soft_target_kl, soft_targets, supervised
 
 
 def test_cross_entropy_of_a_known_distribution() -> None:
@@ -69,3 +70,95 @@ def test_gradcheck() -> None:
         lambda logits: supervised("single_label", logits, labels).double(), student,
         eps=1e-2, atol=1e-3, rtol=1e-2,
     )  # fmt: skip
+
+
+def test_a_row_without_a_label_adds_nothing_and_still_counts() -> None:
+    logits = torch.tensor([[1.0, -1.0], [0.5, 0.0], [2.0, 1.0]])
+    labelled = supervised("single_label", logits[:2], torch.tensor([0, 1]))
+    mixed = supervised("single_label", logits, torch.tensor([0, 1, -100]))
+    assert mixed.item() == pytest.approx(labelled.item() * 2 / 3, rel=1e-6)
+    nothing = supervised("single_label", logits, torch.tensor([-100] * 3))
+    assert nothing.item() == 0.0
+    values = supervised("regression", logits[:, :1], torch.tensor([0.0, math.nan, 4.0]))
+    assert values.item() == pytest.approx((1.0 + 4.0) / 3)
+    several = torch.tensor([[1.0, 0.0], [math.nan] * 2, [1.0, 1.0]])
+    found = supervised("multi_label", logits, several).item()
+    each = [-math.log(1 / (1 + math.exp(-x))) for x in (1.0, 1.0, 2.0, 1.0)]
+    assert found == pytest.approx(sum(each) / 6, rel=1e-6)
+
+
+def test_the_soft_targets_of_several_labels_are_a_mean_of_bernoulli_kls() -> None:
+    teacher = torch.tensor([[math.log(3.0), 0.0]])  # 3/4 and 1/2
+    student = torch.tensor([[0.0, math.log(3.0)]])  # 1/2 and 3/4
+    first = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    second = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    found = soft_targets("multi_label", student, teacher, 1.0).item()
+    assert found == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+def test_the_soft_target_of_a_regression_is_the_squared_error() -> None:
+    found = soft_targets(
+        "regression", torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]]), 3
+    )
+    assert found.item() == pytest.approx((1 + 4) / 2)
+
+
+MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
+
+
+def states(seed: int, width: int = 4) -> torch.Tensor:
+    return torch.randn(2, 3, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_pkd_compares_the_directions_of_the_first_real_token() -> None:
+    ours, theirs = torch.zeros(2, 3, 2), torch.zeros(2, 3, 2)
+    ours[0, 0], theirs[0, 0] = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.1])  # orthogonal: 2
+    ours[1, 1], theirs[1, 1] = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0])  # the same: 0
+    assert losses.pkd([ours], [theirs], MASK).item() == pytest.approx((2 + 0) / 2)
+    # Two layers add up; other tokens do not matter.
+    ours[:, 2] = 9.0
+    assert losses.pkd([ours] * 2, [theirs] * 2, MASK).item() == pytest.approx(2.0)
+
+
+def test_hidden_states_average_over_real_tokens_of_each_row() -> None:
+    ours, theirs = torch.zeros(2, 3, 2), torch.zeros(2, 3, 2)
+    ours[0, 0], ours[1, 2] = 1.0, 3.0
+    ours[0, 2] = 100.0  # padding
+    assert losses.hidden_states([ours], [theirs], MASK).item() == pytest.approx((1 / 2 + 9 / 2) / 2)
+
+
+def test_attentions_are_a_kl_over_the_rows_of_real_tokens() -> None:
+    ours = torch.full((2, 1, 3, 3), 1 / 3)
+    theirs = ours.clone()
+    theirs[0, 0, 0] = torch.tensor([1.0, 0.0, 0.0])
+    theirs[0, 0, 2] = torch.tensor([0.0, 1.0, 0.0])  # the row of a padding token
+    found = losses.attentions([ours], [theirs], MASK).item()
+    assert found == pytest.approx(math.log(3) / 2 / 2, rel=1e-5)
+
+
+def test_value_relations_need_no_equal_widths_and_ignore_padding() -> None:
+    values = states(1)
+    assert losses.value_relations(values, values, MASK, 2).item() == pytest.approx(0.0, abs=1e-7)
+    doubled = torch.cat([values, values], dim=-1)  # products over the root: √2 as large
+    assert losses.value_relations(values, doubled, MASK, 1).item() > 1e-3
+    padded = values.clone()
+    padded[MASK == 0] = 50.0
+    found = losses.value_relations(padded, states(2), MASK, 2)
+    assert found.item() == pytest.approx(
+        losses.value_relations(values, states(2), MASK, 2).item(), rel=1e-5
+    )
+
+
+def test_the_gradients_of_the_intermediate_terms_are_those_of_finite_differences() -> None:
+    ours, theirs = states(3).double().requires_grad_(), states(4).double()
+    terms = (
+        lambda x: losses.pkd([x], [theirs], MASK).double(),
+        lambda x: losses.hidden_states([x], [theirs], MASK).double(),
+        lambda x: losses.value_relations(x, theirs, MASK, 2).double(),
+        lambda x: losses.attentions(
+            [x[..., :3].softmax(-1)[:, None]], [theirs[..., :3].softmax(-1)[:, None]], MASK
+        ).double(),
+    )
+    for term in terms:
+        # float32 inside: a step that rounding leaves alone.
+        torch.autograd.gradcheck(term, ours, eps=1e-2, atol=2e-3, rtol=2e-2)

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ad2kit import metrics
 from ad2kit import recipe as recipes
+from ad2kit.data import load_data
 from ad2kit.errors import RecipeError
 from ad2kit.yaml_core import parse_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -19,20 +22,68 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> No
     assert recipes.load(name).name == name
 
 
+GLUE: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews",), "mnli": ("accuracy",), "mnli-mismatched": ("accuracy",),
+    "mrpc": ("f1", "accuracy"), "qnli": ("accuracy",), "qqp": ("f1", "accuracy"),
+    "rte": ("accuracy",), "sst2": ("accuracy",), "stsb": ("pearson", "spearman"),
+    "wnli": ("accuracy",),
+}  # fmt: skip
+
+
 def test_the_recipes_that_the_readme_names_are_shipped() -> None:
-    assert recipes.recipe_names() == ["demo", "smoke", "sst2", "sst2-minilm"]
+    published = {f"{name}-published" for name in GLUE}
+    others = {"custom", "demo", "smoke", "sst2-minilm"}
+    assert set(recipes.recipe_names()) == {*GLUE, *published, *others}
 
 
-def test_sst2_has_the_published_hyperparameters() -> None:
-    recipe = recipes.load("sst2")
+@pytest.mark.parametrize("name", GLUE)
+def test_a_published_recipe_has_the_published_hyperparameters(name: str) -> None:
+    recipe = recipes.load(f"{name}-published")
     adversary = recipe.distill.adversary
     assert recipe.teacher.model == "hub://google-bert/bert-base-uncased"
     assert recipe.student.layers == (1, 3, 5, 7, 9, 11)
     assert (recipe.distill.epochs, recipe.distill.warmup_ratio) == (6, 0.1)
+    assert recipe.distill.batch_size in (16, 32)
+    assert recipe.distill.lr in (1e-5, 3e-5, 5e-5, 7e-5, 9e-5, 1e-4)
     assert (recipe.distill.temperature, recipe.distill.alpha) == (1.0, 1.0)
     assert recipe.distill.max_grad_norm == 1.0
     assert (adversary.radius, adversary.step_size) == (1e-5, 1e-3)
     assert recipe.data.max_length_tokens == 512
+    assert recipe.data.select_from == "validation"
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_our_recipe_differs_from_the_published_one_where_we_say_so(name: str) -> None:
+    ours = recipes.load(name).model_dump()
+    theirs = recipes.load(f"{name}-published").model_dump()
+    assert ours["student"].pop("layers") == (0, 1, 2, 3, 4, 5)
+    assert ours["distill"]["adversary"].pop("radius") == 1e-3
+    assert ours["data"].pop("select_from") == "train"
+    for recipe in (ours, theirs):
+        del recipe["name"], recipe["description"]
+    del theirs["student"]["layers"], theirs["distill"]["adversary"]["radius"]
+    del theirs["data"]["select_from"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("name", "metrics"), GLUE.items())
+def test_a_glue_task_is_judged_by_its_own_metrics(name: str, metrics: tuple[str, ...]) -> None:
+    recipe = recipes.load(name)
+    assert recipe.data.judged_by == metrics
+    assert (recipe.data.source or "").startswith("hub://nyu-mll/glue/")
+
+
+@pytest.mark.parametrize("name", ["cola", "mrpc", "qnli", "rte", "sst2", "stsb"])
+def test_a_glue_recipe_reads_the_real_task(shared_data: Callable[[str], Path], name: str) -> None:
+    folder = shared_data(name)
+    with (folder / "train.tsv").open(encoding="utf-8") as file:
+        columns = file.readline().split("\t")[:-1]
+    recipe = recipes.load(name, [f"data.source={folder}", f"data.text_columns={columns}"])
+    data = load_data(recipe.data, recipe.seed)
+    assert len(columns) == len(recipes.load(name).data.text_columns)
+    assert (len(data.labels) == 1) == (name == "stsb")
+    teacher = data.validation.labels
+    assert metrics.score(recipe.data.judged_by, teacher, teacher) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,18 @@ import torch
 
 from ad2kit import adversary as adv
 from ad2kit.checkpoint import Evaluation
-from ad2kit.errors import DivergedError
-from ad2kit.losses import soft_target_kl, supervised
+from ad2kit.errors import DivergedError, ModelError
+from ad2kit.losses import soft_target_kl, soft_targets, supervised
 from ad2kit.objectives import distillation, finetuning
 from ad2kit.recipe import load
 from ad2kit.references import RANDOM
+from ad2kit.students import build_student
 from ad2kit.training import learning_rate, new_state, train
 from tests.models import batch, cpu, encoded, gradients, settings, teacher_logits, tiny_bert
 
 if TYPE_CHECKING:
     from ad2kit.records import StepRecord
+    from ad2kit.sections import Task
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smoke.json"
 
@@ -163,6 +165,105 @@ def test_a_batch_of_eight_is_two_of_four_accumulated(norm: str) -> None:
     torch.testing.assert_close(halves, whole, rtol=1e-3, atol=2e-4)
 
 
+def first_update(objective: Any, recipe: Any) -> torch.Tensor:
+    """Train one update over all texts and return the weights."""
+    accelerator = cpu()
+    state = new_state(tiny_bert(), recipe, accelerator)
+    next(
+        train(state, encoded(state.model), teacher_logits(), objective, recipe,
+              lambda _model: Evaluation(0.0), accelerator, phase="student", seed=1)
+    )  # fmt: skip
+    return torch.cat([p.detach().flatten() for p in state.model.module.parameters()])
+
+
+def test_a_batch_that_does_not_fit_is_split_with_the_same_result() -> None:
+    recipe = settings(epochs=2, batch_size=8, radius=1e-2)
+    whole = distillation(cpu(), recipe)
+    seen: list[int] = []
+
+    def small(model: Any, batch: Any, share: float) -> Any:
+        seen.append(len(batch.labels))
+        losses = whole(model, batch, share)
+        if len(batch.labels) > 2:
+            raise torch.OutOfMemoryError  # with gradients already there
+        return losses
+
+    torch.testing.assert_close(
+        first_update(small, recipe), first_update(whole, recipe), rtol=1e-3, atol=2e-4
+    )
+    assert seen == [8, 4, 2, 2, 2, 2]
+
+
+def test_a_single_text_that_does_not_fit_is_an_error_with_ways_out() -> None:
+    def never(_model: Any, _batch: Any, _share: float) -> Any:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(ModelError, match=r"student: one text of \d+ tokens does not fit") as caught:
+        first_update(never, settings(batch_size=8))
+    assert "compute.gradient_checkpointing=true" in caught.value.hint
+
+
+def test_a_students_weights_are_chosen_by_distance_and_a_teachers_by_score() -> None:
+    state = new_state(tiny_bert(), settings(), cpu())
+    for step, (score, distance) in enumerate(((0.9, 0.3), (0.8, 0.1), (1.0, 0.2))):
+        state.step = step
+        state.keep_if_best(Evaluation(score, distance))
+    assert (state.best_step, state.best_score) == (1, 0.8)
+    state = new_state(tiny_bert(), settings(), cpu())
+    for step, score in enumerate((0.8, 0.9, 0.9, 0.7)):
+        state.step = step
+        state.keep_if_best(Evaluation(score))
+    assert state.best_step == 2  # of equals the longer trained
+
+
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_the_scale_of_half_precision_does_not_reach_the_perturbation(start: str) -> None:
+    """Gradients times 2**16, as an fp16 scaler makes them, leave the same δ."""
+    plain = run_ad2(radius=1e-2, steps=2, step_size=6e-3, norm="l2", start=start)
+
+    class Scaler:
+        def scale(self, loss: torch.Tensor) -> torch.Tensor:
+            return loss * 2.0**16
+
+    accelerator = cpu()
+    accelerator.scaler = Scaler()
+    model = tiny_bert()
+    model.module.train()
+    recipe = settings(radius=1e-2, steps=2, step_size=6e-3, norm="l2", start=start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "backward", lambda loss: loss.backward())
+        torch.manual_seed(0)
+        losses = distillation(accelerator, recipe)(model, batch(model), 1.0)
+    if start == "zero":
+        assert losses.inner["inner_loss_after"] == pytest.approx(plain[1].inner["inner_loss_after"])
+    assert losses.inner["inner_loss_after"] > losses.inner["inner_loss_before"]
+
+
+def test_a_kd_weight_of_zero_leaves_the_adversarial_term_alone() -> None:
+    both, alone = run_ad2(radius=1e-2)[0], run_ad2(radius=1e-2, kd_weight=0.0)[0]
+    torch.testing.assert_close(alone, both - hand_written_kd(), rtol=1e-3, atol=1e-6)
+
+
+def test_an_unlabelled_row_teaches_through_the_teacher_alone() -> None:
+    model = tiny_bert()
+    data = batch(model)
+    unlabelled = replace(data, labels=torch.full_like(data.labels, -100))
+    losses = distillation(cpu(), settings(alpha=0.0, hard_label_weight=0.7))(model, unlabelled, 1.0)
+    torch.testing.assert_close(gradients(model), hand_written_kd(), rtol=1e-5, atol=1e-8)
+    assert losses.terms["supervised"] == 0.0
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression"])
+def test_the_adversary_raises_the_distance_of_every_task(task: Task) -> None:
+    model = tiny_bert(task=task)
+    data = batch(model)
+    losses = distillation(cpu(), settings(radius=1e-2, step_size=1e-2))(model, data, 1.0)
+    assert losses.inner["adversarial_gain"] > 0
+    told = teacher_logits(len(model.labels))
+    hand = soft_targets(task, model.module(**data.inputs).logits, told, 1.0)
+    assert losses.terms["kd"] == pytest.approx(hand.item(), rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_optimiser() -> None:
     model = tiny_bert()
     accelerator = cpu()
@@ -237,7 +338,7 @@ def twenty_steps() -> dict[str, list[dict[str, float]]]:
 
     follow("teacher", teacher, None, finetuning(accelerator), recipe.teacher.finetune)
     logits = predict_logits(teacher, split, torch.device("cpu"))
-    student = models.build_student(replace(teacher), recipe.student.layers or ())
+    student = build_student(replace(teacher), recipe.student.layers or ())
     follow("student", student, logits, distillation(accelerator, recipe.distill), recipe.distill)
     return curves
 

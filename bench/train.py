@@ -1,0 +1,249 @@
+"""What does AD2 cost beside fine-tuning, and beside AD2 written around a Hugging Face Trainer?
+
+    python bench/train.py sst2-minilm data.source=../shared/data/sst2 [--threads 2]
+    python bench/train.py sst2-minilm data.source=FOLDER teacher.model=FOLDER teacher.finetune=null
+
+Step times. An update of fine-tuning is a forward and a backward pass; if the backward pass counts
+as two forward ones, that is 3. AD2 adds the same again for the perturbed text: a floor of 2.0, if
+the first ascent step from zero costs no pass of its own. A random start needs one, a forward pass
+and that half of a backward pass that goes to δ and not to the weights: 8/3; and so does each
+further step. Measured is the whole update, with the teacher's answers stored; what it does but once
+for any system (clipping, AdamW) pulls a ratio below its floor. The systems take turns update by
+update, on the same batches and in an order that rotates, so that a noisy machine is as noisy to all
+of them. A ratio is the median over the updates of a system's time over fine-tuning's.
+
+Epochs. The same AD2 (ℓ∞, one step from zero) trains the same student under the same teacher with
+the same optimiser, rates, batch size and clipping, in ad2kit and in `hf_trainer.py`, in turns epoch
+by epoch. ad2kit's time holds one reading of the rows by the teacher, spread over the epochs that
+are run here (a recipe has more); neither holds tokenising. The peer pads to the maximum length,
+which the requirement means, and then to the longest text of the batch, to show how much is padding
+alone. Both keep their last weights. The bootstrap draws validation rows and not seeds: two
+trainings may differ by more than it says. Ends with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ad2kit import runtime
+from ad2kit.checkpoint import Evaluation
+from ad2kit.data import Data, Split, encode, load_data
+from ad2kit.metrics import paired_bootstrap, score, smallest_detectable_difference
+from ad2kit.models import TextModel, build_student, load_reference
+from ad2kit.objectives import distillation, finetuning
+from ad2kit.recipe import Recipe, load
+from ad2kit.sections import AdversaryRecipe, DistillRecipe, IntermediateRecipe
+from ad2kit.tasks import answers
+from ad2kit.training import new_state, predict_logits, train
+from bench import hf_trainer as peer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+
+    from ad2kit.objectives import Objective
+    from ad2kit.records import StepRecord
+    from ad2kit.sections import TrainRecipe
+
+WARM_UP = 3
+ATTACKS: dict[str, dict[str, object]] = {
+    "ad2": {}, "ad2_random_start": {"start": "random"}, "ad2_two_steps": {"steps": 2},
+}  # fmt: skip
+FLOORS = {"finetune": 1, "kd": 1, "ad2": 2, "ad2_random_start": 8 / 3, "ad2_two_steps": 8 / 3}
+AT_MOST, PEER_AT_LEAST = {"ad2": 2.3, "ad2_random_start": 2.9}, 3.0  # required on a CPU
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A recipe with its data, its finished teacher, and a place to run them."""
+
+    recipe: Recipe
+    data: Data
+    accelerator: Accelerator
+    teacher: TextModel
+
+    def student(self) -> TextModel:
+        """Return the untrained student, each time the same."""
+        layers = self.recipe.student.layers or range(self.teacher.module.config.num_hidden_layers)
+        return build_student(self.teacher, layers)
+
+    def rows(self, count: int) -> Split:
+        """Return training rows, which the recipe's seed has shuffled."""
+        return self.data.train.take(np.arange(min(count, len(self.data.train))))
+
+    def logits(self, model: TextModel, split: Split) -> tuple[torch.Tensor, float]:
+        """Return a model's logits, and how many seconds it read for them."""
+        encoded = encode(split, model.tokenizer, self.recipe.data.max_length_tokens)
+        start = time.perf_counter()
+        logits = predict_logits(model, encoded, self.accelerator.device)
+        return logits, time.perf_counter() - start
+
+    def judge(self, model: TextModel) -> tuple[np.ndarray, float]:
+        """Return a model's answers to the validation rows, and what they are worth."""
+        split, metrics = self.data.validation, self.recipe.data.judged_by
+        found = answers(self.data.task, self.logits(model, split)[0].numpy())
+        return found, score(metrics, found, split.labels)
+
+    def updates(
+        self, model: TextModel, split: Split, logits: torch.Tensor | None, objective: Objective,
+        settings: TrainRecipe,
+    ) -> Iterator[StepRecord]:  # fmt: skip
+        """Return the updates of a training, none of them done yet."""
+        return train(
+            new_state(model, settings, self.accelerator),
+            encode(split, model.tokenizer, self.recipe.data.max_length_tokens),
+            logits, objective, settings, lambda _model: Evaluation(0.0), self.accelerator,
+            phase="teacher" if logits is None else "student", seed=self.recipe.seed,
+        )  # fmt: skip
+
+
+def set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Workbench]:
+    """Read the command line; load the data, and load or briefly fine-tune the teacher."""
+    parser.add_argument("recipe", help="name or path")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--threads", type=int, help="of torch; default: the recipe's")
+    parser.add_argument("--teacher-rows", type=int, default=2048, help="to fine-tune the teacher")
+    options = parser.parse_intermixed_args()
+    threads = [f"compute.threads={options.threads}"] if options.threads else []
+    recipe = load(options.recipe, [*options.overrides, *threads])
+    if recipe.student.model is not None or recipe.data.task != "single_label":
+        parser.error("needs a student made of the teacher's layers, and a single_label task")
+    settings, data = recipe.teacher.finetune, load_data(recipe.data, recipe.seed)
+    accelerator = runtime.accelerator(recipe.compute)
+    teacher = load_reference(
+        recipe.teacher.model, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
+    )
+    bench = Workbench(recipe, data, accelerator, teacher)
+    teacher.module.to(accelerator.device)
+    if settings is not None:
+        torch.manual_seed(recipe.seed)
+        rows, objective = bench.rows(options.teacher_rows), finetuning(accelerator)
+        run(bench.updates(teacher, rows, None, objective, settings))
+    print(f"teacher: {bench.judge(teacher)[1]:.4f} on the validation rows", flush=True)
+    return options, bench
+
+
+def plain_ad2(recipe: Recipe, **changes: Any) -> DistillRecipe:
+    """Return the recipe's distillation as AD2 alone: one step from zero, no further terms."""
+    theirs = recipe.distill.adversary
+    changes = {
+        "kd_weight": 1.0, "hard_label_weight": 0.0, "intermediate": IntermediateRecipe(),
+        "adversary": AdversaryRecipe(radius=theirs.radius, step_size=theirs.step_size), **changes,
+    }  # fmt: skip
+    return recipe.distill.model_copy(update=changes)
+
+
+def run(updates: Iterator[StepRecord], count: int | None = None) -> float:
+    """Do some updates, or all that are left, and return the seconds."""
+    start = time.perf_counter()
+    deque(itertools.islice(updates, count), maxlen=0)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def step_times(bench: Workbench, steps: int) -> dict[str, float]:
+    """Print a table of step times; return each system's median ratio over fine-tuning."""
+    accelerator, total, batch = bench.accelerator, WARM_UP + steps, bench.recipe.distill.batch_size
+    split = bench.rows(total * batch)
+    (logits, _), ad2 = bench.logits(bench.teacher, split), plain_ad2(bench.recipe)
+    plain = distillation(accelerator, plain_ad2(bench.recipe, alpha=0.0))
+    objectives = {"finetune": finetuning(accelerator), "kd": plain}
+    for name, changes in ATTACKS.items():
+        attack = ad2.adversary.model_copy(update=changes)
+        objectives[name] = distillation(accelerator, plain_ad2(bench.recipe, adversary=attack))
+    enough = ad2.model_copy(update={"epochs": -(-total // -(-len(split) // batch))})
+    systems = {
+        name: bench.updates(bench.student(), split, logits, objective, enough)
+        for name, objective in objectives.items()
+    }
+    names, times = list(systems), {name: np.zeros(total) for name in systems}
+    for step in range(total):
+        shift = step % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name][step] = run(systems[name], 1)
+    print(f"\n{'step time':<18}{'ms':>8}{'ratio':>8}{'middle half':>15}{'floor':>7}{'at most':>9}")
+    medians = {}
+    for name in names:
+        ratios, most = times[name][WARM_UP:] / times["finetune"][WARM_UP:], AT_MOST.get(name)
+        low, medians[name], high = np.percentile(ratios, (25, 50, 75)).tolist()
+        missed = "  missed" if most and medians[name] > most else ""
+        print(f"{name:<18}{1e3 * np.median(times[name][WARM_UP:]):>8.1f}{medians[name]:>8.2f}"
+              f"{f'{low:.2f} to {high:.2f}':>15}{FLOORS[name]:>7.2f}{most or '':>9}{missed}",
+              flush=True)  # fmt: skip
+    return medians
+
+
+def epochs(bench: Workbench, rows: int, count: int, padding: str) -> dict[str, float]:
+    """Train the student in both ways, each with random draws of its own; time and judge them."""
+    recipe, split, settings = bench.recipe, bench.rows(rows), plain_ad2(bench.recipe, epochs=count)
+    logits, reading_s = bench.logits(bench.teacher, split)
+    ours, theirs = bench.student(), bench.student()
+    objective = distillation(bench.accelerator, settings)
+    updates = bench.updates(ours, split, logits, objective, settings)
+
+    def our_epoch(epoch: int) -> float:
+        with runtime.seeded(recipe.seed + epoch):
+            return run(updates, -(-len(split) // settings.batch_size))
+
+    values = settings.model_dump() | settings.adversary.model_dump() | {
+        "seed": recipe.seed, "padding": padding, "max_length": recipe.data.max_length_tokens,
+        "on_cpu": bench.accelerator.device.type == "cpu",
+    }  # fmt: skip
+    same = peer.Settings(**{field.name: values[field.name] for field in fields(peer.Settings)})
+    turns, teacher = peer.Turns(our_epoch), bench.teacher.module
+    with tempfile.TemporaryDirectory() as folder:
+        peer.train(theirs.module, teacher, theirs.tokenizer, split.texts, same, turns, folder)
+    (found, our_score), (others, their_score) = bench.judge(ours), bench.judge(theirs)
+    labels, samples = bench.data.validation.labels, recipe.parity.bootstrap_samples
+    draws = paired_bootstrap(recipe.data.judged_by, [found, others], labels, samples, recipe.seed)
+    low, high = np.percentile(draws[:, 0] - draws[:, 1], [2.5, 97.5]).tolist()
+    return {
+        "ad2kit_s": sum(turns.others) / count, "teacher_s": reading_s / count,
+        "peer_s": sum(turns.own) / count, "ratio": sum(turns.own) / (sum(turns.others) + reading_s),
+        "ad2kit_score": our_score, "peer_score": their_score,
+        "difference_low": low, "difference_high": high,
+        "smallest_detectable": smallest_detectable_difference(draws, len(labels)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20, help="timed updates of each system")
+    parser.add_argument("--rows", type=int, default=512, help="of an epoch")
+    parser.add_argument("--epochs", type=int, default=3)
+    options, bench = set_up(parser)
+    ratios = step_times(bench, options.steps)
+    print(f"\n{'peer pads to':<13}{'ad2kit s/epoch':>15}{'+ teacher':>10}{'peer s/epoch':>14}"
+          f"{'ratio':>7}{'scores':>15}{'difference, 95 %':>20}{'detectable':>12}")  # fmt: skip
+    found = {}
+    for padding in ("max_length", "longest"):
+        found[padding] = one = epochs(bench, options.rows, options.epochs, padding)
+        interval = f"{one['difference_low']:+.4f} to {one['difference_high']:+.4f}"
+        print(f"{padding:<13}{one['ad2kit_s']:>15.2f}{one['teacher_s']:>10.2f}"
+              f"{one['peer_s']:>14.2f}{one['ratio']:>7.2f}{one['ad2kit_score']:>8.4f}"
+              f"{one['peer_score']:>7.4f}{interval:>20}{one['smallest_detectable']:>12.4f}",
+              flush=True)  # fmt: skip
+    print(f"required of max_length: a ratio of at least {PEER_AT_LEAST}")
+    print(json.dumps({
+        **vars(options), "rows": len(bench.rows(options.rows)),
+        **{f"{name}_over_finetune": value for name, value in ratios.items() if name != "finetune"},
+        "peer_over_ad2kit": found["max_length"]["ratio"], "peer_pads_to": found,
+        "environment": runtime.environment(torch.get_num_threads(), bench.accelerator.device.type),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The whole chain for every kind of task, on tiny real models and made-up rows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import ad2kit
+from ad2kit import recipe as recipes
+from ad2kit.distill import distill
+from ad2kit.errors import DataError, ModelError
+from ad2kit.export import export
+from ad2kit.parity import parity
+from ad2kit.run_dir import RunDir, open_run
+from tests.conftest import QUICK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TASKS: dict[str, dict[str, Any]] = {
+    "three classes of pairs": {"text_columns": ["first", "second"], "label_column": "label"},
+    "several labels": {
+        "text_columns": ["first"], "label_column": "label", "task": "multi_label",
+        "metrics": ["micro_f1", "accuracy"],
+    },
+    "a number": {
+        "text_columns": ["first", "second"], "label_column": "label", "task": "regression",
+    },
+}  # fmt: skip
+
+
+def rows(task: str, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Texts whose label is the number, or the set, of the words that they hold."""
+    generator = np.random.default_rng(seed)
+    words = ("red", "green", "blue")
+    for number in range(count):
+        held = [word for word in words if generator.random() < 0.5]
+        text = " ".join(generator.permutation([*held, "paper", "stone", f"n{number % 7}"]))
+        labels = {
+            "three classes of pairs": min(len(held), 2),
+            "several labels": held,
+            "a number": len(held) + 0.5,
+        }
+        yield {"first": f"{text} {seed}", "second": "how many colours", "label": labels[task]}
+
+
+LEARNS = (
+    "teacher.finetune.epochs=15", "teacher.finetune.lr=2e-3", "distill.epochs=4",
+    "distill.lr=2e-3", "parity.bootstrap_samples=200",
+)  # fmt: skip
+
+
+def chain(task: str, folder: Path, **data: Any) -> RunDir:
+    for seed, (name, count) in enumerate((("train", 400), ("validation", 150))):
+        lines = (json.dumps(row) for row in rows(task, seed, count))
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    plain = recipes.load("smoke", [*QUICK, *LEARNS]).model_dump(mode="json")
+    plain["data"] = {"source": str(folder), "max_length_tokens": 32, **TASKS[task], **data}
+    run = open_run(recipes.from_data(plain, where=task), folder / "runs")
+    distill(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
+    found = {}
+    for task in TASKS:
+        found[task] = chain(task, tmp_path_factory.mktemp("task"))
+        export(found[task])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
+    report = parity(runs[task])
+    assert report.passed, report.failures()
+    assert report.teacher_score > 0.6  # it has learnt the task
+    metrics = {
+        "three classes of pairs": {"accuracy"},
+        "several labels": {"micro_f1", "accuracy"},
+        "a number": {"pearson", "spearman"},
+    }[task]
+    for verdict in report.variants:
+        assert set(verdict.metrics) == metrics
+        assert verdict.score == pytest.approx(np.mean(list(verdict.metrics.values())))
+    names = {check.name for check in report.variants[1].checks}
+    expected = {
+        "three classes of pairs": {"label flips", "classes predicted", "accuracy retained"},
+        "several labels": {"labels that only the teacher gives", "label flips"},
+        "a number": {"correlation with fp32", "different values predicted",
+                     "pearson and spearman retained"},
+    }[task]  # fmt: skip
+    assert expected <= names
+
+
+@pytest.mark.slow
+def test_predictions_have_the_form_of_their_task(runs: dict[str, RunDir]) -> None:
+    for run in runs.values():
+        parity(run)
+    pair = ad2kit.load(runs["three classes of pairs"].path)
+    (answer,) = pair.predict([("red stone blue", "how many colours")])
+    assert set(answer.as_dict()) == {"label", "score", "scores", "tokens", "truncated"}
+    assert answer.label in ("0", "1", "2")
+    several = ad2kit.load(runs["several labels"].path)
+    both, none = several.predict(["red paper blue stone", "paper stone"])
+    assert both.labels is not None
+    assert none.labels is not None
+    for each in (both, none):
+        assert set(each.labels or ()) == {n for n, p in each.scores.items() if p > 0.5}
+        assert set(each.as_dict()) == {"labels", "scores", "tokens", "truncated"}
+    number = ad2kit.load(runs["a number"].path)
+    few, many = number.predict(
+        [("paper stone", "how many colours"), ("red green blue", "how many colours")]
+    )
+    assert few.value is not None
+    assert many.value is not None
+    assert many.value > few.value
+    assert set(many.as_dict()) == {"value", "tokens", "truncated"}
+
+
+@pytest.mark.slow
+def test_a_lost_label_and_a_constant_value_fail_their_gates() -> None:
+    from ad2kit.gate import distillation_quality
+    from ad2kit.sections import ParityRecipe
+    from tests.integration.test_parity import judged
+
+    labels = np.tile([[1, 0], [0, 1], [1, 1], [0, 0]], (25, 1)).astype(np.float32)
+    teacher = (2 * labels - 1).astype(np.float32)
+    student = teacher.copy()
+    student[:, 1] = -1
+    reference = judged(labels, teacher, student, "multi_label")
+    verdict = distillation_quality(
+        "fp32", "", student, reference, ("a", "b"), (), ParityRecipe(), 0
+    )
+    failed = {check.name for check in verdict.checks if not check.passed}
+    assert "labels that only the teacher gives" in failed
+    values = np.linspace(0, 5, 100, dtype=np.float32)
+    constant = np.ones((100, 1), dtype=np.float32)
+    reference = judged(values, values[:, None], constant, "regression")
+    verdict = distillation_quality("fp32", "", constant, reference, ("x",), (), ParityRecipe(), 0)
+    failed = {check.name for check in verdict.checks if not check.passed}
+    assert failed == {
+        "different values predicted", "pearson and spearman retained",
+        "pearson and spearman retained, lower 95 % bound",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_unlabelled_texts_reach_the_student_through_its_teacher(tmp_path: Path) -> None:
+    more = tmp_path / "more.txt"
+    more.write_text("".join(f"{row['first']}\n" for row in rows("several labels", 5, 60)))
+    run = chain("several labels", tmp_path)
+    with_more = chain("several labels", tmp_path, unlabelled=[str(more)])
+    plain, enlarged = (
+        [json.loads(line)["total_steps"] for line in r.curve("student").read_text().splitlines()]
+        for r in (run, with_more)
+    )
+    assert plain[0] == 4 * -(-320 // 32)
+    assert enlarged[0] == 4 * -(-380 // 32)
+    facts = json.loads(with_more.distill_report.read_text())["splits"]
+    assert (facts["train"]["rows"], facts["unlabelled"]["rows"]) == (320, 60)
+    # The teacher has not seen them, and is the same one.
+    assert (run.teacher / "model.safetensors").samefile(with_more.teacher / "model.safetensors")
+
+
+def test_class_labels_in_a_regression_are_refused_before_any_training(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "fine\tgood\nbad\tbad\n" * 20)
+    (tmp_path / "validation.tsv").write_text("text\tlabel\nwell\tgood\nill\tbad\n")
+    recipe = recipes.load("smoke", [f"data.source={tmp_path}", "data.task=regression"])
+    with pytest.raises(DataError, match="must be a finite number, found 'good'") as caught:
+        distill(open_run(recipe, tmp_path / "runs"))
+    assert "data.task=single_label" in caught.value.hint
+
+
+def test_a_finished_teacher_with_another_number_of_labels_is_refused(
+    finished_run: RunDir, tmp_path: Path
+) -> None:
+    rows = "".join(f"t{i} word\t{i % 3}\n" for i in range(60))
+    (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows}")
+    (tmp_path / "validation.tsv").write_text(f"text\tlabel\n{rows.replace('word', 'other')}")
+    recipe = recipes.load(
+        "smoke", [f"data.source={tmp_path}", f"teacher.model={finished_run.teacher}",
+                  "teacher.finetune=null"]
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="the teacher's labels differ from the data's") as caught:
+        distill(open_run(recipe, tmp_path / "runs"))
+    assert "{0: 'negative', 1: 'positive'}" in caught.value.message
+    assert "{0: '0', 1: '1', 2: '2'}" in caught.value.message
