@@ -73,24 +73,25 @@ def recipes(as_json: Json = False) -> None:
 def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a recipe, its data and its teacher; train nothing."""
     from ad2kit.data import load_data
+    from ad2kit.labels import balance, counts
     from ad2kit.recipe import load
     from ad2kit.references import RANDOM, find_model
     from ad2kit.terminal import print_json
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    for key, model in (
-        ("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)
-    ):  # fmt: skip
+    for key, model in {"teacher": recipe.teacher.model, "student": recipe.student.model}.items():
         if model not in (None, RANDOM):
-            find_model(model, key=key)
+            find_model(model, key=f"{key}.model")
     sizes = {name: len(split) for name, split in data.splits().items()}
     if as_json:
         print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
         return
     typer.echo(recipe.model_dump_json(indent=2))
     rows = ", ".join(f"{name} {count}" for name, count in sizes.items())
-    typer.echo(f"ok: labels {', '.join(data.labels)}; rows {rows}; teacher {recipe.teacher.model}")
+    found = counts(data.task, data.train.labels, data.labels)
+    typer.echo(f"labels in train: {balance(found, len(data.train)) or 'numbers'}")
+    typer.echo(f"ok: {data.task}; rows {rows}; teacher {recipe.teacher.model}")
 
 
 @app.command()

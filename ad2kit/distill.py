@@ -15,6 +15,7 @@ from ad2kit.curve import read_curve, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
 from ad2kit.intermediate import comparison
+from ad2kit.labels import balance, counts
 from ad2kit.losses import soft_targets
 from ad2kit.metrics import score
 from ad2kit.objectives import distillation, finetuning
@@ -68,6 +69,10 @@ def distill(
         torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
     ) | {"compile": str(recipe.compute.compile)}
     data = datasets.load_data(recipe.data, recipe.seed)
+    if data.task != "regression":
+        train = data.train
+        shares = balance(counts(data.task, train.labels, data.labels), len(train))
+        logger.info("train: %d rows; %s", len(train), shares)
     trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
     stage = _Stage(run, recipe, data, trainer)
 

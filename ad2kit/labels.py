@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # What a row without a label holds: PyTorch's ignore_index for class ids, NaN for the others.
 NO_CLASS = -100
+# Below this share of the rows a label is called rare.
+_RARE = 0.1
 
 
 def label_names(
@@ -90,6 +92,15 @@ def counts(task: Task, labels: NDArray[Any], names: tuple[str, ...]) -> dict[str
         np.bincount(labels, minlength=len(names)) if task == "single_label" else labels.sum(axis=0)
     )
     return {name: int(count) for name, count in zip(names, per_label, strict=True)}
+
+
+def balance(found: dict[str, int], rows: int) -> str:
+    """Return in words how the labels are shared out over the rows, and who comes short."""
+    shares = ", ".join(f"{name} {count} ({count / rows:.1%})" for name, count in found.items())
+    rare = [name for name, count in found.items() if count < _RARE * rows]
+    if not rare:
+        return shares
+    return f"{shares}; rare, and left as they are: {', '.join(rare)}"
 
 
 def _class(where: str, row: dict[str, Any], column: str) -> str:

@@ -108,7 +108,11 @@ def report(run: RunDir) -> Path:
         )
         for name, facts in distilled.splits.items()
     ]  # fmt: skip
-    training = f"{distilled.steps} updates, best at {distilled.best_step}; {distilled.verdict}."
+    training = (
+        f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
+        f"({distilled.examples_per_s:.0f} examples/s), best at {distilled.best_step}; "
+        f"{distilled.verdict}. Peak memory: {_memory(distilled.peak_memory_mb)}."
+    )
     bento = []
     if run.bento_record.is_file():
         record = BentoRecord.read(run.bento_record)
@@ -130,6 +134,10 @@ def report(run: RunDir) -> Path:
     )
     write_text(run.report, f"{text}\n")
     return run.report
+
+
+def _memory(peak_mb: dict[str, float]) -> str:
+    return ", ".join(f"{name} {mb:,.0f} MB" for name, mb in peak_mb.items())
 
 
 def _shape(latency: LatencyReport) -> tuple[int, int]:

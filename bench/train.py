@@ -39,10 +39,11 @@ from ad2kit import runtime
 from ad2kit.checkpoint import Evaluation
 from ad2kit.data import Data, Split, encode, load_data
 from ad2kit.metrics import paired_bootstrap, score, smallest_detectable_difference
-from ad2kit.models import TextModel, build_student, load_reference
+from ad2kit.models import TextModel, load_reference
 from ad2kit.objectives import distillation, finetuning
 from ad2kit.recipe import Recipe, load
 from ad2kit.sections import AdversaryRecipe, DistillRecipe, IntermediateRecipe
+from ad2kit.students import build_student
 from ad2kit.tasks import answers
 from ad2kit.training import new_state, predict_logits, train
 from bench import hf_trainer as peer

@@ -14,9 +14,13 @@ import transformers
 
 from ad2kit import adversary as adv
 from ad2kit import models, recipe
+from ad2kit.classifier import OnnxClassifier
+from ad2kit.distill import distill
 from ad2kit.errors import ModelError
+from ad2kit.export import export
 from ad2kit.intermediate import comparison
 from ad2kit.objectives import distillation
+from ad2kit.parity import parity
 from ad2kit.run_dir import open_run
 from ad2kit.sections import ComputeRecipe, IntermediateRecipe
 from ad2kit.students import build_student, layer_stack
@@ -43,6 +47,12 @@ CONVERSION = {
     "converted logits not finite", "label agreement with fp32",
     "label agreement with fp32, one by one",
 }  # fmt: skip
+
+
+SHORT = (
+    "teacher.finetune.epochs=1", "distill.epochs=1", "data.max_train_rows=300",
+    "data.max_length_tokens=40", "parity.bootstrap_samples=100",
+)  # fmt: skip
 
 
 def layers(model: TextModel) -> list[torch.nn.Module]:
@@ -81,16 +91,8 @@ def forward(model: TextModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Te
 @each_family
 @pytest.mark.slow
 def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path) -> None:
-    from ad2kit.classifier import OnnxClassifier
-    from ad2kit.distill import distill
-    from ad2kit.export import export
-    from ad2kit.parity import parity
-
-    overrides = [
-        f"teacher.model={families.save(family, tmp_path / 'teacher')}", "teacher.finetune.epochs=1",
-        "student.layers=[0, 3]", "distill.epochs=1", "data.max_train_rows=300",
-        "data.max_length_tokens=40", "parity.bootstrap_samples=100",
-    ]  # fmt: skip
+    teacher = families.save(family, tmp_path / "teacher")
+    overrides = [f"teacher.model={teacher}", "student.layers=[0, 3]", *SHORT]
     run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
     distilled = distill(run)
     assert distilled.steps == 8  # 240 rows in batches of 32
@@ -298,3 +300,28 @@ def test_a_tokenizer_with_segments_fits_a_family_without_them(family: str, tmp_p
     assert set(inputs) == {"input_ids", "attention_mask"}
     expected = families.tiny(family)
     assert torch.equal(forward(model, inputs)[0], forward(expected, batch(expected).inputs)[0])
+
+
+@pytest.mark.slow
+def test_a_student_of_another_family_width_and_tokenizer_learns_from_the_teacher(
+    tmp_path: Path,
+) -> None:
+    """Token by token they have nothing in common; their answers they have."""
+    folder = families.save("roberta", tmp_path / "student")
+    overrides = [f"student.model={folder}", "student.layers=[0, 2]", *SHORT]
+    run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
+    report = distill(run)
+    assert report.mean_clean_kl > 0
+    student = models.load(run.student, report.labels)
+    assert student.module.config.model_type == "roberta"
+    assert student.module.config.num_hidden_layers == 2
+    teacher = models.load(run.teacher, report.labels)
+    assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+    export(run)
+    failed = {check.name for verdict in parity(run).variants for check in verdict.checks
+              if check.question == "export fidelity" and not check.passed}  # fmt: skip
+    assert failed == set()
+    more = recipe.load("smoke", [*overrides, "distill.intermediate.hidden_states=1"])
+    other = open_run(more, tmp_path / "runs")
+    with pytest.raises(ModelError, match="the student has a tokenizer of its own"):
+        distill(other)

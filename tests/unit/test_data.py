@@ -11,6 +11,7 @@ import pytest
 
 from ad2kit.data import Data, epoch_batches, load_data
 from ad2kit.errors import DataError
+from ad2kit.labels import balance
 from ad2kit.sections import DataRecipe
 
 if TYPE_CHECKING:
@@ -286,6 +287,11 @@ def test_a_label_that_does_not_fit_the_task_is_refused(
     source = values(tmp_path, ("a", "1"), ("b", label), ("c", "0"))
     with pytest.raises(DataError, match=rf"line 2: .*{expected}"):
         load_data(recipe(source, task=task), 1)
+
+
+def test_an_imbalance_is_said_in_words() -> None:
+    assert balance({"a": 60, "b": 40}, 100) == "a 60 (60.0%), b 40 (40.0%)"
+    assert balance({"a": 95, "b": 5}, 100).endswith("; rare, and left as they are: b")
 
 
 def test_a_pair_recipe_on_single_texts_is_refused(tmp_path: Path) -> None:
