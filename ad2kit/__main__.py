@@ -14,6 +14,8 @@ def main() -> None:
     """Run the command line; every way to end has its exit code (see :mod:`ad2kit.errors`)."""
     try:
         code = app(standalone_mode=False)
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # newer typers catch it, and say nothing
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):

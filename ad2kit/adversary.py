@@ -93,8 +93,10 @@ def ascend(
     if adversary.norm == "linf":
         direction = gradient.sign()
     else:
-        norms = gradient.flatten(1).norm(dim=1)
-        direction = gradient / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None, None]
+        norms = gradient.flatten(1).norm(dim=1)[:, None, None]
+        # In fp16 a gradient may overflow; the loss scaler then skips the update.
+        usable = norms.isfinite() & (norms > 0)
+        direction = torch.where(usable, gradient / torch.where(usable, norms, 1.0), 0.0)
     return project(delta.detach() + adversary.step_size * direction, attention_mask, adversary)
 
 

@@ -197,7 +197,7 @@ class _Stage:
         inputs = fingerprint(
             recipe.seed, self.data_sha256(), recipe.teacher.model_dump(mode="json")
         )
-        if not (run.teacher / models.MANIFEST).is_file():
+        if self._has_no_teacher():
             self._make_teacher(inputs)
         # As a resumed run finds it: a tokenizer is not the same object after a round trip.
         teacher = models.load(run.teacher, data.labels, data.task)
@@ -208,6 +208,13 @@ class _Stage:
             )
         logger.info("teacher: %s", run.teacher)
         return teacher
+
+    def _has_no_teacher(self) -> bool:
+        """Look whether the teacher is there: all processes before the first of them makes one."""
+        self.accelerator.wait_for_everyone()
+        missing = not (self.run.teacher / models.MANIFEST).is_file()
+        self.accelerator.wait_for_everyone()
+        return missing
 
     def _make_teacher(self, inputs: str) -> None:
         """Take over the teacher of another run, or train it; all processes take part."""
@@ -224,8 +231,7 @@ class _Stage:
         )  # fmt: skip
         if first and store.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
-        self.accelerator.wait_for_everyone()
-        if not (run.teacher / models.MANIFEST).is_file():
+        if self._has_no_teacher():
             teacher = models.load_reference(
                 source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
             )

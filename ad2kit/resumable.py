@@ -90,6 +90,8 @@ class Trainer:
                     logger.info("%s: stopped after update %d, saved", phase, record.step)
                     raise KeyboardInterrupt
         state.model.module.load_state_dict(state.best_weights, strict=True)
+        # Else the next training would hold this one's moments, and unscale its gradients in fp16.
+        accelerator.free_memory()
         return state
 
     def clean_up(self, phase: str) -> None:

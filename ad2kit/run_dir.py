@@ -29,7 +29,7 @@ from ad2kit.errors import RecipeError, RunError, no_room_left
 from ad2kit.files import fingerprint, sha256_of, sweep, write_record
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.records import OnnxArtifact, ParityReport
-from ad2kit.runtime import is_first_process
+from ad2kit.runtime import first_process_first, is_first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -163,6 +163,13 @@ def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunD
         RunError: ``folder`` holds a run of another recipe, or something that is no run.
     """
     run = RunDir(folder or runs_dir / f"{recipe.name}-{_training_part(recipe)[:8]}")
+    # The others of several processes find what the first has made.
+    with first_process_first(recipe.compute):
+        _open(run, recipe)
+    return run
+
+
+def _open(run: RunDir, recipe: Recipe) -> None:
     if run.recipe_file.is_file():
         theirs = run.recipe
         if _training_part(theirs) != _training_part(recipe):
@@ -178,7 +185,7 @@ def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunD
         )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        if is_first_process() or not run.recipe_file.is_file():
+        if is_first_process():
             write_record(run.recipe_file, recipe)
     except OSError as error:
         if no_room_left(error):
@@ -187,7 +194,6 @@ def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunD
             f"cannot make the run folder {run.path}: {error.strerror}",
             hint="name a folder that can be written, with --runs-dir or --run",
         ) from error
-    return run
 
 
 def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:

@@ -105,7 +105,8 @@ def accelerator(compute: ComputeRecipe) -> Accelerator:
             f"the recipe asks for device 'cuda', but torch {torch.__version__} sees no CUDA device",
             hint="set compute.device=cpu, or see `ad2kit doctor`",
         )
-    torch.set_num_threads(compute.threads or available_cpus())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(compute.threads or max(1, available_cpus() // here))
     # Accelerate keeps one state per process; two runs in it may differ in precision. The part that
     # holds the connection between processes stays.
     AcceleratorState._reset_state(reset_partial_state=processes() == 1)  # noqa: SLF001
@@ -123,6 +124,25 @@ def processes() -> int:
 def is_first_process() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def first_process_first(compute: ComputeRecipe) -> Iterator[None]:
+    """Let the first of several processes through the block, then the others, to its end or error.
+
+    All of them have to come here.
+    """
+    if processes() == 1:
+        yield
+        return
+    ours = accelerator(compute)
+    if not ours.is_main_process:
+        ours.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if ours.is_main_process:
+            ours.wait_for_everyone()
 
 
 def peak_memory_mb() -> dict[str, float]:
@@ -173,8 +193,9 @@ def seeded(seed: int) -> Iterator[None]:
     """Seed torch's generators for the block and put their states back afterwards."""
     import torch
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # Models are made on the CPU; without devices there is no warning about several of them.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -171,15 +171,11 @@ def _sum_over_processes(model: TextModel, sums: StepLosses, accelerator: Acceler
     """Add up gradients and losses: each process has scaled its own by its share of the rows."""
     if accelerator.num_processes == 1:
         return sums
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    flat = accelerator.reduce(flat, "sum")
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, gradient in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    # All run the same graph: what has no gradient here has none elsewhere, and stays out of AdamW.
+    found = [p.grad for p in model.module.parameters() if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in found]), "sum")
+    for mine, total in zip(found, flat.split([g.numel() for g in found]), strict=True):
+        mine.copy_(total.view_as(mine))
     values = [sums.loss, *sums.terms.values(), *sums.inner.values()]
     added = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
     last = 1 + len(sums.terms)

@@ -51,7 +51,6 @@ class Settings:
     seed: int
     max_length: int
     padding: str
-    on_cpu: bool
 
 
 class AD2Trainer(Trainer):
@@ -129,13 +128,13 @@ def train(
     columns = [list(column) for column in zip(*texts, strict=True)]
     tokens = tokenizer(*columns, truncation=True, max_length=settings.max_length)
     arguments = TrainingArguments(
-        folder, num_train_epochs=settings.epochs, seed=settings.seed, use_cpu=settings.on_cpu,
+        folder, num_train_epochs=settings.epochs, seed=settings.seed, use_cpu=True,
         per_device_train_batch_size=settings.batch_size // settings.accumulation_steps,
         gradient_accumulation_steps=settings.accumulation_steps, optim="adamw_torch_fused",
         learning_rate=settings.lr, warmup_ratio=settings.warmup_ratio,
         weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
         save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=not settings.on_cpu,
+        remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = AD2Trainer(
         teacher,

@@ -173,10 +173,9 @@ def main() -> None:
         print(f"{name:<11}{made_s:>8.2f}{read_s:>9.2f}{trained_s:>9.2f}"
               f"{1e3 * one['sentence_s']:>15.2f}{one['over_ad2']:>20.2f}"
               f"{one['first_epoch_over_ad2']:>11.2f}", flush=True)  # fmt: skip
-    device = bench.accelerator.device.type
     print(json.dumps({
         **vars(options), "rows": len(split), "epochs": epochs, "systems": found,
-        "environment": environment(torch.get_num_threads(), device),
+        "environment": environment(torch.get_num_threads()),
     }))  # fmt: skip
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Real data lies beside the checkout on the machines of the developers.
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
+RECIPES = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")}
+
 # The smoke recipe, shortened: seconds for the whole chain.
 QUICK = (
     "teacher.finetune.epochs=2",

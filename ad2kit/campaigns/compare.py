@@ -34,7 +34,7 @@ from ad2kit.files import fingerprint, write_record, write_text
 from ad2kit.recipe import from_data
 from ad2kit.records import ModelManifest
 from ad2kit.run_dir import open_run
-from ad2kit.runtime import accelerator
+from ad2kit.runtime import accelerator, is_first_process
 from ad2kit.tasks import answers
 from ad2kit.training import predict_logits
 
@@ -128,10 +128,11 @@ def compare(
         environment=environment,
     )
     folder = runs_dir / f"compare-{recipe.name}-{report.inputs[:8]}"
-    folder.mkdir(exist_ok=True)
-    write_record(folder / "compare.json", report)
-    write_text(folder / "compare.md", markdown(report))
-    plot(report, folder / "compare.svg")
+    if is_first_process():
+        folder.mkdir(exist_ok=True)
+        write_record(folder / "compare.json", report)
+        write_text(folder / "compare.md", markdown(report))
+        plot(report, folder / "compare.svg")
     return report, folder
 
 

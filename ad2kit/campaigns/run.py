@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from ad2kit.bench import bench
 from ad2kit.distill import distill
+from ad2kit.errors import UserError
 from ad2kit.export import export
 from ad2kit.package import package
 from ad2kit.parity import insist_passed, parity
 from ad2kit.report import report
+from ad2kit.runtime import processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +34,12 @@ def run_all(
         GateFailed: a variant did not pass, or the service differs from its artefact.
         UserError: see the stages.
     """
+    if processes() > 1:
+        raise UserError(
+            "`ad2kit run` takes one process: only the training is shared by several",
+            hint="`accelerate launch -m ad2kit distill ...` first; then `ad2kit run` with the "
+            "same settings goes on from there",
+        )
     distill(run, on_step=on_step, allow_inexact=allow_inexact)
     export(run)
     verdict = parity(run)

@@ -14,6 +14,7 @@ import pytest
 
 import ad2kit
 from ad2kit.bundle import own_wheel
+from tests.conftest import RECIPES
 
 if TYPE_CHECKING:
     from ad2kit.run_dir import RunDir
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).parents[2]
-RECIPES = {"demo", "smoke", "sst2", "sst2-minilm"}
 MAIN = "from ad2kit.__main__ import main; main()"
 
 
