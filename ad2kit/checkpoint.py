@@ -25,13 +25,17 @@ Weights = dict[str, torch.Tensor]
 
 
 class CheckpointFacts(Record):
-    """``checkpoint.json``: where the training stood, and what a resume must share with it."""
+    """``checkpoint.json``: where the training stood, and what a resume must share with it.
+
+    ``scaler`` is the state of the loss scaler of fp16; empty in other precisions.
+    """
 
     inputs: str
     step: int
     best_step: int
     best_score: float
     best_criterion: float
+    scaler: dict[str, float]
     environment: dict[str, str]
     sha256: str
 
@@ -101,6 +105,7 @@ def save_checkpoint(
             best_step=state.best_step,
             best_score=state.best_score,
             best_criterion=state.best_criterion,
+            scaler=accelerator.scaler.state_dict() if accelerator.scaler else {},
             environment=environment,
             sha256=sha256_of(new / "state.safetensors"),
         )
@@ -160,6 +165,8 @@ def restore_checkpoint(
     state.best_step, state.best_score = facts.best_step, facts.best_score
     state.best_criterion = facts.best_criterion
     state.best_weights = part("best")
+    if accelerator.scaler and facts.scaler:
+        accelerator.scaler.load_state_dict(facts.scaler)
     generators = part("rng")
     # Under another number of processes (--allow-inexact) some have no state of their own to resume.
     mine = f"{min(accelerator.process_index, len(generators) - 1)}"

@@ -31,6 +31,7 @@ from ad2kit.training import predict_logits, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from accelerate import Accelerator
 
@@ -197,7 +198,7 @@ class _Stage:
         inputs = fingerprint(
             recipe.seed, self.data_sha256(), recipe.teacher.model_dump(mode="json")
         )
-        if self._has_no_teacher():
+        if self._missing(run.teacher / models.MANIFEST):
             self._make_teacher(inputs)
         # As a resumed run finds it: a tokenizer is not the same object after a round trip.
         teacher = models.load(run.teacher, data.labels, data.task)
@@ -209,10 +210,10 @@ class _Stage:
         logger.info("teacher: %s", run.teacher)
         return teacher
 
-    def _has_no_teacher(self) -> bool:
-        """Look whether the teacher is there: all processes before the first of them makes one."""
+    def _missing(self, path: Path) -> bool:
+        """Look whether a file is there: all processes before the first of them makes it."""
         self.accelerator.wait_for_everyone()
-        missing = not (self.run.teacher / models.MANIFEST).is_file()
+        missing = not path.is_file()
         self.accelerator.wait_for_everyone()
         return missing
 
@@ -231,7 +232,7 @@ class _Stage:
         )  # fmt: skip
         if first and store.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
-        if self._has_no_teacher():
+        if self._missing(run.teacher / models.MANIFEST):
             teacher = models.load_reference(
                 source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
             )
@@ -269,12 +270,11 @@ class _Stage:
         any of them looks for another file.
         """
         key = fingerprint(self.teacher_sha256(), split.texts, self.recipe.data.max_length_tokens)
-
-        def compute() -> torch.Tensor:
-            logger.info("teacher reads %d training texts", len(split))
-            encoded = self.encode(teacher, split)
-            return predict_logits(teacher, encoded, self.accelerator.device)
-
-        # The first process computes and stores, the others read.
-        with self.accelerator.main_process_first():
-            return store.logits(self.run.shared, key, compute)
+        path = store.logits_file(self.run.shared, key)
+        if not self._missing(path):
+            return store.read_logits(path)
+        logger.info("teacher reads %d training texts", len(split))
+        logits = self.logits(teacher, self.encode(teacher, split))
+        if self.accelerator.is_main_process:
+            store.write_logits(path, logits)
+        return logits

@@ -65,6 +65,9 @@ class Trainer:
         # Each process draws dropout of its own.
         torch.manual_seed(seed + accelerator.process_index)
         state = new_state(model, settings, accelerator)
+        if accelerator.scaler:
+            # Not where the training before this one has left it.
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
         if checkpoint.is_dir():
             restore_checkpoint(
                 checkpoint, state, inputs, self.surroundings, accelerator,

@@ -23,7 +23,7 @@ from ad2kit.errors import RunError
 from ad2kit.files import sweep, whole_file, whole_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -46,26 +46,31 @@ def give_teacher(store: Path, key: str, source: Path) -> None:
             _link(source, target)
 
 
-def logits(store: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return stored logits, or compute and store them.
+def logits_file(store: Path, key: str) -> Path:
+    """Return where the logits of a key lie, or would."""
+    return store / "logits" / f"{key[:16]}.safetensors"
+
+
+def read_logits(path: Path) -> torch.Tensor:
+    """Return stored logits.
 
     Raises:
-        RunError: the stored file is damaged.
+        RunError: the file is damaged.
     """
-    path = store / "logits" / f"{key[:16]}.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)["logits"]
-        except (SafetensorError, KeyError) as error:
-            raise RunError(
-                f"{path} is damaged: {error}", hint=f"delete {path} and run again"
-            ) from error
-    computed = compute()
-    with _writing(store):
+    try:
+        return load_file(path)["logits"]
+    except (SafetensorError, KeyError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}", hint=f"delete {path} and run again"
+        ) from error
+
+
+def write_logits(path: Path, logits: torch.Tensor) -> None:
+    """Store logits where :func:`logits_file` says, for this run and others."""
+    with _writing(path.parent.parent):
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as new:
-            save_file({"logits": computed}, new)
-    return computed
+            save_file({"logits": logits}, new)
 
 
 @contextmanager

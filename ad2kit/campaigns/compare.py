@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import torch
-
     from ad2kit.data import Data
     from ad2kit.recipe import Recipe
     from ad2kit.records import StepRecord
@@ -146,18 +144,16 @@ class _Judge:
     def answers(self, folder: Path) -> Answers:
         """Return a model's answers on the validation set, computed once."""
         data, length = self.data, self.recipe.data.max_length_tokens
-
-        def compute() -> torch.Tensor:
+        files = ModelManifest.read(folder / models.MANIFEST).files
+        key = fingerprint(files, data.validation.texts, length)
+        path = store.logits_file(self.runs_dir / ".shared", key)
+        if not path.is_file():
             device = accelerator(self.recipe.compute).device
             model = models.load(folder, data.labels, data.task)
             model.module.to(device)
             encoded = datasets.encode(data.validation, model.tokenizer, length)
-            return predict_logits(model, encoded, device)
-
-        files = ModelManifest.read(folder / models.MANIFEST).files
-        key = fingerprint(files, data.validation.texts, length)
-        logits = store.logits(self.runs_dir / ".shared", key, compute)
-        return answers(data.task, logits.numpy())
+            store.write_logits(path, predict_logits(model, encoded, device))
+        return answers(data.task, store.read_logits(path).numpy())
 
     def score(self, found: Answers) -> float:
         """Return the score of some answers by the metrics of the task."""
