@@ -94,12 +94,12 @@ def distill(
         "student: %d layers, %.1f M parameters", student.module.config.num_hidden_layers,
         student.parameters() / 1e6,
     )  # fmt: skip
+    insides = comparison(teacher, student, settings.intermediate)
     reading, select = data.distillation(), stage.encode(student, data.select)
     encoded = stage.encode(student, reading)
     teacher.module.to(accelerator.device)
     teacher_logits = stage.teacher_logits(teacher, reading)
     told = stage.logits(teacher, stage.encode(teacher, data.select))
-    insides = comparison(teacher, student, settings.intermediate)
     prepare(student, recipe.compute)
     state = trainer.train(
         student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,

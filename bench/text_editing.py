@@ -17,8 +17,10 @@ is usual, would cost more.
 
 The systems take turns, round by round, on the same rows; each figure is the median of the rounds.
 Making the texts and the teacher's reading are paid once, the training in each epoch: `over ad2`
-spreads the former over the recipe's epochs, `one epoch` charges them to one. Tokenising is left
-out, in favour of the edited texts. Ends with a line of JSON.
+spreads the former over the recipe's epochs, `one epoch` charges them to one. Two things favour the
+edited texts: tokenising is left out, and 21 times the rows fall into batches of more equal length
+(on SST-2 they pad less by 5 % with 512 rows, by 17 % with 256, by half with 64). Ends with a line of
+JSON.
 """
 
 from __future__ import annotations
@@ -145,15 +147,12 @@ def one_round(bench: Workbench, split: Split, copies: int) -> dict[str, tuple[fl
 def main() -> None:
     """Print the costs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=256, help="training sentences")
+    parser.add_argument("--rows", type=int, default=512, help="training sentences")
     parser.add_argument("--copies", type=int, default=20, help="of each sentence")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options, bench = set_up(parser)
-    hidden = bench.teacher.module.config.hidden_size
-    if (
-        not bench.teacher.tokenizer.mask_token
-        or bench.teacher.word_embeddings.embedding_dim != hidden
-    ):
+    teacher, hidden = bench.teacher, bench.teacher.module.config.hidden_size
+    if not teacher.tokenizer.mask_token or teacher.word_embeddings.embedding_dim != hidden:
         parser.error("needs a teacher with a mask token, and word embeddings as wide as its layers")
     split, epochs = bench.rows(options.rows), bench.recipe.distill.epochs
     rounds = [one_round(bench, split, options.copies) for _ in range(options.rounds)]
