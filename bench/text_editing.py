@@ -19,8 +19,8 @@ The systems take turns, round by round, on the same rows; each figure is the med
 Making the texts and the teacher's reading are paid once, the training in each epoch: `over ad2`
 spreads the former over the recipe's epochs, `one epoch` charges them to one. Two things favour the
 edited texts: tokenising is left out, and 21 times the rows fall into batches of more equal length
-(on SST-2 they pad less by 5 % with 512 rows, by 17 % with 256, by half with 64). Ends with a line of
-JSON.
+(on SST-2 they pad less by 5 % with 512 rows, by 17 % with 256, by half with 64). Ends with a line
+of JSON.
 """
 
 from __future__ import annotations
