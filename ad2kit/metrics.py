@@ -3,6 +3,9 @@
 GLUE's own metrics (Wang et al., *GLUE: A Multi-Task Benchmark and Analysis Platform*, ICLR 2019):
 accuracy, F1 of the positive class, Matthews correlation, Pearson and Spearman correlation. Where a
 task has two, GLUE takes their mean, and so does :func:`score`.
+
+scikit-learn and scipy are imported where they are needed: together they would take a third of the
+time that `ad2kit distill` needs to start, and accuracy needs neither.
 """
 
 from __future__ import annotations
@@ -10,8 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import binomtest, pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,12 +37,18 @@ def measure(metric: Metric, answers: Array, labels: Array) -> float:
         same = answers == labels
         return float((same.all(axis=1) if same.ndim == 2 else same).mean())
     if metric == "matthews":
+        from sklearn.metrics import matthews_corrcoef
+
         return float(matthews_corrcoef(labels, answers))
     if metric in ("pearson", "spearman"):
+        from scipy.stats import pearsonr, spearmanr
+
         if np.ptp(answers) == 0 or np.ptp(labels) == 0:
             return 0.0
         correlate = pearsonr if metric == "pearson" else spearmanr
         return float(correlate(answers, labels).statistic)
+    from sklearn.metrics import f1_score
+
     average = {"f1": "binary", "macro_f1": "macro", "micro_f1": "micro"}[metric]
     return float(f1_score(labels, answers, average=average, zero_division=0.0))
 
@@ -57,6 +64,8 @@ def recall_by_class(
     """Return recall for each class or label that occurs in ``labels``; none for a regression."""
     if task == "regression":
         return {}
+    from sklearn.metrics import recall_score
+
     present = np.unique(labels) if task == "single_label" else np.flatnonzero(labels.any(axis=0))
     values = recall_score(labels, answers, labels=present, average=None, zero_division=0.0)
     return {names[index]: float(value) for index, value in zip(present, values, strict=True)}
@@ -163,6 +172,8 @@ def randomisation_p(
 
 def mcnemar_p(first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]) -> float:
     """Return the exact two-sided p-value of McNemar's test (1947) for two paired classifiers."""
+    from scipy.stats import binomtest
+
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
     if only_first + only_second == 0:
