@@ -21,13 +21,17 @@ def service_file() -> Path:
     return installed if installed.is_file() else here.parent / "serving" / "service.py"
 
 
+def onnxruntime_distribution() -> str:
+    """Return which of the two distributions of onnxruntime is installed."""
+    return "onnxruntime-gpu" if _installed("onnxruntime-gpu") else "onnxruntime"
+
+
 def pinned_requirements() -> list[str]:
     """Return what a serving process needs beside ad2kit, each pinned to the installed version.
 
     The closure is ours and not BentoML's lock, which would need the network at build time.
     """
-    runtime = "onnxruntime-gpu" if _installed("onnxruntime-gpu") else "onnxruntime"
-    wanted = [runtime, *(metadata.requires("ad2kit") or ())]
+    wanted = [onnxruntime_distribution(), *(metadata.requires("ad2kit") or ())]
     pins: dict[str, str] = {}
     while wanted:
         requirement = Requirement(wanted.pop())

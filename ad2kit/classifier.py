@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ad2kit.sections import Provider
+
 Text = str | tuple[str, str]
 """One text, or the two texts of a sentence-pair model."""
 
 MODEL_FILE = "model.onnx"
+PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -104,6 +112,35 @@ def _is_text(column: object) -> bool:
     return isinstance(column, str) and bool(column.strip()) and not _SURROGATE.search(column)
 
 
+def _session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
+    options, name = onnxruntime.SessionOptions(), PROVIDERS[provider]
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    available = onnxruntime.get_available_providers()
+    if name not in available:
+        raise ModelError(
+            f"provider '{provider}' was asked for, but this onnxruntime has no {name}, only "
+            f"{', '.join(available)}",
+            hint="`ad2kit doctor` says what is installed and what to do; for CUDA install "
+            "'ad2kit[gpu]' without onnxruntime, or set export.provider=cpu",
+        )
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=[name])
+    except Exception as error:
+        # onnxruntime's exceptions share no base class of their own.
+        raise ModelError(
+            f"onnxruntime cannot load {graph}: {error}",
+            hint="export it again with the installed versions: `ad2kit export`",
+        ) from error
+    if session.get_providers()[0] != name:
+        raise ModelError(
+            f"{name} was asked for, but the session runs on {session.get_providers()[0]}",
+            hint="see `ad2kit doctor` for the libraries that the provider lacks",
+        )
+    return session
+
+
 class OnnxClassifier:
     """A text classifier on ONNX Runtime. Safe to call from several threads.
 
@@ -111,7 +148,9 @@ class OnnxClassifier:
         folder: one exported variant, with its manifest.
         threads: intra-op threads; all cores that this process may use if None. Always set
             explicitly, because ONNX Runtime's own default ignores the limits of a container.
-        provider: the execution provider; there is no fallback to another.
+        provider: what executes the graph, "cpu", "cuda", "tensorrt" or "openvino"; the one that
+            it was judged on if None. There is no fallback to another.
+        graph: another graph to run instead of the folder's, which is not checked.
 
     Raises:
         ModelError: a file is damaged, or the provider is absent.
@@ -122,38 +161,16 @@ class OnnxClassifier:
         folder: str | Path,
         *,
         threads: int | None = None,
-        provider: str = "CPUExecutionProvider",
+        provider: Provider | None = None,
+        graph: Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.artifact = read_artifact(self.folder)
         self.labels = self.artifact.labels
         self.threads = threads or available_cpus()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise ModelError(
-                f"this onnxruntime has no {provider}, only {', '.join(available)}",
-                hint="see `ad2kit doctor`; for CUDA install 'ad2kit[gpu]' without onnxruntime",
-            )
-        try:
-            self.session = onnxruntime.InferenceSession(
-                self.folder / MODEL_FILE, options, providers=[provider]
-            )
-        except Exception as error:
-            # onnxruntime's exceptions share no base class of their own.
-            raise ModelError(
-                f"onnxruntime cannot load {self.folder / MODEL_FILE}: {error}",
-                hint="export it again with the installed versions: `ad2kit export`",
-            ) from error
-        if self.session.get_providers()[0] != provider:
-            raise ModelError(
-                f"{provider} was asked for, but the session runs on "
-                f"{self.session.get_providers()[0]}",
-                hint="see `ad2kit doctor` for the libraries that the provider lacks",
-            )
+        self.session = _session(
+            graph or self.folder / MODEL_FILE, self.threads, provider or self.artifact.provider
+        )
         self.input_names = [item.name for item in self.session.get_inputs()]
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.artifact.max_length_tokens)
@@ -186,21 +203,35 @@ class OnnxClassifier:
         encodings: list[Encoding] = self.tokenizer.encode_batch(examples)
         return encodings
 
-    def run(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
-        """Return the logits of one padded batch, float32 [texts, labels]."""
-        width = max(len(encoding.ids) for encoding in encodings)
+    def run(self, encodings: Sequence[Encoding], *, left: bool = False) -> NDArray[np.float32]:
+        """Return the logits of one batch, padded on the right or ``left``; float32 [texts, labels].
+
+        What is padded on the left means nothing to a model that was trained on the right, but all
+        faithful graphs of it agree about it.
+        """
+        return self.forward(self.feed(encodings, left=left))
+
+    def forward(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Return the logits of the inputs that :meth:`feed` made."""
+        (logits,) = self.session.run(["logits"], {name: feed[name] for name in self.input_names})
+        return np.asarray(logits)
+
+    def feed(
+        self, encodings: Sequence[Encoding], *, width: int | None = None, left: bool = False
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the inputs of a batch, int64 [texts, width]; the longest text's width if None."""
+        width = width or max(len(encoding.ids) for encoding in encodings)
         shape = (len(encodings), width)
         ids = np.full(shape, self.artifact.pad_token_id, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
         types = np.zeros(shape, dtype=np.int64)
         for row, encoding in enumerate(encodings):
             length = len(encoding.ids)
-            ids[row, :length] = encoding.ids
-            mask[row, :length] = 1
-            types[row, :length] = encoding.type_ids
-        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        (logits,) = self.session.run(["logits"], {name: feed[name] for name in self.input_names})
-        return np.asarray(logits)
+            places = slice(width - length, width) if left else slice(length)
+            ids[row, places] = encoding.ids
+            mask[row, places] = 1
+            types[row, places] = encoding.type_ids
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def run_sorted(self, encodings: Sequence[Encoding], batch_size: int) -> NDArray[np.float32]:
         """Return logits in the given order, computed in batches of similar length."""

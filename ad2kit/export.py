@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
+import time
 import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ad2kit import __version__, models
-from ad2kit.classifier import MODEL_FILE, read_artifact
+from ad2kit import data as datasets
+from ad2kit.bundle import onnxruntime_distribution
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.errors import MissingExtra
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
-from ad2kit.records import DistillReport, OnnxArtifact
+from ad2kit.gate import Rows
+from ad2kit.records import DistillReport, OnnxArtifact, QuantisationSearch
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import quiet_transformers
 
@@ -21,18 +27,20 @@ try:
     from optimum.exporters.onnx import main_export
     from torch.jit._trace import TracerWarning
 
-    from ad2kit.quantize import quantize_int8
+    from ad2kit.fuse import fuse, node_counts, to_fp16
+    from ad2kit.int8_search import Int8Search
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "optimum", extra="cpu") from error
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ad2kit.run_dir import RunDir
+    from ad2kit.sections import Variant
 
 logger = logging.getLogger(__name__)
 
 _TOOLS = ("onnx", "optimum", "optimum-onnx", "torch", "transformers")
+# Training texts from which a static quantisation learns the range of activations.
+_CALIBRATION_TEXTS, _CALIBRATION_BATCH = 128, 16
 
 
 @exclusive
@@ -43,56 +51,103 @@ def export(run: RunDir) -> list[OnnxArtifact]:
 
     Raises:
         RunError: the run has no student yet.
-        ModelError: the student, or a variant that is to be kept, was changed since it was written.
+        ModelError: the student, or a variant that is to be kept, was changed since it was written;
+            or the execution provider of the recipe is absent.
     """
     run.require(run.distill_report, command="distill")
     models.check_files(run.student)
-    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
-    artifacts = []
+    variants = run.recipe.export.variants
     # fp32 first: the others are made from its graph.
-    for variant in sorted(recipe.export.variants, key=lambda name: name != "fp32"):
-        inputs = fingerprint(
-            __version__, variant, sha256_of(run.student / models.MANIFEST),
-            [metadata.version(tool) for tool in _TOOLS], recipe.data.max_length_tokens,
-        )  # fmt: skip
-        folder = run.onnx(variant)
-        if (folder / OnnxArtifact.file_name).is_file():
-            artifact = read_artifact(folder)
-            if artifact.inputs == inputs:
-                logger.info("%s is already exported: %s", variant, folder)
-                artifacts.append(artifact)
-                continue
-        with whole_folder(folder) as new:
-            if variant == "fp32":
-                _export_fp32(run.student, new)
-            else:
-                _copy_all_but_the_graph(run.onnx("fp32"), new)
-                quantize_int8(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
-            artifact = OnnxArtifact(
-                variant=variant,
-                inputs=inputs,
-                task=distilled.task,
-                labels=distilled.labels,
-                max_length_tokens=recipe.data.max_length_tokens,
-                pad_token_id=json.loads((new / "config.json").read_text())["pad_token_id"],
-                text_columns=len(recipe.data.text_columns),
-                files=sha256_of_folder(new),
-                model_bytes=(new / MODEL_FILE).stat().st_size,
-                lineage={
-                    "ad2kit": __version__,
-                    "recipe": recipe.name,
-                    "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
-                    "teacher": recipe.teacher.model,
-                    "teacher_sha256": distilled.teacher_sha256,
-                    "student_sha256": distilled.student_sha256,
-                    **{f"{k}_sha256": facts.sha256 for k, facts in distilled.splits.items()},
-                    **{tool: metadata.version(tool) for tool in _TOOLS},
-                },
-            )
-            write_record(new / OnnxArtifact.file_name, artifact)
-        logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
-        artifacts.append(artifact)
-    return artifacts
+    return [_export(run, v) for v in sorted(variants, key=lambda name: name != "fp32")]
+
+
+def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
+    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
+    tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
+    parts = [
+        __version__, variant, sha256_of(run.student / models.MANIFEST), tools,
+        recipe.data.max_length_tokens, recipe.export.provider,
+    ]  # fmt: skip
+    if variant == "int8":
+        parts += [recipe.export.search_seconds, recipe.parity.model_dump(mode="json")]
+    inputs, folder = fingerprint(*parts), run.onnx(variant)
+    if (folder / OnnxArtifact.file_name).is_file():
+        artifact = read_artifact(folder)
+        if artifact.inputs == inputs:
+            logger.info("%s is already exported: %s", variant, folder)
+            return artifact
+    with whole_folder(folder) as new:
+        if variant == "fp32":
+            _export_fp32(run.student, new)
+        else:
+            _copy_all_but_the_graph(run.onnx("fp32"), new)
+        if variant == "int8":
+            write_record(run.int8_search, _quantize(run, new / MODEL_FILE, inputs))
+        elif variant != "fp32":
+            fuse(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
+        if variant == "fp16":
+            to_fp16(new / MODEL_FILE, new / MODEL_FILE)
+        artifact = OnnxArtifact(
+            variant=variant,
+            inputs=inputs,
+            task=distilled.task,
+            labels=distilled.labels,
+            max_length_tokens=recipe.data.max_length_tokens,
+            pad_token_id=json.loads((new / "config.json").read_text())["pad_token_id"],
+            text_columns=len(recipe.data.text_columns),
+            provider=recipe.export.provider,
+            nodes=node_counts(new / MODEL_FILE),
+            files=sha256_of_folder(new),
+            model_bytes=(new / MODEL_FILE).stat().st_size,
+            lineage={
+                "ad2kit": __version__,
+                "recipe": recipe.name,
+                "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
+                "teacher": recipe.teacher.model,
+                "teacher_sha256": distilled.teacher_sha256,
+                "student_sha256": distilled.student_sha256,
+                **{f"{k}_sha256": facts.sha256 for k, facts in distilled.splits.items()},
+                **tools,
+            },
+        )
+        write_record(new / OnnxArtifact.file_name, artifact)
+    logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
+    return artifact
+
+
+def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
+    """Write the int8 graph that the search takes, and return what it tried."""
+    recipe, start = run.recipe, time.monotonic()
+    data, fp32 = datasets.load_data(recipe.data, recipe.seed), run.onnx("fp32")
+    tokenizer = OnnxClassifier(fp32, threads=recipe.compute.threads)
+    encodings = [
+        tokenizer.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
+        for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
+    ]
+    width = max(len(encoding.ids) for encoding in encodings[1])
+    feeds = [
+        tokenizer.feed(encodings[1][first : first + _CALIBRATION_BATCH], width=width)
+        for first in range(0, len(encodings[1]), _CALIBRATION_BATCH)
+    ]
+    with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
+        scratch = Path(temporary)
+        fuse(fp32 / MODEL_FILE, scratch / "fused.onnx")
+        search = Int8Search(
+            graphs={False: fp32 / MODEL_FILE, True: scratch / "fused.onnx"},
+            classifier_of=lambda graph: OnnxClassifier(
+                fp32, threads=recipe.compute.threads, graph=graph
+            ),
+            encodings=encodings[0],
+            rows=Rows(data.task, recipe.data.judged_by, data.select.labels),
+            thresholds=recipe.parity,
+            calibration=[{name: feed[name] for name in tokenizer.input_names} for feed in feeds],
+            scratch=scratch,
+        )
+        taken, trials = search.write(target, recipe.export.search_seconds)
+    return QuantisationSearch(
+        inputs=inputs, rows=len(data.select), seconds=time.monotonic() - start, taken=taken,
+        trials=trials,
+    )  # fmt: skip
 
 
 def _export_fp32(student: Path, folder: Path) -> None:

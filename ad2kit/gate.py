@@ -28,25 +28,43 @@ if TYPE_CHECKING:
 
 Question = Literal["export fidelity", "conversion cost", "distillation quality"]
 
-# Batch 1, extra padding and reversed order are tried on this many texts, from the shortest to
-# the longest; the plain batched comparison covers them all.
+# Batch 1, extra padding, padding on the left and reversed order are tried on this many texts; the
+# plain batched comparison covers them all.
 PROBES = 64
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the artefacts are compared with, over the rows of the validation set."""
+class Rows:
+    """Labelled rows, and how answers to them are judged."""
 
     task: Task
     metrics: tuple[Metric, ...]
     labels: NDArray[Any]
-    teacher: Logits
-    student: Logits
-    encoded: Encoded
 
     def score(self, logits: Logits) -> float:
         """Return the score of some logits by the metrics of the task."""
         return metrics.score(self.metrics, answers(self.task, logits), self.labels)
+
+
+@dataclass(frozen=True)
+class Reference(Rows):
+    """What the artefacts are compared with, over the rows of the validation set.
+
+    ``student_left`` holds the logits of :func:`probe_rows` alone, as one batch that is padded on
+    the left.
+    """
+
+    teacher: Logits
+    student: Logits
+    encoded: Encoded
+    student_left: Logits
+
+
+def probe_rows(encoded: Encoded) -> NDArray[np.intp]:
+    """Return the rows of some texts, from the shortest to the longest."""
+    order = np.argsort([len(row) for row in encoded.input_ids], kind="stable")
+    rows: NDArray[np.intp] = order[np.unique(np.linspace(0, len(order) - 1, PROBES).astype(int))]
+    return rows
 
 
 def export_fidelity(
@@ -56,34 +74,36 @@ def export_fidelity(
     reference: Reference,
     thresholds: ParityRecipe,
 ) -> tuple[Check, ...]:
-    """Question 1: the fp32 graph and its tokenizer against the PyTorch student.
+    """Question 1: a graph that should compute the same, and its tokenizer, against the student.
+
+    The service never pads on the left; a graph that gets that wrong has lost the attention mask,
+    and computes from the length of a text what the student computes from its mask.
 
     Args:
-        classifier: the fp32 variant.
+        classifier: the fp32 variant, or the fused one.
         encodings: of all validation texts, by the serving tokenizer.
         logits: of all validation texts in batches, shape [rows, labels].
         reference: with the student's own logits and token ids.
         thresholds: of the recipe.
     """
-    expected, ids = reference.student, reference.encoded.input_ids
-    order = np.argsort([len(row) for row in ids], kind="stable")
-    probes = order[np.unique(np.linspace(0, len(order) - 1, PROBES).astype(int))]
+    expected, probes = reference.student, probe_rows(reference.encoded)
+    longest = encodings[probes[-1]]
     alone = np.concatenate([classifier.run([encodings[row]]) for row in probes])
     # The longest text in every batch pads all others as far as this data can.
-    padded = np.concatenate(
-        [classifier.run([encodings[row], encodings[order[-1]]])[:1] for row in probes]
-    )
+    padded = np.concatenate([classifier.run([encodings[row], longest])[:1] for row in probes])
+    left = classifier.run([encodings[row] for row in probes], left=True)
     backwards = classifier.run([encodings[row] for row in probes[::-1]])[::-1]
 
-    def gap(found: Logits, rows: NDArray[np.intp] | slice) -> float:
+    def gap(found: Logits, wanted: Logits) -> float:
         # A NaN must not hide in a maximum.
-        return float(np.nan_to_num(np.abs(found - expected[rows]), nan=np.inf).max())
+        return float(np.nan_to_num(np.abs(found - wanted), nan=np.inf).max())
 
     gaps = {
-        "logit gap, batches": gap(logits, slice(None)),
-        "logit gap, one by one": gap(alone, probes),
-        "logit gap, padded": gap(padded, probes),
-        "logit gap, reversed order": gap(backwards, probes),
+        "logit gap, batches": gap(logits, expected),
+        "logit gap, one by one": gap(alone, expected[probes]),
+        "logit gap, padded": gap(padded, expected[probes]),
+        "logit gap, padded on the left": gap(left, reference.student_left),
+        "logit gap, reversed order": gap(backwards, expected[probes]),
     }
     question: Question = "export fidelity"
     flips = []
@@ -105,9 +125,9 @@ def same_token_ids(encodings: Sequence[Encoding], encoded: Encoded) -> Check:
 
 
 def conversion_cost(
-    logits: Logits, alone: Logits, fp32: Logits, reference: Reference, thresholds: ParityRecipe
+    logits: Logits, alone: Logits, fp32: Logits, reference: Rows, thresholds: ParityRecipe
 ) -> tuple[Check, ...]:
-    """Question 2: a converted variant against fp32; all arrays run over the validation rows.
+    """Question 2: a converted variant against fp32; all arrays run over the same rows.
 
     The activations of a dynamic int8 graph are quantised over the whole batch, so that an answer
     depends a little on its company: the variant is judged in batches and one by one.

@@ -2,9 +2,9 @@
 
 Three questions on the labelled validation set, each answered by values beside their thresholds:
 
-1. export fidelity: does the fp32 graph compute what the PyTorch student computes, from the same
-   token ids, alone and in a batch, padded and unpadded, in any order?
-2. conversion cost: what did another variant lose against fp32?
+1. export fidelity: do the fp32 graph and the fused one compute what the PyTorch student computes,
+   from the same token ids, alone and in a batch, padded on either side, in any order?
+2. conversion cost: what did fp16 and int8 lose against fp32?
 3. distillation quality: what did each variant keep of the teacher?
 
 The fourth, whether the service answers what the artefact computes, is asked by ``package``.
@@ -27,6 +27,7 @@ from ad2kit.gate import (
     conversion_cost,
     distillation_quality,
     export_fidelity,
+    probe_rows,
     same_token_ids,
 )
 from ad2kit.records import DistillReport, OnnxArtifact, ParityReport
@@ -36,11 +37,19 @@ from ad2kit.tasks import answers, softmax
 from ad2kit.training import predict_logits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
 BATCH = 32
+# The variants that only compute in another order what the student computes.
+EXACT = ("fp32", "fused")
 
 
 @exclusive
@@ -90,26 +99,30 @@ def parity(run: RunDir) -> ParityReport:
     teacher_encoded = datasets.encode(
         data.validation, teacher.tokenizer, recipe.data.max_length_tokens
     )
+    texts = [text if len(text) > 1 else text[0] for text in data.validation.texts]
+    encodings = {name: c.encode(texts) for name, c in classifiers.items()}  # type: ignore[arg-type]
+    fp32, probes = classifiers["fp32"], [encodings["fp32"][row] for row in probe_rows(encoded)]
     reference = Reference(
         data.task,
         recipe.data.judged_by,
         data.validation.labels,
-        predict_logits(teacher, teacher_encoded, cpu).numpy(),
-        predict_logits(student, encoded, cpu).numpy(),
-        encoded,
+        teacher=predict_logits(teacher, teacher_encoded, cpu).numpy(),
+        student=predict_logits(student, encoded, cpu).numpy(),
+        encoded=encoded,
+        student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
     )
-    texts = [text if len(text) > 1 else text[0] for text in data.validation.texts]
-    encodings = {name: c.encode(texts) for name, c in classifiers.items()}  # type: ignore[arg-type]
     logits = {name: c.run_sorted(encodings[name], BATCH) for name, c in classifiers.items()}
-    fidelity = export_fidelity(
-        classifiers["fp32"], encodings["fp32"], logits["fp32"], reference, recipe.parity
-    )
+    fidelity = {
+        name: export_fidelity(c, encodings[name], logits[name], reference, recipe.parity)
+        for name, c in classifiers.items()
+        if name in EXACT
+    }
     verdicts = []
     for folder in folders:
         name = folder.name
         # What is made from an unfaithful fp32 graph, or reads other tokens, is no better than it.
-        checks = (*fidelity, same_token_ids(encodings[name], encoded))
-        if name != "fp32":
+        checks = (*fidelity.get(name, fidelity["fp32"]), same_token_ids(encodings[name], encoded))
+        if name not in EXACT:
             alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
             checks += conversion_cost(logits[name], alone, logits["fp32"], reference, recipe.parity)
         verdict = distillation_quality(
@@ -140,6 +153,16 @@ def parity(run: RunDir) -> ParityReport:
     )
     write_record(run.parity_report, report)
     return report
+
+
+@torch.inference_mode()
+def _forward(
+    model: TextModel, feed: dict[str, NDArray[np.int64]], names: Sequence[str]
+) -> NDArray[np.float32]:
+    """Return the logits of a PyTorch model for the inputs of a graph."""
+    inputs = {name: torch.from_numpy(feed[name]) for name in names}
+    logits: NDArray[np.float32] = model.module.eval()(**inputs).logits.numpy()
+    return logits
 
 
 def insist_passed(report: ParityReport, run: RunDir) -> None:

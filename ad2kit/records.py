@@ -14,6 +14,7 @@ from ad2kit.errors import RunError
 from ad2kit.sections import (  # noqa: TC001  (pydantic reads them at run time)
     Metric,
     ParityRecipe,
+    Provider,
     Task,
 )
 
@@ -142,7 +143,10 @@ class ModelManifest(Record):
 
 
 class OnnxArtifact(Record):
-    """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from."""
+    """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from.
+
+    ``provider`` executes it unless told otherwise; ``nodes`` counts the fused kinds of nodes.
+    """
 
     file_name: ClassVar[str] = "manifest.json"
 
@@ -153,9 +157,37 @@ class OnnxArtifact(Record):
     max_length_tokens: int
     pad_token_id: int
     text_columns: int
+    provider: Provider
+    nodes: dict[str, int]
     files: dict[str, str]
     model_bytes: int
     lineage: dict[str, str]
+
+
+class QuantisationTrial(Part):
+    """One way to quantise, tried on ``select``; all its figures are of those rows.
+
+    ``agreement`` is with the labels of fp32 (a correlation for a regression), in batches or one by
+    one, whichever is less. ``batch_ms`` is of a text in batches of 32, ``alone_ms`` of one alone.
+    """
+
+    way: str
+    agreement: float
+    points_lost: float
+    failures: tuple[str, ...]
+    size_bytes: int
+    batch_ms: float
+    alone_ms: float
+
+
+class QuantisationSearch(Record):
+    """All that was tried for int8, in order, and what was taken."""
+
+    inputs: str
+    rows: int
+    seconds: float
+    taken: str
+    trials: tuple[QuantisationTrial, ...]
 
 
 class Check(Part):

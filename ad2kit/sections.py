@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,7 +11,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Variant = Literal["fp32", "int8"]
+Variant = Literal["fp32", "fused", "fp16", "int8"]
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 Task = Literal["single_label", "multi_label", "regression"]
 Metric = Literal["accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"]
 
@@ -206,9 +207,18 @@ class DistillRecipe(TrainRecipe):
 
 
 class ExportRecipe(Section):
-    """The ONNX variants to write. Every other variant is derived from fp32."""
+    """The ONNX variants to write, and where they run.
 
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = get_args(Variant)
+    ``fp32`` is what optimum exports, and the others are made from it: ``fused`` with ONNX
+    Runtime's transformer fusions, ``fp16`` from that, for GPUs, and ``int8``, for CPUs, the fastest
+    that passes of all the ways to quantise that could be tried in ``search_seconds``. With 0 the
+    first that passes is taken, which needs no clock and so gives the same graph each time.
+    ``provider`` executes them in parity, bench and service; an absent one is an error.
+    """
+
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("fp32", "fused", "int8")
+    search_seconds: NotNegative = 60.0
+    provider: Provider = "cpu"
 
     @model_validator(mode="after")
     def _fp32_is_the_reference(self) -> Self:

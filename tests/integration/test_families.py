@@ -14,7 +14,7 @@ import transformers
 
 from ad2kit import adversary as adv
 from ad2kit import models, recipe
-from ad2kit.classifier import OnnxClassifier
+from ad2kit.classifier import OnnxClassifier, read_artifact
 from ad2kit.distill import distill
 from ad2kit.errors import ModelError
 from ad2kit.export import export
@@ -41,13 +41,22 @@ DEPTH = families.DEPTH
 EVERY_TERM = IntermediateRecipe(pkd=1.0, hidden_states=1.0, attentions=1.0, value_relations=1.0)
 FIDELITY = {
     "logits not finite", "label flips", "logit gap, batches", "logit gap, one by one",
-    "logit gap, padded", "logit gap, reversed order", "texts with other token ids",
+    "logit gap, padded", "logit gap, padded on the left", "logit gap, reversed order",
+    "texts with other token ids",
 }  # fmt: skip
 CONVERSION = {
     "converted logits not finite", "label agreement with fp32",
     "label agreement with fp32, one by one",
 }  # fmt: skip
 
+
+# What fusing finds in students of two layers: Attention, EmbedLayerNormalization,
+# SkipLayerNormalization, and Gelu in any form. It knows no attention with relative positions.
+FUSED = {
+    "bert": (2, 1, 4, 2), "roberta": (2, 0, 4, 2), "distilbert": (2, 1, 4, 2),
+    "electra": (2, 1, 4, 3), "albert": (1, 0, 4, 2), "mpnet": (0, 0, 5, 2),
+    "xlm-roberta": (2, 0, 4, 2), "deberta-v2": (0, 0, 4, 3), "modernbert": (0, 0, 4, 3),
+}  # fmt: skip
 
 SHORT = (
     "teacher.finetune.epochs=1", "distill.epochs=1", "data.max_train_rows=300",
@@ -92,7 +101,9 @@ def forward(model: TextModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Te
 @pytest.mark.slow
 def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path) -> None:
     teacher = families.save(family, tmp_path / "teacher")
-    overrides = [f"teacher.model={teacher}", "student.layers=[0, 3]", *SHORT]
+    variants = ["fp32", "fused", "fp16", "int8"]
+    overrides = [f"teacher.model={teacher}", "student.layers=[0, 3]", *SHORT,
+                 f"export.variants=[{','.join(variants)}]"]  # fmt: skip
     run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
     distilled = distill(run)
     assert distilled.steps == 8  # 240 rows in batches of 32
@@ -107,10 +118,15 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     # A gap of 1e-4 says something only where texts move the logits much further than that.
     assert OnnxClassifier(run.onnx("fp32"), threads=1).logits(TEXTS).std(axis=0).min() > 1e-2
     report = parity(run)
-    assert [verdict.variant for verdict in report.variants] == ["fp32", "int8"]
+    assert [verdict.variant for verdict in report.variants] == variants
     for verdict in report.variants:
         passed = {check.name for check in verdict.checks if check.passed}
-        assert passed >= (FIDELITY if verdict.variant == "fp32" else FIDELITY | CONVERSION)
+        exact = verdict.variant in ("fp32", "fused")
+        assert passed >= (FIDELITY if exact else FIDELITY | CONVERSION)
+    nodes = read_artifact(run.onnx("fused")).nodes
+    kinds = ("Attention", "EmbedLayerNormalization", "SkipLayerNormalization")
+    gelus = sum(count for name, count in nodes.items() if name.endswith("Gelu"))
+    assert (*(nodes.get(kind, 0) for kind in kinds), gelus) == FUSED[family]
 
 
 @each_family

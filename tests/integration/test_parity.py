@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from onnxruntime.transformers.optimizer import optimize_model
 
 from ad2kit.classifier import MODEL_FILE
 from ad2kit.data import Encoded
@@ -66,7 +67,7 @@ def test_an_honest_run_passes(copied_run: RunDir) -> None:
     copied_run.parity_report.unlink()
     assert failed_checks(copied_run) == set()
     report = ParityReport.read(copied_run.parity_report)
-    assert {v.variant for v in report.variants} == {"fp32", "int8"}
+    assert {v.variant for v in report.variants} == {"fp32", "fused", "int8"}
     assert report.rows == 640
     assert report.student_score == report.variants[0].score
     insist_passed(report, copied_run)
@@ -115,6 +116,14 @@ def test_a_dropped_mask_fails_where_there_is_padding(copied_run: RunDir) -> None
     assert "logit gap, one by one" not in failed  # without padding the mask is all ones anyway
 
 
+def test_the_default_fusion_fails_on_the_left(copied_run: RunDir) -> None:
+    path = copied_run.onnx("fused") / MODEL_FILE
+    # What onnxruntime and optimum do if they are not told otherwise.
+    optimize_model(str(copied_run.onnx("fp32") / MODEL_FILE), "bert").save_model_to_file(str(path))
+    forge(path.parent)
+    assert failed_checks(copied_run, "fused") == {"logit gap, padded on the left"}
+
+
 def test_nan_in_one_logit_fails(copied_run: RunDir) -> None:
     def poison(array: Any) -> Any:
         array[0] = np.nan
@@ -122,7 +131,7 @@ def test_nan_in_one_logit_fails(copied_run: RunDir) -> None:
 
     damage(copied_run, lambda graph: edit(graph, "classifier.bias", poison), "int8")
     assert "converted logits not finite" in failed_checks(copied_run, "int8")
-    assert [folder.name for folder in passed_variants(copied_run)] == ["fp32"]
+    assert [folder.name for folder in passed_variants(copied_run)] == ["fused", "fp32"]
 
 
 def test_another_tokenizer_fails(copied_run: RunDir) -> None:
@@ -137,13 +146,14 @@ def test_another_tokenizer_fails(copied_run: RunDir) -> None:
 def test_nothing_made_from_an_unfaithful_fp32_passes(copied_run: RunDir) -> None:
     damage(copied_run, lambda graph: edit(graph, "classifier.bias", lambda bias: bias + 0.01))
     assert "logit gap, batches" in failed_checks(copied_run, "int8")
-    assert passed_variants(copied_run) == []
+    # The fused graph, made before the damage, is compared with the student itself.
+    assert [folder.name for folder in passed_variants(copied_run)] == ["fused"]
 
 
 def test_a_verdict_does_not_outlive_the_thresholds_that_it_was_given_by(
     copied_run: RunDir,
 ) -> None:
-    assert len(passed_variants(copied_run)) == 2
+    assert len(passed_variants(copied_run)) == 3
     recipe = copied_run.recipe
     stricter = recipe.parity.model_copy(update={"min_agreement": 1.0})
     write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": stricter}))
@@ -197,9 +207,9 @@ def test_an_artefact_that_was_changed_after_its_export_is_refused(copied_run: Ru
 
 
 def test_a_verdict_does_not_cover_a_later_artefact(copied_run: RunDir) -> None:
-    assert len(passed_variants(copied_run)) == 2
+    assert len(passed_variants(copied_run)) == 3
     damage(copied_run, lambda graph: edit(graph, "classifier.bias", lambda b: b + 1))
-    assert [folder.name for folder in passed_variants(copied_run)] == ["int8"]
+    assert [folder.name for folder in passed_variants(copied_run)] == ["int8", "fused"]
 
 
 def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
@@ -225,7 +235,8 @@ def judged(labels: Any, teacher: Any, student: Any, task: Task = "single_label")
         max_length_tokens=8,
     ).judged_by  # fmt: skip
     none = np.zeros(len(labels), dtype=bool)
-    return Reference(task, metrics, labels, teacher, student, Encoded([], None, labels, none))
+    encoded = Encoded([], None, labels, none)
+    return Reference(task, metrics, labels, teacher, student, encoded, student_left=student)
 
 
 def test_conversion_cost_by_hand() -> None:

@@ -237,7 +237,7 @@ def test_an_absent_provider_is_refused(finished_run: RunDir) -> None:
     if wanted in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(ModelError, match=f"has no {wanted}") as refused:
-        OnnxClassifier(finished_run.onnx("fp32"), provider=wanted)
+        OnnxClassifier(finished_run.onnx("fp32"), provider="cuda")
     assert "CPUExecutionProvider" in refused.value.message
 
 
@@ -256,7 +256,7 @@ def test_a_session_that_fell_back_to_another_provider_is_refused(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
     with pytest.raises(ModelError, match="session runs on CPUExecutionProvider"):
-        OnnxClassifier(finished_run.onnx("fp32"), provider="CUDAExecutionProvider")
+        OnnxClassifier(finished_run.onnx("fp32"), provider="cuda")
 
 
 def test_load_takes_the_smallest_variant_that_passed(copied_run: RunDir) -> None:
@@ -266,11 +266,12 @@ def test_load_takes_the_smallest_variant_that_passed(copied_run: RunDir) -> None
     assert sizes["int8"] < sizes["fp32"]
     assert ad2kit.load(copied_run.path).folder == copied_run.onnx("int8")
     fail_parity(copied_run, "int8")
+    fail_parity(copied_run, "fused")
     assert ad2kit.load(copied_run.path).folder == copied_run.onnx("fp32")
 
 
 def test_load_refuses_a_run_that_failed_its_gate(copied_run: RunDir) -> None:
-    fail_parity(copied_run, "fp32", "int8")
+    fail_parity(copied_run, "fp32", "fused", "int8")
     with pytest.raises(RunError, match="no variant that passed") as refused:
         ad2kit.load(copied_run.path)
     assert refused.value.hint
@@ -287,7 +288,7 @@ def test_load_does_not_take_a_variant_that_changed_after_it_was_judged(copied_ru
         manifest["labels"] = manifest["labels"][::-1]
 
     edit_json(copied_run.onnx("int8") / OnnxArtifact.file_name, change)
-    assert ad2kit.load(copied_run.path).folder == copied_run.onnx("fp32")
-    edit_json(copied_run.onnx("fp32") / OnnxArtifact.file_name, change)
+    assert ad2kit.load(copied_run.path).folder == copied_run.onnx("fused")
+    edit_json(copied_run.onnx("fused") / OnnxArtifact.file_name, change)
     with pytest.raises(RunError, match="no variant that passed"):
         ad2kit.load(copied_run.path)

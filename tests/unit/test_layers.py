@@ -19,10 +19,9 @@ LAYERS = {
     1: {"files", "recipe", "records", "run_dir", "runtime", "sections"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
-        "curve", "data",
-        "error_contract", "gate", "intermediate", "labels", "losses", "metrics", "models",
-        "objectives", "quantize", "random_bert", "references", "resumable", "sources", "store",
-        "students", "tasks", "training",
+        "curve", "data", "error_contract", "fuse", "gate", "int8_search", "intermediate", "labels",
+        "losses", "metrics", "models", "objectives", "quantize", "random_bert", "references",
+        "resumable", "sources", "store", "students", "tasks", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.compare", "campaigns.run"},

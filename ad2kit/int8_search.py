@@ -1,0 +1,168 @@
+"""The fastest int8 graph that passes: try ways to quantise, judge each on ``select``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ad2kit.gate import conversion_cost
+from ad2kit.quantize import WAYS, nodes_to_quantize, quantize
+from ad2kit.records import QuantisationTrial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from tokenizers import Encoding
+
+    from ad2kit.classifier import OnnxClassifier
+    from ad2kit.gate import Rows
+    from ad2kit.quantize import Feed, Way
+    from ad2kit.records import Check
+    from ad2kit.sections import ParityRecipe
+
+    Logits = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32
+# So many rows are timed, and so many are read to find the nodes that lose most.
+_SAMPLE = 128
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A graph that was made in some way, and what question 2 says of it."""
+
+    way: Way
+    graph: Path
+    classifier: OnnxClassifier
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether it keeps within all thresholds."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def agreement(self) -> float:
+        """Agreement with fp32: in batches or one by one, whichever is less."""
+        return min(check.value for check in self.checks if "with fp32" in check.name)
+
+
+@dataclass(frozen=True)
+class Int8Search:
+    """What the candidates are made from and judged by.
+
+    ``graphs`` are the plain and the fused float graph; ``classifier_of`` opens a graph;
+    ``encodings`` and ``rows`` are of ``select``; ``calibration`` are inputs made of training
+    texts; ``scratch`` is a folder for the candidates.
+    """
+
+    graphs: dict[bool, Path]
+    classifier_of: Callable[[Path], OnnxClassifier]
+    encodings: Sequence[Encoding]
+    rows: Rows
+    thresholds: ParityRecipe
+    calibration: Sequence[Feed]
+    scratch: Path
+
+    def write(self, target: Path, seconds: float) -> tuple[str, tuple[QuantisationTrial, ...]]:
+        """Write the fastest graph that passes; return its way, and all that was tried.
+
+        If none passes, the one that agrees most with fp32 is written: the gate will refuse it.
+
+        Args:
+            target: of the graph.
+            seconds: when to stop trying. 0 stops at the first that passes, whenever that is, and
+                so finds the same graph each time.
+        """
+        start, tried = time.monotonic(), list[Candidate]()
+        fp32 = self.classifier_of(self.graphs[False]).run_sorted(self.encodings, _BATCH)
+        for way in self._ways(tried, fp32):
+            tried.append(self._try(way, fp32, f"{len(tried)}.onnx"))
+            last = tried[-1]
+            logger.info("int8, %s: agreement %.4f%s", way, last.agreement,
+                        "" if last.passed else ", failed")  # fmt: skip
+            if time.monotonic() - start > seconds if seconds else last.passed:
+                break
+        costs = self._costs(tried)
+        passed = [candidate for candidate in tried if candidate.passed]
+        taken = (
+            min(passed, key=lambda candidate: math.prod(costs[candidate.graph]))
+            if passed
+            else max(tried, key=lambda candidate: candidate.agreement)
+        )
+        trials = tuple(
+            QuantisationTrial(
+                way=str(candidate.way),
+                agreement=candidate.agreement,
+                points_lost=candidate.checks[-1].value,
+                failures=tuple(check.name for check in candidate.checks if not check.passed),
+                size_bytes=candidate.graph.stat().st_size,
+                batch_ms=costs[candidate.graph][0],
+                alone_ms=costs[candidate.graph][1],
+            )
+            for candidate in tried
+        )
+        shutil.move(taken.graph, target)
+        return str(taken.way), trials
+
+    def _ways(self, tried: list[Candidate], fp32: Logits) -> Iterator[Way]:
+        """Yield what to try next: all that is dynamic, then less of the best, then the rest."""
+        yield from (way for way in WAYS if way.activations == "dynamic")
+        if not any(candidate.passed for candidate in tried):
+            best = max(tried, key=lambda candidate: candidate.agreement).way
+            worst_first = self._by_damage(best, fp32)
+            for count in range(1, len(worst_first)):
+                if any(candidate.passed for candidate in tried):
+                    break
+                yield replace(best, in_float=tuple(worst_first[:count]))
+        yield from (way for way in WAYS if way.activations != "dynamic")
+
+    def _try(self, way: Way, fp32: Logits, name: str) -> Candidate:
+        graph = self.scratch / name
+        quantize(self.graphs[way.fused], graph, way, self.calibration)
+        classifier = self.classifier_of(graph)
+        batched, alone = (classifier.run_sorted(self.encodings, size) for size in (_BATCH, 1))
+        checks = conversion_cost(batched, alone, fp32, self.rows, self.thresholds)
+        return Candidate(way, graph, classifier, checks)
+
+    def _by_damage(self, way: Way, fp32: Logits) -> list[str]:
+        """Return the nodes that a way quantises, by how far each alone moves the logits."""
+        nodes, graph = nodes_to_quantize(self.graphs[way.fused]), self.scratch / "one-node.onnx"
+        sample, expected = self.encodings[:_SAMPLE], fp32[:_SAMPLE]
+        damage = {}
+        for node in nodes:
+            others = tuple(name for name in nodes if name != node)
+            quantize(self.graphs[way.fused], graph, replace(way, in_float=others))
+            logits = self.classifier_of(graph).run_sorted(sample, _BATCH)
+            damage[node] = float(np.square(np.nan_to_num(logits) - expected).mean())
+        return sorted(nodes, key=lambda node: -damage[node])
+
+    def _costs(self, candidates: Sequence[Candidate]) -> dict[Path, tuple[float, float]]:
+        """Return the milliseconds of a text in batches and of a text alone, for each graph.
+
+        They take turns, so that a slow moment of the machine hits them alike.
+        """
+        sample = self.encodings[:_SAMPLE]
+        seconds: dict[Path, list[tuple[float, float]]] = {c.graph: [] for c in candidates}
+        for _ in range(_ROUNDS):
+            for candidate in candidates:
+                clock = [time.perf_counter()]
+                for size in (_BATCH, 1):
+                    candidate.classifier.run_sorted(sample, size)
+                    clock.append(time.perf_counter())
+                seconds[candidate.graph].append((clock[1] - clock[0], clock[2] - clock[1]))
+        return {
+            graph: tuple((1e3 * np.median(times, axis=0) / len(sample)).tolist())
+            for graph, times in seconds.items()
+        }

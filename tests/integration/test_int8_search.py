@@ -1,0 +1,110 @@
+"""The search for int8: what it ships has passed on `select`, and it says what it tried."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from ad2kit.classifier import MODEL_FILE
+from ad2kit.export import export
+from ad2kit.files import write_record
+from ad2kit.parity import parity
+from ad2kit.quantize import WAYS, Way, nodes_to_quantize, quantize
+from ad2kit.records import QuantisationSearch
+from tests.integration.test_parity import forge
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.run_dir import RunDir
+
+
+def searched(run: RunDir, seconds: float, **thresholds: Any) -> QuantisationSearch:
+    """Export a run again under other settings, and return what the search says."""
+    recipe = run.recipe
+    changed = recipe.model_copy(update={
+        "export": recipe.export.model_copy(update={"search_seconds": seconds}),
+        "parity": recipe.parity.model_copy(update=thresholds),
+    })  # fmt: skip
+    write_record(run.recipe_file, changed)
+    export(run)
+    return QuantisationSearch.read(run.int8_search)
+
+
+def test_without_a_clock_the_first_that_passes_is_taken(finished_run: RunDir) -> None:
+    search = QuantisationSearch.read(finished_run.int8_search)
+    assert [trial.way for trial in search.trials] == [search.taken] == [str(WAYS[0])]
+    assert not search.trials[0].failures
+    assert search.rows == 200
+
+
+@pytest.mark.slow
+def test_with_time_all_ways_are_tried_and_the_fastest_that_passed_is_taken(
+    copied_run: RunDir,
+) -> None:
+    search = searched(copied_run, seconds=600)
+    assert [trial.way for trial in search.trials] == [str(way) for way in WAYS]
+    passed = [trial for trial in search.trials if not trial.failures]
+    fastest = min(passed, key=lambda trial: trial.batch_ms * trial.alone_ms)
+    assert search.taken == fastest.way
+    assert (copied_run.onnx("int8") / MODEL_FILE).stat().st_size == fastest.size_bytes
+    assert parity(copied_run).passed
+
+
+def test_a_budget_ends_the_search(copied_run: RunDir) -> None:
+    search = searched(copied_run, seconds=1e-9)
+    assert len(search.trials) == 1
+
+
+def outlier(run: RunDir) -> str:
+    """Give a layer a channel of huge activations, as real transformers have; all else is equal.
+
+    The values of one channel grow by a factor by which the next product shrinks its weights.
+    Returns the name of that product, whose other inputs an 8-bit range then rounds to nothing.
+    """
+    folder, name = run.onnx("fp32"), "/bert/encoder/layer.0/attention/{}/MatMul"
+    model = onnx.load(folder / MODEL_FILE)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+
+    def scale(tensor: str, where: Any, factor: float) -> None:
+        array = numpy_helper.to_array(tensors[tensor]).copy()
+        array[where] *= factor
+        tensors[tensor].CopyFrom(numpy_helper.from_array(array, tensor))
+
+    (bias,) = [name for name in tensors if name.endswith("layer.0.attention.self.value.bias")]
+    scale(nodes[name.format("self/value")].input[1], (slice(None), 0), 1e5)  # [inputs, outputs]
+    scale(bias, 0, 1e5)
+    scale(nodes[name.format("output/dense")].input[1], 0, 1e-5)
+    onnx.save(model, folder / MODEL_FILE)
+    forge(folder)
+    return name.format("output/dense")
+
+
+@pytest.mark.slow
+def test_where_none_passes_the_node_that_loses_most_is_left_in_float(copied_run: RunDir) -> None:
+    node = outlier(copied_run)
+    dynamic = [str(way) for way in WAYS if way.activations == "dynamic"]
+    search = searched(copied_run, seconds=0, min_agreement=1.0)
+    assert [trial.way for trial in search.trials[: len(dynamic)]] == dynamic
+    assert all(trial.failures for trial in search.trials[:-1])
+    assert not search.trials[-1].failures
+    assert search.taken == search.trials[-1].way
+    assert "nodes in float" in search.taken
+    graph = onnx.load(copied_run.onnx("int8") / MODEL_FILE).graph
+    assert node in {kept.name for kept in graph.node if kept.op_type == "MatMul"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_node_that_is_left_in_float_stays_as_it_was(
+    finished_run: RunDir, tmp_path: Path, fused: bool
+) -> None:
+    source = finished_run.onnx("fused" if fused else "fp32") / MODEL_FILE
+    products = [name for name in nodes_to_quantize(source) if "Gather" not in name]
+    for kept in ((), (products[-1],), tuple(products)):
+        quantize(source, tmp_path / "model.onnx", Way(fused=fused, in_float=kept))
+        graph = onnx.load(tmp_path / "model.onnx").graph
+        assert {node.name for node in graph.node} & set(products) == set(kept)
