@@ -91,7 +91,12 @@ def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] =
     """
     common = {
         "op_types_to_quantize": list(_QUANTISED),
-        "nodes_to_exclude": [*_small_tables(source), *way.in_float],
+        # The quantiser splits a Gemm into a product and a sum first, and gives it another name.
+        "nodes_to_exclude": [
+            *_small_tables(source),
+            *way.in_float,
+            *(f"{name}_MatMul" for name in way.in_float),
+        ],
         "per_channel": way.per_channel,
         "weight_type": QuantType.QInt8 if way.weights == "int8" else QuantType.QUInt8,
         # The tracer leaves some intermediate types out; all of them are float.

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from ad2kit import markdown
 from ad2kit.files import write_text
-from ad2kit.records import BentoRecord, DistillReport, LatencyReport, ParityReport
+from ad2kit.records import (
+    BentoRecord,
+    DistillReport,
+    LatencyReport,
+    ParityReport,
+    QuantisationSearch,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,6 +119,9 @@ def report(run: RunDir) -> Path:
         f"({distilled.examples_per_s:.0f} examples/s), best at {distilled.best_step}; "
         f"{distilled.verdict}. Peak memory: {_memory(distilled.peak_memory_mb)}."
     )
+    search = []
+    if run.int8_search.is_file():
+        search = _search(QuantisationSearch.read(run.int8_search))
     bento = []
     if run.bento_record.is_file():
         record = BentoRecord.read(run.bento_record)
@@ -125,6 +134,7 @@ def report(run: RunDir) -> Path:
         "## The gate": markdown.table(
             ("variant", "question", "check", "value", "expected", "verdict"), checks
         ),
+        "## int8": search,
         "## Data": markdown.table(("split", "rows", "truncated", "classes"), splits),
         "## Bento": bento,
         "## Versions": [f"- {name} {version}" for name, version in distilled.environment.items()],
@@ -134,6 +144,24 @@ def report(run: RunDir) -> Path:
     )
     write_text(run.report, f"{text}\n")
     return run.report
+
+
+def _search(search: QuantisationSearch) -> list[str]:
+    """Return what was tried for int8 as lines of Markdown."""
+    header = ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", "verdict")
+    rows = [
+        (
+            trial.way, f"{trial.agreement:.4f}", f"{trial.points_lost:+.2f}",
+            f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
+            "taken" if trial.way == search.taken else ", ".join(trial.failures) or "passed",
+        )
+        for trial in search.trials
+    ]  # fmt: skip
+    words = (
+        f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against fp32; "
+        "milliseconds are of one text."
+    )
+    return [words, "", *markdown.table(header, rows)]
 
 
 def _memory(peak_mb: dict[str, float]) -> str:
