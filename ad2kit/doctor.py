@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from importlib import metadata
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from ad2kit.records import Part
 from ad2kit.runtime import available_cpus, environment
+
+# What ONNX Runtime's int8 kernels use: x86 from Cascade Lake and Zen 4 on, Arm from v8.2 on.
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 class Finding(Part):
@@ -28,7 +32,8 @@ def examine() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     return [
         Finding(name="python", value=f"{facts['python']} at {sys.executable}"),
-        Finding(name="cpu", value=f"{facts['cpu']}, {facts['cores']} cores for this process"),
+        _cpu(facts["cpu"]),
+        _eight_bit(cpu_flags()),
         Finding(
             name="disk",
             value=f"{free / 1e9:.1f} GB free in {Path.cwd()}",
@@ -38,13 +43,51 @@ def examine() -> list[Finding]:
             name="versions",
             value=", ".join(
                 f"{name} {facts[name]}" for name in facts
-                if name not in ("python", "platform", "cpu", "cores", "device", "threads")
+                if name not in ("python", "platform", "cpu", "cores", "device", "threads", "processes")
             ),
             advice=f"missing: {', '.join(missing)}; pip install 'ad2kit[cpu]'" if missing else "",
         ),
         _torch(),
         *_onnxruntime(),
     ]  # fmt: skip
+
+
+def _cpu(name: str) -> Finding:
+    """Compare the machine's cores with those that this process may use."""
+    machine, allowed = os.cpu_count() or 1, available_cpus()
+    return Finding(
+        name="cpu",
+        value=f"{name}, {allowed} of {machine} cores for this process; ad2kit starts {allowed} "
+        "threads unless compute.threads says otherwise",
+        # A pool that is sized by the machine is what a container's limit turns into waiting.
+        advice="other programs here may start as many threads as the machine has cores: set "
+        f"OMP_NUM_THREADS={allowed} for them"
+        if allowed < machine
+        else "",
+    )
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """Return the features that Linux reports of the CPU, None elsewhere."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return None
+    lines = info.read_text().splitlines()
+    # "flags" on x86, "Features" on Arm.
+    found = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return frozenset(found[0].split(":", 1)[1].split()) if found else None
+
+
+def _eight_bit(flags: frozenset[str] | None) -> Finding:
+    """Say whether the CPU multiplies 8-bit numbers faster than floats."""
+    if flags is None:
+        return Finding(name="int8", value="the features of this CPU are unknown")
+    found = sorted(flags & _DOT_PRODUCTS)
+    return Finding(
+        name="int8",
+        value=f"the CPU has {', '.join(found)}" if found else "no 8-bit dot products in the CPU",
+        advice="" if found else "int8 may be no faster than fused here: look at `ad2kit bench`",
+    )
 
 
 def _torch() -> Finding:
@@ -56,7 +99,18 @@ def _torch() -> Finding:
             advice="fine for serving; to train: pip install 'ad2kit[cpu]'",
         )  # fmt: skip
     if torch.cuda.is_available():
-        return Finding(name="torch", value=f"{torch.__version__}, {torch.cuda.get_device_name()}")
+        cudnn = torch.backends.cudnn.version()
+        return Finding(
+            name="torch",
+            value=f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, "
+            f"{torch.cuda.get_device_name()}",
+        )
+    if torch.version.cuda:
+        return Finding(
+            name="torch", value=f"{torch.__version__}, built for CUDA, but sees no device",
+            advice="look at nvidia-smi: no card, no driver, or an older driver than CUDA "
+            f"{torch.version.cuda} needs",
+        )  # fmt: skip
     return Finding(name="torch", value=f"{torch.__version__}, no CUDA device, training on the CPU")
 
 
@@ -84,22 +138,25 @@ def _onnxruntime() -> list[Finding]:
     import onnxruntime
 
     for provider in onnxruntime.get_available_providers():
-        works = _makes_a_session(provider)
+        reason = _why_no_session(provider)
         findings.append(
             Finding(
                 name=provider,
-                value={True: "makes a session", False: "is built in, but makes no session",
-                       None: "is built in; not tried without onnx"}[works],
-                advice="its libraries (CUDA, cuDNN, ...) are missing or of another version"
-                if works is False and provider.startswith(("CUDA", "Tensorrt"))
+                value="makes a session"
+                if reason == ""
+                else "is built in, but "
+                + ("was not tried: no onnx here" if reason is None else f"makes none: {reason}"),
+                advice="its libraries (CUDA, cuDNN, TensorRT) are missing or of another version "
+                "than this onnxruntime was built for; sessions that ask for it are refused"
+                if reason
                 else "",
             )
-        )  # fmt: skip
+        )
     return findings
 
 
-def _makes_a_session(provider: str) -> bool | None:
-    """Try a provider on a graph of one node; None where onnx, to make the graph, is missing."""
+def _why_no_session(provider: str) -> str | None:
+    """Try a provider on a graph of one node: "" if it works, else why not; None without onnx."""
     import onnxruntime
 
     try:
@@ -115,6 +172,8 @@ def _makes_a_session(provider: str) -> bool | None:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=[provider]
         )
-    except Exception:
-        return False
-    return bool(session.get_providers()[0] == provider)
+    except Exception as error:
+        # onnxruntime's exceptions share no base class of their own; the reason is told.
+        return str(error).splitlines()[0] or type(error).__name__
+    found = session.get_providers()[0]
+    return "" if found == provider else f"the session runs on {found}"

@@ -11,10 +11,13 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import onnxruntime
 import pytest
 
+from ad2kit import doctor
 from ad2kit.__main__ import main
 from ad2kit.run_dir import RunDir
+from ad2kit.runtime import available_cpus
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:
@@ -61,6 +64,23 @@ def test_doctor_looks_at_real_things(ad2kit: Any) -> None:
     assert findings["CPUExecutionProvider"]["value"] == "makes a session"
     assert "belongs to onnxruntime" in findings["onnxruntime"]["value"]
     assert "torch" in findings["versions"]["value"]
+    assert f"{available_cpus()} of {os.cpu_count()} cores" in findings["cpu"]["value"]
+
+
+def test_doctor_advises_where_something_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding(name: str) -> doctor.Finding:
+        return next(found for found in doctor.examine() if found.name == name)
+
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    assert "no faster" in finding("int8").advice
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni"}))
+    assert (finding("int8").value, finding("int8").advice) == ("the CPU has avx512_vnni", "")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert f"OMP_NUM_THREADS={available_cpus()}" in finding("cpu").advice
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    refused = finding("CUDAExecutionProvider")
+    assert refused.value.startswith("is built in, but makes none: ")
+    assert refused.advice
 
 
 @pytest.mark.parametrize(
