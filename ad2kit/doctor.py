@@ -11,6 +11,7 @@ from pathlib import Path
 from ad2kit.records import Part
 from ad2kit.runtime import available_cpus, environment
 
+_NO_VERSIONS = {"python", "platform", "cpu", "cores", "device", "threads", "processes"}
 # What ONNX Runtime's int8 kernels use: x86 from Cascade Lake and Zen 4 on, Arm from v8.2 on.
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
@@ -43,7 +44,7 @@ def examine() -> list[Finding]:
             name="versions",
             value=", ".join(
                 f"{name} {facts[name]}" for name in facts
-                if name not in ("python", "platform", "cpu", "cores", "device", "threads", "processes")
+                if name not in _NO_VERSIONS
             ),
             advice=f"missing: {', '.join(missing)}; pip install 'ad2kit[cpu]'" if missing else "",
         ),
