@@ -245,7 +245,8 @@ class OnnxClassifier:
     def predictions(self, encodings: Sequence[Encoding], logits: NDArray[Any]) -> list[Prediction]:
         """Turn logits, shape [texts, outputs], into predictions."""
         task, found = self.artifact.task, []
-        rows = zip(encodings, answers(task, logits), scores(task, logits), strict=True)
+        probabilities = scores(task, logits / self.artifact.temperature)
+        rows = zip(encodings, answers(task, logits), probabilities, strict=True)
         for encoding, answer, row in rows:
             named = dict(zip(self.labels, row.tolist(), strict=True))
             facts: dict[str, Any] = {"scores": named}

@@ -19,16 +19,19 @@ from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.errors import MissingExtra
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.gate import Rows
+from ad2kit.metrics import fit_temperature
 from ad2kit.records import DistillReport, OnnxArtifact, QuantisationSearch
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import quiet_transformers
 
 try:
+    import torch
     from optimum.exporters.onnx import main_export
     from torch.jit._trace import TracerWarning
 
     from ad2kit.fuse import fuse, node_counts, to_fp16
     from ad2kit.int8_search import Int8Search
+    from ad2kit.training import predict_logits
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "optimum", extra="cpu") from error
 
@@ -66,7 +69,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
     tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
     parts = [
         __version__, variant, sha256_of(run.student / models.MANIFEST), tools,
-        recipe.data.max_length_tokens, recipe.export.provider,
+        recipe.data.max_length_tokens, recipe.export.provider, recipe.export.calibrate,
     ]  # fmt: skip
     if variant == "int8":
         parts += [recipe.export.search_seconds, recipe.parity.model_dump(mode="json")]
@@ -97,6 +100,10 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             text_columns=len(recipe.data.text_columns),
             provider=recipe.export.provider,
             nodes=node_counts(new / MODEL_FILE),
+            # One for all variants, so that they answer alike.
+            temperature=_temperature(run)
+            if variant == "fp32"
+            else read_artifact(run.onnx("fp32")).temperature,
             files=sha256_of_folder(new),
             model_bytes=(new / MODEL_FILE).stat().st_size,
             lineage={
@@ -113,6 +120,18 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
         write_record(new / OnnxArtifact.file_name, artifact)
     logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
     return artifact
+
+
+def _temperature(run: RunDir) -> float:
+    """Return what the student's logits are divided by: 1 unless the recipe wants it calibrated."""
+    recipe = run.recipe
+    if not recipe.export.calibrate:
+        return 1.0
+    data = datasets.load_data(recipe.data, recipe.seed)
+    student = models.load(run.student, data.labels, data.task)
+    encoded = datasets.encode(data.select, student.tokenizer, recipe.data.max_length_tokens)
+    logits = predict_logits(student, encoded, torch.device("cpu")).numpy()
+    return fit_temperature(data.task, logits, data.select.labels)
 
 
 def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:

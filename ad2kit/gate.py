@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ad2kit import metrics
-from ad2kit.records import Check, VariantParity
+from ad2kit.records import Check, LengthSlice, VariantParity
 from ad2kit.tasks import answers, softmax
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def conversion_cost(
 def distillation_quality(
     variant: str, manifest_sha256: str, logits: Logits, reference: Reference,
     names: tuple[str, ...], earlier: tuple[Check, ...], thresholds: ParityRecipe, seed: int,
+    temperature: float = 1.0,
 ) -> VariantParity:  # fmt: skip
     """Question 3: a variant against the teacher; ``earlier`` are its answers so far."""
     task, labels = reference.task, reference.labels
@@ -163,8 +164,9 @@ def distillation_quality(
         reference.metrics, (ours, teacher), labels, thresholds.bootstrap_samples, seed
     )
     interval = metrics.retained_interval(draws)
-    recall = metrics.recall_by_class(task, ours, labels, names)
-    teacher_recall = metrics.recall_by_class(task, teacher, labels, names)
+    recall, teacher_recall = (
+        metrics.recall_by_class(task, found, labels, names) for found in (ours, teacher)
+    )
     question: Question = "distillation quality"
     single = task == "single_label"
     return VariantParity(
@@ -177,7 +179,9 @@ def distillation_quality(
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
         mcnemar_p=metrics.mcnemar_p(ours == labels, teacher == labels) if single else None,
         recall_change_by_class={name: recall[name] - teacher_recall[name] for name in recall},
-        ece=metrics.expected_calibration_error(softmax(finite), labels) if single else None,
+        ece=_ece(finite / temperature, labels) if single else None,
+        ece_unscaled=_ece(finite, labels) if single else None,
+        slices=_slices(finite, reference),
         checks=(
             *earlier,
             *_variety(task, ours, teacher),
@@ -191,6 +195,30 @@ def distillation_quality(
             ),
         ),
     )  # fmt: skip
+
+
+def _ece(logits: Logits, labels: NDArray[Any]) -> float:
+    return metrics.expected_calibration_error(softmax(logits), labels)
+
+
+def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
+    """Return the scores on the shorter and longer quarters of the texts, the worst one first."""
+    lengths = np.array([len(row) for row in reference.encoded.input_ids])
+    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0], method="higher"))
+    quarter = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
+    found = []
+    for index in np.unique(quarter):
+        rows = np.flatnonzero(quarter == index)
+        some = Rows(reference.task, reference.metrics, reference.labels[rows])
+        found.append(
+            LengthSlice(
+                tokens=(int(lengths[rows].min()), int(lengths[rows].max())),
+                rows=len(rows),
+                score=some.score(logits[rows]),
+                teacher_score=some.score(reference.teacher[rows]),
+            )
+        )
+    return tuple(sorted(found, key=lambda each: each.score - each.teacher_score))
 
 
 def reference_name(reference: Reference) -> str:

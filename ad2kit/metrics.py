@@ -10,7 +10,7 @@ time that `ad2kit distill` needs to start, and accuracy needs neither.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 # Four of five samples find a difference of this many standard errors at the two-sided 5 % level.
 _DETECTABLE_SE = 1.960 + 0.842
+
+
+class Bin(NamedTuple):
+    """Rows of similar confidence: its mean, the accuracy on them, and how many they are."""
+
+    confidence: float
+    accuracy: float
+    rows: int
 
 
 def measure(metric: Metric, answers: Array, labels: Array) -> float:
@@ -81,14 +89,45 @@ def expected_calibration_error(probabilities: Floats, labels: Array, bins: int =
         labels: class ids, shape [rows].
         bins: number of bins of the confidence interval (0, 1].
     """
+    found = reliability(probabilities, labels, bins)
+    return sum(abs(b.confidence - b.accuracy) * b.rows for b in found) / len(labels)
+
+
+def reliability(probabilities: Floats, labels: Array, bins: int = 15) -> list[Bin]:
+    """Return the bins of :func:`expected_calibration_error` that hold anything."""
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
     index = np.minimum(np.ceil(confidence * bins).astype(int) - 1, bins - 1)
-    gaps = [
-        abs(confidence[index == b].mean() - right[index == b].mean()) * (index == b).mean()
+    return [
+        Bin(float(confidence[index == b].mean()), float(right[index == b].mean()),
+            int((index == b).sum()))
         for b in np.unique(index)
-    ]
-    return float(sum(gaps))
+    ]  # fmt: skip
+
+
+def fit_temperature(task: Task, logits: Array, labels: Array) -> float:
+    """Return the temperature that logits are divided by for the likeliest labels.
+
+    Guo et al. 2017, section 4.2. It moves probabilities and no answer. For several labels the
+    likelihood is that of all of them.
+
+    Args:
+        task: not a regression, which has no probabilities.
+        logits: shape [rows, outputs], of rows that nothing was trained on.
+        labels: see :mod:`ad2kit.tasks`.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_expit, log_softmax
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits.astype(np.float64) / np.exp(log_temperature)
+        if task == "single_label":
+            return -float(log_softmax(scaled, axis=1)[np.arange(len(labels)), labels].mean())
+        return -float(np.where(labels == 1, log_expit(scaled), log_expit(-scaled)).mean())
+
+    # Between a tenth and ten: beyond lies what a few rows without a single error ask for.
+    found = minimize_scalar(loss, bounds=(np.log(0.1), np.log(10.0)), method="bounded")
+    return float(np.exp(found.x))
 
 
 def paired_bootstrap(

@@ -21,7 +21,7 @@ from ad2kit import __version__, metrics, models
 from ad2kit import data as datasets
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import GateFailed, RunError
-from ad2kit.files import fingerprint, sha256_of, write_record
+from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.gate import (
     Reference,
     conversion_cost,
@@ -30,7 +30,7 @@ from ad2kit.gate import (
     probe_rows,
     same_token_ids,
 )
-from ad2kit.records import DistillReport, OnnxArtifact, ParityReport
+from ad2kit.records import DistillReport, OnnxArtifact, ParityReport, RowAnswers
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus
 from ad2kit.tasks import answers, softmax
@@ -127,7 +127,7 @@ def parity(run: RunDir) -> ParityReport:
             checks += conversion_cost(logits[name], alone, logits["fp32"], reference, recipe.parity)
         verdict = distillation_quality(
             name, sha256_of(folder / OnnxArtifact.file_name), logits[name], reference, data.labels,
-            checks, recipe.parity, recipe.seed,
+            checks, recipe.parity, recipe.seed, classifiers[name].artifact.temperature,
         )  # fmt: skip
         verdicts.append(verdict)
     found = answers(data.task, reference.teacher)
@@ -151,6 +151,17 @@ def parity(run: RunDir) -> ParityReport:
         student_score=reference.score(reference.student),
         variants=tuple(verdicts),
     )
+    told = {"teacher": reference.teacher, "student": reference.student, **logits}
+    lines = [
+        RowAnswers(
+            texts=data.validation.texts[row],
+            tokens=len(encoded.input_ids[row]),
+            label=label,
+            logits={name: tuple(found[row].tolist()) for name, found in told.items()},
+        )
+        for row, label in enumerate(reference.labels.tolist())
+    ]
+    write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
     write_record(run.parity_report, report)
     return report
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ad2kit.errors import RecipeError, nearest
 from ad2kit.sections import (
@@ -47,6 +47,13 @@ class Recipe(Section):
     parity: ParityRecipe = ParityRecipe()
     bench: BenchRecipe = BenchRecipe()
     compute: ComputeRecipe = ComputeRecipe()
+
+    @model_validator(mode="after")
+    def _has_probabilities_to_calibrate(self) -> Self:
+        if self.export.calibrate and self.data.task == "regression":
+            msg = "export.calibrate: a regression has no probabilities; set it to false"
+            raise ValueError(msg)
+        return self
 
 
 def recipes_folder() -> Path:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
 
 from ad2kit.errors import RunError
 from ad2kit.sections import (  # noqa: TC001  (pydantic reads them at run time)
@@ -145,7 +152,8 @@ class ModelManifest(Record):
 class OnnxArtifact(Record):
     """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from.
 
-    ``provider`` executes it unless told otherwise; ``nodes`` counts the fused kinds of nodes.
+    ``provider`` executes it unless told otherwise; ``nodes`` counts the fused kinds of nodes; the
+    logits are divided by ``temperature`` before they become probabilities.
     """
 
     file_name: ClassVar[str] = "manifest.json"
@@ -159,6 +167,7 @@ class OnnxArtifact(Record):
     text_columns: int
     provider: Provider
     nodes: dict[str, int]
+    temperature: float = Field(gt=0, allow_inf_nan=False)
     files: dict[str, str]
     model_bytes: int
     lineage: dict[str, str]
@@ -209,11 +218,21 @@ class Check(Part):
         return self.value >= self.threshold
 
 
+class LengthSlice(Part):
+    """The validation texts of a range of lengths, and the scores on them."""
+
+    tokens: tuple[int, int]
+    rows: int
+    score: float
+    teacher_score: float
+
+
 class VariantParity(Part):
     """One variant against the PyTorch student, fp32 and the teacher.
 
     ``score`` is the mean of ``metrics``. McNemar's test and calibration (ECE) are of single-label
-    tasks alone.
+    tasks alone; ``ece`` is of the probabilities that are served, ``ece_unscaled`` of those without
+    the temperature. ``slices`` begin with the one that lost most to the teacher.
     """
 
     variant: str
@@ -226,6 +245,8 @@ class VariantParity(Part):
     mcnemar_p: float | None
     recall_change_by_class: dict[str, float]
     ece: float | None
+    ece_unscaled: float | None
+    slices: tuple[LengthSlice, ...]
     checks: tuple[Check, ...]
 
     @computed_field  # type: ignore[prop-decorator]
@@ -263,6 +284,18 @@ class ParityReport(Record):
             for check in verdict.checks
             if not check.passed and variant in (None, verdict.variant)
         ]
+
+
+class RowAnswers(Record):
+    """One line of ``answers.jsonl``: a validation row, and the logits that each model gave it.
+
+    ``label`` is an id, a list of zeros and ones, or a number, as the task has it.
+    """
+
+    texts: tuple[str, ...]
+    tokens: int
+    label: int | float | tuple[int, ...]
+    logits: dict[str, tuple[float, ...]]
 
 
 class LatencyCell(Part):

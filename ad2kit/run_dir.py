@@ -5,7 +5,8 @@
         teacher/  student/          safetensors, tokenizer, sha256 manifest
         teacher-training.jsonl  training.jsonl
         teacher-checkpoint/  checkpoint/   only while training
-        distill.json  int8-search.json  parity.json  latency.json  bento.json  report.md
+        distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
+        answers.jsonl               what each model says of each validation row
         onnx/<variant>/             model.onnx, tokenizer, manifest.json
     runs/.shared/                   what runs share, see ad2kit.store
 
@@ -62,6 +63,7 @@ class RunDir:
     student = _Inside("student")
     distill_report = _Inside("distill.json")
     parity_report = _Inside("parity.json")
+    answers = _Inside("answers.jsonl")
     latency_report = _Inside("latency.json")
     int8_search = _Inside("int8-search.json")
     bento_record = _Inside("bento.json")

@@ -214,11 +214,14 @@ class ExportRecipe(Section):
     that passes of all the ways to quantise that could be tried in ``search_seconds``. With 0 the
     first that passes is taken, which needs no clock and so gives the same graph each time.
     ``provider`` executes them in parity, bench and service; an absent one is an error.
+    ``calibrate`` fits one temperature to the labels of ``select``, which makes the probabilities of
+    the student mean more and changes none of its answers.
     """
 
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("fp32", "fused", "int8")
     search_seconds: NotNegative = 60.0
     provider: Provider = "cpu"
+    calibrate: bool = False
 
     @model_validator(mode="after")
     def _fp32_is_the_reference(self) -> Self:

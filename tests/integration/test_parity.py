@@ -11,13 +11,14 @@ import pytest
 from onnx import numpy_helper
 from onnxruntime.transformers.optimizer import optimize_model
 
-from ad2kit.classifier import MODEL_FILE
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.data import Encoded
 from ad2kit.errors import GateFailed, ModelError, RunError
+from ad2kit.export import export
 from ad2kit.files import sha256_of, write_record
 from ad2kit.gate import Reference, conversion_cost, distillation_quality
 from ad2kit.parity import insist_passed, parity
-from ad2kit.records import OnnxArtifact, ParityReport
+from ad2kit.records import OnnxArtifact, ParityReport, RowAnswers
 from ad2kit.run_dir import RunDir, passed_variants
 from ad2kit.sections import DataRecipe, ParityRecipe
 
@@ -235,7 +236,7 @@ def judged(labels: Any, teacher: Any, student: Any, task: Task = "single_label")
         max_length_tokens=8,
     ).judged_by  # fmt: skip
     none = np.zeros(len(labels), dtype=bool)
-    encoded = Encoded([], None, labels, none)
+    encoded = Encoded([[1]] * len(labels), None, labels, none)
     return Reference(task, metrics, labels, teacher, student, encoded, student_left=student)
 
 
@@ -282,3 +283,58 @@ def test_a_rare_class_that_the_student_lost_fails_although_accuracy_hardly_moves
         "fp32", "", teacher, reference, ("a", "b", "rare"), (), ParityRecipe(), 0
     )
     assert honest.passed
+
+
+def test_the_slices_cover_all_rows_and_begin_with_the_worst() -> None:
+    labels = np.array([0, 1] * 50)
+    right = np.eye(2, dtype=np.float32)[labels]
+    wrong_on_long = right.copy()
+    wrong_on_long[80:] = right[80:, ::-1]
+    none = np.zeros(len(labels), dtype=bool)
+    encoded = Encoded([[1] * (3 + row // 10) for row in range(100)], None, labels, none)
+    reference = Reference(
+        "single_label", ("accuracy",), labels, right, right, encoded, student_left=right
+    )
+    verdict = distillation_quality(
+        "fp32", "", wrong_on_long, reference, ("a", "b"), (), ParityRecipe(), 0
+    )
+    assert sum(piece.rows for piece in verdict.slices) == 100
+    worst = verdict.slices[0]
+    assert worst.tokens[1] == 12  # the longest are among them
+    assert worst.score == pytest.approx(1 - 20 / worst.rows)
+    assert worst.teacher_score == 1.0
+    assert all(piece.score == 1.0 for piece in verdict.slices[1:])
+
+
+def test_a_calibrated_student_answers_the_same_with_other_probabilities(
+    copied_run: RunDir,
+) -> None:
+    folder = copied_run.onnx("fp32")
+    before = OnnxClassifier(folder).predict(["never dull", "not at all convincing"])
+    recipe = copied_run.recipe
+    write_record(
+        copied_run.recipe_file,
+        recipe.model_copy(update={"export": recipe.export.model_copy(update={"calibrate": True})}),
+    )
+    export(copied_run)
+    artifacts = [read_artifact(copied_run.onnx(name)) for name in ("fp32", "fused", "int8")]
+    assert len({artifact.temperature for artifact in artifacts}) == 1
+    assert artifacts[0].temperature != 1.0
+    after = OnnxClassifier(folder).predict(["never dull", "not at all convincing"])
+    assert [p.label for p in after] == [p.label for p in before]
+    assert [p.score for p in after] != [p.score for p in before]
+    for verdict in parity(copied_run).variants:
+        assert verdict.ece != verdict.ece_unscaled
+
+
+def test_the_answers_of_all_models_are_kept(finished_run: RunDir) -> None:
+    lines = [
+        RowAnswers.model_validate_json(line)
+        for line in finished_run.answers.read_text().splitlines()
+    ]
+    assert len(lines) == 640
+    assert set(lines[0].logits) == {"teacher", "student", "fp32", "fused", "int8"}
+    classifier = OnnxClassifier(finished_run.onnx("fp32"))
+    texts = [line.texts[0] for line in lines[:5]]
+    found = np.array([line.logits["fp32"] for line in lines[:5]])
+    assert np.abs(classifier.logits(texts) - found).max() < 1e-5

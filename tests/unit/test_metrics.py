@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ad2kit import metrics
+from ad2kit.tasks import softmax
 
 if TYPE_CHECKING:
     from ad2kit.sections import Metric
@@ -123,3 +124,35 @@ def test_the_smallest_detectable_difference_shrinks_with_rows() -> None:
         )
         assert found == pytest.approx(2.802 * (0.04 * 0.96 / (100 * times)) ** 0.5, rel=0.06)
     assert metrics.smallest_detectable_difference(np.ones((50, 2)), 100) == pytest.approx(0.02802)
+
+
+def test_the_temperature_of_overconfident_logits_is_found() -> None:
+    generator = np.random.default_rng(0)
+    honest = generator.normal(size=(20_000, 3)) * 2
+    probabilities = softmax(honest)
+    labels = np.array([generator.choice(3, p=row) for row in probabilities])
+    for factor in (0.5, 1.0, 4.0):
+        found = metrics.fit_temperature("single_label", factor * honest, labels)
+        assert found == pytest.approx(factor, rel=0.05)
+    before = metrics.expected_calibration_error(softmax(4 * honest), labels)
+    after = metrics.expected_calibration_error(softmax(4 * honest / 4), labels)
+    assert after < 0.02 < before
+
+
+def test_the_temperature_of_several_labels_is_that_of_all() -> None:
+    generator = np.random.default_rng(0)
+    honest = generator.normal(size=(20_000, 2)) * 2
+    labels = (generator.random(honest.shape) < 1 / (1 + np.exp(-honest))).astype(np.int64)
+    assert metrics.fit_temperature("multi_label", 3 * honest, labels) == pytest.approx(3, rel=0.05)
+
+
+def test_rows_without_an_error_do_not_ask_for_certainty() -> None:
+    logits = np.array([[3.0, 0.0], [0.0, 3.0]])
+    assert metrics.fit_temperature("single_label", logits, np.array([0, 1])) >= 0.1
+
+
+def test_reliability_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.45, 0.55], [0.4, 0.6]])
+    (only,) = metrics.reliability(probabilities, np.array([0, 1, 1, 1]), bins=2)
+    assert only.confidence == pytest.approx((0.9 + 0.8 + 0.55 + 0.6) / 4)
+    assert (only.accuracy, only.rows) == (0.75, 4)
