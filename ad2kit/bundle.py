@@ -64,7 +64,7 @@ def own_wheel(folder: Path) -> Path:
     files = {
         f"ad2kit/{path.relative_to(package_folder)}": path.read_bytes()
         for path in package_folder.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".typed", ".yaml")
+        if path.is_file() and path.suffix in (".py", ".typed", ".html")
     }
     for name, source in (("_recipes", recipes_folder()), ("_serving", service_file().parent)):
         files |= {

@@ -11,8 +11,8 @@ from ad2kit import __version__
 from ad2kit.runtime import stage
 
 if TYPE_CHECKING:
-    from ad2kit.records import ParityReport
     from ad2kit.run_dir import RunDir
+    from ad2kit.verdicts import ParityReport
 
 app = typer.Typer(
     name="ad2kit",
@@ -170,7 +170,7 @@ def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = Fal
 
     Anew each time, whatever the run holds already.
     """
-    from ad2kit.report import latency_lines
+    from ad2kit.tables import latency_lines
     from ad2kit.terminal import print_result, use_run
 
     folder = use_run(runs_dir, run)

@@ -20,9 +20,10 @@ from ad2kit.errors import MissingExtra
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.gate import Rows
 from ad2kit.metrics import fit_temperature
-from ad2kit.records import DistillReport, OnnxArtifact, QuantisationSearch
+from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import quiet_transformers
+from ad2kit.verdicts import QuantisationSearch
 
 try:
     import torch

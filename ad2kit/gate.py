@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ad2kit import metrics
-from ad2kit.records import Check, LengthSlice, VariantParity
 from ad2kit.tasks import answers, softmax
+from ad2kit.verdicts import Check, LengthSlice, VariantParity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,6 +179,7 @@ def distillation_quality(
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
         mcnemar_p=metrics.mcnemar_p(ours == labels, teacher == labels) if single else None,
         recall_change_by_class={name: recall[name] - teacher_recall[name] for name in recall},
+        temperature=temperature,
         ece=_ece(finite / temperature, labels) if single else None,
         ece_unscaled=_ece(finite, labels) if single else None,
         slices=_slices(finite, reference),

@@ -13,7 +13,7 @@ import numpy as np
 
 from ad2kit.gate import conversion_cost
 from ad2kit.quantize import WAYS, nodes_to_quantize, quantize
-from ad2kit.records import QuantisationTrial
+from ad2kit.verdicts import QuantisationTrial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.gate import Rows
     from ad2kit.quantize import Feed, Way
-    from ad2kit.records import Check
     from ad2kit.sections import ParityRecipe
+    from ad2kit.verdicts import Check
 
     Logits = NDArray[np.float32]
 

@@ -29,8 +29,9 @@ from ad2kit.bundle import own_wheel, pinned_requirements, service_file
 from ad2kit.classifier import OnnxClassifier, read_artifact
 from ad2kit.errors import GateFailed, MissingExtra, RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
-from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact, ParityReport
+from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive, passed_variants
+from ad2kit.verdicts import ParityReport
 
 # Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")

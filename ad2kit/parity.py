@@ -30,11 +30,12 @@ from ad2kit.gate import (
     probe_rows,
     same_token_ids,
 )
-from ad2kit.records import DistillReport, OnnxArtifact, ParityReport, RowAnswers
+from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus
 from ad2kit.tasks import answers, softmax
 from ad2kit.training import predict_logits
+from ad2kit.verdicts import ParityReport, RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,14 +13,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    computed_field,
     model_validator,
 )
 
 from ad2kit.errors import RunError
 from ad2kit.sections import (  # noqa: TC001  (pydantic reads them at run time)
     Metric,
-    ParityRecipe,
     Provider,
     Task,
 )
@@ -171,131 +169,6 @@ class OnnxArtifact(Record):
     files: dict[str, str]
     model_bytes: int
     lineage: dict[str, str]
-
-
-class QuantisationTrial(Part):
-    """One way to quantise, tried on ``select``; all its figures are of those rows.
-
-    ``agreement`` is with the labels of fp32 (a correlation for a regression), in batches or one by
-    one, whichever is less. ``batch_ms`` is of a text in batches of 32, ``alone_ms`` of one alone.
-    """
-
-    way: str
-    agreement: float
-    points_lost: float
-    failures: tuple[str, ...]
-    size_bytes: int
-    batch_ms: float
-    alone_ms: float
-
-
-class QuantisationSearch(Record):
-    """All that was tried for int8, in order, and what was taken."""
-
-    inputs: str
-    rows: int
-    seconds: float
-    taken: str
-    trials: tuple[QuantisationTrial, ...]
-
-
-class Check(Part):
-    """One threshold of the gate beside the value that was measured."""
-
-    question: Literal["export fidelity", "conversion cost", "distillation quality"]
-    name: str
-    value: float
-    bound: Literal["at most", "at least"]
-    threshold: float
-    interval: tuple[float, float] | None = None
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def passed(self) -> bool:
-        """Whether the value keeps within its threshold; NaN never does."""
-        if self.bound == "at most":
-            return self.value <= self.threshold
-        return self.value >= self.threshold
-
-
-class LengthSlice(Part):
-    """The validation texts of a range of lengths, and the scores on them."""
-
-    tokens: tuple[int, int]
-    rows: int
-    score: float
-    teacher_score: float
-
-
-class VariantParity(Part):
-    """One variant against the PyTorch student, fp32 and the teacher.
-
-    ``score`` is the mean of ``metrics``. McNemar's test and calibration (ECE) are of single-label
-    tasks alone; ``ece`` is of the probabilities that are served, ``ece_unscaled`` of those without
-    the temperature. ``slices`` begin with the one that lost most to the teacher.
-    """
-
-    variant: str
-    manifest_sha256: str
-    score: float
-    metrics: dict[str, float]
-    retained: float
-    retained_interval: tuple[float, float]
-    smallest_detectable_difference: float
-    mcnemar_p: float | None
-    recall_change_by_class: dict[str, float]
-    ece: float | None
-    ece_unscaled: float | None
-    slices: tuple[LengthSlice, ...]
-    checks: tuple[Check, ...]
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def passed(self) -> bool:
-        """Whether every check of this variant passed."""
-        return all(check.passed for check in self.checks)
-
-
-class ParityReport(Record):
-    """The verdict of the gate on the labelled validation set."""
-
-    inputs: str
-    thresholds: ParityRecipe
-    rows: int
-    truncated: int
-    teacher_score: float
-    teacher_metrics: dict[str, float]
-    teacher_ece: float | None
-    student_score: float
-    variants: tuple[VariantParity, ...]
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def passed(self) -> bool:
-        """Whether every variant that the recipe asks for passed."""
-        return all(variant.passed for variant in self.variants)
-
-    def failures(self, variant: str | None = None) -> list[str]:
-        """Return a line for each check that failed, of one variant or of all."""
-        return [
-            f"{verdict.variant}: {check.name} is {check.value:.4g}, expected {check.bound} "
-            f"{check.threshold:g}"
-            for verdict in self.variants
-            for check in verdict.checks
-            if not check.passed and variant in (None, verdict.variant)
-        ]
-
-
-class RowAnswers(Record):
-    """One line of ``answers.jsonl``: a validation row, and the logits that each model gave it.
-
-    ``label`` is an id, a list of zeros and ones, or a number, as the task has it.
-    """
-
-    texts: tuple[str, ...]
-    tokens: int
-    label: int | float | tuple[int, ...]
-    logits: dict[str, tuple[float, ...]]
 
 
 class LatencyCell(Part):

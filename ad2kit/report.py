@@ -1,185 +1,294 @@
-"""The report stage: what a run has shown so far, as one table and one page of Markdown."""
+"""The report stage: all that a run has shown, as one page of HTML that needs no other file."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
-from ad2kit import markdown
+import numpy as np
+
+from ad2kit import metrics, tables
+from ad2kit.curve import read_curve
+from ad2kit.errors import MissingExtra
 from ad2kit.files import write_text
-from ad2kit.records import (
-    BentoRecord,
-    DistillReport,
-    LatencyReport,
-    ParityReport,
-    QuantisationSearch,
-)
+from ad2kit.records import BentoRecord, DistillReport, LatencyReport
+from ad2kit.run_dir import passed_variants
+from ad2kit.tasks import answers, scores, softmax
+from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers
+
+try:
+    from jinja2 import Environment, StrictUndefined
+
+    from ad2kit import plots
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "jinja2", extra="cpu") from error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from ad2kit.records import LatencyCell
     from ad2kit.run_dir import RunDir
+    from ad2kit.sections import Task
+    from ad2kit.verdicts import VariantParity
 
-HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
-          "texts/s", "gate")  # fmt: skip
+    Context = dict[str, Any]
+
+TEACHER = "teacher"
+# What a person can read; the rest is in answers.jsonl.
+_TEXTS, _TEXT_CHARACTERS, _MATRIX_CLASSES = 12, 400, 12
 
 
-def rows(run: RunDir) -> list[tuple[str, ...]]:
-    """Return one row for the teacher, the student and each variant, under :data:`HEADER`.
-
-    Latency is of one text of the shortest measured length, throughput of the largest batch of
-    that length. What has not been measured yet is left blank.
+def report(run: RunDir) -> Path:
+    """Write ``report.html`` of a run and return its path.
 
     Raises:
         RunError: parity has not been judged yet.
     """
     run.require(run.parity_report, command="parity")
-    parity = ParityReport.read(run.parity_report)
-    latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
-
-    def measured(system: str) -> tuple[str, ...]:
-        if latency is None:
-            return ("", "", "", "")
-        one, many = _smallest_and_largest(latency, system)
-        return (
-            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}",
-            f"{many.texts_per_s:,.0f}",
-        )  # fmt: skip
-
-    teacher, student = "teacher (PyTorch)", "student (PyTorch)"
-    table = [
-        (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
-        (
-            student, f"{parity.student_score:.4f}",
-            f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}", "",
-            *measured(student), "",
-        ),
-    ]  # fmt: skip
-    for verdict in parity.variants:
-        low, high = verdict.retained_interval
-        table.append((
-            f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
-            f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
-            "passed" if verdict.passed else "FAILED",
-        ))  # fmt: skip
-    return table
-
-
-def caption(run: RunDir) -> str:
-    """Return in words on what the table was measured."""
-    parity = ParityReport.read(run.parity_report)
-    difference = max(verdict.smallest_detectable_difference for verdict in parity.variants)
-    text = (
-        f"Score: {' and '.join(parity.teacher_metrics)} on {parity.rows} validation texts; "
-        "differences below "
-        f"{100 * difference:.1f} points are within their noise."
-    )
-    if run.recipe.data.select_from == "validation":
-        text += " The checkpoint was chosen on these same texts, which flatters the student."
-    if not run.latency_report.is_file():
-        return text
-    latency = LatencyReport.read(run.latency_report)
-    shortest, largest = _shape(latency)
-    return (
-        f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
-        f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
-    )
-
-
-def latency_lines(latency: LatencyReport) -> list[str]:
-    """Return one line for each cell."""
-    return [
-        f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
-        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
-        f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
-        for cell in latency.cells
-    ]
-
-
-def report(run: RunDir) -> Path:
-    """Write ``report.md`` of a run and return its path."""
-    parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
-    checks = [
-        (
-            verdict.variant, check.question, check.name, f"{check.value:.4g}",
-            f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
-        )
-        for verdict in parity.variants
-        for check in verdict.checks
-    ]  # fmt: skip
-    splits = [
-        (
-            name, str(facts.rows), str(facts.truncated),
-            ", ".join(f"{label} {count}" for label, count in facts.class_counts.items()),
-        )
-        for name, facts in distilled.splits.items()
-    ]  # fmt: skip
-    training = (
-        f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
-        f"({distilled.examples_per_s:.0f} examples/s), best at {distilled.best_step}; "
-        f"{distilled.verdict}. Peak memory: {_memory(distilled.peak_memory_mb)}."
-    )
-    search = []
-    if run.int8_search.is_file():
-        search = _search(QuantisationSearch.read(run.int8_search))
-    bento = []
-    if run.bento_record.is_file():
-        record = BentoRecord.read(run.bento_record)
-        answers = f"{record.service_texts} answers over HTTP, {record.service_label_flips} flips"
-        bento = [f"`{record.tag}`: {answers}."]
-    sections = {
-        f"# {run.recipe.name}: {'passed' if parity.passed else 'FAILED'}": [run.recipe.description],
-        "## Result": [*markdown.table(HEADER, rows(run)), "", caption(run)],
-        "## Training": [training],
-        "## The gate": markdown.table(
-            ("variant", "question", "check", "value", "expected", "verdict"), checks
-        ),
-        "## int8": search,
-        "## Data": markdown.table(("split", "rows", "truncated", "classes"), splits),
-        "## Bento": bento,
-        "## Versions": [f"- {name} {version}" for name, version in distilled.environment.items()],
-    }
-    text = "\n\n".join(
-        f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines
-    )
-    write_text(run.report, f"{text}\n")
+    run.require(run.answers, command="parity")
+    template = resources.files("ad2kit").joinpath("report.html").read_text(encoding="utf-8")
+    # Texts and labels are the user's: whatever they hold is shown and not interpreted.
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    write_text(run.report, environment.from_string(template).render(_context(run)))
     return run.report
 
 
-def _search(search: QuantisationSearch) -> list[str]:
-    """Return what was tried for int8 as lines of Markdown."""
-    header = ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", "verdict")
-    rows = [
-        (
-            trial.way, f"{trial.agreement:.4f}", f"{trial.points_lost:+.2f}",
-            f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
-            "taken" if trial.way == search.taken else ", ".join(trial.failures) or "passed",
+def _context(run: RunDir) -> Context:
+    parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
+    recipe, variant = run.recipe, _shown(run, parity)
+    curve = read_curve(run.curve("student"))
+    lines = run.answers.read_text(encoding="utf-8").splitlines()
+    answered = [RowAnswers.model_validate_json(line) for line in lines]
+    latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
+    return {
+        "run": recipe,
+        "passed": parity.passed,
+        "summary": _summary(variant, latency),
+        "models": {
+            "header": tables.HEADER, "rows": tables.rows(run), "caption": tables.caption(run),
+        },
+        "latency_plot": _latency_plot(parity, latency),
+        "gate": [_checks(each) for each in parity.variants],
+        "labels": distilled.labels,
+        "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
+        "slices": [
+            (
+                f"{piece.tokens[0]} to {piece.tokens[1]}", str(piece.rows),
+                f"{piece.teacher_score:.4f}", f"{piece.score:.4f}",
+                f"{100 * (piece.score - piece.teacher_score):+.1f}",
+            )
+            for piece in variant.slices
+        ],
+        "calibration": _calibration(answered, parity, variant)
+        if distilled.task == "single_label"
+        else None,
+        "training": {
+            "words": f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
+            f"({distilled.examples_per_s:.0f} examples/s), best at {distilled.best_step}; "
+            f"{distilled.verdict}. Peak memory: "
+            + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items()),
+            "plot": _markup(plots.training(curve)),
+            "select": _markup(plots.selection(curve, " and ".join(distilled.metrics))),
+        },
+        "search": _search(QuantisationSearch.read(run.int8_search))
+        if run.int8_search.is_file()
+        else None,
+        "splits": [
+            (
+                name, str(facts.rows), str(facts.truncated),
+                ", ".join(f"{label} {count}" for label, count in facts.class_counts.items()),
+                facts.sha256[:12],
+            )
+            for name, facts in distilled.splits.items()
+        ],
+        "bento": _bento(run),
+        "provenance": [
+            *distilled.environment.items(),
+            ("teacher sha256", distilled.teacher_sha256),
+            ("student sha256", distilled.student_sha256),
+            *((f"{each.variant} sha256", each.manifest_sha256) for each in parity.variants),
+        ],
+        "recipe": recipe.model_dump_json(indent=2),
+    }  # fmt: skip
+
+
+def _markup(svg: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(svg)  # noqa: S704  (drawn here, with labels that matplotlib escapes)
+
+
+def _shown(run: RunDir, parity: ParityReport) -> VariantParity:
+    """Return the variant that the page is about: the one to be served, or the last."""
+    passed = passed_variants(run)
+    name = passed[0].name if passed else parity.variants[-1].variant
+    return next(each for each in parity.variants if each.variant == name)
+
+
+def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]:
+    low, high = variant.retained_interval
+    kept = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
+    lines = [f"{kept} (95 % interval {low:.2%} to {high:.2%})."]
+    if latency is not None:
+        teacher, ours = (
+            tables.smallest_and_largest(latency, system)
+            for system in ("teacher (PyTorch)", variant.variant)
         )
-        for trial in search.trials
+        share = latency.sizes_bytes[variant.variant] / latency.sizes_bytes["teacher (PyTorch)"]
+        lines.append(
+            f"It has {share:.0%} of the teacher's bytes, answers one text "
+            f"{teacher[0].p50_ms / ours[0].p50_ms:.1f} times as fast, and reads "
+            f"{ours[1].texts_per_s / teacher[1].texts_per_s:.1f} times as many texts in batches."
+        )
+    return lines
+
+
+def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
+    if latency is None:
+        return ""
+    known = {
+        "teacher (PyTorch)": parity.teacher_score, "student (PyTorch)": parity.student_score,
+        **{each.variant: each.score for each in parity.variants},
+    }  # fmt: skip
+    points = {
+        name: (tables.smallest_and_largest(latency, name)[0].p50_ms, value)
+        for name, value in known.items()
+    }
+    return _markup(plots.latency(points, " and ".join(parity.teacher_metrics)))
+
+
+def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
+    lines: list[tuple[str, ...]] = [
+        (
+            check.question, check.name, f"{check.value:.4g}",
+            f"{check.interval[0]:.4g} to {check.interval[1]:.4g}" if check.interval else "",
+            f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
+        )
+        for check in variant.checks
     ]  # fmt: skip
+    if variant.mcnemar_p is not None:
+        p = f"{variant.mcnemar_p:.3g}"
+        lines.append(("distillation quality", "McNemar's test, p", p, "", "not a check", ""))
+    for name, change in variant.recall_change_by_class.items():
+        points = f"{100 * change:+.1f} points"
+        lines.append(("distillation quality", f"recall of {name}", points, "", "not a check", ""))
+    return variant.variant, "passed" if variant.passed else "FAILED", lines
+
+
+def _differ(
+    answered: Sequence[RowAnswers], task: Task, names: tuple[str, ...], variant: str
+) -> Context:
+    """Return the texts on which teacher and variant are furthest apart, and how each is wrong."""
+    logits = {
+        name: np.array([line.logits[name] for line in answered]) for name in (TEACHER, variant)
+    }
+    told = {name: scores(task, values) for name, values in logits.items()}
+    found = {name: answers(task, values) for name, values in logits.items()}
+    distance = np.abs(told[TEACHER] - told[variant]).max(axis=1)
+    furthest = np.argsort(-distance, kind="stable")[:_TEXTS]
+
+    def say(name: str, row: int) -> str:
+        answer = found[name][row]
+        if task == "regression":
+            return f"{answer:.2f}"
+        if task == "multi_label":
+            return ", ".join(n for n, on in zip(names, answer, strict=True) if on) or "none"
+        return f"{names[int(answer)]} {told[name][row, int(answer)]:.2f}"
+
+    def truth(label: float | tuple[int, ...]) -> str:
+        if isinstance(label, tuple):
+            return ", ".join(n for n, on in zip(names, label, strict=True) if on) or "none"
+        return f"{label:.2f}" if task == "regression" else names[int(label)]
+
+    different = (found[TEACHER] != found[variant]).reshape(len(answered), -1).any(axis=1)
     words = (
-        f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against fp32; "
-        "milliseconds are of one text."
+        f"The {len(furthest)} texts whose answers are furthest apart."
+        if task == "regression"
+        else f"{variant} and teacher differ on {different.sum()} of {len(answered)} texts. "
+        f"Here are the {len(furthest)} texts whose probabilities are furthest apart."
     )
-    return [words, "", *markdown.table(header, rows)]
+    matrices = []
+    if task == "single_label" and len(names) <= _MATRIX_CLASSES:
+        labels = np.array([line.label for line in answered], dtype=int)
+        matrices = [(name, _matrix(found[name], labels, names)) for name in found]
+    return {
+        "words": words,
+        "matrices": matrices,
+        "header": ("text", "label", TEACHER, variant),
+        "texts": [
+            (
+                _cut(" | ".join(answered[row].texts)), truth(answered[row].label),
+                say(TEACHER, row), say(variant, row),
+            )
+            for row in furthest.tolist()
+        ],
+    }  # fmt: skip
 
 
-def _memory(peak_mb: dict[str, float]) -> str:
-    return ", ".join(f"{name} {mb:,.0f} MB" for name, mb in peak_mb.items())
+def _matrix(
+    found: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], names: Sequence[str]
+) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Return the confusion matrix: for each label its name, and counts with their shares of it."""
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (labels, found), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return [
+        (name, [(int(count), f"{share:.3f}") for count, share in zip(*cells, strict=True)])
+        for name, *cells in zip(names, counts, shares, strict=True)
+    ]
 
 
-def _shape(latency: LatencyReport) -> tuple[int, int]:
-    """Return the shortest length and the largest batch that were measured."""
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT_CHARACTERS else f"{text[:_TEXT_CHARACTERS]}…"
+
+
+def _calibration(
+    answered: Sequence[RowAnswers], parity: ParityReport, variant: VariantParity
+) -> Context:
+    labels = np.array([line.label for line in answered], dtype=int)
+    bins = {
+        name: metrics.reliability(
+            softmax(np.array([line.logits[name] for line in answered]) / temperature), labels
+        )
+        for name, temperature in (
+            (TEACHER, 1.0),
+            (variant.variant, variant.temperature),
+        )
+    }
+    scaled = (
+        f", before the temperature of {variant.temperature:.2f} {variant.ece_unscaled:.3f}"
+        if variant.temperature != 1.0
+        else ""
+    )
+    return {
+        "words": f"Expected calibration error: teacher {parity.teacher_ece:.3f}, "
+        f"{variant.variant} {variant.ece:.3f}{scaled}. Above the diagonal a model is too modest, "
+        "below it too sure.",
+        "plot": _markup(plots.calibration(bins)),
+    }
+
+
+def _search(search: QuantisationSearch) -> Context:
+    return {
+        "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
+        "fp32. The fastest that passes is taken; milliseconds are of one text.",
+        "header": ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", ""),
+        "rows": [
+            (
+                trial.way, f"{trial.agreement:.4f}", f"{trial.points_lost:+.2f}",
+                f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
+                "taken" if trial.way == search.taken else "; ".join(trial.failures) or "passed",
+            )
+            for trial in search.trials
+        ],
+    }  # fmt: skip
+
+
+def _bento(run: RunDir) -> str:
+    if not run.bento_record.is_file():
+        return ""
+    record = BentoRecord.read(run.bento_record)
     return (
-        min(cell.length_tokens for cell in latency.cells),
-        max(cell.batch_size for cell in latency.cells),
+        f"{record.tag}: {record.service_texts} answers over HTTP, "
+        f"{record.service_label_flips} flips."
     )
-
-
-def _smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyCell, LatencyCell]:
-    shortest, _ = _shape(latency)
-    cells = sorted(
-        (c for c in latency.cells if c.system == system and c.length_tokens == shortest),
-        key=lambda cell: cell.batch_size,
-    )
-    return cells[0], cells[-1]

@@ -29,8 +29,9 @@ from filelock import FileLock, Timeout
 from ad2kit.errors import RecipeError, RunError, no_room_left
 from ad2kit.files import fingerprint, sha256_of, sweep, write_record
 from ad2kit.recipe import Recipe, from_data
-from ad2kit.records import OnnxArtifact, ParityReport
+from ad2kit.records import OnnxArtifact
 from ad2kit.runtime import first_process_first, is_first_process
+from ad2kit.verdicts import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ class RunDir:
     latency_report = _Inside("latency.json")
     int8_search = _Inside("int8-search.json")
     bento_record = _Inside("bento.json")
-    report = _Inside("report.md")
+    report = _Inside("report.html")
 
     def onnx(self, variant: str) -> Path:
         """Return the folder of one ONNX variant."""

@@ -23,8 +23,9 @@ import time
 from pathlib import Path
 
 from ad2kit.files import sha256_of
-from ad2kit.records import BentoRecord, ParityReport
+from ad2kit.records import BentoRecord
 from ad2kit.run_dir import RunDir
+from ad2kit.verdicts import ParityReport
 
 # The first traces of the stages, in the order of the chain.
 MARKERS = (

@@ -181,8 +181,7 @@ def test_a_gate_that_fails_ends_with_1_and_leaves_its_report(
 
 def test_report_and_bench_print_what_was_measured(ad2kit: Any, copied_run: RunDir) -> None:
     assert "95 % interval" in ad2kit("report", copied_run.path).out
-    page = copied_run.report.read_text()
-    assert "| fp32 | export fidelity | label flips | 0 | at most 0 | passed |" in page
+    assert "label flips" in copied_run.report.read_text()
     assert "p99" in ad2kit("bench", copied_run.path).out
 
 

@@ -13,7 +13,7 @@ from ad2kit.export import export
 from ad2kit.files import write_record
 from ad2kit.parity import parity
 from ad2kit.quantize import WAYS, Way, nodes_to_quantize, quantize
-from ad2kit.records import QuantisationSearch
+from ad2kit.verdicts import QuantisationSearch
 from tests.integration.test_parity import forge
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from ad2kit.export import export
 from ad2kit.files import sha256_of, write_record
 from ad2kit.gate import Reference, conversion_cost, distillation_quality
 from ad2kit.parity import insist_passed, parity
-from ad2kit.records import OnnxArtifact, ParityReport, RowAnswers
+from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, passed_variants
 from ad2kit.sections import DataRecipe, ParityRecipe
+from ad2kit.verdicts import ParityReport, RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,6 +14,7 @@ from ad2kit.distill import distill
 from ad2kit.errors import DataError, ModelError
 from ad2kit.export import export
 from ad2kit.parity import parity
+from ad2kit.report import report as write_report
 from ad2kit.run_dir import RunDir, open_run
 from tests.conftest import QUICK
 
@@ -88,7 +89,7 @@ def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
     for verdict in report.variants:
         assert set(verdict.metrics) == metrics
         assert verdict.score == pytest.approx(np.mean(list(verdict.metrics.values())))
-    names = {check.name for check in report.variants[1].checks}
+    names = {check.name for check in report.variants[-1].checks}
     expected = {
         "three classes of pairs": {"label flips", "classes predicted", "accuracy retained"},
         "several labels": {"labels that only the teacher gives", "label flips"},
@@ -96,6 +97,9 @@ def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
                      "pearson and spearman retained"},
     }[task]  # fmt: skip
     assert expected <= names
+    page = write_report(runs[task]).read_text()
+    assert "Where teacher and student differ" in page
+    assert ("<h2>Calibration</h2>" in page) == (task == "three classes of pairs")
 
 
 @pytest.mark.slow

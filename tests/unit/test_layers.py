@@ -16,12 +16,12 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "markdown", "yaml_core"},
-    1: {"files", "recipe", "records", "run_dir", "runtime", "sections"},
+    1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "verdicts"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
         "curve", "data", "error_contract", "fuse", "gate", "int8_search", "intermediate", "labels",
-        "losses", "metrics", "models", "objectives", "quantize", "random_bert", "references",
-        "resumable", "sources", "store", "students", "tasks", "training",
+        "losses", "metrics", "models", "objectives", "plots", "quantize", "random_bert",
+        "references", "resumable", "sources", "store", "students", "tables", "tasks", "training",
     },
     3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
     4: {"campaigns", "campaigns.compare", "campaigns.run"},

@@ -1,0 +1,105 @@
+"""What a run has shown so far as plain tables: for the terminal and for the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ad2kit.records import LatencyReport
+from ad2kit.verdicts import ParityReport
+
+if TYPE_CHECKING:
+    from ad2kit.records import LatencyCell
+    from ad2kit.run_dir import RunDir
+
+HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
+          "texts/s", "gate")  # fmt: skip
+
+
+def rows(run: RunDir) -> list[tuple[str, ...]]:
+    """Return one row for the teacher, the student and each variant, under :data:`HEADER`.
+
+    Latency is of one text of the shortest measured length, throughput of the largest batch of
+    that length. What has not been measured yet is left blank.
+
+    Raises:
+        RunError: parity has not been judged yet.
+    """
+    run.require(run.parity_report, command="parity")
+    parity = ParityReport.read(run.parity_report)
+    latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
+
+    def measured(system: str) -> tuple[str, ...]:
+        if latency is None:
+            return ("", "", "", "")
+        one, many = smallest_and_largest(latency, system)
+        return (
+            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}",
+            f"{many.texts_per_s:,.0f}",
+        )  # fmt: skip
+
+    teacher, student = "teacher (PyTorch)", "student (PyTorch)"
+    table = [
+        (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
+        (
+            student, f"{parity.student_score:.4f}",
+            f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}", "",
+            *measured(student), "",
+        ),
+    ]  # fmt: skip
+    for verdict in parity.variants:
+        low, high = verdict.retained_interval
+        table.append((
+            f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
+            f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
+            "passed" if verdict.passed else "FAILED",
+        ))  # fmt: skip
+    return table
+
+
+def caption(run: RunDir) -> str:
+    """Return in words on what the table was measured."""
+    parity = ParityReport.read(run.parity_report)
+    difference = max(verdict.smallest_detectable_difference for verdict in parity.variants)
+    text = (
+        f"Score: {' and '.join(parity.teacher_metrics)} on {parity.rows} validation texts; "
+        "differences below "
+        f"{100 * difference:.1f} points are within their noise."
+    )
+    if run.recipe.data.select_from == "validation":
+        text += " The checkpoint was chosen on these same texts, which flatters the student."
+    if not run.latency_report.is_file():
+        return text
+    latency = LatencyReport.read(run.latency_report)
+    shortest, largest = _shape(latency)
+    return (
+        f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
+        f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
+    )
+
+
+def latency_lines(latency: LatencyReport) -> list[str]:
+    """Return one line for each cell."""
+    return [
+        f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
+        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
+        f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
+        for cell in latency.cells
+    ]
+
+
+def _shape(latency: LatencyReport) -> tuple[int, int]:
+    """Return the shortest length and the largest batch that were measured."""
+    return (
+        min(cell.length_tokens for cell in latency.cells),
+        max(cell.batch_size for cell in latency.cells),
+    )
+
+
+def smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyCell, LatencyCell]:
+    """Return the cells of the smallest and the largest batch of the shortest length."""
+    shortest, _ = _shape(latency)
+    cells = sorted(
+        (c for c in latency.cells if c.system == system and c.length_tokens == shortest),
+        key=lambda cell: cell.batch_size,
+    )
+    return cells[0], cells[-1]

@@ -1,0 +1,114 @@
+"""The report as a reader gets it: in a real browser, from one file, whatever the texts hold."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ad2kit.errors import RunError
+from ad2kit.files import write_record
+from ad2kit.report import report
+from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.run_dir import RunDir
+
+HEADLESS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr",
+)  # fmt: skip
+INJECTION = '<script>console.error("injected")</script><img src=x>'
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that loads a page: its DOM after loading, and what the console said."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    profile = tmp_path_factory.mktemp("chromium")
+
+    def load(page: Path, *options: str) -> tuple[str, list[str]]:
+        done = subprocess.run(
+            [path, *HEADLESS, *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return load
+
+
+def test_a_browser_shows_the_whole_report_without_a_complaint(
+    browser: Any, copied_run: RunDir
+) -> None:
+    page = report(copied_run)
+    assert page == copied_run.report
+    for options in (("--force-dark-mode",), ("--window-size=360,800",)):
+        assert browser(page, *options)[1] == []
+    shown, console = browser(page)
+    assert console == []
+    headings = re.findall(r"<h2>(.*?)</h2>", shown)
+    assert headings == ["Models", "The gate", "Where teacher and student differ", "Calibration",
+                        "Training", "int8", "Where it comes from"]  # fmt: skip
+    assert shown.count("<svg") == 4
+    judged = ParityReport.read(copied_run.parity_report)
+    for verdict in judged.variants:
+        assert f"{verdict.score:.4f}" in shown
+        for check in verdict.checks:
+            assert f"<td>{check.name}</td>" in shown
+    assert QuantisationSearch.read(copied_run.int8_search).taken in shown
+    assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", shown)
+    assert "https://" not in shown
+
+
+def test_the_console_is_really_listened_to(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(f"<body>{INJECTION}</body>")
+    assert "injected" in str(browser(page)[1])
+
+
+def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None:
+    lines = copied_run.answers.read_text().splitlines()
+    answered = RowAnswers.model_validate_json(lines[0])
+    # As far apart as can be, so that it comes first.
+    apart = answered.model_copy(update={
+        "texts": (INJECTION,),
+        "logits": answered.logits | {"teacher": (50.0, -50.0), "int8": (-50.0, 50.0)},
+    })  # fmt: skip
+    copied_run.answers.write_text("\n".join([apart.model_dump_json(), *lines[1:]]) + "\n")
+    shown, console = browser(report(copied_run))
+    assert console == []
+    assert "&lt;script&gt;console.error" in shown
+
+
+def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
+    judged = ParityReport.read(copied_run.parity_report)
+    last = judged.variants[-1]
+    checks = tuple(
+        c.model_copy(update={"threshold": 2.0, "bound": "at least"}) for c in last.checks
+    )
+    failed = last.model_copy(update={"checks": checks})
+    write_record(
+        copied_run.parity_report,
+        judged.model_copy(update={"variants": (*judged.variants[:-1], failed)}),
+    )
+    page = report(copied_run).read_text()
+    assert '<span class="bad">failed</span></h1>' in page
+    assert page.count('<details open><summary>int8: <span class="bad">') == 1
+    # The page is about the one that would be served.
+    assert "fused keeps" in page
+
+
+def test_a_report_before_parity_or_bench(copied_run: RunDir) -> None:
+    copied_run.latency_report.unlink()
+    assert "p50 latency" not in report(copied_run).read_text()
+    copied_run.parity_report.unlink()
+    with pytest.raises(RunError, match=r"has no parity\.json yet"):
+        report(copied_run)
