@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ad2kit import __version__
+from ad2kit import __version__, options
 from ad2kit.runtime import stage
 
 if TYPE_CHECKING:
@@ -25,25 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a .yaml file.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="E.g. distill.lr=5e-5.")
-]
-RunArgument = Annotated[
-    Path | None,
-    typer.Argument(metavar="RUN", help="A run folder; the most recent run if left out."),
-]
-RunsDir = Annotated[Path, typer.Option(help="Where the run folders lie.")]
-RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder, if not the usual.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
-Inexact = Annotated[
-    bool,
-    typer.Option("--allow-inexact", help="Resume under other threads, device or versions."),
-]
-RUNS = Path("runs")
-
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -55,7 +35,7 @@ def _root(
 
 
 @app.command()
-def recipes(as_json: Json = False) -> None:
+def recipes(as_json: options.Json = False) -> None:
     """List the shipped recipes."""
     from ad2kit.recipe import load, recipe_names
     from ad2kit.terminal import print_json
@@ -70,7 +50,11 @@ def recipes(as_json: Json = False) -> None:
 
 
 @app.command()
-def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
+def check(
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    as_json: options.Json = False,
+) -> None:
     """Check a recipe, its data and its teacher; train nothing."""
     from ad2kit.data import load_data
     from ad2kit.labels import balance, counts
@@ -95,7 +79,7 @@ def check(recipe_name: RecipeName, overrides: Overrides = None, as_json: Json = 
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: options.Json = False) -> None:
     """Say what this machine offers and what it lacks."""
     from ad2kit.doctor import examine
     from ad2kit.terminal import print_json
@@ -112,12 +96,12 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def distill(
-    recipe_name: RecipeName,
-    overrides: Overrides = None,
-    runs_dir: RunsDir = RUNS,
-    run: RunOption = None,
-    allow_inexact: Inexact = False,
-    as_json: Json = False,
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    run: options.RunOption = None,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
 ) -> None:
     """Fine-tune the teacher if need be; distil the student."""
     from ad2kit.terminal import print_result, start_run, training_progress
@@ -136,10 +120,10 @@ def distill(
 
 @app.command()
 def export(
-    run: RunArgument = None,
-    runs_dir: RunsDir = RUNS,
-    no_parity: Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")] = False,
-    as_json: Json = False,
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    no_parity: options.NoParity = False,
+    as_json: options.Json = False,
 ) -> None:
     """Export the student to ONNX, then ask the parity gate."""
     from ad2kit.terminal import print_json, use_run
@@ -154,18 +138,40 @@ def export(
 
 
 @app.command()
-def parity(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Judge the variants against student and teacher.
+def parity(
+    arguments: options.RunOrOverrides = None,
+    model: options.Model = None,
+    teacher: options.Teacher = None,
+    data: options.DataFile = None,
+    recipe_name: options.RecipeOption = "custom",
+    runs_dir: options.RunsDir = options.RUNS,
+    as_json: options.Json = False,
+) -> None:
+    """Judge the variants of a run against student and teacher, or any ONNX model with --model.
 
-    Exit code 1 if one fails; the report is written all the same.
+    Exit code 1 if one fails; the report of a run is written all the same.
     """
-    from ad2kit.terminal import use_run
+    from ad2kit.recipe import load
+    from ad2kit.terminal import one_run, print_verdict, use_run
 
-    _judge(use_run(runs_dir, run), as_json)
+    if model is None:
+        _judge(use_run(runs_dir, one_run(arguments, teacher, data)), as_json)
+        return
+    if teacher is None or data is None:
+        raise typer.BadParameter("--model needs --teacher and --data")
+    verdict: ParityReport = stage("ad2kit.model_parity", "judge_model")(
+        model, teacher, data, load(recipe_name, arguments or ())
+    )
+    print_verdict(verdict, as_json=as_json)
+    stage("ad2kit.verdicts", "insist_passed")(verdict, model)
 
 
 @app.command()
-def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+def bench(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    as_json: options.Json = False,
+) -> None:
     """Measure latency and throughput of all models.
 
     Anew each time, whatever the run holds already.
@@ -180,13 +186,11 @@ def bench(run: RunArgument = None, runs_dir: RunsDir = RUNS, as_json: Json = Fal
 
 @app.command()
 def package(
-    run: RunArgument = None,
-    runs_dir: RunsDir = RUNS,
-    variant: Annotated[str | None, typer.Option(help="Default: the smallest that passed.")] = None,
-    allow_failed_parity: Annotated[
-        bool, typer.Option("--allow-failed-parity", help="Package it all the same, on record.")
-    ] = False,
-    as_json: Json = False,
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    variant: options.VariantName = None,
+    allow_failed_parity: options.Forced = False,
+    as_json: options.Json = False,
 ) -> None:
     """Build a Bento, try it over HTTP, publish its tag.
 
@@ -202,8 +206,8 @@ def package(
 
 
 @app.command()
-def report(run: RunArgument = None, runs_dir: RunsDir = RUNS) -> None:
-    """Print the table of a run and write its report.md."""
+def report(run: options.RunArgument = None, runs_dir: options.RunsDir = options.RUNS) -> None:
+    """Print the table of a run and write its report.html."""
     from ad2kit.report import report as write_report
     from ad2kit.terminal import print_table, use_run
 
@@ -215,9 +219,9 @@ def report(run: RunArgument = None, runs_dir: RunsDir = RUNS) -> None:
 @app.command()
 def predict(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; else --file or stdin.")] = None,
-    run: RunOption = None,
-    runs_dir: RunsDir = RUNS,
-    file: Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")] = None,
+    run: options.RunOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    file: options.TextFile = None,
 ) -> None:
     """Classify texts: one JSON line each.
 
@@ -233,12 +237,12 @@ def predict(
 
 @app.command()
 def run(
-    recipe_name: RecipeName,
-    overrides: Overrides = None,
-    runs_dir: RunsDir = RUNS,
-    run: RunOption = None,
-    allow_inexact: Inexact = False,
-    as_json: Json = False,
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    run: options.RunOption = None,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
 ) -> None:
     """Take a recipe all the way to a Bento.
 
@@ -263,15 +267,13 @@ def run(
 
 @app.command()
 def compare(
-    recipe_name: RecipeName,
-    overrides: Overrides = None,
-    methods: Annotated[
-        str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, ad2.")
-    ] = "finetune,kd,pkd,ad2",
-    seeds: Annotated[int, typer.Option(min=1, help="Students of each method.")] = 5,
-    runs_dir: RunsDir = RUNS,
-    allow_inexact: Inexact = False,
-    as_json: Json = False,
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    methods: options.Methods = "finetune,kd,pkd,ad2",
+    seeds: options.Seeds = 5,
+    runs_dir: options.RunsDir = options.RUNS,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train students by several methods from one teacher; test the last against the others."""
     from ad2kit.recipe import load
@@ -295,5 +297,5 @@ def _judge(folder: RunDir, as_json: bool) -> None:
         print_json(verdict.model_dump(mode="json"))
     else:
         print_table(folder)
-    stage("ad2kit.parity", "insist_passed")(verdict, folder)
+    stage("ad2kit.verdicts", "insist_passed")(verdict, folder.path, report=folder.parity_report)
     typer.echo("parity: passed; next: ad2kit package, or serve it now: bentoml serve", err=True)

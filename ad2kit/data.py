@@ -7,6 +7,7 @@ otherwise) makes every choice, and ``validation`` is read by the gate alone.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ from ad2kit.errors import DataError, nearest
 from ad2kit.files import fingerprint
 from ad2kit.labels import counts, label_names, no_labels, read_labels
 from ad2kit.records import SplitFacts
-from ad2kit.sources import Row, read_rows, read_unlabelled
+from ad2kit.sources import Row, read_file, read_rows, read_unlabelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +33,8 @@ _SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
+# Half a surrogate pair, which JSON lets through, is no character.
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,19 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         logger.warning("%d of %d validation texts are also training texts", known,
                        len(data.validation))  # fmt: skip
     return data
+
+
+def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split:
+    """Read the labelled rows of one file; ``recipe`` says what its columns are.
+
+    Raises:
+        DataError: see :func:`load_data`.
+    """
+    rows = read_file(path)
+    _check_columns(rows, (*recipe.text_columns, recipe.label_column), path.name)
+    split = Split(_texts(rows, recipe), read_labels(rows, recipe, labels))
+    _insist_on_variety(split, recipe.task, labels, path.name)
+    return split
 
 
 def _unlabelled(reference: str, recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
@@ -258,7 +275,7 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
     for where, row in rows:
         for column in recipe.text_columns:
             text = row.get(column)
-            if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+            if not isinstance(text, str) or not text.strip() or _HALF_PAIR.search(text):
                 raise DataError(
                     f"{where}: '{column}' must be a text with at least one visible character, "
                     f"found {text!r:.80}",
@@ -266,11 +283,6 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
                 )
         texts.append(tuple(row[column] for column in recipe.text_columns))
     return tuple(texts)
-
-
-def _is_unicode(text: str) -> bool:
-    """Half a surrogate pair, which JSON lets through, is no character."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _insist_on_variety(split: Split, task: Task, labels: tuple[str, ...], name: str) -> None:

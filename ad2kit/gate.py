@@ -111,7 +111,7 @@ def export_fidelity(
         changed = answers(reference.task, logits) != answers(reference.task, expected)
         flips = [at_most(question, "label flips", int(changed.sum()), thresholds.max_label_flips)]
     return (
-        at_most(question, "logits not finite", _not_finite(logits), 0),
+        at_most(question, "logits not finite", not_finite(logits), 0),
         *flips,
         *(at_most(question, name, value, thresholds.max_logit_gap) for name, value in gaps.items()),
     )
@@ -140,10 +140,10 @@ def conversion_cost(
     if reference.task == "regression":
         what = "correlation with fp32"  # there are no labels to agree on
     return (
-        at_most(question, "converted logits not finite", _not_finite(logits), 0),
-        at_least(question, what, _agreement(reference.task, finite, fp32), least),
+        at_most(question, "converted logits not finite", not_finite(logits), 0),
+        at_least(question, what, agreement(reference.task, finite, fp32), least),
         at_least(
-            question, f"{what}, one by one", _agreement(reference.task, finite_alone, fp32), least
+            question, f"{what}, one by one", agreement(reference.task, finite_alone, fp32), least
         ),
         at_most(question, "points lost to fp32", lost, thresholds.max_points_lost),
     )
@@ -243,7 +243,8 @@ def _variety(task: Task, ours: NDArray[Any], teacher: NDArray[Any]) -> tuple[Che
     )
 
 
-def _agreement(task: Task, logits: Logits, fp32: Logits) -> float:
+def agreement(task: Task, logits: Logits, fp32: Logits) -> float:
+    """Return the share of equal answers; for a regression, Pearson's correlation."""
     ours, theirs = answers(task, logits), answers(task, fp32)
     if task == "regression":
         return metrics.measure("pearson", ours, theirs)
@@ -268,5 +269,6 @@ def at_least(
     )  # fmt: skip
 
 
-def _not_finite(logits: Logits) -> int:
+def not_finite(logits: Logits) -> int:
+    """Return how many values are no number."""
     return int((~np.isfinite(logits)).sum())

@@ -20,7 +20,7 @@ import torch
 from ad2kit import __version__, metrics, models
 from ad2kit import data as datasets
 from ad2kit.classifier import OnnxClassifier
-from ad2kit.errors import GateFailed, RunError
+from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.gate import (
     Reference,
@@ -175,17 +175,3 @@ def _forward(
     inputs = {name: torch.from_numpy(feed[name]) for name in names}
     logits: NDArray[np.float32] = model.module.eval()(**inputs).logits.numpy()
     return logits
-
-
-def insist_passed(report: ParityReport, run: RunDir) -> None:
-    """Stop where a gate said no.
-
-    Raises:
-        GateFailed: names every check that failed, with its value and its threshold.
-    """
-    if not report.passed:
-        raise GateFailed(
-            f"the parity gate of {run.path} failed:\n  " + "\n  ".join(report.failures()),
-            hint=f"the whole report is {run.parity_report}; train longer, change the student, or "
-            "leave the variant out (export.variants)",
-        )

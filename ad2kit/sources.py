@@ -37,7 +37,7 @@ def read_rows(recipe: DataRecipe) -> Rows:
         DataError: a file is missing, not UTF-8 or malformed, or the hub cannot be reached.
     """
     if recipe.source is None:
-        return _read_file(Path(recipe.train or "")), _read_file(Path(recipe.validation or "")), None
+        return read_file(Path(recipe.train or "")), read_file(Path(recipe.validation or "")), None
     names = (recipe.train or "train", recipe.validation or "validation")
     scheme, separator, rest = recipe.source.partition("://")
     if not separator:
@@ -85,7 +85,7 @@ def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
             )
         lines = enumerate(_text(path).split("\n"), 1)
         return [(f"{path}, line {n}", {text_columns[0]: line}) for n, line in lines if line.strip()]
-    return _read_file(path)
+    return read_file(path)
 
 
 def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
@@ -107,7 +107,7 @@ def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
             )
         return found[0]
 
-    train, validation = (_read_file(split_file(name)) for name in names)
+    train, validation = (read_file(split_file(name)) for name in names)
     label_file = folder / "labels.txt"
     if not label_file.is_file():
         return train, validation, None
@@ -134,7 +134,12 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _read_file(path: Path) -> list[Row]:
+def read_file(path: Path) -> list[Row]:
+    """Read the rows of one file, in the format that its name ends in.
+
+    Raises:
+        DataError: the file is missing, not UTF-8 or malformed, or of another format.
+    """
     readers = {
         "tsv": _read_delimited,
         "csv": _read_delimited,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import computed_field
 
+from ad2kit.errors import GateFailed
 from ad2kit.records import Part, Record
 from ad2kit.sections import ParityRecipe  # noqa: TC001  (pydantic reads it at run time)
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class QuantisationTrial(Part):
@@ -95,7 +99,10 @@ class VariantParity(Part):
 
 
 class ParityReport(Record):
-    """The verdict of the gate on the labelled validation set."""
+    """The verdict of the gate on the labelled validation set.
+
+    ``student_score`` is of the PyTorch student, or of the graph where that is all there is.
+    """
 
     inputs: str
     thresholds: ParityRecipe
@@ -134,3 +141,19 @@ class RowAnswers(Record):
     tokens: int
     label: int | float | tuple[int, ...]
     logits: dict[str, tuple[float, ...]]
+
+
+def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = None) -> None:
+    """Stop where a gate said no to ``what``; ``report`` is where the whole verdict lies.
+
+    Raises:
+        GateFailed: names every check that failed, with its value and its threshold.
+    """
+    if not verdict.passed:
+        raise GateFailed(
+            f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()),
+            hint=f"the whole report is {report}; train longer, change the student, or leave the "
+            "variant out (export.variants)"
+            if report
+            else "look at tokenizer, labels and export; --json shows all checks",
+        )

@@ -60,6 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "pkd": _KD | {"intermediate": _NO_INSIDES | {"pkd": 1.0}},
     "tinybert": _KD | {"intermediate": _NO_INSIDES | {"hidden_states": 1.0, "attentions": 1.0}},
     "minilm": _KD | {"intermediate": _NO_INSIDES | {"value_relations": 1.0}},
+    # The recipe without its adversary: what of `ad2` is due to its other terms.
+    "clean": {"alpha": 0.0},
     "ad2": {},
 }
 

@@ -9,9 +9,10 @@ from ad2kit.distill import distill
 from ad2kit.errors import UserError
 from ad2kit.export import export
 from ad2kit.package import package
-from ad2kit.parity import insist_passed, parity
+from ad2kit.parity import parity
 from ad2kit.report import report
 from ad2kit.runtime import processes
+from ad2kit.verdicts import insist_passed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ def run_all(
     verdict = parity(run)
     bench(run, again=False)
     report(run)
-    insist_passed(verdict, run)
+    insist_passed(verdict, run.path, report=run.parity_report)
     record = package(run)
     report(run)
     return record

@@ -17,11 +17,11 @@ from ad2kit.errors import GateFailed, ModelError, RunError
 from ad2kit.export import export
 from ad2kit.files import sha256_of, write_record
 from ad2kit.gate import Reference, conversion_cost, distillation_quality
-from ad2kit.parity import insist_passed, parity
+from ad2kit.parity import parity
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, passed_variants
 from ad2kit.sections import DataRecipe, ParityRecipe
-from ad2kit.verdicts import ParityReport, RowAnswers
+from ad2kit.verdicts import ParityReport, RowAnswers, insist_passed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_an_honest_run_passes(copied_run: RunDir) -> None:
     assert {v.variant for v in report.variants} == {"fp32", "fused", "int8"}
     assert report.rows == 640
     assert report.student_score == report.variants[0].score
-    insist_passed(report, copied_run)
+    insist_passed(report, copied_run.path)
 
 
 def test_swapped_labels_fail(copied_run: RunDir) -> None:
@@ -94,25 +94,24 @@ def test_noise_on_one_weight_fails(copied_run: RunDir) -> None:
     assert "logit gap, batches" in failed_checks(copied_run)
 
 
-def test_a_dropped_mask_fails_where_there_is_padding(copied_run: RunDir) -> None:
-    def drop(graph: Any) -> None:
-        """Feed the graph's insides a mask of ones, of the right shape, whatever it is given."""
-        for node in graph.node:
-            for index, name in enumerate(node.input):
-                if name == "attention_mask":
-                    node.input[index] = "ones_mask"
-        zero = numpy_helper.from_array(np.array(0, np.int64), "mask_zero")
-        one = numpy_helper.from_array(np.array(1, np.int64), "mask_one")
-        graph.initializer.extend([zero, one])
-        graph.node.insert(
-            0, onnx.helper.make_node("Add", ["mask_product", "mask_one"], ["ones_mask"])
-        )
-        graph.node.insert(
-            0,
-            onnx.helper.make_node("Mul", ["attention_mask", "mask_zero"], ["mask_product"]),
-        )
+def drop_the_mask(graph: Any) -> None:
+    """Feed the graph's insides a mask of ones, of the right shape, whatever it is given."""
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == "attention_mask":
+                node.input[index] = "ones_mask"
+    zero = numpy_helper.from_array(np.array(0, np.int64), "mask_zero")
+    one = numpy_helper.from_array(np.array(1, np.int64), "mask_one")
+    graph.initializer.extend([zero, one])
+    graph.node.insert(0, onnx.helper.make_node("Add", ["mask_product", "mask_one"], ["ones_mask"]))
+    graph.node.insert(
+        0,
+        onnx.helper.make_node("Mul", ["attention_mask", "mask_zero"], ["mask_product"]),
+    )
 
-    damage(copied_run, drop)
+
+def test_a_dropped_mask_fails_where_there_is_padding(copied_run: RunDir) -> None:
+    damage(copied_run, drop_the_mask)
     failed = failed_checks(copied_run)
     assert {"logit gap, batches", "logit gap, padded"} <= failed
     assert "logit gap, one by one" not in failed  # without padding the mask is all ones anyway
@@ -197,7 +196,7 @@ def test_a_weak_student_fails_with_the_thresholds_of_the_recipe(copied_run: RunD
     report = parity(copied_run)
     assert not report.passed
     with pytest.raises(GateFailed, match=r"lower 95 % bound is .* expected at least 1"):
-        insist_passed(report, copied_run)
+        insist_passed(report, copied_run.path)
     assert passed_variants(copied_run) == []
 
 

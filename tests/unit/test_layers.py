@@ -23,9 +23,9 @@ LAYERS = {
         "losses", "metrics", "models", "objectives", "plots", "quantize", "random_bert",
         "references", "resumable", "sources", "store", "students", "tables", "tasks", "training",
     },
-    3: {"bench", "distill", "doctor", "export", "package", "parity", "report"},
+    3: {"bench", "distill", "doctor", "export", "model_parity", "package", "parity", "report"},
     4: {"campaigns", "campaigns.compare", "campaigns.run"},
-    5: {"__main__", "cli", "terminal"},
+    5: {"__main__", "cli", "options", "terminal"},
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

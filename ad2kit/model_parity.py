@@ -1,0 +1,174 @@
+"""The gate for a model that others exported: an ONNX folder against a teacher, on labelled rows.
+
+Without the PyTorch student there is nothing to compare the graph with but itself: a text must get
+the same answer alone, in company, and behind padding. What was lost on the way, by a wrong
+tokenizer or a wrong order of the labels, shows against the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from ad2kit import data as datasets
+from ad2kit import metrics, models
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.errors import ModelError
+from ad2kit.files import fingerprint, sha256_of_folder, write_record
+from ad2kit.fuse import node_counts
+from ad2kit.gate import Reference, agreement, at_least, at_most, distillation_quality, not_finite
+from ad2kit.records import OnnxArtifact
+from ad2kit.references import find_model
+from ad2kit.runtime import available_cpus
+from ad2kit.tasks import answers, softmax
+from ad2kit.training import predict_logits
+from ad2kit.verdicts import ParityReport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from tokenizers import Encoding
+
+    from ad2kit.recipe import Recipe
+    from ad2kit.sections import ParityRecipe, Task
+    from ad2kit.verdicts import Check
+
+BATCH = 32
+
+
+def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe) -> ParityReport:
+    """Judge an ONNX model against its teacher.
+
+    Args:
+        folder: with model.onnx, config.json and tokenizer.json, as optimum writes it.
+        teacher_reference: written like ``teacher.model`` of a recipe; a finished classifier.
+        rows: a labelled file that neither model was trained on.
+        recipe: its sections data, parity and compute, and its seed.
+
+    Raises:
+        ModelError: a file is missing, or the labels of model and teacher differ.
+        DataError: the rows are not what the recipe says.
+    """
+    task, length = recipe.data.task, recipe.data.max_length_tokens
+    labels, teacher_folder = _labels(folder), find_model(teacher_reference, key="--teacher")
+    teacher = models.load(teacher_folder, labels, task, finished=True)
+    models.check_length(teacher, length, key="data.max_length_tokens")
+    split = datasets.load_split(rows, recipe.data, labels)
+    torch.set_num_threads(recipe.compute.threads or available_cpus())
+    encoded = datasets.encode(split, teacher.tokenizer, length)
+    teacher_logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
+    texts = [text if len(text) > 1 else text[0] for text in split.texts]
+    with tempfile.TemporaryDirectory(prefix="ad2kit-parity-") as temporary:
+        adopted = _adopt(folder, Path(temporary), labels, recipe)
+        classifier = OnnxClassifier(adopted, threads=recipe.compute.threads)
+        encodings = classifier.encode(texts)  # type: ignore[arg-type]
+        logits = classifier.run_sorted(encodings, BATCH)
+        checks = _consistency(classifier, encodings, logits, task, recipe.parity)
+    reference = Reference(
+        task, recipe.data.judged_by, split.labels, teacher=teacher_logits, student=logits,
+        encoded=encoded, student_left=np.empty((0, len(labels)), dtype=np.float32),
+    )  # fmt: skip
+    files = sha256_of_folder(folder)
+    verdict = distillation_quality(
+        folder.name, fingerprint(files), logits, reference, labels, checks, recipe.parity,
+        recipe.seed,
+    )  # fmt: skip
+    found = answers(task, teacher_logits)
+    return ParityReport(
+        inputs=fingerprint(files, split.sha256(), recipe.parity.model_dump(mode="json")),
+        thresholds=recipe.parity,
+        rows=len(split),
+        truncated=int(encoded.truncated.sum()),
+        teacher_score=reference.score(teacher_logits),
+        teacher_metrics={
+            name: metrics.measure(name, found, split.labels) for name in reference.metrics
+        },
+        teacher_ece=metrics.expected_calibration_error(softmax(teacher_logits), split.labels)
+        if task == "single_label"
+        else None,
+        student_score=verdict.score,
+        variants=(verdict,),
+    )
+
+
+def _consistency(
+    classifier: OnnxClassifier,
+    encodings: Sequence[Encoding],
+    logits: NDArray[np.float32],
+    task: Task,
+    thresholds: ParityRecipe,
+) -> tuple[Check, ...]:
+    """Compare a graph with itself, where no student is at hand: company must change no answer.
+
+    Args:
+        classifier: any.
+        encodings: of all texts, by its tokenizer.
+        logits: of all texts in batches, shape [rows, outputs].
+        task: what the logits mean.
+        thresholds: of the recipe; agreement leaves room for what int8 does by itself.
+    """
+    question: Literal["export fidelity"] = "export fidelity"
+    longest = max(encodings, key=lambda encoding: len(encoding.ids))
+    alone = classifier.run_sorted(encodings, batch_size=1)
+    padded = np.concatenate([classifier.run([encoding, longest])[:1] for encoding in encodings])
+    least = thresholds.min_agreement
+    finite, batched, behind = (np.nan_to_num(found) for found in (alone, logits, padded))
+    return (
+        at_most(question, "logits not finite", not_finite(logits) + not_finite(alone), 0),
+        at_least(question, "answers kept in batches", agreement(task, batched, finite), least),
+        at_least(question, "answers kept behind padding", agreement(task, behind, finite), least),
+    )
+
+
+def _labels(folder: Path) -> tuple[str, ...]:
+    """Return the labels of the model's config.json, in the order of their ids."""
+    names = {int(index): name for index, name in _config(folder).get("id2label", {}).items()}
+    if not names or sorted(names) != list(range(len(names))):
+        raise ModelError(
+            f"{folder / 'config.json'}: expected id2label with ids from 0 on, found {names}",
+            hint="write the label names of the model into it",
+        )
+    return tuple(names[index] for index in sorted(names))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    for name in (MODEL_FILE, "config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+            raise ModelError(
+                f"{folder} has no {name}; there is {there}",
+                hint="give a folder that optimum's exporter wrote, one graph and its tokenizer",
+            )
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe) -> Path:
+    """Return a folder of links to the files of the model, with a manifest of ours."""
+    for file in folder.iterdir():
+        if file.is_file() and file.name != OnnxArtifact.file_name:
+            (scratch / file.name).symlink_to(file.resolve())
+    files = sha256_of_folder(scratch)
+    manifest = OnnxArtifact(
+        variant=folder.name,
+        inputs=fingerprint(files),
+        task=recipe.data.task,
+        labels=labels,
+        max_length_tokens=recipe.data.max_length_tokens,
+        pad_token_id=_config(folder).get("pad_token_id") or 0,
+        text_columns=len(recipe.data.text_columns),
+        provider=recipe.export.provider,
+        nodes=node_counts(scratch / MODEL_FILE),
+        temperature=1.0,
+        files=files,
+        model_bytes=(scratch / MODEL_FILE).stat().st_size,
+        lineage={},
+    )
+    write_record(scratch / OnnxArtifact.file_name, manifest)
+    return scratch

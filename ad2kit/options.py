@@ -1,0 +1,50 @@
+"""The arguments and options of the commands, as types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a .yaml file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="E.g. distill.lr=5e-5.")
+]
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="RUN", help="A run folder; the most recent run if left out."),
+]
+RunsDir = Annotated[Path, typer.Option(help="Where the run folders lie.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder, if not the usual.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
+Inexact = Annotated[
+    bool,
+    typer.Option("--allow-inexact", help="Resume under other threads, device or versions."),
+]
+RUNS = Path("runs")
+
+# Of `parity`, which judges a run or any ONNX folder.
+RunOrOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN | KEY.PATH=VALUE ...]", help="A run; or changes of --recipe."),
+]
+Model = Annotated[
+    Path | None, typer.Option(help="Judge this ONNX folder, whoever made it, and no run.")
+]
+Teacher = Annotated[str | None, typer.Option(help="Teacher of --model: a folder or hub://NAME.")]
+DataFile = Annotated[Path | None, typer.Option(help="A labelled file for --model.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="Columns, task and thresholds for --model.")
+]
+TextFile = Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")]
+
+VariantName = Annotated[str | None, typer.Option(help="Default: the smallest that passed.")]
+Forced = Annotated[
+    bool, typer.Option("--allow-failed-parity", help="Package it all the same, on record.")
+]
+NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")]
+Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Students of each method.")]

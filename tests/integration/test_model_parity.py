@@ -1,0 +1,152 @@
+"""The gate for models that ad2kit did not make: good ones pass, broken ones are caught."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import pytest
+from onnx import numpy_helper
+from optimum.onnxruntime import ORTModelForSequenceClassification
+from optimum.pipelines import pipeline
+from transformers import AutoTokenizer
+
+from ad2kit import data as datasets
+from ad2kit import recipe as recipes
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.errors import DataError, ModelError
+from ad2kit.model_parity import judge_model
+from ad2kit.records import OnnxArtifact
+from tests.integration.test_parity import drop_the_mask, edit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ad2kit.run_dir import RunDir
+
+
+@pytest.fixture
+def rows(finished_run: RunDir, tmp_path: Path) -> Path:
+    recipe = finished_run.recipe
+    data = datasets.load_data(recipe.data, recipe.seed)
+    lines = [
+        json.dumps({"text": texts[0], "label": data.labels[label]})
+        for texts, label in zip(data.validation.texts, data.validation.labels, strict=True)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def model(finished_run: RunDir, tmp_path: Path) -> Path:
+    """The fp32 graph as optimum left it, without anything of ours."""
+    folder = tmp_path / "model"
+    shutil.copytree(finished_run.onnx("fp32"), folder)
+    (folder / OnnxArtifact.file_name).unlink()
+    return folder
+
+
+def failed(model: Path, run: RunDir, rows: Path) -> set[str]:
+    recipe = recipes.load("custom", ["compute.threads=1", "parity.bootstrap_samples=200"])
+    report = judge_model(model, str(run.teacher), rows, recipe)
+    (verdict,) = report.variants
+    assert report.rows == 640
+    return {check.name for check in verdict.checks if not check.passed}
+
+
+def test_a_good_model_passes(model: Path, finished_run: RunDir, rows: Path) -> None:
+    assert failed(model, finished_run, rows) == set()
+    assert not (model / OnnxArtifact.file_name).exists()
+
+
+def graph(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        loaded = onnx.load(folder / MODEL_FILE)
+        change(loaded.graph)
+        onnx.save(loaded, folder / MODEL_FILE)
+
+    return damage
+
+
+def swap(graph: Any) -> None:
+    edit(graph, "classifier.bias", lambda bias: bias[::-1])
+    edit(graph, "classifier.weight", lambda weight: weight[::-1])
+
+
+def destroy_a_scale(folder: Path) -> None:
+    """As an int8 graph whose scale was computed from the wrong tensor."""
+    shutil.copy(folder.parent / "int8.onnx", folder / MODEL_FILE)
+    loaded = onnx.load(folder / MODEL_FILE)
+    scale = next(
+        tensor for tensor in loaded.graph.initializer
+        if tensor.name.endswith("_scale") and "classifier" in tensor.name
+    )  # fmt: skip
+    scale.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(scale), scale.name))
+    onnx.save(loaded, folder / MODEL_FILE)
+
+
+def another_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    # Every word becomes [UNK], as with the vocabulary of another language.
+    tokenizer["pre_tokenizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        pytest.param(graph(swap), "accuracy retained", id="swapped labels"),
+        pytest.param(graph(drop_the_mask), "answers kept behind padding", id="dropped mask"),
+        pytest.param(
+            graph(lambda g: edit(g, "classifier.bias", lambda bias: bias * float("nan"))),
+            "logits not finite", id="NaN",
+        ),
+        pytest.param(destroy_a_scale, "accuracy retained", id="int8 scale"),
+        pytest.param(another_tokenizer, "accuracy retained", id="tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_broken_model_is_caught(
+    model: Path, finished_run: RunDir, rows: Path, damage: Callable[[Path], None], expected: str
+) -> None:
+    shutil.copy(finished_run.onnx("int8") / MODEL_FILE, model.parent / "int8.onnx")
+    damage(model)
+    assert expected in failed(model, finished_run, rows)
+
+
+def test_labels_in_another_order_than_the_teachers_are_refused(
+    model: Path, finished_run: RunDir, rows: Path
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["id2label"] = {"0": "positive", "1": "negative"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="labels differ") as refused:
+        failed(model, finished_run, rows)
+    assert "{0: 'positive', 1: 'negative'}" in refused.value.message
+    assert "{0: 'negative', 1: 'positive'}" in refused.value.message
+
+
+def test_what_is_missing_is_named(model: Path, finished_run: RunDir, rows: Path) -> None:
+    with pytest.raises(DataError, match="expected a file that ends in"):
+        failed(model, finished_run, rows.with_suffix(".txt"))
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json; there is config\.json"):
+        failed(model, finished_run, rows)
+
+
+def test_an_artefact_is_a_plain_folder_for_other_tools(finished_run: RunDir) -> None:
+    texts = ["never dull", "not at all convincing"]
+    for name in ("fp32", "fused", "int8"):
+        folder = finished_run.onnx(name)
+        theirs = pipeline(
+            "text-classification",
+            model=ORTModelForSequenceClassification.from_pretrained(folder),
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+        )
+        ours = OnnxClassifier(folder).predict(texts, batch_size=1)
+        for found, expected in zip(theirs(texts), ours, strict=True):
+            assert found["label"] == expected.label
+            assert found["score"] == pytest.approx(expected.score, abs=1e-5)
