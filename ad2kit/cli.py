@@ -147,10 +147,7 @@ def parity(
     runs_dir: options.RunsDir = options.RUNS,
     as_json: options.Json = False,
 ) -> None:
-    """Judge the variants of a run against student and teacher, or any ONNX model with --model.
-
-    Exit code 1 if one fails; the report of a run is written all the same.
-    """
+    """Judge the variants of a run, or any ONNX model with --model; exit code 1 if one fails."""
     from ad2kit.recipe import load
     from ad2kit.terminal import one_run, print_verdict, use_run
 
