@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ad2kit import __version__, options
 from ad2kit.runtime import stage
-
-if TYPE_CHECKING:
-    from ad2kit.run_dir import RunDir
-    from ad2kit.verdicts import ParityReport
 
 app = typer.Typer(
     name="ad2kit",
@@ -126,12 +122,13 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Export the student to ONNX, then ask the parity gate."""
+    from ad2kit.parity_terminal import judge_run
     from ad2kit.terminal import print_json, use_run
 
     folder = use_run(runs_dir, run)
     artifacts = stage("ad2kit.export", "export")(folder)
     if not no_parity:
-        _judge(folder, as_json)
+        judge_run(folder, as_json=as_json)
         return
     if as_json:
         print_json([artifact.model_dump(mode="json") for artifact in artifacts])
@@ -140,6 +137,7 @@ def export(
 @app.command()
 def parity(
     arguments: options.RunOrOverrides = None,
+    against_service: options.Service = None,
     model: options.Model = None,
     teacher: options.Teacher = None,
     data: options.DataFile = None,
@@ -148,19 +146,17 @@ def parity(
     as_json: options.Json = False,
 ) -> None:
     """Judge the variants of a run, or any ONNX model with --model; exit code 1 if one fails."""
-    from ad2kit.recipe import load
-    from ad2kit.terminal import one_run, print_verdict, use_run
+    from ad2kit.parity_terminal import judge_model, judge_run, judge_service, one_run
+    from ad2kit.terminal import use_run
 
-    if model is None:
-        _judge(use_run(runs_dir, one_run(arguments, teacher, data)), as_json)
+    if model is not None:
+        judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
         return
-    if teacher is None or data is None:
-        raise typer.BadParameter("--model needs --teacher and --data")
-    verdict: ParityReport = stage("ad2kit.model_parity", "judge_model")(
-        model, teacher, data, load(recipe_name, arguments or ())
-    )
-    print_verdict(verdict, as_json=as_json)
-    stage("ad2kit.verdicts", "insist_passed")(verdict, model)
+    folder = use_run(runs_dir, one_run(arguments, teacher, data))
+    if against_service is not None:
+        judge_service(folder, against_service, as_json=as_json)
+        return
+    judge_run(folder, as_json=as_json)
 
 
 @app.command()
@@ -284,15 +280,3 @@ def compare(
             recipe, names, seeds, runs_dir, on_step=on_step, allow_inexact=allow_inexact
         )
     print_comparison(report, folder, as_json=as_json)
-
-
-def _judge(folder: RunDir, as_json: bool) -> None:
-    from ad2kit.terminal import print_json, print_table
-
-    verdict: ParityReport = stage("ad2kit.parity", "parity")(folder)
-    if as_json:
-        print_json(verdict.model_dump(mode="json"))
-    else:
-        print_table(folder)
-    stage("ad2kit.verdicts", "insist_passed")(verdict, folder.path, report=folder.parity_report)
-    typer.echo("parity: passed; next: ad2kit package, or serve it now: bentoml serve", err=True)

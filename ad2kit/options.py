@@ -31,6 +31,9 @@ RunOrOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RUN | KEY.PATH=VALUE ...]", help="A run; or changes of --recipe."),
 ]
+Service = Annotated[
+    str | None, typer.Option(metavar="URL", help="Compare a running service with its run.")
+]
 Model = Annotated[
     Path | None, typer.Option(help="Judge this ONNX folder, whoever made it, and no run.")
 ]

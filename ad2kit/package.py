@@ -19,18 +19,16 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ad2kit import __version__
-from ad2kit import data as datasets
 from ad2kit.bundle import own_wheel, pinned_requirements, service_file
-from ad2kit.classifier import OnnxClassifier, read_artifact
+from ad2kit.classifier import read_artifact
 from ad2kit.errors import GateFailed, MissingExtra, RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive, passed_variants
+from ad2kit.service_check import compare_service
 from ad2kit.verdicts import ParityReport
 
 # Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
@@ -47,9 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SERVICE_TEXTS = 100
-# Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
-MAX_SCORE_GAP = 1e-5
 START_TIMEOUT_S = 90.0
 # `bentoml serve`, told by Linux to stop when its parent dies: a kill -9 leaves no server behind.
 _SERVE = """
@@ -119,23 +114,18 @@ def package(
             }),
         )  # fmt: skip
         bento = _build(context, Path(temporary) / "store", tag)
-        flips, gap, texts = _compare_service(bento, folder, run)
+        with served(bento, bento.parent) as address:
+            found = compare_service(run, folder, address)
+        found.insist_same(f"{tag} was not published")
         record = BentoRecord(
-            inputs=inputs, tag=tag, variant=artifact.variant, forced=forced, service_texts=texts,
-            service_label_flips=flips, service_score_gap=gap,
+            inputs=inputs, tag=tag, variant=artifact.variant, forced=forced,
+            service_texts=found.texts, service_label_flips=found.flips, service_score_gap=found.gap,
         )  # fmt: skip
-        if flips or not gap <= MAX_SCORE_GAP:
-            raise GateFailed(
-                f"the service does not answer what the artefact computes: {flips} label flips and "
-                f"a score gap of {gap:.1e} on {texts} texts, expected 0 and at most "
-                f"{MAX_SCORE_GAP:.0e}; {tag} was not published",
-                hint="run `ad2kit doctor`; another version of onnxruntime may be serving",
-            )
         if _published(tag):
             bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
         bentoml.bentos.import_bento(str(bento), input_format="folder")
     write_record(run.bento_record, record)
-    logger.info("published %s: %d answers over HTTP equal the artefact's", tag, texts)
+    logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
     return record
 
 
@@ -170,17 +160,6 @@ def served(target: str | Path, folder: Path, *arguments: str) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
-    """POST texts to a running service and return its predictions."""
-    request = urllib.request.Request(  # noqa: S310  (our own loopback address)
-        f"{address}/classify",
-        json.dumps({"texts": texts}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
-        return list(json.load(response)["predictions"])
 
 
 def _choose(
@@ -250,34 +229,3 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path)
         f"the service {state} after {START_TIMEOUT_S:g} s at most; its log ends:\n{tail}",
         hint="`ad2kit doctor` shows what is installed; the run itself is unharmed",
     )
-
-
-def _compare_service(bento: Path, folder: Path, run: RunDir) -> tuple[int, float, int]:
-    """Question 4: return label flips and score gap between HTTP and artefact, and texts asked.
-
-    One text per request: the activations of an int8 graph are quantised over the whole batch, so
-    only equal batches must give equal answers.
-    """
-    recipe = run.recipe
-    validation = datasets.load_data(recipe.data, recipe.seed).validation
-    texts: list[Any] = [t[0] if len(t) == 1 else t for t in validation.texts]
-    by_length = sorted(texts, key=lambda text: len(str(text)))
-    rows = np.unique(np.linspace(0, len(texts) - 1, SERVICE_TEXTS).astype(int))
-    chosen = [by_length[row] for row in rows]
-    expected = OnnxClassifier(folder, threads=recipe.compute.threads).predict(chosen, batch_size=1)
-    with served(bento, bento.parent) as address:
-        found = [ask(address, [text])[0] for text in chosen]
-    # Through JSON as well: a tuple is a list there.
-    sent = [json.loads(json.dumps(each.as_dict())) for each in expected]
-    pairs = list(zip(found, sent, strict=True))
-    flips = sum(
-        answer.get(key) != prediction.get(key)
-        for answer, prediction in pairs
-        for key in ("label", "labels")
-    )
-    gap = max(abs(a - b) for pair in pairs for a, b in zip(*map(_numbers, pair), strict=True))
-    return flips, gap, len(chosen)
-
-
-def _numbers(answer: dict[str, Any]) -> list[float]:
-    return [answer["value"]] if "value" in answer else list(answer["scores"].values())

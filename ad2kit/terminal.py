@@ -29,7 +29,7 @@ from ad2kit.runtime import is_first_process
 from ad2kit.tables import HEADER, caption, rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from pydantic import BaseModel
     from rich.progress import TaskID
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from ad2kit.compare_report import CompareReport
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
-    from ad2kit.verdicts import ParityReport
 
 _SECONDS_BETWEEN_LINES = 15.0
 _LINES_AT_ONCE = 256
@@ -143,43 +142,6 @@ def print_table(folder: RunDir) -> None:
     console.print(caption(folder), highlight=False)
     if folder.report.is_file():
         console.print(f"report: {folder.report}", highlight=False)
-
-
-def one_run(arguments: Sequence[str] | None, teacher: str | None, data: Path | None) -> Path | None:
-    """Return the run that `ad2kit parity` was given, if any.
-
-    Raises:
-        UserError: what only makes sense with --model.
-    """
-    given = list(arguments or ())
-    if teacher is not None or data is not None or len(given) > 1:
-        raise UserError(
-            f"expected at most one run folder, found {' '.join(given) or '--teacher or --data'}",
-            hint="to judge another model: ad2kit parity --model DIR --teacher DIR --data FILE",
-        )
-    return Path(given[0]) if given else None
-
-
-def print_verdict(report: ParityReport, *, as_json: bool) -> None:
-    """Print every check of a report on stdout: as JSON, or as a table."""
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
-    table = Table("question", "check", "value", "threshold", "verdict", box=box.SIMPLE_HEAD)
-    for verdict in report.variants:
-        for check in verdict.checks:
-            table.add_row(
-                check.question, check.name, f"{check.value:.4g}",
-                f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
-            )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    (verdict,) = report.variants
-    console.print(
-        f"score {verdict.score:.4f}, teacher {report.teacher_score:.4f}, {report.rows} rows; "
-        f"differences below {100 * verdict.smallest_detectable_difference:.1f} points are noise",
-        highlight=False,
-    )
 
 
 def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> None:

@@ -20,14 +20,16 @@ import psutil
 import pytest
 
 from ad2kit import package as stage
+from ad2kit import service_check
 from ad2kit.bundle import own_wheel, pinned_requirements
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
 from ad2kit.errors import GateFailed, ModelError, RunError
 from ad2kit.files import sha256_of_folder
-from ad2kit.package import ask, package, served
+from ad2kit.package import package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
 from ad2kit.run_dir import RunDir
+from ad2kit.service_check import ask
 from tests.conftest import RECIPES
 
 if TYPE_CHECKING:
@@ -210,7 +212,7 @@ def test_a_service_that_answers_something_else_is_not_published(
             answer["scores"]["negative"] += 1e-4
         return [answer]
 
-    monkeypatch.setattr(stage, "ask", ask_another)
+    monkeypatch.setattr(service_check, "ask", ask_another)
     copied_run.recipe_file.write_text(
         copied_run.recipe_file.read_text().replace('"name": "smoke"', '"name": "unpublished"')
     )
@@ -221,7 +223,7 @@ def test_a_service_that_answers_something_else_is_not_published(
 
 
 def test_what_is_missing_or_unknown_is_named(copied_run: RunDir) -> None:
-    with pytest.raises(RunError, match=r"no variant 'int4'.* fp32, int8"):
+    with pytest.raises(RunError, match=r"no variant 'int4'.* fp32, fused, int8"):
         package(copied_run, variant="int4")
     copied_run.parity_report.unlink()
     with pytest.raises(RunError, match=r"no parity\.json yet") as refused:

@@ -192,7 +192,7 @@ INSIDE = {
     "the int8 export": ("ad2kit.export", "quantize_int8", 0),
     "the parity report": ("ad2kit.parity", "write_record", 0),
     "the Bento": ("ad2kit.package", "_build", 0),
-    "the trial of the service": ("ad2kit.package", "ask", 3),
+    "the trial of the service": ("ad2kit.service_check", "ask", 3),
 }
 KILLER = """
 import importlib, os, signal, sys

@@ -17,7 +17,11 @@ import pytest
 
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
+from ad2kit.errors import GateFailed, UserError
+from ad2kit.files import write_record
 from ad2kit.package import served
+from ad2kit.records import OnnxArtifact
+from ad2kit.service_check import judge_service
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -400,6 +404,26 @@ def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
             check_prediction(found, prediction)
     finally:
         next(server, None)
+
+
+def test_parity_asks_a_running_service(
+    service: str, finished_run: RunDir, copied_run: RunDir
+) -> None:
+    found = judge_service(finished_run, service)
+    assert (found.texts, found.flips) == (100, 0)
+    found.insist_same("never said")
+    # The same service beside a run whose artefact is another one.
+    artifact = OnnxArtifact.read(copied_run.onnx("fp32") / OnnxArtifact.file_name)
+    write_record(
+        copied_run.onnx("fp32") / OnnxArtifact.file_name,
+        artifact.model_copy(update={"labels": artifact.labels[::-1]}),
+    )
+    other = judge_service(copied_run, service)
+    assert other.flips == 100
+    with pytest.raises(GateFailed, match="100 label flips"):
+        other.insist_same("it is elsewhere")
+    with pytest.raises(UserError, match="expected an ad2kit service at http://127"):
+        judge_service(finished_run, "http://127.0.0.1:9")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")

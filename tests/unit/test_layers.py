@@ -21,11 +21,12 @@ LAYERS = {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
         "curve", "data", "error_contract", "fuse", "gate", "int8_search", "intermediate", "labels",
         "losses", "metrics", "models", "objectives", "plots", "quantize", "random_bert",
-        "references", "resumable", "sources", "store", "students", "tables", "tasks", "training",
+        "references", "resumable", "service_check", "sources", "store", "students", "tables",
+        "tasks", "training",
     },
     3: {"bench", "distill", "doctor", "export", "model_parity", "package", "parity", "report"},
     4: {"campaigns", "campaigns.compare", "campaigns.run"},
-    5: {"__main__", "cli", "options", "terminal"},
+    5: {"__main__", "cli", "options", "parity_terminal", "terminal"},
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

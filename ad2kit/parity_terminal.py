@@ -1,0 +1,105 @@
+"""`ad2kit parity`: what is judged, and how the verdict is said."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ad2kit.errors import UserError
+from ad2kit.recipe import load
+from ad2kit.runtime import stage
+from ad2kit.service_check import MAX_SCORE_GAP, ServiceAnswers
+from ad2kit.terminal import print_json, print_table
+from ad2kit.verdicts import ParityReport, insist_passed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ad2kit.run_dir import RunDir
+
+
+def judge_run(run: RunDir, *, as_json: bool) -> None:
+    """Judge the variants of a run, print the verdict, and stop if one failed."""
+    verdict: ParityReport = stage("ad2kit.parity", "parity")(run)
+    if as_json:
+        print_json(verdict.model_dump(mode="json"))
+    else:
+        print_table(run)
+    insist_passed(verdict, run.path, report=run.parity_report)
+    _say("parity: passed; next: ad2kit package, or serve it now: bentoml serve")
+
+
+def judge_service(run: RunDir, address: str, *, as_json: bool) -> None:
+    """Compare a running service with its run, print the result, and stop if they differ."""
+    found: ServiceAnswers = stage("ad2kit.service_check", "judge_service")(run, address.rstrip("/"))
+    if as_json:
+        print_json({"texts": found.texts, "label_flips": found.flips, "score_gap": found.gap})
+    found.insist_same(f"it is at {address}")
+    _say(
+        f"service: {found.texts} answers equal the artefact's, score gap {found.gap:.1e}, "
+        f"expected at most {MAX_SCORE_GAP:.0e}"
+    )
+
+
+def judge_model(
+    model: Path, teacher: str | None, data: Path | None, recipe: str, overrides: Sequence[str], *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Judge an ONNX folder that anyone made, print every check, and stop if one failed."""
+    if teacher is None or data is None:
+        raise UserError(
+            f"expected --teacher and --data beside --model, found --teacher {teacher} and --data "
+            f"{data}",
+            hint="ad2kit parity --model DIR --teacher DIR --data FILE",
+        )
+    verdict: ParityReport = stage("ad2kit.model_parity", "judge_model")(
+        model, teacher, data, load(recipe, overrides)
+    )
+    _print(verdict, as_json=as_json)
+    insist_passed(verdict, model)
+
+
+def one_run(arguments: Sequence[str] | None, teacher: str | None, data: Path | None) -> Path | None:
+    """Return the run that `ad2kit parity` was given, if any.
+
+    Raises:
+        UserError: what only makes sense with --model.
+    """
+    given = list(arguments or ())
+    if teacher is not None or data is not None or len(given) > 1:
+        raise UserError(
+            f"expected at most one run folder, found {' '.join(given) or '--teacher or --data'}",
+            hint="to judge another model: ad2kit parity --model DIR --teacher DIR --data FILE",
+        )
+    return Path(given[0]) if given else None
+
+
+def _print(report: ParityReport, *, as_json: bool) -> None:
+    """Print every check of a report on stdout: as JSON, or as a table."""
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    table = Table("question", "check", "value", "threshold", "verdict", box=box.SIMPLE_HEAD)
+    for verdict in report.variants:
+        for check in verdict.checks:
+            table.add_row(
+                check.question, check.name, f"{check.value:.4g}",
+                f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
+            )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    (verdict,) = report.variants
+    console.print(
+        f"score {verdict.score:.4f}, teacher {report.teacher_score:.4f}, {report.rows} rows; "
+        f"differences below {100 * verdict.smallest_detectable_difference:.1f} points are noise",
+        highlight=False,
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)

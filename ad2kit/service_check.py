@@ -1,0 +1,118 @@
+"""Question 4 of parity: does a service answer, over HTTP, what the artefact computes? No torch."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ad2kit import data as datasets
+from ad2kit.classifier import OnnxClassifier
+from ad2kit.errors import GateFailed, RunError, UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.run_dir import RunDir
+
+TEXTS = 100
+# Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
+MAX_SCORE_GAP = 1e-5
+
+
+@dataclass(frozen=True)
+class ServiceAnswers:
+    """How far a service is from its artefact: label flips and largest score gap over some texts."""
+
+    texts: int
+    flips: int
+    gap: float
+
+    def insist_same(self, consequence: str) -> None:
+        """Stop unless the service answers what the artefact computes.
+
+        Raises:
+            GateFailed: with ``consequence`` at the end of its message.
+        """
+        if self.flips or not self.gap <= MAX_SCORE_GAP:
+            raise GateFailed(
+                f"the service does not answer what the artefact computes: {self.flips} label flips "
+                f"and a score gap of {self.gap:.1e} on {self.texts} texts, expected 0 and at most "
+                f"{MAX_SCORE_GAP:.0e}; {consequence}",
+                hint="run `ad2kit doctor`; another version of onnxruntime may be serving",
+            )
+
+
+def judge_service(run: RunDir, address: str) -> ServiceAnswers:
+    """Compare a running service with the variant of a run that it says it serves.
+
+    Args:
+        run: with that variant.
+        address: such as http://localhost:3000.
+
+    Raises:
+        UserError: nobody answers there, or not an ad2kit service.
+        RunError: the run has no such variant.
+    """
+    try:
+        variant = json.loads(_get(f"{address}/info"))["variant"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"expected an ad2kit service at {address}, found: {type(error).__name__}: {error}",
+            hint="give an address such as http://localhost:3000, where `bentoml serve` listens",
+        ) from error
+    folder = run.onnx(variant)
+    if not folder.is_dir():
+        raise RunError(
+            f"the service at {address} serves the variant '{variant}', which {run.path} has not",
+            hint="name the run that its Bento was made from",
+        )
+    return compare_service(run, folder, address)
+
+
+def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
+    """Ask a service for validation texts of a run, and compare with the variant in ``folder``.
+
+    One text per request: the activations of an int8 graph are quantised over the whole batch, so
+    only equal batches must give equal answers.
+    """
+    recipe = run.recipe
+    validation = datasets.load_data(recipe.data, recipe.seed).validation
+    texts: list[Any] = [t[0] if len(t) == 1 else t for t in validation.texts]
+    by_length = sorted(texts, key=lambda text: len(str(text)))
+    rows = np.unique(np.linspace(0, len(texts) - 1, TEXTS).astype(int))
+    chosen = [by_length[row] for row in rows]
+    expected = OnnxClassifier(folder, threads=recipe.compute.threads).predict(chosen, batch_size=1)
+    found = [ask(address, [text])[0] for text in chosen]
+    # Through JSON as well: a tuple is a list there.
+    sent = [json.loads(json.dumps(each.as_dict())) for each in expected]
+    pairs = list(zip(found, sent, strict=True))
+    flips = sum(
+        answer.get(key) != prediction.get(key)
+        for answer, prediction in pairs
+        for key in ("label", "labels")
+    )
+    gap = max(abs(a - b) for pair in pairs for a, b in zip(*map(_numbers, pair), strict=True))
+    return ServiceAnswers(len(chosen), flips, gap)
+
+
+def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
+    """POST texts to a running service and return its predictions."""
+    body = json.dumps({"texts": texts}).encode()
+    return list(json.loads(_get(f"{address}/classify", body))["predictions"])
+
+
+def _get(url: str, body: bytes | None = None) -> bytes:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url} does not begin with http:// or https://")
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
+        return bytes(response.read())
+
+
+def _numbers(answer: dict[str, Any]) -> list[float]:
+    return [answer["value"]] if "value" in answer else list(answer["scores"].values())
