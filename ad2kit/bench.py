@@ -72,11 +72,11 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
     teacher = models.load(run.teacher, distilled.labels, distilled.task)
     student = models.load(run.student, distilled.labels, distilled.task)
     models.check_length(student, max(recipe.bench.lengths_tokens), key="bench.lengths_tokens")
-    systems = {TEACHER: _torch_call(teacher), STUDENT: _torch_call(student)}
+    systems = {TEACHER: torch_call(teacher), STUDENT: torch_call(student)}
     sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}
     for folder in folders:
         classifier = OnnxClassifier(folder, threads=threads)
-        systems[folder.name] = _onnx_call(classifier)
+        systems[folder.name] = onnx_call(classifier)
         sizes[folder.name] = classifier.artifact.model_bytes
 
     generator = np.random.default_rng(recipe.seed)
@@ -86,7 +86,7 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
             ids = generator.integers(
                 student.module.config.vocab_size, size=(size, length), dtype=np.int64
             )
-            seconds = _measure(systems, ids, recipe.bench.seconds_per_cell)
+            seconds = measure(systems, ids, recipe.bench.seconds_per_cell)
             cells += [_cell(name, ids, times) for name, times in seconds.items()]
             logger.info("bench: batch %d, %d tokens done", size, length)
     report = LatencyReport(
@@ -97,7 +97,8 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
     return report
 
 
-def _torch_call(model: TextModel) -> Call:
+def torch_call(model: TextModel) -> Call:
+    """Return the forward pass of a PyTorch model, from token ids [texts, tokens]."""
     model.module.eval()
 
     @torch.inference_mode()
@@ -108,7 +109,9 @@ def _torch_call(model: TextModel) -> Call:
     return call
 
 
-def _onnx_call(classifier: OnnxClassifier) -> Call:
+def onnx_call(classifier: OnnxClassifier) -> Call:
+    """Return the forward pass of an ONNX model, from token ids [texts, tokens]."""
+
     def call(ids: NDArray[np.int64]) -> object:
         feed = {
             "input_ids": ids,
@@ -121,7 +124,7 @@ def _onnx_call(classifier: OnnxClassifier) -> Call:
     return call
 
 
-def _measure(
+def measure(
     systems: dict[str, Call],
     ids: NDArray[np.int64],
     seconds: float,

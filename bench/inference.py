@@ -1,0 +1,144 @@
+"""The student that ad2kit ships, beside the same student through other runtimes, in one run.
+
+    pip install openvino
+    ad2kit run sst2-minilm data.source=FOLDER data.max_train_rows=8000
+    python bench/inference.py runs/sst2-minilm-FINGERPRINT
+
+Each system computes logits from token ids, on the CPU with the same number of threads, in turns.
+Peers are given the best that they take: optimum's ORT model the int8 artefact, which it loads as it
+is; torch.compile the PyTorch student with static shapes; OpenVINO the fp32 graph and the int8 one.
+`ratio` is the median time of the system over that of ad2kit's int8, so more than 1 is slower. A
+peer that cannot be run is said to fail, with its reason. Ends with JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ad2kit import models
+from ad2kit.bench import measure, onnx_call, torch_call
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.records import DistillReport
+from ad2kit.run_dir import RunDir
+from ad2kit.runtime import available_cpus, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ad2kit.bench import Call
+
+OURS = "ad2kit int8"
+SHAPES = ((1, 16), (1, 128), (32, 16), (32, 128))
+
+
+def inputs(ids: np.ndarray[Any, Any], names: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the inputs of full texts, by the names that a model wants."""
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids)}  # fmt: skip
+    return {name: feed[name] for name in names}
+
+
+def optimum(folder: Path, threads: int) -> Call:
+    """Return optimum's own wrapper of the artefact."""
+    import onnxruntime
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=options)
+    names = list(model.input_names)
+
+    def call(ids: np.ndarray[Any, Any]) -> object:
+        return model(**{k: torch.from_numpy(v) for k, v in inputs(ids, names).items()}).logits
+
+    return call
+
+
+def compiled(student: models.TextModel) -> Call:
+    """Return the PyTorch student behind torch.compile."""
+    module: Any = torch.compile(student.module.eval(), dynamic=False)
+
+    @torch.inference_mode()
+    def call(ids: np.ndarray[Any, Any]) -> object:
+        tensor = torch.from_numpy(ids)
+        return module(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits
+
+    return call
+
+
+def openvino(graph: Path, threads: int) -> Call:
+    """Return OpenVINO's CPU plugin on an ONNX graph, tuned for latency."""
+    import openvino as ov
+
+    core = ov.Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    model = core.compile_model(str(graph), "CPU", settings)
+    names = [port.any_name for port in model.inputs]
+    request = model.create_infer_request()
+
+    def call(ids: np.ndarray[Any, Any]) -> object:
+        return request.infer(inputs(ids, names))
+
+    return call
+
+
+def main() -> None:
+    """Print a table of each shape, and a last line of JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each system and shape")
+    arguments = parser.parse_args()
+    threads, run = arguments.threads, RunDir(arguments.run)
+    torch.set_num_threads(threads)
+    distilled = DistillReport.read(run.distill_report)
+    student = models.load(run.student, distilled.labels, distilled.task)
+    teacher = models.load(run.teacher, distilled.labels, distilled.task)
+
+    def ours(variant: str) -> Call:
+        return onnx_call(OnnxClassifier(run.onnx(variant), threads=threads))
+
+    makers: dict[str, Callable[[], Call]] = {
+        OURS: lambda: ours("int8"),
+        "ad2kit fused": lambda: ours("fused"),
+        "ad2kit fp32": lambda: ours("fp32"),
+        "optimum ORT, int8": lambda: optimum(run.onnx("int8"), threads),
+        "torch.compile": lambda: compiled(student),
+        "OpenVINO, fp32 graph": lambda: openvino(run.onnx("fp32") / MODEL_FILE, threads),
+        "OpenVINO, int8 graph": lambda: openvino(run.onnx("int8") / MODEL_FILE, threads),
+        "PyTorch student": lambda: torch_call(student),
+        "PyTorch teacher": lambda: torch_call(teacher),
+    }
+    generator = np.random.default_rng(0)
+    systems: dict[str, Call] = {}
+    for name, make in makers.items():
+        try:
+            call = make()
+            call(generator.integers(999, size=SHAPES[0]))
+        except Exception as error:  # whatever a peer raises, its reason is printed
+            print(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0]:.120}")
+            continue
+        systems[name] = call
+    found: dict[str, dict[str, float]] = {}
+    for batch, length in SHAPES:
+        ids = generator.integers(999, student.module.config.vocab_size, size=(batch, length))
+        seconds = measure(systems, ids, arguments.seconds)
+        medians = {name: float(np.median(times)) for name, times in seconds.items()}
+        print(f"\nbatch {batch}, {length} tokens{'p50 ms':>20}{'p99 ms':>9}{'texts/s':>10}"
+              f"{'ratio':>8}")  # fmt: skip
+        for name, times in sorted(seconds.items(), key=lambda item: medians[item[0]]):
+            ratio, p99_ms = medians[name] / medians[OURS], 1e3 * np.percentile(times, 99)
+            print(f"{name:<26}{1e3 * medians[name]:>15.2f}{p99_ms:>9.2f}"
+                  f"{batch / medians[name]:>10.0f}{ratio:>8.2f}")  # fmt: skip
+        found[f"{batch}x{length}"] = {name: ms / medians[OURS] for name, ms in medians.items()}
+    print(json.dumps({"over_ad2kit_int8": found, "environment": environment(threads)}))
+
+
+if __name__ == "__main__":
+    main()
