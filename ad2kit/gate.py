@@ -185,6 +185,7 @@ def distillation_quality(
         slices=_slices(finite, reference),
         checks=(
             *earlier,
+            *_teacher_knows(task, teacher, labels),
             *_variety(task, ours, teacher),
             at_least(
                 question, f"{reference_name(reference)} retained", retained,
@@ -225,6 +226,22 @@ def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
 def reference_name(reference: Reference) -> str:
     """Return what the score is called, such as "accuracy" or "f1 and accuracy"."""
     return " and ".join(reference.metrics)
+
+
+def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> tuple[Check, ...]:
+    """Insist that the teacher is worth imitating: the student of a bad one keeps all of it.
+
+    A teacher whose outputs were permuted is the usual case, and falls below a constant answer.
+    """
+    if task != "single_label":
+        return ()
+    most_frequent = np.bincount(labels).max() / len(labels)
+    return (
+        at_least(
+            "distillation quality", "teacher accuracy, against the most frequent label",
+            float((teacher == labels).mean()), float(most_frequent),
+        ),
+    )  # fmt: skip
 
 
 def _variety(task: Task, ours: NDArray[Any], teacher: NDArray[Any]) -> tuple[Check, ...]:

@@ -11,17 +11,20 @@ import pytest
 from onnx import numpy_helper
 from onnxruntime.transformers.optimizer import optimize_model
 
+from ad2kit import recipe as recipes
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
-from ad2kit.data import Encoded
+from ad2kit.data import Encoded, load_data
+from ad2kit.distill import distill
 from ad2kit.errors import GateFailed, ModelError, RunError
 from ad2kit.export import export
 from ad2kit.files import sha256_of, write_record
 from ad2kit.gate import Reference, conversion_cost, distillation_quality
 from ad2kit.parity import parity
 from ad2kit.records import OnnxArtifact
-from ad2kit.run_dir import RunDir, passed_variants
+from ad2kit.run_dir import RunDir, open_run, passed_variants
 from ad2kit.sections import DataRecipe, ParityRecipe
 from ad2kit.verdicts import ParityReport, RowAnswers, insist_passed
+from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -283,6 +286,38 @@ def test_a_rare_class_that_the_student_lost_fails_although_accuracy_hardly_moves
         "fp32", "", teacher, reference, ("a", "b", "rare"), (), ParityRecipe(), 0
     )
     assert honest.passed
+
+
+def test_the_student_of_a_teacher_with_permuted_labels_fails() -> None:
+    labels = np.array([0, 1, 2] * 40)
+    right = np.eye(3, dtype=np.float32)[labels]
+    permuted = right[:, [1, 2, 0]]
+    for teacher, student in ((permuted, permuted), (permuted, right)):
+        reference = judged(labels, teacher, student)
+        verdict = distillation_quality(
+            "fp32", "", student, reference, ("a", "b", "c"), (), ParityRecipe(), 0
+        )
+        failed = {check.name for check in verdict.checks if not check.passed}
+        assert "teacher accuracy, against the most frequent label" in failed
+
+
+def test_a_truncated_validation_file_fails(tmp_path: Path, finished_run: RunDir) -> None:
+    data = load_data(finished_run.recipe.data, finished_run.recipe.seed)
+    for name, split in (("train", data.train), ("validation", data.validation)):
+        lines = [
+            json.dumps({"text": texts[0], "label": data.labels[label]})
+            for texts, label in zip(split.texts, split.labels, strict=True)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    overrides = (f"data.source={tmp_path}", "teacher.finetune.epochs=1")
+    run = open_run(recipes.load("smoke", [*QUICK, *overrides]), tmp_path / "runs")
+    distill(run)
+    export(run)
+    parity(run)
+    path = tmp_path / "validation.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RunError, match="the validation data changed"):
+        parity(run)
 
 
 def test_the_slices_cover_all_rows_and_begin_with_the_worst() -> None:
