@@ -82,7 +82,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             return artifact
     with whole_folder(folder) as new:
         if variant == "fp32":
-            _export_fp32(run.student, new)
+            export_fp32(run.student, new)
         else:
             _copy_all_but_the_graph(run.onnx("fp32"), new)
         if variant == "int8":
@@ -170,8 +170,8 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
     )  # fmt: skip
 
 
-def _export_fp32(student: Path, folder: Path) -> None:
-    """Trace the student with optimum; the fidelity of the graph is the parity gate's question."""
+def export_fp32(student: Path, folder: Path) -> None:
+    """Trace a saved model with optimum; whether the graph is faithful is the gate's question."""
     with warnings.catch_warnings(), quiet_transformers():
         # Constants of the mask computation, which do not depend on the example input.
         warnings.simplefilter("ignore", TracerWarning)
