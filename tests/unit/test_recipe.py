@@ -58,6 +58,8 @@ def test_our_recipe_differs_from_the_published_one_where_we_say_so(name: str) ->
     theirs = recipes.load(f"{name}-published").model_dump()
     assert ours["student"].pop("layers") == (0, 1, 2, 3, 4, 5)
     assert ours["distill"]["adversary"].pop("radius") == 1e-3
+    assert ours["distill"].pop("hard_label_weight") == 1.0
+    assert theirs["distill"].pop("hard_label_weight") == 0.0
     assert ours["data"].pop("select_from") == "train"
     for recipe in (ours, theirs):
         del recipe["name"], recipe["description"]
