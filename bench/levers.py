@@ -47,6 +47,7 @@ class Bench:
         pool = [row for row, text in enumerate(everything.texts) if text not in seen]
         self.unseen = everything.take(np.array(pool[:unseen]))
         self.teachers: dict[str, Answers] = {}
+        self.right: dict[str, list[np.ndarray[Any, Any]]] = {}
 
     def answers(self, folder: Path) -> Answers:
         """Return the class ids that a model gives to the rows of both sets."""
@@ -75,6 +76,7 @@ class Bench:
             self.teachers[report.teacher_sha256] = self.answers(run.teacher)
         teacher, found = self.teachers[report.teacher_sha256], self.answers(run.student)
         gain, scores = report.mean_adversarial_gain, self.accuracy(found)
+        self.right.setdefault(" ".join(changes), []).append(found["unseen"] == self.unseen.labels)
         row = {
             "changes": " ".join(changes),
             "seed": seed,
@@ -86,6 +88,19 @@ class Bench:
         }
         print(json.dumps(row), flush=True)
         return row
+
+    def difference(self, change: str, samples: int = 2_000) -> dict[str, Any]:
+        """Return how far the recipe is above a change of it on the unseen rows, over the seeds.
+
+        The interval is a bootstrap over rows and seeds, paired in both.
+        """
+        gap = np.stack(self.right[""]).astype(float) - np.stack(self.right[change])
+        generator, draws = np.random.default_rng(self.recipe.seed), []
+        for _ in range(samples):
+            seeds = generator.integers(len(gap), size=len(gap))
+            draws.append(gap[seeds][:, generator.integers(gap.shape[1], size=gap.shape[1])].mean())
+        return {"recipe minus": change, "points": 100 * gap.mean(),
+                "interval": (100 * np.percentile(draws, [2.5, 97.5])).tolist()}  # fmt: skip
 
 
 def set_up(parser: argparse.ArgumentParser) -> tuple[Bench, range, argparse.Namespace]:
@@ -107,7 +122,10 @@ def main() -> None:
     bench, seeds, options = set_up(parser)
     changes = [(), *(change.split() for change in options.change)]
     rows = [bench.student(seed, *change) for change in changes for seed in seeds]
-    print(json.dumps({"unseen_rows": len(bench.unseen), "rows": rows}))
+    differences = [bench.difference(" ".join(change)) for change in changes[1:]]
+    for each in differences:
+        print(json.dumps(each))
+    print(json.dumps({"unseen": len(bench.unseen), "rows": rows, "differences": differences}))
 
 
 if __name__ == "__main__":
