@@ -189,7 +189,7 @@ INSIDE = {
     "the logit cache": ("ad2kit.store", "save_file", 0),
     "the student": ("ad2kit.models", "write_record", 0),
     "the fp32 export": ("ad2kit.export", "main_export", 0),
-    "the int8 export": ("ad2kit.export", "quantize_int8", 0),
+    "the int8 export": ("ad2kit.int8_search", "quantize", 0),
     "the parity report": ("ad2kit.parity", "write_record", 0),
     "the Bento": ("ad2kit.package", "_build", 0),
     "the trial of the service": ("ad2kit.service_check", "ask", 3),
