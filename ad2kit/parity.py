@@ -86,7 +86,7 @@ def parity(run: RunDir) -> ParityReport:
     }
     for folder in (run.teacher, run.student):
         models.check_files(folder)
-    if run.parity_report.is_file():
+    if run.parity_report.is_file() and run.answers.is_file():
         report = ParityReport.read(run.parity_report)
         if report.inputs == inputs:
             logger.info("parity is already known: %s", run.parity_report)

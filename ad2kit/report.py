@@ -57,8 +57,9 @@ def _context(run: RunDir) -> Context:
     parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
     recipe, variant = run.recipe, _shown(run, parity)
     curve = read_curve(run.curve("student"))
-    lines = run.answers.read_text(encoding="utf-8").splitlines()
-    answered = [RowAnswers.model_validate_json(line) for line in lines]
+    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+    lines = run.answers.read_text(encoding="utf-8").split("\n")
+    answered = [RowAnswers.model_validate_json(line) for line in lines if line]
     latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
     return {
         "run": recipe,

@@ -11,6 +11,7 @@ import pytest
 
 from ad2kit.errors import RunError
 from ad2kit.files import write_record
+from ad2kit.parity import parity
 from ad2kit.report import report
 from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers
 
@@ -75,11 +76,11 @@ def test_the_console_is_really_listened_to(browser: Any, tmp_path: Path) -> None
 
 
 def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None:
-    lines = copied_run.answers.read_text().splitlines()
+    lines = copied_run.answers.read_text().rstrip("\n").split("\n")
     answered = RowAnswers.model_validate_json(lines[0])
     # As far apart as can be, so that it comes first.
     apart = answered.model_copy(update={
-        "texts": (INJECTION,),
+        "texts": (f"\u2028{INJECTION}",),
         "logits": answered.logits | {"teacher": (50.0, -50.0), "int8": (-50.0, 50.0)},
     })  # fmt: skip
     copied_run.answers.write_text("\n".join([apart.model_dump_json(), *lines[1:]]) + "\n")
@@ -109,6 +110,11 @@ def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
 def test_a_report_before_parity_or_bench(copied_run: RunDir) -> None:
     copied_run.latency_report.unlink()
     assert "p50 latency" not in report(copied_run).read_text()
+    copied_run.answers.unlink()
+    with pytest.raises(RunError, match=r"has no answers\.jsonl yet"):
+        report(copied_run)
+    parity(copied_run)  # which is known, but not all that it leaves behind
+    report(copied_run)
     copied_run.parity_report.unlink()
     with pytest.raises(RunError, match=r"has no parity\.json yet"):
         report(copied_run)
