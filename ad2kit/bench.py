@@ -58,8 +58,9 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
         run.require(folder / OnnxArtifact.file_name, command="export")
     threads = recipe.compute.threads or available_cpus()
     surroundings = environment(threads)
+    artifacts = {folder.name: sha256_of(folder / OnnxArtifact.file_name) for folder in folders}
     inputs = fingerprint(
-        [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
+        artifacts,
         distilled.teacher_sha256, recipe.bench.model_dump(mode="json"), surroundings,
     )  # fmt: skip
     if not again and run.latency_report.is_file():
@@ -90,8 +91,8 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
             cells += [_cell(name, ids, times) for name, times in seconds.items()]
             logger.info("bench: batch %d, %d tokens done", size, length)
     report = LatencyReport(
-        inputs=inputs, threads=threads, environment=surroundings, sizes_bytes=sizes,
-        cells=tuple(cells),
+        inputs=inputs, artifacts=artifacts, threads=threads, environment=surroundings,
+        sizes_bytes=sizes, cells=tuple(cells),
     )  # fmt: skip
     write_record(run.latency_report, report)
     return report

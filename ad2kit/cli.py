@@ -141,7 +141,7 @@ def parity(
     model: options.Model = None,
     teacher: options.Teacher = None,
     data: options.DataFile = None,
-    recipe_name: options.RecipeOption = "custom",
+    recipe_name: options.RecipeOption = None,
     runs_dir: options.RunsDir = options.RUNS,
     as_json: options.Json = False,
 ) -> None:
@@ -149,10 +149,11 @@ def parity(
     from ad2kit.parity_terminal import judge_model, judge_run, judge_service, one_run
     from ad2kit.terminal import use_run
 
-    if model is not None:
+    if model is not None and against_service is None:
         judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
         return
-    folder = use_run(runs_dir, one_run(arguments, teacher, data))
+    lost = {"--model": model, "--teacher": teacher, "--data": data, "--recipe": recipe_name}
+    folder = use_run(runs_dir, one_run(arguments, lost))
     if against_service is not None:
         judge_service(folder, against_service, as_json=as_json)
         return

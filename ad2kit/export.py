@@ -10,7 +10,7 @@ import time
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ad2kit import __version__, models
 from ad2kit import data as datasets
@@ -23,6 +23,7 @@ from ad2kit.metrics import fit_temperature
 from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import quiet_transformers
+from ad2kit.sections import Variant
 from ad2kit.verdicts import QuantisationSearch
 
 try:
@@ -38,7 +39,6 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from ad2kit.run_dir import RunDir
-    from ad2kit.sections import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def export(run: RunDir) -> list[OnnxArtifact]:
     run.require(run.distill_report, command="distill")
     models.check_files(run.student)
     variants = run.recipe.export.variants
-    # fp32 first: the others are made from its graph.
-    return [_export(run, v) for v in sorted(variants, key=lambda name: name != "fp32")]
+    # In the order in which they are made from one another.
+    return [_export(run, v) for v in sorted(variants, key=get_args(Variant).index)]
 
 
 def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
@@ -73,7 +73,10 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
         recipe.data.max_length_tokens, recipe.export.provider, recipe.export.calibrate,
     ]  # fmt: skip
     if variant == "int8":
-        parts += [recipe.export.search_seconds, recipe.parity.model_dump(mode="json")]
+        parts += [
+            recipe.export.search_seconds, recipe.parity.model_dump(mode="json"),
+            "fused" in recipe.export.variants,
+        ]  # fmt: skip
     inputs, folder = fingerprint(*parts), run.onnx(variant)
     if (folder / OnnxArtifact.file_name).is_file():
         artifact = read_artifact(folder)
@@ -87,10 +90,10 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             _copy_all_but_the_graph(run.onnx("fp32"), new)
         if variant == "int8":
             write_record(run.int8_search, _quantize(run, new / MODEL_FILE, inputs))
-        elif variant != "fp32":
+        elif variant == "fused":
             fuse(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
-        if variant == "fp16":
-            to_fp16(new / MODEL_FILE, new / MODEL_FILE)
+        elif variant == "fp16":
+            to_fp16(run.onnx("fused") / MODEL_FILE, new / MODEL_FILE)
         artifact = OnnxArtifact(
             variant=variant,
             inputs=inputs,
@@ -144,16 +147,20 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
         tokenizer.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
         for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
     ]
-    width = max(len(encoding.ids) for encoding in encodings[1])
+    # Of one shape, as calibration wants it: the texts that fill no batch are left out.
+    texts, size = encodings[1], min(_CALIBRATION_BATCH, len(encodings[1]))
+    width = max(len(encoding.ids) for encoding in texts)
     feeds = [
-        tokenizer.feed(encodings[1][first : first + _CALIBRATION_BATCH], width=width)
-        for first in range(0, len(encodings[1]), _CALIBRATION_BATCH)
+        tokenizer.feed(texts[first : first + size], width=width)
+        for first in range(0, len(texts) - size + 1, size)
     ]
     with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
         scratch = Path(temporary)
-        fuse(fp32 / MODEL_FILE, scratch / "fused.onnx")
+        graphs = {False: fp32 / MODEL_FILE}
+        if "fused" in recipe.export.variants:  # and so proven by the gate
+            graphs[True] = run.onnx("fused") / MODEL_FILE
         search = Int8Search(
-            graphs={False: fp32 / MODEL_FILE, True: scratch / "fused.onnx"},
+            graphs=graphs,
             classifier_of=lambda graph: OnnxClassifier(
                 fp32, threads=recipe.compute.threads, graph=graph
             ),

@@ -140,7 +140,7 @@ def conversion_cost(
     if reference.task == "regression":
         what = "correlation with fp32"  # there are no labels to agree on
     return (
-        at_most(question, "converted logits not finite", not_finite(logits), 0),
+        at_most(question, "converted logits not finite", not_finite(logits) + not_finite(alone), 0),
         at_least(question, what, agreement(reference.task, finite, fp32), least),
         at_least(
             question, f"{what}, one by one", agreement(reference.task, finite_alone, fp32), least

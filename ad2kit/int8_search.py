@@ -62,7 +62,8 @@ class Candidate:
 class Int8Search:
     """What the candidates are made from and judged by.
 
-    ``graphs`` are the plain and the fused float graph; ``classifier_of`` opens a graph;
+    ``graphs`` are the plain float graph (False) and the fused one, if there is one (True);
+    ``classifier_of`` opens a graph;
     ``encodings`` and ``rows`` are of ``select``; ``calibration`` are inputs made of training
     texts; ``scratch`` is a folder for the candidates.
     """
@@ -85,14 +86,15 @@ class Int8Search:
             seconds: when to stop trying. 0 stops at the first that passes, whenever that is, and
                 so finds the same graph each time.
         """
-        start, tried = time.monotonic(), list[Candidate]()
+        deadline = time.monotonic() + seconds if seconds else math.inf
+        tried = list[Candidate]()
         fp32 = self.classifier_of(self.graphs[False]).run_sorted(self.encodings, _BATCH)
-        for way in self._ways(tried, fp32):
+        for way in self._ways(tried, fp32, deadline):
             tried.append(self._try(way, fp32, f"{len(tried)}.onnx"))
             last = tried[-1]
             logger.info("int8, %s: agreement %.4f%s", way, last.agreement,
                         "" if last.passed else ", failed")  # fmt: skip
-            if time.monotonic() - start > seconds if seconds else last.passed:
+            if time.monotonic() > deadline or (not seconds and last.passed):
                 break
         costs = self._costs(tried)
         passed = [candidate for candidate in tried if candidate.passed]
@@ -116,17 +118,18 @@ class Int8Search:
         shutil.move(taken.graph, target)
         return str(taken.way), trials
 
-    def _ways(self, tried: list[Candidate], fp32: Logits) -> Iterator[Way]:
+    def _ways(self, tried: list[Candidate], fp32: Logits, deadline: float) -> Iterator[Way]:
         """Yield what to try next: all that is dynamic, then less of the best, then the rest."""
-        yield from (way for way in WAYS if way.activations == "dynamic")
+        ways = [way for way in WAYS if way.fused in self.graphs]
+        yield from (way for way in ways if way.activations == "dynamic")
         if not any(candidate.passed for candidate in tried):
             best = max(tried, key=lambda candidate: candidate.agreement).way
-            worst_first = self._by_damage(best, fp32)
+            worst_first = self._by_damage(best, fp32, deadline)
             for count in range(1, len(worst_first)):
                 if any(candidate.passed for candidate in tried):
                     break
                 yield replace(best, in_float=tuple(worst_first[:count]))
-        yield from (way for way in WAYS if way.activations != "dynamic")
+        yield from (way for way in ways if way.activations != "dynamic")
 
     def _try(self, way: Way, fp32: Logits, name: str) -> Candidate:
         graph = self.scratch / name
@@ -136,17 +139,22 @@ class Int8Search:
         checks = conversion_cost(batched, alone, fp32, self.rows, self.thresholds)
         return Candidate(way, graph, classifier, checks)
 
-    def _by_damage(self, way: Way, fp32: Logits) -> list[str]:
-        """Return the nodes that a way quantises, by how far each alone moves the logits."""
+    def _by_damage(self, way: Way, fp32: Logits, deadline: float) -> list[str]:
+        """Return the nodes that a way quantises, by how far each alone moves the logits.
+
+        Those that the time did not suffice for come last.
+        """
         nodes, graph = nodes_to_quantize(self.graphs[way.fused]), self.scratch / "one-node.onnx"
         sample, expected = self.encodings[:_SAMPLE], fp32[:_SAMPLE]
         damage = {}
         for node in nodes:
+            if time.monotonic() > deadline:
+                break
             others = tuple(name for name in nodes if name != node)
             quantize(self.graphs[way.fused], graph, replace(way, in_float=others))
             logits = self.classifier_of(graph).run_sorted(sample, _BATCH)
             damage[node] = float(np.square(np.nan_to_num(logits) - expected).mean())
-        return sorted(nodes, key=lambda node: -damage[node])
+        return sorted(nodes, key=lambda node: -damage.get(node, -math.inf))
 
     def _costs(self, candidates: Sequence[Candidate]) -> dict[Path, tuple[float, float]]:
         """Return the milliseconds of a text in batches and of a text alone, for each graph.

@@ -8,6 +8,7 @@ tokenizer or a wrong order of the labels, shows against the teacher.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,6 @@ from ad2kit import metrics, models
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.errors import ModelError
 from ad2kit.files import fingerprint, sha256_of_folder, write_record
-from ad2kit.fuse import node_counts
 from ad2kit.gate import Reference, agreement, at_least, at_most, distillation_quality, not_finite
 from ad2kit.records import OnnxArtifact
 from ad2kit.references import find_model
@@ -62,11 +62,11 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     split = datasets.load_split(rows, recipe.data, labels)
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     encoded = datasets.encode(split, teacher.tokenizer, length)
-    teacher_logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
     texts = [text if len(text) > 1 else text[0] for text in split.texts]
     with tempfile.TemporaryDirectory(prefix="ad2kit-parity-") as temporary:
         adopted = _adopt(folder, Path(temporary), labels, recipe)
-        classifier = OnnxClassifier(adopted, threads=recipe.compute.threads)
+        classifier = _open(adopted, folder, recipe)
+        teacher_logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
         encodings = classifier.encode(texts)  # type: ignore[arg-type]
         logits = classifier.run_sorted(encodings, BATCH)
         checks = _consistency(classifier, encodings, logits, task, recipe.parity)
@@ -81,7 +81,9 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     )  # fmt: skip
     found = answers(task, teacher_logits)
     return ParityReport(
-        inputs=fingerprint(files, split.sha256(), recipe.parity.model_dump(mode="json")),
+        inputs=fingerprint(
+            files, sha256_of_folder(teacher_folder), split.sha256(), recipe.model_dump(mode="json")
+        ),
         thresholds=recipe.parity,
         rows=len(split),
         truncated=int(encoded.truncated.sum()),
@@ -93,6 +95,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         if task == "single_label"
         else None,
         student_score=verdict.score,
+        answers_sha256=None,
         variants=(verdict,),
     )
 
@@ -128,16 +131,23 @@ def _consistency(
 
 def _labels(folder: Path) -> tuple[str, ...]:
     """Return the labels of the model's config.json, in the order of their ids."""
-    names = {int(index): name for index, name in _config(folder).get("id2label", {}).items()}
-    if not names or sorted(names) != list(range(len(names))):
+    names: Any = _config(folder).get("id2label")
+    ids = [str(index) for index in range(len(names))] if isinstance(names, dict) else []
+    if not ids or sorted(names) != sorted(ids):
         raise ModelError(
-            f"{folder / 'config.json'}: expected id2label with ids from 0 on, found {names}",
+            f"{folder / 'config.json'}: expected id2label with ids from 0 on, found {names!r:.80}",
             hint="write the label names of the model into it",
         )
-    return tuple(names[index] for index in sorted(names))
+    return tuple(str(names[index]) for index in ids)
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing"
+        raise ModelError(
+            f"--model: expected a folder at '{folder}', found {what}",
+            hint="give a folder that optimum's exporter wrote, one graph and its tokenizer",
+        )
     for name in (MODEL_FILE, "config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
@@ -145,15 +155,66 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"{folder} has no {name}; there is {there}",
                 hint="give a folder that optimum's exporter wrote, one graph and its tokenizer",
             )
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is not JSON: {error}", hint="copy the file again"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("pad_token_id", 0), int | None):
+        raise ModelError(
+            f"{folder / 'config.json'}: expected an object with a pad_token_id, found "
+            f"{config!r:.80}",
+            hint="copy the file again, or write it with the model's save_pretrained()",
+        )
     return config
 
 
+def _open(adopted: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
+    """Open the model before the teacher has read anything; messages name the user's folder."""
+    try:
+        classifier = OnnxClassifier(adopted, threads=recipe.compute.threads)
+    except ModelError as error:
+        raise ModelError(
+            error.message.replace(str(adopted), str(folder)), hint="export it again with optimum"
+        ) from error
+    except Exception as error:
+        # The tokenizers library raises bare exceptions for a file that is none of its own.
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} is not a tokenizer: {error}",
+            hint="save it again with the tokenizer's save_pretrained()",
+        ) from error
+    _insist_on_inputs_and_outputs(classifier, folder)
+    return classifier
+
+
+def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
+    """Refuse a graph that we cannot feed, or whose outputs are not one for each label."""
+    known = {"input_ids", "attention_mask", "token_type_ids"}
+    outputs = {item.name: item.shape[-1] for item in classifier.session.get_outputs()}
+    wanted = len(classifier.labels)
+    width = outputs.get("logits")
+    if (
+        set(classifier.input_names) - known
+        or (isinstance(width, int) and width != wanted)
+        or ("logits" not in outputs)
+    ):
+        raise ModelError(
+            f"{folder / MODEL_FILE}: expected inputs among {', '.join(sorted(known))} and an "
+            f"output 'logits' of {wanted} columns, found {', '.join(classifier.input_names)} and "
+            f"{outputs}",
+            hint="export it with optimum for the task text-classification, and look at id2label",
+        )
+
+
 def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe) -> Path:
-    """Return a folder of links to the files of the model, with a manifest of ours."""
+    """Return a copy of the model's files with a manifest of ours.
+
+    Copied and not linked: onnxruntime reads no external data through links.
+    """
     for file in folder.iterdir():
         if file.is_file() and file.name != OnnxArtifact.file_name:
-            (scratch / file.name).symlink_to(file.resolve())
+            shutil.copy2(file, scratch / file.name)
     files = sha256_of_folder(scratch)
     manifest = OnnxArtifact(
         variant=folder.name,
@@ -164,7 +225,7 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
         pad_token_id=_config(folder).get("pad_token_id") or 0,
         text_columns=len(recipe.data.text_columns),
         provider=recipe.export.provider,
-        nodes=node_counts(scratch / MODEL_FILE),
+        nodes={},
         temperature=1.0,
         files=files,
         model_bytes=(scratch / MODEL_FILE).stat().st_size,

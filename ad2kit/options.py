@@ -40,7 +40,8 @@ Model = Annotated[
 Teacher = Annotated[str | None, typer.Option(help="Teacher of --model: a folder or hub://NAME.")]
 DataFile = Annotated[Path | None, typer.Option(help="A labelled file for --model.")]
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", help="Columns, task and thresholds for --model.")
+    str | None,
+    typer.Option("--recipe", help="Columns, task and thresholds for --model; default: custom."),
 ]
 TextFile = Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")]
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ad2kit import __version__, metrics, models
 from ad2kit import data as datasets
+from ad2kit import metrics, models
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
@@ -32,7 +32,7 @@ from ad2kit.gate import (
 )
 from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
-from ad2kit.runtime import available_cpus
+from ad2kit.runtime import available_cpus, environment
 from ad2kit.tasks import answers, softmax
 from ad2kit.training import predict_logits
 from ad2kit.verdicts import ParityReport, RowAnswers
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
+    from ad2kit.verdicts import Check
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def parity(run: RunDir) -> ParityReport:
             hint="restore the data; a gate on other data proves nothing about this run",
         )
     inputs = fingerprint(
-        __version__,
+        environment(recipe.compute.threads or available_cpus()),
         [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
         distilled.teacher_sha256, distilled.student_sha256, distilled.splits["validation"].sha256,
         recipe.parity.model_dump(mode="json"), recipe.data.judged_by, recipe.seed,
@@ -88,7 +89,7 @@ def parity(run: RunDir) -> ParityReport:
         models.check_files(folder)
     if run.parity_report.is_file() and run.answers.is_file():
         report = ParityReport.read(run.parity_report)
-        if report.inputs == inputs:
+        if (report.inputs, report.answers_sha256) == (inputs, sha256_of(run.answers)):
             logger.info("parity is already known: %s", run.parity_report)
             return report
 
@@ -121,8 +122,11 @@ def parity(run: RunDir) -> ParityReport:
     verdicts = []
     for folder in folders:
         name = folder.name
-        # What is made from an unfaithful fp32 graph, or reads other tokens, is no better than it.
-        checks = (*fidelity.get(name, fidelity["fp32"]), same_token_ids(encodings[name], encoded))
+        # What is made from an unfaithful graph, or reads other tokens, is no better than it.
+        checks = (
+            *(fidelity[name] if name in EXACT else _all_of(fidelity)),
+            same_token_ids(encodings[name], encoded),
+        )
         if name not in EXACT:
             alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
             checks += conversion_cost(logits[name], alone, logits["fp32"], reference, recipe.parity)
@@ -137,6 +141,17 @@ def parity(run: RunDir) -> ParityReport:
         if ignored:
             names = ", ".join(data.labels[index] for index in sorted(ignored))
             logger.warning("the teacher never answers %s; no student of it will", names)
+    told = {"teacher": reference.teacher, "student": reference.student, **logits}
+    lines = [
+        RowAnswers(
+            texts=data.validation.texts[row],
+            tokens=len(encoded.input_ids[row]),
+            label=label,
+            logits={name: tuple(found[row].tolist()) for name, found in told.items()},
+        )
+        for row, label in enumerate(reference.labels.tolist())
+    ]
+    write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
     report = ParityReport(
         inputs=inputs,
         thresholds=recipe.parity,
@@ -150,21 +165,20 @@ def parity(run: RunDir) -> ParityReport:
         if data.task == "single_label"
         else None,
         student_score=reference.score(reference.student),
+        answers_sha256=sha256_of(run.answers),
         variants=tuple(verdicts),
     )
-    told = {"teacher": reference.teacher, "student": reference.student, **logits}
-    lines = [
-        RowAnswers(
-            texts=data.validation.texts[row],
-            tokens=len(encoded.input_ids[row]),
-            label=label,
-            logits={name: tuple(found[row].tolist()) for name, found in told.items()},
-        )
-        for row, label in enumerate(reference.labels.tolist())
-    ]
-    write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
     write_record(run.parity_report, report)
     return report
+
+
+def _all_of(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
+    """Return the checks of every exact graph; those of the fused one say so in their names."""
+    return tuple(
+        check if name == "fp32" else check.model_copy(update={"name": f"{name}: {check.name}"})
+        for name, checks in fidelity.items()
+        for check in checks
+    )
 
 
 @torch.inference_mode()

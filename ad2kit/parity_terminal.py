@@ -18,7 +18,7 @@ from ad2kit.terminal import print_json, print_table
 from ad2kit.verdicts import ParityReport, insist_passed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ad2kit.run_dir import RunDir
 
@@ -47,8 +47,8 @@ def judge_service(run: RunDir, address: str, *, as_json: bool) -> None:
 
 
 def judge_model(
-    model: Path, teacher: str | None, data: Path | None, recipe: str, overrides: Sequence[str], *,
-    as_json: bool,
+    model: Path, teacher: str | None, data: Path | None, recipe: str | None,
+    overrides: Sequence[str], *, as_json: bool,
 ) -> None:  # fmt: skip
     """Judge an ONNX folder that anyone made, print every check, and stop if one failed."""
     if teacher is None or data is None:
@@ -58,22 +58,24 @@ def judge_model(
             hint="ad2kit parity --model DIR --teacher DIR --data FILE",
         )
     verdict: ParityReport = stage("ad2kit.model_parity", "judge_model")(
-        model, teacher, data, load(recipe, overrides)
+        model, teacher, data, load(recipe or "custom", overrides)
     )
     _print(verdict, as_json=as_json)
     insist_passed(verdict, model)
 
 
-def one_run(arguments: Sequence[str] | None, teacher: str | None, data: Path | None) -> Path | None:
+def one_run(arguments: Sequence[str] | None, only_for_a_model: Mapping[str, object]) -> Path | None:
     """Return the run that `ad2kit parity` was given, if any.
 
     Raises:
         UserError: what only makes sense with --model.
     """
     given = list(arguments or ())
-    if teacher is not None or data is not None or len(given) > 1:
+    lost = [name for name, value in only_for_a_model.items() if value is not None]
+    lost += [argument for argument in given if "=" in argument or len(given) > 1]
+    if lost:
         raise UserError(
-            f"expected at most one run folder, found {' '.join(given) or '--teacher or --data'}",
+            f"expected at most one run folder, found {' '.join(lost)}, which only --model reads",
             hint="to judge another model: ad2kit parity --model DIR --teacher DIR --data FILE",
         )
     return Path(given[0]) if given else None

@@ -185,9 +185,13 @@ class LatencyCell(Part):
 
 
 class LatencyReport(Record):
-    """Latency of the PyTorch models and of every ONNX variant, measured in one run."""
+    """Latency of the PyTorch models and of every ONNX variant, measured in one run.
+
+    ``artifacts`` holds the sha256 of each variant's manifest.
+    """
 
     inputs: str
+    artifacts: dict[str, str]
     threads: int
     environment: dict[str, str]
     sizes_bytes: dict[str, int]

@@ -9,12 +9,12 @@ import numpy as np
 
 from ad2kit import metrics, tables
 from ad2kit.curve import read_curve
-from ad2kit.errors import MissingExtra
-from ad2kit.files import write_text
+from ad2kit.errors import MissingExtra, RunError
+from ad2kit.files import sha256_of, write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport
 from ad2kit.run_dir import passed_variants
 from ad2kit.tasks import answers, scores, softmax
-from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers
+from ad2kit.verdicts import ParityReport, RowAnswers
 
 try:
     from jinja2 import Environment, StrictUndefined
@@ -42,10 +42,15 @@ def report(run: RunDir) -> Path:
     """Write ``report.html`` of a run and return its path.
 
     Raises:
-        RunError: parity has not been judged yet.
+        RunError: parity has not been judged yet, or its answers are gone.
     """
     run.require(run.parity_report, command="parity")
-    run.require(run.answers, command="parity")
+    judged = ParityReport.read(run.parity_report)
+    if not run.answers.is_file() or sha256_of(run.answers) != judged.answers_sha256:
+        raise RunError(
+            f"{run.answers} is missing, or not the file that belongs to {run.parity_report}",
+            hint=f"run `ad2kit parity {run.path}`, which writes both",
+        )
     template = resources.files("ad2kit").joinpath("report.html").read_text(encoding="utf-8")
     # Texts and labels are the user's: whatever they hold is shown and not interpreted.
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -60,7 +65,7 @@ def _context(run: RunDir) -> Context:
     # Not splitlines(): U+2028 and its like are legal inside a JSON string.
     lines = run.answers.read_text(encoding="utf-8").split("\n")
     answered = [RowAnswers.model_validate_json(line) for line in lines if line]
-    latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
+    latency = tables.measured_latency(run)
     return {
         "run": recipe,
         "passed": parity.passed,
@@ -91,9 +96,7 @@ def _context(run: RunDir) -> Context:
             "plot": _markup(plots.training(curve)),
             "select": _markup(plots.selection(curve, " and ".join(distilled.metrics))),
         },
-        "search": _search(QuantisationSearch.read(run.int8_search))
-        if run.int8_search.is_file()
-        else None,
+        "search": tables.int8_search(run),
         "splits": [
             (
                 name, str(facts.rows), str(facts.truncated),
@@ -267,22 +270,6 @@ def _calibration(
         "below it too sure.",
         "plot": _markup(plots.calibration(bins)),
     }
-
-
-def _search(search: QuantisationSearch) -> Context:
-    return {
-        "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
-        "fp32. The fastest that passes is taken; milliseconds are of one text.",
-        "header": ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", ""),
-        "rows": [
-            (
-                trial.way, f"{trial.agreement:.4f}", f"{trial.points_lost:+.2f}",
-                f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
-                "taken" if trial.way == search.taken else "; ".join(trial.failures) or "passed",
-            )
-            for trial in search.trials
-        ],
-    }  # fmt: skip
 
 
 def _bento(run: RunDir) -> str:

@@ -228,6 +228,12 @@ class ExportRecipe(Section):
         if "fp32" not in self.variants:
             msg = "'fp32' must be among the variants: the others are compared with it"
             raise ValueError(msg)
+        if "fp16" in self.variants and "fused" not in self.variants:
+            msg = "'fp16' is made from the fused graph: add 'fused' to the variants"
+            raise ValueError(msg)
+        if len(set(self.variants)) < len(self.variants):
+            msg = f"variants are named twice: {', '.join(self.variants)}"
+            raise ValueError(msg)
         return self
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
+import math
 import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ad2kit.run_dir import RunDir
 
 TEXTS = 100
+# No connection, an error status, no URL, no JSON.
+_NO_ANSWER = (OSError, http.client.HTTPException, ValueError)
 # Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
 MAX_SCORE_GAP = 1e-5
 
@@ -58,20 +61,18 @@ def judge_service(run: RunDir, address: str) -> ServiceAnswers:
         UserError: nobody answers there, or not an ad2kit service.
         RunError: the run has no such variant.
     """
+    variants = run.recipe.export.variants
     try:
         variant = json.loads(_get(f"{address}/info"))["variant"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"expected an ad2kit service at {address}, found: {type(error).__name__}: {error}",
-            hint="give an address such as http://localhost:3000, where `bentoml serve` listens",
-        ) from error
-    folder = run.onnx(variant)
-    if not folder.is_dir():
+    except (*_NO_ANSWER, KeyError, TypeError) as error:
+        raise _no_service(address, error) from error
+    if variant not in variants:
         raise RunError(
-            f"the service at {address} serves the variant '{variant}', which {run.path} has not",
+            f"the service at {address} serves the variant {variant!r:.40}, and {run.path} has "
+            f"{', '.join(variants)}",
             hint="name the run that its Bento was made from",
         )
-    return compare_service(run, folder, address)
+    return compare_service(run, run.onnx(variant), address)
 
 
 def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
@@ -96,14 +97,40 @@ def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
         for answer, prediction in pairs
         for key in ("label", "labels")
     )
-    gap = max(abs(a - b) for pair in pairs for a, b in zip(*map(_numbers, pair), strict=True))
+    gaps = [
+        abs(ours[name] - theirs.get(name, math.nan))
+        for theirs, ours in (
+            (_numbers(answer), _numbers(prediction)) for answer, prediction in pairs
+        )
+        for name in ours
+    ]
+    # A NaN must not hide in a maximum.
+    gap = math.inf if any(map(math.isnan, gaps)) else max(gaps)
     return ServiceAnswers(len(chosen), flips, gap)
 
 
 def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
-    """POST texts to a running service and return its predictions."""
+    """POST texts to a running service and return its predictions.
+
+    Raises:
+        UserError: an error status, or something else than one prediction for each text.
+    """
     body = json.dumps({"texts": texts}).encode()
-    return list(json.loads(_get(f"{address}/classify", body))["predictions"])
+    try:
+        found = list(json.loads(_get(f"{address}/classify", body))["predictions"])
+    except (*_NO_ANSWER, KeyError, TypeError) as error:
+        raise _no_service(address, error) from error
+    if len(found) != len(texts) or not all(isinstance(each, dict) for each in found):
+        raise _no_service(address, ValueError(f"{found!r:.80} for {len(texts)} text(s)"))
+    return found
+
+
+def _no_service(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"expected an ad2kit service at {address}, found {type(error).__name__}: {error}",
+        hint="give an address such as http://localhost:3000, where `bentoml serve` listens; a "
+        "status of 429 means that it is too busy to be asked now",
+    )
 
 
 def _get(url: str, body: bytes | None = None) -> bytes:
@@ -114,5 +141,6 @@ def _get(url: str, body: bytes | None = None) -> bytes:
         return bytes(response.read())
 
 
-def _numbers(answer: dict[str, Any]) -> list[float]:
-    return [answer["value"]] if "value" in answer else list(answer["scores"].values())
+def _numbers(answer: dict[str, Any]) -> dict[str, float]:
+    scores = answer.get("scores")
+    return {"value": answer["value"]} if "value" in answer else dict(scores or {})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ad2kit.records import LatencyReport
-from ad2kit.verdicts import ParityReport
+from ad2kit.records import LatencyReport, OnnxArtifact
+from ad2kit.verdicts import ParityReport, QuantisationSearch
 
 if TYPE_CHECKING:
     from ad2kit.records import LatencyCell
@@ -26,7 +26,7 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
     """
     run.require(run.parity_report, command="parity")
     parity = ParityReport.read(run.parity_report)
-    latency = LatencyReport.read(run.latency_report) if run.latency_report.is_file() else None
+    latency = measured_latency(run)
 
     def measured(system: str) -> tuple[str, ...]:
         if latency is None:
@@ -56,6 +56,15 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
     return table
 
 
+def measured_latency(run: RunDir) -> LatencyReport | None:
+    """Return the latency report of a run, unless it is of other artefacts than were judged."""
+    if not run.latency_report.is_file():
+        return None
+    latency, parity = LatencyReport.read(run.latency_report), ParityReport.read(run.parity_report)
+    judged = {verdict.variant: verdict.manifest_sha256 for verdict in parity.variants}
+    return latency if latency.artifacts == judged else None
+
+
 def caption(run: RunDir) -> str:
     """Return in words on what the table was measured."""
     parity = ParityReport.read(run.parity_report)
@@ -67,9 +76,9 @@ def caption(run: RunDir) -> str:
     )
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
-    if not run.latency_report.is_file():
+    latency = measured_latency(run)
+    if latency is None:
         return text
-    latency = LatencyReport.read(run.latency_report)
     shortest, largest = _shape(latency)
     return (
         f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
@@ -85,6 +94,28 @@ def latency_lines(latency: LatencyReport) -> list[str]:
         f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
         for cell in latency.cells
     ]
+
+
+def int8_search(run: RunDir) -> dict[str, Any] | None:
+    """Return what was tried for the int8 graph that lies there now, if there is one."""
+    if "int8" not in run.recipe.export.variants or not run.int8_search.is_file():
+        return None
+    search = QuantisationSearch.read(run.int8_search)
+    if search.inputs != OnnxArtifact.read(run.onnx("int8") / OnnxArtifact.file_name).inputs:
+        return None
+    return {
+        "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
+        "fp32. The fastest that passes is taken; milliseconds are of one text.",
+        "header": ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", ""),
+        "rows": [
+            (
+                trial.way, f"{trial.agreement:.4f}", f"{trial.points_lost:+.2f}",
+                f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
+                "taken" if trial.way == search.taken else "; ".join(trial.failures) or "passed",
+            )
+            for trial in search.trials
+        ],
+    }  # fmt: skip
 
 
 def _shape(latency: LatencyReport) -> tuple[int, int]:

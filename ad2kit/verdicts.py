@@ -101,7 +101,8 @@ class VariantParity(Part):
 class ParityReport(Record):
     """The verdict of the gate on the labelled validation set.
 
-    ``student_score`` is of the PyTorch student, or of the graph where that is all there is.
+    ``student_score`` is of the PyTorch student, or of the graph where that is all there is;
+    ``answers_sha256`` is of the file of :class:`RowAnswers` beside the report, if there is one.
     """
 
     inputs: str
@@ -112,6 +113,7 @@ class ParityReport(Record):
     teacher_metrics: dict[str, float]
     teacher_ece: float | None
     student_score: float
+    answers_sha256: str | None
     variants: tuple[VariantParity, ...]
 
     @computed_field  # type: ignore[prop-decorator]

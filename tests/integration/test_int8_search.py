@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from ad2kit import data as datasets
 from ad2kit.classifier import MODEL_FILE
 from ad2kit.export import export
 from ad2kit.files import write_record
@@ -19,7 +22,9 @@ from tests.integration.test_parity import forge
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ad2kit.data import Data
     from ad2kit.run_dir import RunDir
+    from ad2kit.sections import DataRecipe
 
 
 FLOAT = {"MatMul", "Gemm", "Attention", "EmbedLayerNormalization"}
@@ -35,6 +40,12 @@ def searched(run: RunDir, seconds: float, **thresholds: Any) -> QuantisationSear
     write_record(run.recipe_file, changed)
     export(run)
     return QuantisationSearch.read(run.int8_search)
+
+
+def without_fused(run: RunDir) -> None:
+    recipe = run.recipe
+    fewer = recipe.export.model_copy(update={"variants": ("fp32", "int8")})
+    write_record(run.recipe_file, recipe.model_copy(update={"export": fewer}))
 
 
 def test_without_a_clock_the_first_that_passes_is_taken(finished_run: RunDir) -> None:
@@ -55,6 +66,28 @@ def test_with_time_all_ways_are_tried_and_the_fastest_that_passed_is_taken(
     assert search.taken == fastest.way
     assert (copied_run.onnx("int8") / MODEL_FILE).stat().st_size == fastest.size_bytes
     assert parity(copied_run).passed
+
+
+@pytest.mark.parametrize("train_rows", [5, 110])
+def test_calibration_takes_as_many_texts_as_there_are(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch, train_rows: int
+) -> None:
+    load = datasets.load_data
+
+    def few(recipe: DataRecipe, seed: int) -> Data:
+        data = load(recipe, seed)
+        return replace(data, train=data.train.take(np.arange(train_rows)))
+
+    monkeypatch.setattr(datasets, "load_data", few)
+    search = searched(copied_run, seconds=600)
+    assert len(search.trials) == len(WAYS)
+
+
+def test_without_a_fused_variant_nothing_is_made_from_a_fused_graph(copied_run: RunDir) -> None:
+    without_fused(copied_run)
+    search = searched(copied_run, seconds=600)
+    assert len(search.trials) == len(WAYS) // 2
+    assert not any("fused" in trial.way for trial in search.trials)
 
 
 def test_a_budget_ends_the_search(copied_run: RunDir) -> None:
@@ -90,7 +123,8 @@ def outlier(run: RunDir) -> str:
 @pytest.mark.slow
 def test_where_none_passes_the_node_that_loses_most_is_left_in_float(copied_run: RunDir) -> None:
     node = outlier(copied_run)
-    dynamic = [str(way) for way in WAYS if way.activations == "dynamic"]
+    without_fused(copied_run)
+    dynamic = [str(way) for way in WAYS if way.activations == "dynamic" and not way.fused]
     search = searched(copied_run, seconds=0, min_agreement=1.0)
     assert [trial.way for trial in search.trials[: len(dynamic)]] == dynamic
     assert all(trial.failures for trial in search.trials[:-1])

@@ -137,6 +137,56 @@ def test_what_is_missing_is_named(model: Path, finished_run: RunDir, rows: Path)
         failed(model, finished_run, rows)
 
 
+def config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def rename_the_output(graph: Any) -> None:
+    for node in graph.node:
+        node.output[:] = ["scores" if name == "logits" else name for name in node.output]
+    graph.output[0].name = "scores"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (config(id2label=None), "expected id2label with ids from 0 on, found None"),
+        (config(id2label=["negative", "positive"]), "expected id2label"),
+        (config(id2label={"a": "negative"}), "expected id2label"),
+        (config(pad_token_id=[0, 1]), "expected an object with a pad_token_id"),
+        (lambda folder: (folder / "config.json").write_text("{oops"), "is not JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+        (
+            lambda folder: (folder / MODEL_FILE).write_bytes(b"none"),
+            "cannot load .*/model/mod",
+        ),
+        (graph(rename_the_output), "an output 'logits' of 2 columns"),
+        (shutil.rmtree, "expected a folder at .*, found nothing"),
+    ],
+)
+def test_what_is_no_classifier_is_the_users_to_mend(
+    model: Path, finished_run: RunDir, rows: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    damage(model)
+    with pytest.raises(ModelError, match=message) as refused:
+        failed(model, finished_run, rows)
+    assert "ad2kit-parity-" not in refused.value.message
+
+
+def test_weights_in_a_file_of_their_own_are_read(
+    model: Path, finished_run: RunDir, rows: Path
+) -> None:
+    loaded = onnx.load(model / MODEL_FILE)
+    onnx.save(loaded, model / MODEL_FILE, save_as_external_data=True, location="model.onnx_data",
+              size_threshold=0)  # fmt: skip
+    assert (model / "model.onnx_data").is_file()
+    assert failed(model, finished_run, rows) == set()
+
+
 def test_an_artefact_is_a_plain_folder_for_other_tools(finished_run: RunDir) -> None:
     texts = ["never dull", "not at all convincing"]
     for name in ("fp32", "fused", "int8"):

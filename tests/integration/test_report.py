@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ad2kit.errors import RunError
-from ad2kit.files import write_record
+from ad2kit.export import export
+from ad2kit.files import sha256_of, write_record
 from ad2kit.parity import parity
 from ad2kit.report import report
 from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers
@@ -84,6 +85,9 @@ def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None
         "logits": answered.logits | {"teacher": (50.0, -50.0), "int8": (-50.0, 50.0)},
     })  # fmt: skip
     copied_run.answers.write_text("\n".join([apart.model_dump_json(), *lines[1:]]) + "\n")
+    judged = ParityReport.read(copied_run.parity_report)
+    forged = {"answers_sha256": sha256_of(copied_run.answers)}
+    write_record(copied_run.parity_report, judged.model_copy(update=forged))
     shown, console = browser(report(copied_run))
     assert console == []
     assert "&lt;script&gt;console.error" in shown
@@ -107,14 +111,28 @@ def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
     assert "fused keeps" in page
 
 
+def test_what_belongs_to_other_artefacts_is_not_shown(copied_run: RunDir) -> None:
+    assert "<h2>int8</h2>" in report(copied_run).read_text()
+    recipe = copied_run.recipe
+    more = recipe.export.model_copy(update={"variants": ("fp32", "fused", "fp16")})
+    write_record(copied_run.recipe_file, recipe.model_copy(update={"export": more}))
+    export(copied_run)
+    parity(copied_run)
+    page = report(copied_run).read_text()
+    assert "fp16 (ONNX)" in page
+    assert "p50 latency" not in page  # fp16 was not there when the others were measured
+    assert "<h2>int8</h2>" not in page
+
+
 def test_a_report_before_parity_or_bench(copied_run: RunDir) -> None:
     copied_run.latency_report.unlink()
     assert "p50 latency" not in report(copied_run).read_text()
-    copied_run.answers.unlink()
-    with pytest.raises(RunError, match=r"has no answers\.jsonl yet"):
+    for damage in (copied_run.answers.unlink, lambda: copied_run.answers.write_text("{")):
+        damage()
+        with pytest.raises(RunError, match=r"answers\.jsonl is missing, or not the file"):
+            report(copied_run)
+        parity(copied_run)  # which is known, but not all that it leaves behind
         report(copied_run)
-    parity(copied_run)  # which is known, but not all that it leaves behind
-    report(copied_run)
     copied_run.parity_report.unlink()
     with pytest.raises(RunError, match=r"has no parity\.json yet"):
         report(copied_run)

@@ -21,7 +21,7 @@ from ad2kit.errors import GateFailed, UserError
 from ad2kit.files import write_record
 from ad2kit.package import served
 from ad2kit.records import OnnxArtifact
-from ad2kit.service_check import judge_service
+from ad2kit.service_check import ask, judge_service
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -422,8 +422,11 @@ def test_parity_asks_a_running_service(
     assert other.flips == 100
     with pytest.raises(GateFailed, match="100 label flips"):
         other.insist_same("it is elsewhere")
-    with pytest.raises(UserError, match="expected an ad2kit service at http://127"):
-        judge_service(finished_run, "http://127.0.0.1:9")
+    for address in ("http://127.0.0.1:9", "http://local host", "localhost:3000", f"{service}/x"):
+        with pytest.raises(UserError, match="expected an ad2kit service at"):
+            judge_service(finished_run, address)
+    with pytest.raises(UserError, match="HTTP Error 422"):
+        ask(service, [""])
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")
