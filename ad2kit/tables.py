@@ -105,7 +105,7 @@ def int8_search(run: RunDir) -> dict[str, Any] | None:
         return None
     return {
         "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
-        "fp32. The fastest that passes is taken; milliseconds are of one text.",
+        "fp32. The fastest that passes by a standard error is taken; milliseconds are of one text.",
         "header": ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", ""),
         "rows": [
             (

@@ -61,8 +61,13 @@ def test_with_time_all_ways_are_tried_and_the_fastest_that_passed_is_taken(
 ) -> None:
     search = searched(copied_run, seconds=600)
     assert [trial.way for trial in search.trials] == [str(way) for way in WAYS]
-    passed = [trial for trial in search.trials if not trial.failures]
-    fastest = min(passed, key=lambda trial: trial.batch_ms * trial.alone_ms)
+    safe = [
+        trial
+        for trial in search.trials
+        if not trial.failures
+        and trial.agreement - (trial.agreement * (1 - trial.agreement) / 200) ** 0.5 >= 0.95
+    ]
+    fastest = min(safe, key=lambda trial: trial.batch_ms * trial.alone_ms)
     assert search.taken == fastest.way
     assert (copied_run.onnx("int8") / MODEL_FILE).stat().st_size == fastest.size_bytes
     assert parity(copied_run).passed
