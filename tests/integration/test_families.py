@@ -107,8 +107,7 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
     distilled = distill(run)
     assert distilled.steps == 8  # 240 rows in batches of 32
-    assert distilled.mean_adversarial_gain is not None
-    assert distilled.mean_adversarial_gain > 0
+    assert (distilled.mean_adversarial_gain or 0.0) > 0
     student = models.load(run.student, distilled.labels)
     assert student.module.config.num_hidden_layers == 2
     # Layers that share their weights weigh the same however many there are.
