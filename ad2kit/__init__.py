@@ -27,7 +27,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> OnnxClassifier:
     """Load a classifier for inference, without torch or transformers.
 
     Args:
-        folder: a run folder (its smallest variant that passed parity is taken) or the folder of
+        folder: a run folder (the variant that it ships is taken) or the folder of
             one ONNX variant.
         threads: intra-op threads of ONNX Runtime; all cores that this process may use if None.
 

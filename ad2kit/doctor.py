@@ -9,11 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 from ad2kit.records import Part
-from ad2kit.runtime import available_cpus, environment
+from ad2kit.runtime import available_cpus, cpu_flags, dot_products, environment
 
-_NO_VERSIONS = {"python", "platform", "cpu", "cores", "device", "threads", "processes"}
-# What ONNX Runtime's int8 kernels use: x86 from Cascade Lake and Zen 4 on, Arm from v8.2 on.
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+_NO_VERSIONS = {"python", "platform", "cpu", "cores", "device", "threads", "processes",
+                "int8_dot_products"}  # fmt: skip
 
 
 class Finding(Part):
@@ -68,22 +67,11 @@ def _cpu(name: str) -> Finding:
     )
 
 
-def cpu_flags() -> frozenset[str] | None:
-    """Return the features that Linux reports of the CPU, None elsewhere."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return None
-    lines = info.read_text().splitlines()
-    # "flags" on x86, "Features" on Arm.
-    found = [line for line in lines if line.lower().startswith(("flags", "features"))]
-    return frozenset(found[0].split(":", 1)[1].split()) if found else None
-
-
 def _eight_bit(flags: frozenset[str] | None) -> Finding:
     """Say whether the CPU multiplies 8-bit numbers faster than floats."""
     if flags is None:
         return Finding(name="int8", value="the features of this CPU are unknown")
-    found = sorted(flags & _DOT_PRODUCTS)
+    found = dot_products(flags)
     return Finding(
         name="int8",
         value=f"the CPU has {', '.join(found)}" if found else "no 8-bit dot products in the CPU",

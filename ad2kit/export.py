@@ -27,10 +27,12 @@ from ad2kit.sections import Variant
 from ad2kit.verdicts import QuantisationSearch
 
 try:
+    import onnx
     import torch
     from optimum.exporters.onnx import main_export
     from torch.jit._trace import TracerWarning
 
+    from ad2kit.first_token import read_first_token_only
     from ad2kit.fuse import fuse, node_counts, to_fp16
     from ad2kit.int8_search import Int8Search
     from ad2kit.training import predict_logits
@@ -156,7 +158,10 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
     ]
     with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
         scratch = Path(temporary)
-        graphs = {False: fp32 / MODEL_FILE}
+        plain = onnx.load(fp32 / MODEL_FILE)
+        read_first_token_only(plain)
+        onnx.save(plain, scratch / "plain.onnx")
+        graphs = {False: scratch / "plain.onnx"}
         if "fused" in recipe.export.variants:  # and so proven by the gate
             graphs[True] = run.onnx("fused") / MODEL_FILE
         search = Int8Search(

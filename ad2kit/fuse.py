@@ -10,6 +10,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.fusion_options import AttentionMaskFormat, FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 
+from ad2kit.first_token import read_first_token_only
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -22,6 +24,8 @@ FUSED = (
 
 def fuse(fp32: Path, fused: Path) -> None:
     """Write a copy of an fp32 graph with ONNX Runtime's transformer fusions.
+
+    Of the last layer it computes only what the first token needs, if that is all the head reads.
 
     The attention mask stays what it is. By default the fusions reduce it to a length per text,
     which gives other logits where padding is on the left or a token in the middle is masked, and
@@ -39,6 +43,7 @@ def fuse(fp32: Path, fused: Path) -> None:
         str(fp32), model_type="bert", num_heads=0, hidden_size=0, optimization_options=options,
         opt_level=0,
     )  # fmt: skip
+    read_first_token_only(model.model)
     model.save_model_to_file(str(fused))
 
 

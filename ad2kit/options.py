@@ -45,7 +45,9 @@ RecipeOption = Annotated[
 ]
 TextFile = Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")]
 
-VariantName = Annotated[str | None, typer.Option(help="Default: the smallest that passed.")]
+VariantName = Annotated[
+    str | None, typer.Option(help="Default: of those that passed, by export.ship.")
+]
 Forced = Annotated[
     bool, typer.Option("--allow-failed-parity", help="Package it all the same, on record.")
 ]

@@ -32,6 +32,8 @@ VERSIONED = (
     "ad2kit", "accelerate", "bentoml", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
     "optimum", "optimum-onnx", "tokenizers", "torch", "transformers",
 )  # fmt: skip
+# x86 from Cascade Lake and Zen 4 on, Arm from v8.2 on.
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 def stage(module: str, function: str) -> Any:
@@ -71,12 +73,29 @@ def environment(threads: int, device: str = "cpu", processes: int = 1) -> dict[s
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "int8_dot_products": " ".join(dot_products(cpu_flags())) or "none",
         "cores": str(available_cpus()),
         "device": device,
         "threads": str(threads),
         "processes": str(processes),
         **versions,
     }
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """Return the features that Linux reports of the CPU, None elsewhere."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return None
+    lines = info.read_text().splitlines()
+    # "flags" on x86, "Features" on Arm.
+    found = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return frozenset(found[0].split(":", 1)[1].split()) if found else None
+
+
+def dot_products(flags: frozenset[str] | None) -> list[str]:
+    """Return the features that ONNX Runtime's int8 kernels need to be much faster than float."""
+    return ["unknown"] if flags is None else sorted(flags & _DOT_PRODUCTS)
 
 
 def _cpu_name() -> str:

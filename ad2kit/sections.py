@@ -215,13 +215,16 @@ class ExportRecipe(Section):
     first that passes is taken, which needs no clock and so gives the same graph each time.
     ``provider`` executes them in parity, bench and service; an absent one is an error.
     ``calibrate`` fits one temperature to the labels of ``select``, which makes the probabilities of
-    the student mean more and changes none of its answers.
+    the student mean more and changes none of its answers. Of the variants that pass the gate the
+    one to ``ship`` is the ``fastest`` by the latency report (the smallest before there is one), or
+    always the ``smallest``.
     """
 
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("fp32", "fused", "int8")
     search_seconds: NotNegative = 60.0
     provider: Provider = "cpu"
     calibrate: bool = False
+    ship: Literal["fastest", "smallest"] = "fastest"
 
     @model_validator(mode="after")
     def _fp32_is_the_reference(self) -> Self:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 import torch
 import transformers
 
 from ad2kit import adversary as adv
 from ad2kit import models, recipe
-from ad2kit.classifier import OnnxClassifier, read_artifact
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.distill import distill
 from ad2kit.errors import ModelError
 from ad2kit.export import export
+from ad2kit.first_token import read_first_token_only
 from ad2kit.intermediate import comparison
 from ad2kit.objectives import distillation
 from ad2kit.parity import parity
@@ -56,6 +58,13 @@ FUSED = {
     "bert": (2, 1, 4, 2), "roberta": (2, 0, 4, 2), "distilbert": (2, 1, 4, 2),
     "electra": (2, 1, 4, 3), "albert": (1, 0, 4, 2), "mpnet": (0, 0, 5, 2),
     "xlm-roberta": (2, 0, 4, 2), "deberta-v2": (0, 0, 4, 3), "modernbert": (0, 0, 4, 3),
+}  # fmt: skip
+
+# How many nodes of the plain graph need the first token alone: the last layer from its queries on,
+# in some families from its feed-forward block on.
+FIRST_TOKEN = {
+    "bert": 22, "roberta": 22, "distilbert": 22, "electra": 16, "albert": 25, "mpnet": 16,
+    "xlm-roberta": 22, "deberta-v2": 16, "modernbert": 9,
 }  # fmt: skip
 
 SHORT = (
@@ -126,6 +135,18 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     kinds = ("Attention", "EmbedLayerNormalization", "SkipLayerNormalization")
     gelus = sum(count for name, count in nodes.items() if name.endswith("Gelu"))
     assert (*(nodes.get(kind, 0) for kind in kinds), gelus) == FUSED[family]
+
+    narrow = onnx.load(run.onnx("fp32") / MODEL_FILE)
+    assert read_first_token_only(narrow) == FIRST_TOKEN[family]
+    onnx.save(narrow, tmp_path / "narrow.onnx")
+    whole, first = (
+        OnnxClassifier(run.onnx("fp32"), threads=1, graph=graph)
+        for graph in (None, tmp_path / "narrow.onnx")
+    )
+    for left in (False, True):
+        encodings = whole.encode(TEXTS)
+        gap = abs(whole.run(encodings, left=left) - first.run(encodings, left=left))
+        assert gap.max() < 1e-5
 
 
 @each_family

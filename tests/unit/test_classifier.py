@@ -16,7 +16,9 @@ import ad2kit
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
 from ad2kit.errors import ModelError, RunError, UserError
-from ad2kit.records import OnnxArtifact
+from ad2kit.files import write_record
+from ad2kit.records import LatencyReport, OnnxArtifact
+from ad2kit.run_dir import passed_variants
 from ad2kit.tasks import softmax
 
 if TYPE_CHECKING:
@@ -268,6 +270,28 @@ def test_load_takes_the_smallest_variant_that_passed(copied_run: RunDir) -> None
     fail_parity(copied_run, "int8")
     fail_parity(copied_run, "fused")
     assert ad2kit.load(copied_run.path).folder == copied_run.onnx("fp32")
+
+
+def test_the_fastest_that_passed_is_shipped_once_it_is_measured(copied_run: RunDir) -> None:
+    def shipped() -> list[str]:
+        return [folder.name for folder in passed_variants(copied_run)]
+
+    report = LatencyReport.read(copied_run.latency_report)
+    p50_ms = {"fp32": 1.0, "fused": 0.5, "int8": 2.0}
+    cells = [c.model_copy(update={"p50_ms": p50_ms.get(c.system, 9.0)}) for c in report.cells]
+    write_record(copied_run.latency_report, report.model_copy(update={"cells": tuple(cells)}))
+    assert shipped() == ["int8", "fused", "fp32"]  # smoke wants the smallest
+    recipe = copied_run.recipe
+    fastest = recipe.export.model_copy(update={"ship": "fastest"})
+    write_record(copied_run.recipe_file, recipe.model_copy(update={"export": fastest}))
+    assert shipped() == ["fused", "fp32", "int8"]
+    fail_parity(copied_run, "fused")
+    assert shipped() == ["fp32", "int8"]
+    stale = report.model_copy(update={"artifacts": report.artifacts | {"fp32": "0" * 64}})
+    write_record(copied_run.latency_report, stale)
+    assert shipped() == ["int8", "fp32"]  # by size, as long as the times are of something else
+    copied_run.latency_report.unlink()
+    assert shipped() == ["int8", "fp32"]
 
 
 def test_load_refuses_a_run_that_failed_its_gate(copied_run: RunDir) -> None:
