@@ -12,8 +12,9 @@ import numpy as np
 from ad2kit.errors import MissingExtra, ModelError, RunError, UserError
 from ad2kit.files import check_sha256
 from ad2kit.records import OnnxArtifact
-from ad2kit.run_dir import RunDir, passed_variants
+from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
+from ad2kit.shipping import passed_variants
 from ad2kit.tasks import answers, scores
 
 try:
@@ -172,9 +173,8 @@ class OnnxClassifier:
         self.artifact = read_artifact(self.folder)
         self.labels = self.artifact.labels
         self.threads = threads or available_cpus()
-        self.session = _session(
-            graph or self.folder / MODEL_FILE, self.threads, provider or self.artifact.provider
-        )
+        self.provider = provider or self.artifact.provider
+        self.session = _session(graph or self.folder / MODEL_FILE, self.threads, self.provider)
         self.input_names = [item.name for item in self.session.get_inputs()]
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.artifact.max_length_tokens)
@@ -217,8 +217,24 @@ class OnnxClassifier:
 
     def forward(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Return the logits of the inputs that :meth:`feed` made."""
-        (logits,) = self.session.run(["logits"], {name: feed[name] for name in self.input_names})
-        return np.asarray(logits)
+        if self.provider in ("cpu", "openvino"):
+            (logits,) = self.session.run(
+                ["logits"], {name: feed[name] for name in self.input_names}
+            )
+            return np.asarray(logits)
+        return self.forward_bound(feed)
+
+    def forward_bound(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Do as :meth:`forward` does, with inputs and outputs bound: each is copied once.
+
+        What a device computes stays there until its answer is fetched.
+        """
+        binding = self.session.io_binding()
+        for name in self.input_names:
+            binding.bind_cpu_input(name, feed[name])
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        return np.asarray(binding.copy_outputs_to_cpu()[0])
 
     def feed(
         self, encodings: Sequence[Encoding], *, width: int | None = None, left: bool = False

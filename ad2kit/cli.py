@@ -200,6 +200,22 @@ def package(
 
 
 @app.command()
+def push(
+    repository: options.Repository,
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    variant: options.VariantName = None,
+    private: options.Private = False,
+) -> None:
+    """Upload what a run ships to the hub, with a model card; only if it passed its gate."""
+    from ad2kit.terminal import use_run
+
+    folder = use_run(runs_dir, run)
+    work = stage("ad2kit.push", "push")
+    typer.echo(work(folder, repository, variant=variant, private=private))
+
+
+@app.command()
 def report(run: options.RunArgument = None, runs_dir: options.RunsDir = options.RUNS) -> None:
     """Print the table of a run and write its report.html."""
     from ad2kit.report import report as write_report

@@ -48,6 +48,8 @@ TextFile = Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per 
 VariantName = Annotated[
     str | None, typer.Option(help="Default: of those that passed, by export.ship.")
 ]
+Repository = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made if new.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 Forced = Annotated[
     bool, typer.Option("--allow-failed-parity", help="Package it all the same, on record.")
 ]

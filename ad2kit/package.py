@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 from ad2kit import __version__
 from ad2kit.bundle import own_wheel, pinned_requirements, service_file
 from ad2kit.classifier import read_artifact
-from ad2kit.errors import GateFailed, MissingExtra, RunError
+from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact
-from ad2kit.run_dir import exclusive, passed_variants
+from ad2kit.run_dir import exclusive
 from ad2kit.service_check import compare_service
+from ad2kit.shipping import choose_variant
 from ad2kit.verdicts import ParityReport
 
 # Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
@@ -71,10 +72,8 @@ def package(
         RunError: no parity report yet, or an unknown variant.
         GateFailed: no variant passed, or the service answers something else than the artefact.
     """
-    run.require(run.parity_report, command="parity")
-    recipe = run.recipe
-    report = ParityReport.read(run.parity_report)
-    folder, forced = _choose(run, report, variant, allow_failed_parity=allow_failed_parity)
+    folder, forced = choose_variant(run, variant, allow_failed_parity=allow_failed_parity)
+    recipe, report = run.recipe, ParityReport.read(run.parity_report)
     artifact = read_artifact(folder)
     requirements = pinned_requirements()
     lineage = {
@@ -160,30 +159,6 @@ def served(target: str | Path, folder: Path, *arguments: str) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _choose(
-    run: RunDir, report: ParityReport, variant: str | None, *, allow_failed_parity: bool
-) -> tuple[Path, bool]:
-    """Return the variant's folder, and whether it was forced past its gate."""
-    passed = passed_variants(run)
-    known = [verdict.variant for verdict in report.variants]
-    if variant is not None and variant not in known:
-        raise RunError(
-            f"no variant '{variant}' in {run.path}, only {', '.join(known)}",
-            hint="choose one of them, or add it to export.variants and run again",
-        )
-    for folder in passed:
-        if variant in (None, folder.name):
-            return folder, False
-    if not allow_failed_parity:
-        failed = "; ".join(report.failures(variant))
-        raise GateFailed(
-            f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now: "
-            f"{failed or 'the artefact or the thresholds changed after it was judged'}",
-            hint="see parity.json; `ad2kit parity` judges again, --allow-failed-parity overrides",
-        )
-    return run.onnx(variant or known[0]), True
 
 
 def _published(tag: str) -> bool:

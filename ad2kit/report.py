@@ -12,7 +12,7 @@ from ad2kit.curve import read_curve
 from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import sha256_of, write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport
-from ad2kit.run_dir import passed_variants
+from ad2kit.shipping import passed_variants
 from ad2kit.tasks import answers, scores, softmax
 from ad2kit.verdicts import ParityReport, RowAnswers
 

@@ -22,17 +22,14 @@ import logging
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from statistics import geometric_mean
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
 from ad2kit.errors import RecipeError, RunError, no_room_left
-from ad2kit.files import fingerprint, sha256_of, sweep, write_record
+from ad2kit.files import fingerprint, sweep, write_record
 from ad2kit.recipe import Recipe, from_data
-from ad2kit.records import LatencyReport, OnnxArtifact
 from ad2kit.runtime import first_process_first, is_first_process
-from ad2kit.verdicts import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -219,56 +216,3 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
             hint="make one with `ad2kit run demo`, or name the folder with --runs-dir",
         )
     return max(runs, key=lambda run: run.recipe_file.stat().st_mtime)
-
-
-def passed_variants(run: RunDir) -> list[Path]:
-    """Return the variants that passed parity and have not changed since, the one to ship first."""
-    if not run.parity_report.is_file():
-        return []
-    report, recipe, found = ParityReport.read(run.parity_report), run.recipe, []
-    if report.thresholds != recipe.parity:
-        return []  # judged by other thresholds than the recipe has now
-    for verdict in report.variants:
-        manifest = run.onnx(verdict.variant) / OnnxArtifact.file_name
-        if verdict.passed and manifest.is_file() and sha256_of(manifest) == verdict.manifest_sha256:
-            found.append(manifest.parent)
-    times = _times(run, found) if recipe.export.ship == "fastest" else {}
-    # By the manifest: whether the files are there is seen, and said, when one is loaded.
-    sizes = {f: OnnxArtifact.read(f / OnnxArtifact.file_name).model_bytes for f in found}
-    return sorted(found, key=lambda folder: (times.get(folder, 0.0), sizes[folder]))
-
-
-def _times(run: RunDir, folders: list[Path]) -> dict[Path, float]:
-    """Return the geometric mean of the median times of variants; nothing if one is not measured."""
-    if not run.latency_report.is_file():
-        return {}
-    latency = LatencyReport.read(run.latency_report)
-    if any(
-        latency.artifacts.get(folder.name) != sha256_of(folder / OnnxArtifact.file_name)
-        for folder in folders
-    ):
-        return {}
-    return {
-        folder: geometric_mean(cell.p50_ms for cell in latency.cells if cell.system == folder.name)
-        for folder in folders
-    }
-
-
-def latest_passed_run(runs_dir: Path) -> RunDir:
-    """Return the run under ``runs_dir`` that passed its gate last.
-
-    Raises:
-        RunError: none has passed.
-    """
-    reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
-    for report in reversed(reports):
-        try:
-            if passed_variants(RunDir(report.parent)):
-                return RunDir(report.parent)
-        except RunError as error:
-            # One damaged run must not take the others out of service.
-            logger.warning("passed over: %s", error.message)
-    raise RunError(
-        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate",
-        hint="make one with `ad2kit run demo`, or look at `ad2kit parity`",
-    )

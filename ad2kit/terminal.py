@@ -24,8 +24,9 @@ from rich.table import Table
 
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
-from ad2kit.run_dir import find_run, latest_passed_run, open_run
+from ad2kit.run_dir import find_run, open_run
 from ad2kit.runtime import is_first_process
+from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
 
 if TYPE_CHECKING:

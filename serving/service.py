@@ -29,7 +29,7 @@ from ad2kit.batcher import Batcher, QueueFull
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
 from ad2kit.errors import UserError
-from ad2kit.run_dir import latest_passed_run
+from ad2kit.shipping import latest_passed_run
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -21,8 +21,9 @@ from ad2kit.files import sha256_of, write_record
 from ad2kit.gate import Reference, conversion_cost, distillation_quality
 from ad2kit.parity import parity
 from ad2kit.records import OnnxArtifact
-from ad2kit.run_dir import RunDir, open_run, passed_variants
+from ad2kit.run_dir import RunDir, open_run
 from ad2kit.sections import DataRecipe, ParityRecipe
+from ad2kit.shipping import passed_variants
 from ad2kit.verdicts import ParityReport, RowAnswers, insist_passed
 from tests.conftest import QUICK
 

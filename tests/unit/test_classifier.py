@@ -18,7 +18,7 @@ from ad2kit.data import load_data
 from ad2kit.errors import ModelError, RunError, UserError
 from ad2kit.files import write_record
 from ad2kit.records import LatencyReport, OnnxArtifact
-from ad2kit.run_dir import passed_variants
+from ad2kit.shipping import passed_variants
 from ad2kit.tasks import softmax
 
 if TYPE_CHECKING:
@@ -270,6 +270,14 @@ def test_load_takes_the_smallest_variant_that_passed(copied_run: RunDir) -> None
     fail_parity(copied_run, "int8")
     fail_parity(copied_run, "fused")
     assert ad2kit.load(copied_run.path).folder == copied_run.onnx("fp32")
+
+
+def test_bound_inputs_and_outputs_give_the_same_logits(
+    fp32: OnnxClassifier, texts: list[str]
+) -> None:
+    for batch in (texts[:1], texts[:7]):
+        feed = fp32.feed(fp32.encode(batch))
+        np.testing.assert_array_equal(fp32.forward_bound(feed), fp32.forward(feed))
 
 
 def test_the_fastest_that_passed_is_shipped_once_it_is_measured(copied_run: RunDir) -> None:

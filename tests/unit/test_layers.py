@@ -16,7 +16,8 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "markdown", "yaml_core"},
-    1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "verdicts"},
+    1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "shipping",
+        "verdicts"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
         "curve", "data", "error_contract", "first_token", "fuse", "gate",
@@ -24,7 +25,10 @@ LAYERS = {
         "objectives", "plots", "quantize", "random_bert", "references", "resumable",
         "service_check", "sources", "store", "students", "tables", "tasks", "training",
     },
-    3: {"bench", "distill", "doctor", "export", "model_parity", "package", "parity", "report"},
+    3: {
+        "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
+        "report",
+    },
     4: {"campaigns", "campaigns.compare", "campaigns.run"},
     5: {"__main__", "cli", "options", "parity_terminal", "terminal"},
 }  # fmt: skip
