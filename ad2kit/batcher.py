@@ -1,14 +1,17 @@
-"""An asyncio micro-batcher for serving: bounded queue, token budget, deadlines. No torch.
+"""A micro-batcher for serving: bounded queue, token budget, deadlines, fairness. No torch, no HTTP.
 
-Requests that arrive while a batch is being computed wait together and form the next one, sorted
-by length and cut to a budget of padded tokens. A lone request never waits for company.
+The engine has a thread of its own, which takes its next batch the moment that it is done with the
+last: what arrived meanwhile goes together, sorted by length and cut to a budget of padded tokens.
+So the engine never waits for the event loop while there is work, a lone request never waits for
+company, and while a batch is computed the loop tokenises the next.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import math
+import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+# A list takes part in a batch with so many texts before those that came later have their turn.
+_SHARE = 16
 
 
 class Tokenised(Protocol):
@@ -29,17 +35,43 @@ class Tokenised(Protocol):
 
 
 class QueueFull(Exception):
-    """The queue holds as many texts as it may; try again after ``retry_after_s``."""
+    """The queue holds as much as it may; try again after ``retry_after_s``."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"the queue is full; retry after {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True)
+class BatchFacts:
+    """What happened to one batch; ``queue_s`` is how long each of its texts had waited."""
+
+    texts: int
+    tokens: int
+    padded_tokens: int
+    inference_s: float
+    queue_s: tuple[float, ...]
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One call of ``submit``: its answer, and what is still missing of it."""
+
+    answer: asyncio.Future[NDArray[Any]]
+    rows: list[Any]
+    missing: int
+    failed: Exception | None = None
+    over: bool = False  # answered, failed, or given up by its caller
+
+
+@dataclass(eq=False, slots=True)
 class _Item:
+    call: _Call
+    row: int
     tokenised: Tokenised
-    answer: asyncio.Future[NDArray[Any]] = field(default_factory=asyncio.Future)
+    length: int
+    turn: int
+    since: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
@@ -50,6 +82,8 @@ class Batcher:
         max_batch_tokens: the most padded tokens (items x longest) in one batch; a single item
             may be longer and then goes alone.
         max_queue_texts: the most items that may wait.
+        max_queue_tokens: the most tokens that may wait; nothing but that bounds them if None.
+        observe: is told of each batch, in the engine's thread.
     """
 
     def __init__(
@@ -58,15 +92,29 @@ class Batcher:
         *,
         max_batch_tokens: int,
         max_queue_texts: int,
+        max_queue_tokens: int | None = None,
+        observe: Callable[[BatchFacts], None] = lambda _facts: None,
     ) -> None:
         self._infer = infer
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_texts = max_queue_texts
-        self._waiting: deque[_Item] = deque()
-        self._wake = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self._max_queue_tokens = max_queue_tokens or math.inf
+        self._observe = observe
+        # Guards what both threads touch: the queue, the turn, the rate, and whether to stop.
+        self._changed = threading.Condition()
+        self._waiting: list[_Item] = []
+        self._tokens = 0
+        self._turn = 0
+        self._tokens_per_s = math.nan
         self._closing = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ad2kit-infer")
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """How many texts wait, and how many tokens they have."""
+        with self._changed:
+            return len(self._waiting), self._tokens
 
     async def submit(self, tokenised: Sequence[Any]) -> NDArray[Any]:
         """Return the logits of some texts, shape [texts, labels], in order.
@@ -75,84 +123,134 @@ class Batcher:
         queue.
 
         Raises:
-            QueueFull: too many texts are waiting; none of these was accepted.
+            QueueFull: too much is waiting; none of these texts was accepted.
             RuntimeError: the batcher is closed.
             Exception: whatever ``infer`` raised for one of these texts alone.
         """
-        if self._closing:
-            raise RuntimeError("the batcher is closed")
-        if len(self._waiting) + len(tokenised) > self._max_queue_texts:
-            raise QueueFull(retry_after_s=1)
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work())
-        items = [_Item(each) for each in tokenised]
-        self._waiting.extend(items)
-        self._wake.set()
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._work, name="ad2kit-infer", daemon=True)
+            self._thread.start()
+        call = _Call(self._loop.create_future(), [None] * len(tokenised), len(tokenised))
+        lengths = [len(each.ids) for each in tokenised]
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the batcher is closed")
+            if (
+                len(self._waiting) + len(tokenised) > self._max_queue_texts
+                or self._tokens + sum(lengths) > self._max_queue_tokens
+            ):
+                raise QueueFull(self._retry_after_s())
+            self._tokens += sum(lengths)
+            self._waiting += [
+                _Item(call, row, each, length, self._turn + row // _SHARE)
+                for row, (each, length) in enumerate(zip(tokenised, lengths, strict=True))
+            ]
+            self._changed.notify()
         try:
-            return np.stack(await asyncio.gather(*(item.answer for item in items)))
+            return await call.answer
         finally:
-            for item in items:
-                item.answer.cancel()
-            # What nobody waits for must not fill the queue.
-            self._waiting = deque(item for item in self._waiting if not item.answer.done())
+            if not call.over:
+                # What nobody waits for must not fill the queue.
+                call.over = True
+                with self._changed:
+                    self._keep(lambda item: not item.call.over)
 
     async def close(self) -> None:
         """Answer what is waiting or being computed, then stop."""
-        self._closing = True
-        self._wake.set()
-        if self._worker is not None:
-            await self._worker
-        self._thread.shutdown()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _keep(self, wanted: Callable[[_Item], bool]) -> None:
+        self._waiting = [item for item in self._waiting if wanted(item)]
+        self._tokens = sum(item.length for item in self._waiting)
+
+    def _retry_after_s(self) -> int:
+        """Return in how many seconds the queue will be empty at the rate of late, at least 1."""
+        if math.isnan(self._tokens_per_s):
+            return 1
+        return max(1, math.ceil(self._tokens / self._tokens_per_s))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+                batch = self._next_batch()
+            done = list[_Call]()
+            self._compute(batch, done)
+            self._loop.call_soon_threadsafe(_tell, done)
 
     def _next_batch(self) -> list[_Item]:
-        """Take the oldest item that is still wanted, and the waiting items nearest in length."""
-        while self._waiting and self._waiting[0].answer.done():
-            self._waiting.popleft()
-        if not self._waiting:
-            return []
-        first = self._waiting.popleft()
-        length = len(first.tokenised.ids)
-        others = sorted(
-            (item for item in self._waiting if not item.answer.done()),
-            key=lambda item: abs(len(item.tokenised.ids) - length),
-        )
-        batch, longest = [first], length
-        for item in others:
-            longest = max(longest, len(item.tokenised.ids))
-            if longest * (len(batch) + 1) > self._max_batch_tokens:
+        """Take the item whose turn it is, and the waiting items nearest in length."""
+        first = min(self._waiting, key=lambda item: item.turn)  # the oldest of equals
+        self._turn += 1
+        batch, longest = list[_Item](), first.length
+        # The first itself is nearest; of equals the one whose turn is first.
+        for item in sorted(
+            self._waiting,
+            key=lambda item: (item is not first, abs(item.length - first.length), item.turn),
+        ):
+            longest = max(longest, item.length)
+            if batch and longest * (len(batch) + 1) > self._max_batch_tokens:
                 break
             batch.append(item)
         taken = set(map(id, batch))
-        self._waiting = deque(
-            item for item in self._waiting if id(item) not in taken and not item.answer.done()
-        )
+        self._keep(lambda item: id(item) not in taken)
         return batch
 
-    async def _work(self) -> None:
-        while True:
-            batch = self._next_batch()
-            if not batch:
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            await self._answer(batch)
-
-    async def _answer(self, batch: list[_Item]) -> None:
+    def _compute(self, batch: list[_Item], done: list[_Call]) -> None:
         """Compute one batch; if it fails, its items go alone, so that only the culprit fails."""
-        loop = asyncio.get_running_loop()
+        batch = [item for item in batch if not item.call.over and item.call.failed is None]
+        if not batch:
+            return
+        start = time.perf_counter()
         try:
-            logits = await loop.run_in_executor(
-                self._thread, self._infer, [item.tokenised for item in batch]
-            )
+            logits = self._infer([item.tokenised for item in batch])
         except Exception as error:  # whatever the engine raises belongs to the caller
             if len(batch) > 1:
                 for item in batch:
-                    await self._answer([item])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(error)
+                    self._compute([item], done)
+                return
+            batch[0].call.failed = error
+            done.append(batch[0].call)
+            with self._changed:  # the rest of its call is wanted no more
+                self._keep(lambda item: item.call.failed is None)
             return
+        seconds = time.perf_counter() - start
         for item, row in zip(batch, logits, strict=True):
-            if not item.answer.done():
-                item.answer.set_result(row)
+            call = item.call
+            call.rows[item.row] = row
+            call.missing -= 1
+            if not call.missing:
+                done.append(call)
+        tokens = sum(item.length for item in batch)
+        with self._changed:
+            rate = tokens / seconds
+            # Smoothed: one batch of short texts says little of the queue.
+            known = not math.isnan(self._tokens_per_s)
+            self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate
+        self._observe(
+            BatchFacts(
+                texts=len(batch), tokens=tokens,
+                padded_tokens=len(batch) * max(item.length for item in batch),
+                inference_s=seconds, queue_s=tuple(start - item.since for item in batch),
+            )
+        )  # fmt: skip
+
+
+def _tell(done: list[_Call]) -> None:
+    """Answer calls; in the event loop's thread."""
+    for call in done:
+        call.over = True
+        if call.answer.done():
+            continue  # given up while it was computed
+        if call.failed is not None:
+            call.answer.set_exception(call.failed)
+        else:
+            call.answer.set_result(np.stack(call.rows))
