@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Where a token costs the same in any batch, padding is pure loss: after so many texts, a batch
+# takes those alone that keep it below this share of padded over real tokens.
+_FREE, _MAX_PADDED = 4, 1.2
 # A list takes part in a batch with so many texts before those that came later have their turn.
 _SHARE = 16
 
@@ -32,6 +35,10 @@ class Tokenised(Protocol):
     @property
     def ids(self) -> Sequence[int]:
         """Token ids, without padding."""
+
+
+class BatcherClosed(Exception):
+    """The batcher takes no more; its process ends."""
 
 
 class QueueFull(Exception):
@@ -124,7 +131,7 @@ class Batcher:
 
         Raises:
             QueueFull: too much is waiting; none of these texts was accepted.
-            RuntimeError: the batcher is closed.
+            BatcherClosed: it takes no more.
             Exception: whatever ``infer`` raised for one of these texts alone.
         """
         if self._thread is None:
@@ -135,7 +142,7 @@ class Batcher:
         lengths = [len(each.ids) for each in tokenised]
         with self._changed:
             if self._closing:
-                raise RuntimeError("the batcher is closed")
+                raise BatcherClosed
             if (
                 len(self._waiting) + len(tokenised) > self._max_queue_texts
                 or self._tokens + sum(lengths) > self._max_queue_tokens
@@ -190,16 +197,20 @@ class Batcher:
         """Take the item whose turn it is, and the waiting items nearest in length."""
         first = min(self._waiting, key=lambda item: item.turn)  # the oldest of equals
         self._turn += 1
-        batch, longest = list[_Item](), first.length
+        batch, longest, tokens = list[_Item](), first.length, 0
         # The first itself is nearest; of equals the one whose turn is first.
         for item in sorted(
             self._waiting,
             key=lambda item: (item is not first, abs(item.length - first.length), item.turn),
         ):
-            longest = max(longest, item.length)
-            if batch and longest * (len(batch) + 1) > self._max_batch_tokens:
+            width = max(longest, item.length)
+            padded = width * (len(batch) + 1)
+            if batch and padded > self._max_batch_tokens:
+                break
+            if len(batch) >= _FREE and padded > _MAX_PADDED * (tokens + item.length):
                 break
             batch.append(item)
+            longest, tokens = width, tokens + item.length
         taken = set(map(id, batch))
         self._keep(lambda item: id(item) not in taken)
         return batch

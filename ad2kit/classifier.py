@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,8 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain data."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in found.items() if value is not None and value != {}}
 
 
 def servable_artifact(folder: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,16 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+logger = logging.getLogger(__name__)
+
 # status: type, message, hint
 ERRORS: dict[int, tuple[str, str, str]] = {
     400: ("malformed_request", "the body is not valid JSON", "send JSON"),
+    401: (
+        "unauthorized",
+        "no valid key came with the request",
+        "send the header Authorization: Bearer KEY",
+    ),
     404: ("not_found", "there is no such path", "see POST /classify and GET /info"),
     405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
     413: (
@@ -41,6 +49,14 @@ ERRORS: dict[int, tuple[str, str, str]] = {
 }
 
 
+class Problem(Exception):
+    """What a client is told instead of an answer: a status of :data:`ERRORS`, and what of it."""
+
+    def __init__(self, status: int, detail: str = "", *, retry_after_s: int = 1) -> None:
+        super().__init__(status, detail)
+        self.status, self.detail, self.retry_after_s = status, detail, retry_after_s
+
+
 class ErrorContract:
     """ASGI middleware: bounds the body while it is read, and gives every error one shape.
 
@@ -52,14 +68,21 @@ class ErrorContract:
         app: the application to wrap.
         max_body_bytes: the largest request body.
         hints: what the client should do instead, by status, where it is more than the default.
+        observe: is told the status and the type of each error.
     """
 
     def __init__(
-        self, app: App, *, max_body_bytes: int, hints: Mapping[int, str] | None = None
+        self,
+        app: App,
+        *,
+        max_body_bytes: int,
+        hints: Mapping[int, str] | None = None,
+        observe: Callable[[int, str], None] = lambda _status, _kind: None,
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.hints = hints or {}
+        self.observe = observe
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass one request through."""
@@ -97,7 +120,16 @@ class ErrorContract:
                 if not message.get("more_body"):
                     await self._reply(send, status, answer)
 
-        await self.app(scope, bounded_receive, typed_send)
+        try:
+            await self.app(scope, bounded_receive, typed_send)
+        except Problem as problem:
+            await self._send(send, problem.status, problem.detail, problem.retry_after_s)
+        except _TooLarge:
+            await self._reply(send, 413)
+        except Exception:
+            # Not what it was about: texts of clients stay out of the log.
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await self._send(send, 500, "")
 
     async def _reply(self, send: Send, status: int, answer: bytes = b"") -> None:
         """Send one error, with what can be learnt from the application's own answer."""
@@ -106,6 +138,9 @@ class ErrorContract:
             detail = f"at most {self.max_body_bytes} bytes"
         elif status < 500:
             status, detail = _understand(status, answer)
+        await self._send(send, status, detail)
+
+    async def _send(self, send: Send, status: int, detail: str, retry_after_s: int = 1) -> None:
         kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
         error = {
             "type": kind,
@@ -118,7 +153,10 @@ class ErrorContract:
             (b"content-length", str(len(content)).encode()),
         ]
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            headers.append((b"retry-after", b"1"))
+            headers.append((b"retry-after", str(retry_after_s).encode()))
+        elif status == HTTPStatus.UNAUTHORIZED:
+            headers.append((b"www-authenticate", b"Bearer"))
+        self.observe(status, kind)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 

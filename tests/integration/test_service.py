@@ -252,7 +252,8 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
     assert info["labels"] == list(fp32.labels)
     assert info["max_length_tokens"] == fp32.artifact.max_length_tokens
     assert info["limits"] == {
-        "texts": 128, "body_bytes": MEBIBYTE, "queue_texts": 1024, "deadline_s": 10.0,
+        "texts": 128, "body_bytes": MEBIBYTE, "queue_texts": 1024, "queue_tokens": 2**17,
+        "deadline_s": 10.0,
     }  # fmt: skip
     assert info["lineage"] == fp32.artifact.lineage
     assert len(info["lineage"]["student_sha256"]) == 64
@@ -278,7 +279,7 @@ def test_metrics_count_requests(service: str) -> None:
         pytest.param(
             b'{"texts": ["\\ud800"]}', 400, "malformed_request", "JSON", id="lone surrogate"
         ),
-        pytest.param(b"", 422, "invalid_input", "texts", id="no body"),
+        pytest.param(b"", 400, "malformed_request", "JSON", id="no body"),
         pytest.param(b"{}", 422, "invalid_input", "texts", id="no texts"),
         pytest.param(b"[]", 422, "invalid_input", "object", id="not an object"),
         pytest.param(
@@ -291,7 +292,7 @@ def test_metrics_count_requests(service: str) -> None:
         pytest.param(b'{"texts": " "}', 422, "invalid_input", "visible", id="blank text"),
         pytest.param(b'{"texts": [["a", "b"]]}', 422, "invalid_input", "text 0", id="a pair"),
         pytest.param(
-            json.dumps({"texts": ["a"] * 129}).encode(), 422, "invalid_input", "at most 128",
+            json.dumps({"texts": ["a"] * 129}).encode(), 413, "too_large", "at most 128",
             id="too many texts",
         ),
     ],

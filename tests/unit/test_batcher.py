@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ad2kit.batcher import Batcher, QueueFull
+from ad2kit.batcher import Batcher, BatcherClosed, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -335,7 +335,7 @@ def test_close_answers_what_is_computed_and_what_waits_and_then_refuses(waiting:
             np.testing.assert_array_equal(await first, [[1000, 1]])
             for number, result in enumerate(await asyncio.gather(*tasks)):
                 np.testing.assert_array_equal(result, [[number, 1]])
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises(BatcherClosed):
                 await batcher.submit([item(1)])
         assert not any(t.name.startswith("ad2kit-infer") for t in threading.enumerate())
 

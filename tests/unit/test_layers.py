@@ -20,10 +20,10 @@ LAYERS = {
         "verdicts"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
-        "curve", "data", "error_contract", "first_token", "fuse", "gate",
-        "int8_search", "intermediate", "labels", "losses", "metrics", "models",
-        "objectives", "plots", "quantize", "random_bert", "references", "resumable",
-        "service_check", "sources", "store", "students", "tables", "tasks", "training",
+        "curve", "data", "error_contract", "first_token", "fuse", "gate", "http_api",
+        "int8_search", "intermediate", "labels", "losses", "metrics", "models", "objectives",
+        "plots", "quantize", "random_bert", "references", "resumable", "service_check",
+        "service_metrics", "sources", "store", "students", "tables", "tasks", "training",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",

@@ -1,0 +1,104 @@
+"""What the service counts, for Prometheus: load, waiting, batches, rejects, and drift."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ad2kit.batcher import BatchFacts
+    from ad2kit.classifier import Prediction
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+def exposition() -> bytes:
+    """Return the metrics of all workers in Prometheus' text format."""
+    import prometheus_client
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = prometheus_client.REGISTRY
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = prometheus_client.CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return prometheus_client.generate_latest(registry)
+
+
+class ServiceMetrics:
+    """The metrics of one worker; :func:`exposition` adds those of several up.
+
+    To be made in the worker, after the server has said where workers leave their numbers.
+    """
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Any:
+            return prometheus.Histogram(f"ad2kit_{name}", what, buckets=buckets)
+
+        self._requests = prometheus.Counter(
+            "ad2kit_requests", "Requests, by the status of their answer", ["status"]
+        )
+        self._ok = self._requests.labels("200")
+        self._request_s = histogram("request_seconds", "From the body read to the answer", _SECONDS)
+        self._tokenise_s = histogram("tokenise_seconds", "Tokenising a request", _SECONDS)
+        self._queue_s = histogram("queue_seconds", "Waiting of a text for its batch", _SECONDS)
+        self._inference_s = histogram("inference_seconds", "Computing a batch", _SECONDS)
+        self._texts = histogram("batch_texts", "Texts of a batch", _POWERS)
+        self._tokens = histogram("batch_tokens", "Tokens of a batch, without padding", _POWERS)
+        self._score = histogram("score", "Probability of the label that was answered", _SHARES)
+        self._labels = prometheus.Counter("ad2kit_predictions", "Answers by label", ["label"])
+        # To find the counter of a label costs more than to count.
+        self._of_label = functools.cache(self._labels.labels)
+        self._truncated = prometheus.Counter("ad2kit_truncated_texts", "Texts that were cut")
+        self._rejected = prometheus.Counter(
+            "ad2kit_rejected", "Requests that were not answered, by reason", ["reason"]
+        )
+        self._waiting = {
+            unit: prometheus.Gauge(
+                f"ad2kit_queue_{unit}", f"Waiting {unit}", multiprocess_mode="livesum"
+            )
+            for unit in ("texts", "tokens")
+        }
+
+    def answered(self, seconds: float) -> None:
+        """Count a request that was answered."""
+        self._ok.inc()
+        self._request_s.observe(seconds)
+
+    def rejected(self, status: int, reason: str) -> None:
+        """Count a request that was not."""
+        self._requests.labels(str(status)).inc()
+        self._rejected.labels(reason).inc()
+
+    def tokenised(self, seconds: float) -> None:
+        """Record how long the tokenizer took for a request."""
+        self._tokenise_s.observe(seconds)
+
+    def predicted(self, predictions: Sequence[Prediction]) -> None:
+        """Record what was answered: the distribution of labels and scores is what drifts."""
+        for each in predictions:
+            for label in each.labels or ((each.label,) if each.label is not None else ()):
+                self._of_label(label).inc()
+            if each.score is not None:
+                self._score.observe(each.score)
+            if each.truncated:
+                self._truncated.inc()
+
+    def batch(self, facts: BatchFacts) -> None:
+        """Record a batch; in the engine's thread."""
+        self._texts.observe(facts.texts)
+        self._tokens.observe(facts.tokens)
+        self._inference_s.observe(facts.inference_s)
+        for seconds in facts.queue_s:
+            self._queue_s.observe(seconds)
+
+    def waiting(self, texts: int, tokens: int) -> None:
+        """Record what waits now."""
+        self._waiting["texts"].set(texts)
+        self._waiting["tokens"].set(tokens)
