@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,20 +27,34 @@ def exposition() -> bytes:
     import prometheus_client
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    registry = prometheus_client.REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        registry = prometheus_client.CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return prometheus_client.generate_latest(registry)
+
+
+def _share_with_siblings() -> None:
+    """Choose the folder where the workers of this server, and no others, leave their numbers.
+
+    BentoML has one for all servers of a user, and each that starts empties it for all.
+    """
+    server = psutil.Process().parent() or psutil.Process()
+    name = f"ad2kit-metrics-{server.pid}-{server.create_time():.0f}"
+    for left in Path(tempfile.gettempdir()).glob("ad2kit-metrics-*"):
+        if left.name != name and not psutil.pid_exists(int(left.name.split("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)  # a sibling may be sweeping too
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
 
 
 class ServiceMetrics:
     """The metrics of one worker; :func:`exposition` adds those of several up.
 
-    To be made in the worker, after the server has said where workers leave their numbers.
+    To be made in the worker, before anything else imports prometheus_client there.
     """
 
     def __init__(self) -> None:
+        _share_with_siblings()
         import prometheus_client as prometheus
 
         def histogram(name: str, what: str, buckets: Sequence[float]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -136,9 +137,9 @@ def service(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> I
     yield from serving(tmp_path_factory, f"model={finished_run.onnx('fp32')}")
 
 
-def serving(tmp_path_factory: pytest.TempPathFactory, argument: str) -> Iterator[str]:
+def serving(tmp_path_factory: pytest.TempPathFactory, *given: str) -> Iterator[str]:
     # The log goes to a folder of its own, so that the checkout stays clean.
-    arguments = ("--working-dir", str(CHECKOUT), "--arg", argument)
+    arguments = ["--working-dir", str(CHECKOUT), *(f"--arg={each}" for each in given)]
     with served(SERVICE, tmp_path_factory.mktemp("service"), *arguments) as address:
         yield address
 
@@ -154,7 +155,9 @@ def strained_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def strained(strained_folder: Path, finished_run: RunDir) -> Iterator[str]:
-    arguments = ("--working-dir", str(strained_folder), "--arg", f"model={finished_run.path}")
+    # One worker: which of several gets a connection is not for a test to say.
+    arguments = ("--working-dir", str(strained_folder), "--arg=workers=1",
+                 f"--arg=model={finished_run.path}")  # fmt: skip
     with served("strained:Ad2kitClassifier", strained_folder, *arguments) as address:
         yield address
 
@@ -265,10 +268,22 @@ def test_health_is_answered(service: str, path: str) -> None:
 
 
 def test_metrics_count_requests(service: str) -> None:
-    classify(service, "fine")
+    assert classify(service, ["fine", "word " * 500]).status == 200
+    assert classify(service, "").status == 422
     reply = call(service, "GET", "/metrics")
     assert reply.status == 200
-    assert b'request_total{endpoint="/classify",http_response_code="200"' in reply.body
+    lines = reply.body.decode().splitlines()
+    found = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)
+             if not name.startswith("#")}  # fmt: skip
+    assert found['ad2kit_requests_total{status="200"}'] >= 1
+    assert found['ad2kit_requests_total{status="422"}'] >= 1
+    assert found['ad2kit_rejected_total{reason="invalid_input"}'] >= 1
+    answered = sum(v for name, v in found.items() if name.startswith("ad2kit_predictions_total"))
+    assert answered == found["ad2kit_score_count"] == found["ad2kit_batch_texts_sum"] >= 2
+    assert found["ad2kit_queue_seconds_count"] == answered
+    assert found["ad2kit_truncated_texts_total"] >= 1
+    assert {found["ad2kit_queue_texts"], found["ad2kit_queue_tokens"]} == {0.0}
+    assert 'ad2kit_request_seconds_bucket{le="0.0005"}' in found
 
 
 @pytest.mark.parametrize(
@@ -381,7 +396,9 @@ def test_an_answer_that_takes_too_long_is_given_up(strained: str) -> None:
 def test_a_stop_answers_what_is_under_way(strained_folder: Path, finished_run: RunDir) -> None:
     busy = strained_folder / "busy"
     busy.unlink(missing_ok=True)
-    arguments = ("--working-dir", str(strained_folder), "--arg", f"model={finished_run.path}")
+    # One worker: which of several gets a connection is not for a test to say.
+    arguments = ("--working-dir", str(strained_folder), "--arg=workers=1",
+                 f"--arg=model={finished_run.path}")  # fmt: skip
     with ThreadPoolExecutor(1) as pool:
         with served("strained:Ad2kitClassifier", strained_folder, *arguments) as address:
             reply = pool.submit(classify, address, "awkward")
@@ -405,6 +422,54 @@ def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
             check_prediction(found, prediction)
     finally:
         next(server, None)
+
+
+def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
+    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("old-key\nnew-key\n")
+    int8 = finished_run.onnx("int8")
+    server = serving(tmp_path_factory, f"model={int8}", f"api_keys_file={keys}")
+    address = next(server)
+    try:
+        body = json.dumps({"texts": "fine"}).encode()
+        for key in ("old-key", "new-key"):  # both, while clients change over
+            headers = {**JSON, "Authorization": f"Bearer {key}"}
+            assert call(address, "POST", "/classify", body, headers).status == 200
+        for headers in (JSON, {**JSON, "Authorization": "Bearer old-ke"},
+                        {**JSON, "Authorization": "Basic old-key"}):  # fmt: skip
+            refused = call(address, "POST", "/classify", body, headers)
+            check_error(refused, 401, "unauthorized")
+            assert refused.headers["www-authenticate"] == "Bearer"
+        check_error(call(address, "GET", "/info"), 401, "unauthorized")
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert call(address, "GET", path).status == 200
+    finally:
+        next(server, None)
+
+
+def test_a_client_that_leaves_costs_no_inference(strained: str, strained_folder: Path) -> None:
+    def counted() -> float:
+        text = call(strained, "GET", "/metrics").body.decode()
+        (line,) = [each for each in text.splitlines() if each.startswith("ad2kit_batch_texts_sum")]
+        return float(line.split()[1])
+
+    (strained_folder / "busy").unlink(missing_ok=True)
+    before = counted()
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(classify, strained, "awkward")
+        while not (strained_folder / "busy").exists():
+            time.sleep(0.01)
+        host, port = strained.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as leaving:
+            body = json.dumps({"texts": "fine"}).encode()
+            head = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.2)
+        assert busy.result().status == 200
+    assert classify(strained, "fine").status == 200
+    assert counted() == before + 2  # the one that left was never computed
 
 
 def test_parity_asks_a_running_service(

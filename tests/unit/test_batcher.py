@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ad2kit.batcher import Batcher, BatcherClosed, QueueFull
+from ad2kit.batcher import Batcher, BatcherClosed, BatchFacts, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -70,9 +70,11 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 @asynccontextmanager
 async def batching(
-    engine: Engine, *, max_batch_tokens: int = 64, max_queue_texts: int = 1000
+    engine: Engine, *, max_batch_tokens: int = 64, max_queue_texts: int = 1000, **more: Any
 ) -> AsyncIterator[Batcher]:
-    batcher = Batcher(engine, max_batch_tokens=max_batch_tokens, max_queue_texts=max_queue_texts)
+    batcher = Batcher(
+        engine, max_batch_tokens=max_batch_tokens, max_queue_texts=max_queue_texts, **more
+    )
     try:
         yield batcher
     finally:
@@ -237,6 +239,70 @@ def test_a_full_queue_refuses_a_request_whole() -> None:
             np.testing.assert_array_equal(results[1], [[0, 1], [1, 1], [2, 1]])
             np.testing.assert_array_equal(await batcher.submit([item(5)]), [[5, 1]])
         assert {each.ids[0] for each in engine.seen} == {1000, 0, 1, 2, 3, 5}
+
+    run(test)
+
+
+def test_the_queue_is_bounded_in_tokens_too_and_says_when_it_will_be_empty() -> None:
+    async def test() -> None:
+        engine = Engine()
+        async with batching(engine, max_queue_tokens=10) as batcher:
+            first = await occupied(batcher, engine)
+            tasks = await submitted(batcher, [item(0, 6)], [item(1, 4)])
+            assert batcher.waiting == (2, 10)
+            with pytest.raises(QueueFull) as full:
+                await batcher.submit([item(2)])
+            assert full.value.retry_after_s == 1  # nothing is known of the rate yet
+            engine.released.set()
+            await asyncio.gather(first, *tasks)
+            assert batcher.waiting == (0, 0)
+
+    run(test)
+
+
+def test_single_texts_do_not_wait_for_all_of_a_list_that_came_before() -> None:
+    async def test() -> None:
+        engine = Engine()
+        async with batching(engine, max_batch_tokens=32) as batcher:
+            first = await occupied(batcher, engine)
+            long = [item(n, 4) for n in range(64)]  # eight batches
+            tasks = await submitted(batcher, long, [item(500, 2)], [item(501, 9)])
+            engine.released.set()
+            await asyncio.gather(first, *tasks)
+        place = {each.ids[0]: at for at, batch in enumerate(engine.batches) for each in batch}
+        assert max(place.values()) >= 8
+        assert max(place[500], place[501]) <= 4
+
+    run(test)
+
+
+def test_long_texts_do_not_pad_short_ones() -> None:
+    async def test() -> None:
+        engine = Engine()
+        async with batching(engine, max_batch_tokens=1000) as batcher:
+            first = await occupied(batcher, engine)
+            short, long = [item(n, 5) for n in range(8)], [item(n, 50) for n in range(8, 12)]
+            tasks = await submitted(batcher, *([each] for each in [*short, *long]))
+            engine.released.set()
+            await asyncio.gather(first, *tasks)
+        assert [set(batch) for batch in engine.batches[1:]] == [set(short), set(long)]
+
+    run(test)
+
+
+def test_what_happened_to_a_batch_is_told() -> None:
+    async def test() -> None:
+        engine, told = Engine(), list[BatchFacts]()
+        async with batching(engine, observe=told.append) as batcher:
+            first = await occupied(batcher, engine)
+            tasks = await submitted(batcher, [item(1, 3)], [item(2, 5)])
+            engine.released.set()
+            await asyncio.gather(first, *tasks)
+        assert [(facts.texts, facts.tokens, facts.padded_tokens) for facts in told] == [
+            (1, 1, 1), (2, 8, 10),
+        ]  # fmt: skip
+        assert all(0 <= seconds < 20 for facts in told
+                   for seconds in (facts.inference_s, *facts.queue_s))  # fmt: skip
 
     run(test)
 
