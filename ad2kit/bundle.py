@@ -70,7 +70,7 @@ def own_wheel(folder: Path) -> Path:
         files |= {
             f"ad2kit/{name}/{path.name}": path.read_bytes()
             for path in source.iterdir()
-            if path.suffix in (".py", ".yaml")
+            if path.suffix in (".py", ".yaml", ".html")
         }
     distribution = metadata.distribution("ad2kit")
     for name in ("METADATA", "entry_points.txt"):

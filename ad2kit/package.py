@@ -102,7 +102,8 @@ def package(
                 logger.info("already packaged: %s", tag)
                 return record
 
-        shutil.copy2(service_file(), context / "service.py")
+        for name in ("service.py", "page.html"):
+            shutil.copy2(service_file().with_name(name), context / name)
         shutil.copytree(folder, context / "artifact")
         write_text(context / "lineage.json", json.dumps(lineage, indent=2))
         write_text(context / "golden.json", json.dumps(golden_answers(folder), indent=2))
@@ -113,7 +114,7 @@ def package(
                 "name": f"ad2kit-{recipe.name}",
                 "description": f"{recipe.description} Variant {folder.name}.",
                 "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
-                "include": ["service.py", "lineage.json", "golden.json", "artifact/*"],
+                "include": ["service.py", "page.html", "lineage.json", "golden.json", "artifact/*"],
                 "python": {
                     "packages": requirements, "wheels": [wheel.name], "lock_packages": False,
                 },

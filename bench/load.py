@@ -31,16 +31,24 @@ class Request:
 
 @dataclass
 class Load:
-    """What a load saw: milliseconds of right answers, and how often each error came."""
+    """What a load saw: milliseconds of right answers, and how often each error came.
+
+    ``ms`` count from when a request was due, ``sent_ms`` from when it was written.
+    """
 
     seconds: float = 0.0
     ms: list[float] = field(default_factory=list)
+    sent_ms: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
 
     @property
     def per_s(self) -> float:
         """Right answers per second."""
         return len(self.ms) / self.seconds
+
+    def served_ms(self, share: float) -> float:
+        """Return a quantile of the milliseconds since the request was written."""
+        return float(np.quantile(self.sent_ms, share)) if self.sent_ms else float("nan")
 
     def quantile(self, share: float) -> float:
         """Return a quantile of the milliseconds; NaN if nothing was answered."""
@@ -101,6 +109,7 @@ async def _one(
     port: int, link: Connection, request: Request, start: float, load: Load
 ) -> Connection:
     """Ask once and take down what came; return a connection that works."""
+    sent = time.perf_counter()
     try:
         status, body = await asyncio.wait_for(link.ask(request.content), 30)
     except (OSError, TimeoutError) as error:
@@ -108,7 +117,9 @@ async def _one(
         link.transport.close()
         return await _connect(port)
     if status == 200 and request.is_right(body):
-        load.ms.append(1e3 * (time.perf_counter() - start))
+        now = time.perf_counter()
+        load.ms.append(1e3 * (now - start))
+        load.sent_ms.append(1e3 * (now - sent))
     else:
         load.errors["wrong answer" if status == 200 else str(status)] += 1
     if link.transport.is_closing():
@@ -128,7 +139,10 @@ async def closed_loop(
             now = time.perf_counter()
             if now > start + seconds:
                 break
-            link = await _one(port, link, requests[number % len(requests)], now, load)
+            try:
+                link = await _one(port, link, requests[number % len(requests)], now, load)
+            except ConnectionRefusedError:  # nobody listens any more
+                break
         link.transport.close()
 
     await asyncio.gather(*map(client, range(connections)))

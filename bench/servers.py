@@ -93,19 +93,7 @@ def run_uvicorn(port: int) -> None:
 def run_litserve(port: int) -> None:
     """Serve by LitServe with its batching."""
     import litserve
-
-    class Api(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:  # noqa: ARG002
-            self.engine = classifier()
-
-        def decode_request(self, request: dict[str, str]) -> str:
-            return request["text"]
-
-        def predict(self, texts: list[str]) -> Any:
-            return [each.as_dict() for each in self.engine.predict(texts)]
-
-        def encode_response(self, output: Any) -> Any:
-            return output
+    from server_litserve import Api  # its processes import what they serve
 
     server = litserve.LitServer(
         Api(max_batch_size=BATCH, batch_timeout=0.001, api_path="/classify"),
@@ -117,19 +105,13 @@ def run_litserve(port: int) -> None:
 def run_mosec(port: int) -> None:
     """Serve by mosec, whose HTTP layer is native code."""
     sys.argv = ["mosec", "--port", str(port), "--timeout", "30000", "--log-level", "error"]
-    from mosec import Server, Worker
-
-    class Inference(Worker):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.engine = classifier()
-
-        def forward(self, data: list[dict[str, str]]) -> Any:
-            found = self.engine.predict([each["text"] for each in data])
-            return [each.as_dict() for each in found]
+    from mosec import Runtime, Server
+    from server_mosec import Inference
 
     server = Server()
-    server.append_worker(Inference, num=WORKERS, max_batch_size=BATCH, max_wait_time=1)
+    server.register_runtime({
+        "/classify": [Runtime(Inference, num=WORKERS, max_batch_size=BATCH, max_wait_time=1)]
+    })  # fmt: skip
     server.run()
 
 

@@ -45,7 +45,7 @@ MAX_GOLDEN_GAP = 0.05
 # How long Python lets the event loop run on when the engine's thread has a result (default 5 ms).
 SWITCH_S = 0.0005
 EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty'
-PUBLIC = ("/livez", "/readyz", "/healthz", "/metrics")
+PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
 class Arguments(BaseModel):
@@ -135,6 +135,14 @@ async def info(_request: Request) -> JSONResponse:
     return JSONResponse(bentoml.get_current_service().info())
 
 
+async def page(_request: Request) -> Response:
+    """Answer GET / for people; it asks nobody but this service."""
+    content = (Path(__file__).parent / "page.html").read_bytes()
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    headers = {"Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'"}
+    return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+
 async def metrics(_request: Request) -> Response:
     """Answer GET /metrics with what all workers have counted."""
     return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -150,7 +158,9 @@ async def metrics(_request: Request) -> Response:
     logging={"access": {"enabled": False}},
     tracing={"excluded_urls": [".*"]},
 )
-@bentoml.asgi_app(Starlette(routes=[Route("/info", info), Route("/metrics", metrics)]), path="/")
+@bentoml.asgi_app(
+    Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)]), path="/"
+)
 class Ad2kitClassifier:
     """Text classification by a distilled student."""
 
@@ -222,7 +232,9 @@ class Ad2kitClassifier:
             "variant": artifact.variant,
             "task": artifact.task,
             "labels": list(artifact.labels),
+            "text_columns": artifact.text_columns,
             "max_length_tokens": artifact.max_length_tokens,
+            "model_sha256": artifact.files["model.onnx"],
             "limits": {
                 "texts": MAX_TEXTS,
                 "body_bytes": MAX_BODY_BYTES,

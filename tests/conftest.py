@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before any library reads them: no hub, no telemetry, and a Bento store of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,6 +38,13 @@ QUICK = (
     "parity.min_retained=0.5",
     "parity.min_retained_lower=0.3",
 )
+
+
+HEADLESS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,3 +93,21 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that loads a page: its DOM after loading, and what the console said."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    profile = tmp_path_factory.mktemp("chromium")
+
+    def load(address: str, *options: str) -> tuple[str, list[str]]:
+        done = subprocess.run(
+            [path, *HEADLESS, *options, f"--user-data-dir={profile}", "--dump-dom", address],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return load

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,30 +19,7 @@ if TYPE_CHECKING:
 
     from ad2kit.run_dir import RunDir
 
-HEADLESS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--enable-logging=stderr",
-)  # fmt: skip
 INJECTION = '<script>console.error("injected")</script><img src=x>'
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function that loads a page: its DOM after loading, and what the console said."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    profile = tmp_path_factory.mktemp("chromium")
-
-    def load(page: Path, *options: str) -> tuple[str, list[str]]:
-        done = subprocess.run(
-            [path, *HEADLESS, *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
-            capture_output=True, text=True, check=True, timeout=60,
-        )  # fmt: skip
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return load
 
 
 def test_a_browser_shows_the_whole_report_without_a_complaint(
@@ -53,8 +28,8 @@ def test_a_browser_shows_the_whole_report_without_a_complaint(
     page = report(copied_run)
     assert page == copied_run.report
     for options in (("--force-dark-mode",), ("--window-size=360,800",)):
-        assert browser(page, *options)[1] == []
-    shown, console = browser(page)
+        assert browser(page.as_uri(), *options)[1] == []
+    shown, console = browser(page.as_uri())
     assert console == []
     headings = re.findall(r"<h2>(.*?)</h2>", shown)
     assert headings == ["Models", "The gate", "Where teacher and student differ", "Calibration",
@@ -73,7 +48,7 @@ def test_a_browser_shows_the_whole_report_without_a_complaint(
 def test_the_console_is_really_listened_to(browser: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(f"<body>{INJECTION}</body>")
-    assert "injected" in str(browser(page)[1])
+    assert "injected" in str(browser(page.as_uri())[1])
 
 
 def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None:
@@ -88,7 +63,7 @@ def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None
     judged = ParityReport.read(copied_run.parity_report)
     forged = {"answers_sha256": sha256_of(copied_run.answers)}
     write_record(copied_run.parity_report, judged.model_copy(update=forged))
-    shown, console = browser(report(copied_run))
+    shown, console = browser(report(copied_run).as_uri())
     assert console == []
     assert "&lt;script&gt;console.error" in shown
 

@@ -424,6 +424,33 @@ def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
         next(server, None)
 
 
+TEXTS = "?text=fine&text=%3Cb%3Edull%3C/b%3E%20beyond%20measure"
+
+
+def test_the_page_shows_answers_as_text_and_asks_nobody_else(
+    service: str, fp32: OnnxClassifier, browser: Any
+) -> None:
+    budget, shown = "--virtual-time-budget=5000", ""
+    for options in ((), ("--window-size=360,800",), ("--force-dark-mode",)):
+        shown, console = browser(f"{service}/{TEXTS}", budget, *options)
+        assert console == []
+    for text in ("fine", "<b>dull</b> beyond measure"):
+        (answer,) = fp32.predict([text])
+        assert answer.score is not None
+        assert f"<strong>{answer.label}</strong>" in shown
+        assert f"<span>{100 * answer.score:.1f} %</span>" in shown
+        assert f"{answer.tokens} tokens" in shown
+    assert "&lt;b&gt;dull&lt;/b&gt; beyond measure" in shown
+    assert "2 texts in " in shown
+    assert "<td>parity gate</td><td>passed</td>" in shown
+    assert "connect-src 'self'" in call(service, "GET", "/").headers["content-security-policy"]
+    for page in (call(service, "GET", "/").body, shown.encode()):
+        assert b"http://" not in page.replace(service.encode(), b"")
+        assert b"https://" not in page
+    empty, _ = browser(f"{service}/?text=%20", budget)
+    assert "Type a text first." in empty
+
+
 def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
     finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -443,7 +470,7 @@ def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
             check_error(refused, 401, "unauthorized")
             assert refused.headers["www-authenticate"] == "Bearer"
         check_error(call(address, "GET", "/info"), 401, "unauthorized")
-        for path in ("/livez", "/readyz", "/metrics"):
+        for path in ("/", "/livez", "/readyz", "/metrics"):
             assert call(address, "GET", path).status == 200
     finally:
         next(server, None)
