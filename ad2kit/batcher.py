@@ -89,7 +89,9 @@ class Batcher:
         max_batch_tokens: the most padded tokens (items x longest) in one batch; a single item
             may be longer and then goes alone.
         max_queue_texts: the most items that may wait.
-        max_queue_tokens: the most tokens that may wait; nothing but that bounds them if None.
+        max_queue_tokens: the most tokens that may wait; any number if None.
+        max_wait_s: nothing is accepted while what waits needs longer than this, at the rate of
+            late; any time if None.
         observe: is told of each batch, in the engine's thread.
     """
 
@@ -100,14 +102,16 @@ class Batcher:
         max_batch_tokens: int,
         max_queue_texts: int,
         max_queue_tokens: int | None = None,
+        max_wait_s: float | None = None,
         observe: Callable[[BatchFacts], None] = lambda _facts: None,
     ) -> None:
         self._infer = infer
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_texts = max_queue_texts
         self._max_queue_tokens = max_queue_tokens or math.inf
+        self._max_wait_s = max_wait_s or math.inf
         self._observe = observe
-        # Guards what both threads touch: the queue, the turn, the rate, and whether to stop.
+        # Guards what both threads change: the queue, and whether to stop.
         self._changed = threading.Condition()
         self._waiting: list[_Item] = []
         self._tokens = 0
@@ -122,6 +126,20 @@ class Batcher:
         """How many texts wait, and how many tokens they have."""
         with self._changed:
             return len(self._waiting), self._tokens
+
+    def insist_on_room(self, texts: int = 0, tokens: int = 0) -> None:
+        """Refuse some texts if they would wait too long, before anything is spent on them.
+
+        Raises:
+            QueueFull: too much is waiting.
+        """
+        waits_s = self._tokens / self._tokens_per_s  # NaN, and so never too long, at first
+        if (
+            len(self._waiting) + max(texts, 1) > self._max_queue_texts
+            or self._tokens + tokens > self._max_queue_tokens
+            or waits_s > self._max_wait_s
+        ):
+            raise QueueFull(1 if math.isnan(waits_s) else max(1, math.ceil(waits_s)))
 
     async def submit(self, tokenised: Sequence[Any]) -> NDArray[Any]:
         """Return the logits of some texts, shape [texts, labels], in order.
@@ -143,11 +161,7 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise BatcherClosed
-            if (
-                len(self._waiting) + len(tokenised) > self._max_queue_texts
-                or self._tokens + sum(lengths) > self._max_queue_tokens
-            ):
-                raise QueueFull(self._retry_after_s())
+            self.insist_on_room(len(tokenised), sum(lengths))
             self._tokens += sum(lengths)
             self._waiting += [
                 _Item(call, row, each, length, self._turn + row // _SHARE)
@@ -175,23 +189,25 @@ class Batcher:
         self._waiting = [item for item in self._waiting if wanted(item)]
         self._tokens = sum(item.length for item in self._waiting)
 
-    def _retry_after_s(self) -> int:
-        """Return in how many seconds the queue will be empty at the rate of late, at least 1."""
-        if math.isnan(self._tokens_per_s):
-            return 1
-        return max(1, math.ceil(self._tokens / self._tokens_per_s))
-
     def _work(self) -> None:
+        start = time.perf_counter()
         while True:
             with self._changed:
                 while not self._waiting and not self._closing:
                     self._changed.wait()
+                    start = time.perf_counter()
                 if not self._waiting:
                     return
                 batch = self._next_batch()
             done = list[_Call]()
             self._compute(batch, done)
             self._loop.call_soon_threadsafe(_tell, done)
+            # From batch to batch, so that what the event loop takes from this thread counts too.
+            end = time.perf_counter()
+            rate, start = sum(item.length for item in batch) / (end - start), end
+            # Smoothed: one batch of short texts says little of the queue.
+            known = not math.isnan(self._tokens_per_s)
+            self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate
 
     def _next_batch(self) -> list[_Item]:
         """Take the item whose turn it is, and the waiting items nearest in length."""
@@ -241,11 +257,6 @@ class Batcher:
             if not call.missing:
                 done.append(call)
         tokens = sum(item.length for item in batch)
-        with self._changed:
-            rate = tokens / seconds
-            # Smoothed: one batch of short texts says little of the queue.
-            known = not math.isnan(self._tokens_per_s)
-            self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate
         self._observe(
             BatchFacts(
                 texts=len(batch), tokens=tokens,

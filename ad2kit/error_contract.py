@@ -43,6 +43,7 @@ ERRORS: dict[int, tuple[str, str, str]] = {
         "see /docs.json for what is expected",
     ),
     429: ("overloaded", "too many texts are waiting", "retry after the time in Retry-After"),
+    499: ("client_gone", "the client left before its answer", "wait longer, or send less"),
     500: ("internal", "the service failed on this request", "see the server's log"),
     503: ("not_ready", "the service is not ready", "retry; see GET /readyz"),
     504: ("deadline", "no answer in time", "retry, or send fewer texts"),

@@ -65,6 +65,17 @@ class Classify:
         self.classifier, self.batcher, self.metrics = classifier, batcher, metrics
         self.deadline_s = deadline_s
 
+    def insist_on_room(self) -> None:
+        """Refuse a request before it is read, if it would wait too long.
+
+        Raises:
+            Problem: the queue is full.
+        """
+        try:
+            self.batcher.insist_on_room()
+        except QueueFull as full:
+            raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
+
     async def answer(self, body: bytes) -> bytes:
         """Return the JSON answer to a JSON request.
 
@@ -127,6 +138,8 @@ class Direct:
         ):
             await self.app(scope, receive, send)
             return
+        handler = self.handler()
+        handler.insist_on_room()
         body, more = b"", True
         while more:
             message = await receive()
@@ -146,11 +159,12 @@ class Direct:
 
         timer = asyncio.get_running_loop().call_later(_PATIENCE_S, start_watching)
         try:
-            content = await self.handler().answer(body)
+            content = await handler.answer(body)
         except asyncio.CancelledError:
             if gone is None or not gone.done():
                 raise  # the server stops
-            return
+            # Nobody reads it, but what wraps this waits for an answer.
+            raise Problem(499) from None
         finally:
             timer.cancel()
             if gone is not None:

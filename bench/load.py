@@ -83,6 +83,8 @@ class Connection(asyncio.Protocol):
         _, _, rest = head.lower().partition(b"content-length:")
         if len(body) >= int(rest.partition(b"\r\n")[0]):
             self.received = b""
+            if b"connection: close" in head.lower():
+                self.transport.close()
             if not self.answer.done():
                 self.answer.set_result((int(head[9:12]), body))
 

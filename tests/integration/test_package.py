@@ -93,6 +93,28 @@ def test_a_run_is_published_with_everything_it_needs(
     assert manifest["lineage"]["student_sha256"] == lineage["distill"]["student_sha256"]
 
 
+def test_a_worker_that_does_not_give_the_golden_answers_never_gets_ready(
+    packaged: tuple[RunDir, BentoRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, record = packaged
+    shutil.copytree(bento_folder(record.tag), tmp_path / "bento")
+    golden = tmp_path / "bento" / "src" / "golden.json"
+    examples = json.loads(golden.read_text())
+    expected = OnnxClassifier(run.onnx("int8"), threads=1)
+    for example in examples:
+        (answer,) = expected.predict([example["text"]])
+        assert example["answer"] == json.loads(json.dumps(answer.as_dict()))
+    scores = examples[-1]["answer"]["scores"]
+    examples[-1]["answer"]["scores"] = {name: 1 - score for name, score in scores.items()}
+    golden.write_text(json.dumps(examples))
+    monkeypatch.setattr(stage, "START_TIMEOUT_S", 12.0)
+    with (
+        pytest.raises(RunError, match=r"the golden text .* is answered"),
+        served(tmp_path / "bento", tmp_path),
+    ):
+        pytest.fail("it got ready")
+
+
 def test_packaging_again_builds_nothing(
     packaged: tuple[RunDir, BentoRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -497,6 +497,8 @@ def test_a_client_that_leaves_costs_no_inference(strained: str, strained_folder:
         assert busy.result().status == 200
     assert classify(strained, "fine").status == 200
     assert counted() == before + 2  # the one that left was never computed
+    told = call(strained, "GET", "/metrics").body.decode()
+    assert 'ad2kit_rejected_total{reason="client_gone"} 1.0' in told
 
 
 def test_parity_asks_a_running_service(

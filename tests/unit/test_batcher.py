@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,13 @@ class Engine:
         self.entered = threading.Event()
         self.released = threading.Event()
         self.released.set()
+        self.seconds_per_token = 0.0
 
     def __call__(self, batch: Sequence[Item]) -> NDArray[np.float64]:
         self.batches.append(list(batch))
         self.entered.set()
         assert self.released.wait(10)
+        time.sleep(self.seconds_per_token * sum(len(each.ids) for each in batch))
         if any(POISON in each.ids for each in batch):
             raise ValueError("poison")
         return np.stack([answer(each) for each in batch])
@@ -256,6 +259,29 @@ def test_the_queue_is_bounded_in_tokens_too_and_says_when_it_will_be_empty() -> 
             engine.released.set()
             await asyncio.gather(first, *tasks)
             assert batcher.waiting == (0, 0)
+
+    run(test)
+
+
+def test_nothing_is_accepted_that_would_wait_too_long_at_the_rate_of_late() -> None:
+    async def test() -> None:
+        engine = Engine()
+        engine.seconds_per_token = 0.001
+        async with batching(engine, max_batch_tokens=1000, max_wait_s=1.0) as batcher:
+            await batcher.submit([item(0, 100)])
+            first = await occupied(batcher, engine)
+            tasks = await submitted(batcher, [item(1, 800)])  # needs 0.8 s
+            batcher.insist_on_room()
+            tasks += await submitted(batcher, [item(2, 900)])
+            with pytest.raises(QueueFull) as full:
+                batcher.insist_on_room()
+            assert 2 <= full.value.retry_after_s <= 4  # 1.7 s, on a machine of any mood
+            for task in tasks:
+                task.cancel()
+            engine.seconds_per_token = 0.0
+            engine.released.set()
+            await first
+            batcher.insist_on_room()
 
     run(test)
 
