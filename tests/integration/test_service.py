@@ -295,6 +295,10 @@ def test_metrics_count_requests(service: str) -> None:
             b'{"texts": ["\\ud800"]}', 400, "malformed_request", "JSON", id="lone surrogate"
         ),
         pytest.param(b"", 400, "malformed_request", "JSON", id="no body"),
+        pytest.param(b'{"texts": [NaN]}', 400, "malformed_request", "JSON", id="NaN"),
+        pytest.param(
+            b'{"texts": ' + 50_000 * b"[", 400, "malformed_request", "JSON", id="deeply nested"
+        ),
         pytest.param(b"{}", 422, "invalid_input", "texts", id="no texts"),
         pytest.param(b"[]", 422, "invalid_input", "object", id="not an object"),
         pytest.param(
