@@ -19,6 +19,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import bentoml
+from bentoml.exceptions import InvalidArgument
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.requests import Request  # noqa: TC002  (Starlette reads the annotation)
@@ -29,7 +30,7 @@ from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
-from ad2kit.errors import ModelError, UserError
+from ad2kit.errors import ModelError
 from ad2kit.http_api import MAX_TEXTS, ApiKeys, Classify, ClassifyRequest, Direct
 from ad2kit.runtime import available_cpus
 from ad2kit.service_metrics import ServiceMetrics, exposition
@@ -112,22 +113,23 @@ def api_keys() -> list[str]:
     """Return the keys that clients may use, of the file and of AD2KIT_API_KEYS (with commas).
 
     Raises:
-        UserError: the file cannot be read, or holds no key.
+        InvalidArgument: the file cannot be read, or holds no key; BentoML's own, because its
+            command prints those without a traceback.
     """
     keys = os.environ.get("AD2KIT_API_KEYS", "").split(",")
     if arguments.api_keys_file is not None:
         try:
             keys += Path(arguments.api_keys_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read the API keys in {arguments.api_keys_file}: {error}",
-                hint="give a text file with one key a line",
+            raise InvalidArgument(
+                f"cannot read the API keys in {arguments.api_keys_file}: {error}; give a text file "
+                "with one key a line"
             ) from error
     keys = [key.strip() for key in keys if key.strip()]
     if arguments.api_keys_file is not None and not keys:
-        raise UserError(
-            f"{arguments.api_keys_file} holds no API key",
-            hint="write one key a line, or leave api_keys_file out to serve everybody",
+        raise InvalidArgument(
+            f"{arguments.api_keys_file} holds no API key; write one key a line, or leave "
+            "api_keys_file out to serve everybody"
         )
     return keys
 

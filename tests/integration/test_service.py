@@ -480,6 +480,22 @@ def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
         next(server, None)
 
 
+@pytest.mark.parametrize("content", [None, " \n"])
+def test_a_key_file_without_a_key_opens_nothing(content: str | None, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    if content is not None:
+        keys.write_text(content)
+    refused = subprocess.run(
+        [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(CHECKOUT),
+         f"--arg=api_keys_file={keys}"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    said = refused.stdout + refused.stderr
+    assert "key a line" in " ".join(said.split())
+    assert "Traceback" not in said
+
+
 def test_a_client_that_leaves_costs_no_inference(strained: str, strained_folder: Path) -> None:
     def counted() -> float:
         text = call(strained, "GET", "/metrics").body.decode()
