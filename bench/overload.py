@@ -15,22 +15,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import resource
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from ad2kit import data as datasets
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus, environment
 from bench.load import Load, closed_loop, open_loop
-from bench.serve import OURS, SURE, drive, report, requests, serving
+from bench.serve import OURS, SURE, drive, holders, report, requests, serving
+
+if TYPE_CHECKING:
+    import psutil
 
 DEADLINE_MS = 10_000
 BROKEN = {"ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "OSError"}
@@ -38,9 +38,7 @@ BROKEN = {"ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "
 
 def family(port: int) -> tuple[psutil.Process, list[psutil.Process]]:
     """Return the server that holds a port, and its workers."""
-    owners = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port}
-    holders = [psutil.Process(pid) for pid in owners - {None, os.getpid()}]
-    workers = [p for p in holders if "_bentoml_impl" in " ".join(p.cmdline())]
+    workers = [p for p in holders(port) if "_bentoml_impl" in " ".join(p.cmdline())]
     return workers[0].parent() or workers[0], workers
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import uvloop
 
 from ad2kit import data as datasets
@@ -156,13 +157,16 @@ def drive(loop: Any) -> Load:
     return load
 
 
+def holders(port: int) -> list[psutil.Process]:
+    """Return the processes that listen on a port, but not this one."""
+    owners = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port}
+    return [psutil.Process(pid) for pid in owners - {None, os.getpid()}]
+
+
 def memory_mb(port: int) -> float:
     """Return the largest resident memory of a process that serves a port."""
-    import psutil
-
-    owners = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port}
-    family = [p for pid in owners - {None, os.getpid()} for p in (psutil.Process(pid),)]
-    return max((p.memory_info().rss / 1e6 for p in family), default=float("nan"))
+    found = [process.memory_info().rss / 1e6 for process in holders(port)]
+    return max(found, default=float("nan"))
 
 
 def main() -> None:
