@@ -295,7 +295,7 @@ def test_metrics_count_requests(service: str) -> None:
             b'{"texts": ["\\ud800"]}', 400, "malformed_request", "JSON", id="lone surrogate"
         ),
         pytest.param(b"", 400, "malformed_request", "JSON", id="no body"),
-        pytest.param(b'{"texts": [NaN]}', 400, "malformed_request", "JSON", id="NaN"),
+        pytest.param(b'{"texts": [NaN]}', 422, "invalid_input", "texts", id="NaN"),
         pytest.param(
             b'{"texts": ' + 50_000 * b"[", 400, "malformed_request", "JSON", id="deeply nested"
         ),
