@@ -68,9 +68,9 @@ def own_wheel(folder: Path) -> Path:
     }
     for name, source in (("_recipes", recipes_folder()), ("_serving", service_file().parent)):
         files |= {
-            f"ad2kit/{name}/{path.name}": path.read_bytes()
-            for path in source.iterdir()
-            if path.suffix in (".py", ".yaml", ".html")
+            f"ad2kit/{name}/{path.relative_to(source)}": path.read_bytes()
+            for path in source.rglob("*")
+            if path.suffix in (".py", ".yaml", ".html", ".json")
         }
     distribution = metadata.distribution("ad2kit")
     for name in ("METADATA", "entry_points.txt"):
