@@ -239,6 +239,8 @@ class Batcher:
         start = time.perf_counter()
         try:
             logits = self._infer([item.tokenised for item in batch])
+            if len(logits) != len(batch):
+                raise RuntimeError(f"{len(logits)} rows of logits for {len(batch)} texts")
         except Exception as error:  # whatever the engine raises belongs to the caller
             if len(batch) > 1:
                 for item in batch:

@@ -29,7 +29,7 @@ ERRORS: dict[int, tuple[str, str, str]] = {
     405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
     413: (
         "too_large",
-        "the body is larger than this service reads",
+        "this is more than the service reads at once",
         "send less at once",
     ),
     415: (

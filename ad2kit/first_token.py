@@ -87,7 +87,7 @@ def _wanted(node: onnx.NodeProto, axis: int, shapes: dict[str, Shape]) -> dict[i
         return {0: axis}
     if node.op_type == "Transpose":
         return {0: attributes["perm"][axis] - len(out)}
-    if node.op_type == "Reshape":
+    if node.op_type == "Reshape" and not attributes.get("allowzero"):
         # Heads are split off or joined behind the axis; the axes up to it stay.
         stay = len(out) + axis + 1
         if inputs[0][:stay] == out[:stay] and all(isinstance(size, int) for size in out[stay:]):
@@ -146,8 +146,9 @@ def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.type.tensor_type.HasField("shape"):
-            axes = value.type.tensor_type.shape.dim
-            shapes[value.name] = [axis.dim_param or axis.dim_value for axis in axes]
+            axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            if 0 not in axes:  # neither a name nor a size
+                shapes[value.name] = axes
     constants = {name: list(array.shape) for name, array in _constants(graph).items()}
     return shapes | constants
 

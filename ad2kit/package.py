@@ -71,7 +71,7 @@ def package(
 
     Args:
         run: a run whose parity was judged.
-        variant: which variant to take; the smallest that passed if None.
+        variant: which variant to take; of those that passed what ``export.ship`` says if None.
         allow_failed_parity: take ``variant`` although its gate failed; the lineage says so.
 
     Raises:

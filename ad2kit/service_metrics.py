@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from ad2kit.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,12 +41,24 @@ def _share_with_siblings() -> None:
     BentoML has one for all servers of a user, and each that starts empties it for all.
     """
     server = psutil.Process().parent() or psutil.Process()
-    name = f"ad2kit-metrics-{server.pid}-{server.create_time():.0f}"
-    for left in Path(tempfile.gettempdir()).glob("ad2kit-metrics-*"):
-        if left.name != name and not psutil.pid_exists(int(left.name.split("-")[2])):
+    ours = Path(tempfile.gettempdir()) / f"ad2kit-metrics-of-{getpass.getuser()}"
+    ours.mkdir(mode=0o700, exist_ok=True)
+    if ours.is_symlink() or ours.stat().st_uid != os.getuid():
+        raise ModelError(
+            f"{ours}, where the workers would share their metrics, is not this user's own folder",
+            hint="remove it, or set TMPDIR to a folder that is",
+        )
+    for left in ours.glob("*-*"):
+        pid = left.name.partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)  # a sibling may be sweeping too
-    folder = Path(tempfile.gettempdir()) / name
+    folder = ours / f"{server.pid}-{server.create_time():.0f}"
     folder.mkdir(exist_ok=True)
+    # What a killed worker had waiting went with it; its counters stay.
+    for gauge in folder.glob("gauge_live*_*.db"):
+        pid = gauge.stem.rpartition("_")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            gauge.unlink(missing_ok=True)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
 
 

@@ -116,6 +116,7 @@ def api_keys() -> list[str]:
         InvalidArgument: the file cannot be read, or holds no key; BentoML's own, because its
             command prints those without a traceback.
     """
+    asked = arguments.api_keys_file or os.environ.get("AD2KIT_API_KEYS")
     keys = os.environ.get("AD2KIT_API_KEYS", "").split(",")
     if arguments.api_keys_file is not None:
         try:
@@ -126,10 +127,11 @@ def api_keys() -> list[str]:
                 "with one key a line"
             ) from error
     keys = [key.strip() for key in keys if key.strip()]
-    if arguments.api_keys_file is not None and not keys:
+    if asked is not None and not keys:
+        # A secret that went wrong must not open the service.
         raise InvalidArgument(
-            f"{arguments.api_keys_file} holds no API key; write one key a line, or leave "
-            "api_keys_file out to serve everybody"
+            "API keys were asked for and there is none: write one key a line into api_keys_file, "
+            "or several with commas into AD2KIT_API_KEYS; unset both to serve everybody"
         )
     return keys
 

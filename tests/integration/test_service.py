@@ -480,14 +480,19 @@ def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
         next(server, None)
 
 
-@pytest.mark.parametrize("content", [None, " \n"])
-def test_a_key_file_without_a_key_opens_nothing(content: str | None, tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    if content is not None:
-        keys.write_text(content)
+@pytest.mark.parametrize("keys", ["absent file", "empty file", "empty variable"])
+def test_keys_that_went_wrong_open_nothing(
+    keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"--arg=api_keys_file={tmp_path / 'keys'}"]
+    if keys == "empty file":
+        (tmp_path / "keys").write_text(" \n")
+    elif keys == "empty variable":
+        monkeypatch.setenv("AD2KIT_API_KEYS", " , ")
+        arguments = []
     refused = subprocess.run(
         [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(CHECKOUT),
-         f"--arg=api_keys_file={keys}"],
+         *arguments],
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert refused.returncode != 0
