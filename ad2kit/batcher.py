@@ -9,6 +9,7 @@ company, and while a batch is computed the loop tokenises the next.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 # Where a token costs the same in any batch, padding is pure loss: after so many texts, a batch
 # takes those alone that keep it below this share of padded over real tokens.
@@ -199,12 +202,23 @@ class Batcher:
                 if not self._waiting:
                     return
                 batch = self._next_batch()
+            # What is given up takes no time, and says nothing of the rate.
+            tokens = sum(item.length for item in batch if not item.call.over)
             done = list[_Call]()
-            self._compute(batch, done)
+            try:
+                self._compute(batch, done)
+            except Exception as error:
+                # Not the engine's: it must end neither this thread nor the waiting of its callers.
+                logger.exception("a batch of %d texts failed", len(batch))
+                for call in {item.call for item in batch if item.call.missing}:
+                    call.failed = error
+                    done.append(call)
             self._loop.call_soon_threadsafe(_tell, done)
             # From batch to batch, so that what the event loop takes from this thread counts too.
             end = time.perf_counter()
-            rate, start = sum(item.length for item in batch) / (end - start), end
+            rate, start = tokens / (end - start), end
+            if not tokens:
+                continue
             # Smoothed: one batch of short texts says little of the queue.
             known = not math.isnan(self._tokens_per_s)
             self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate

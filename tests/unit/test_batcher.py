@@ -333,6 +333,33 @@ def test_what_happened_to_a_batch_is_told() -> None:
     run(test)
 
 
+def test_an_observer_that_fails_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_facts: BatchFacts) -> None:
+        raise OSError("disk full")
+
+    async def test() -> None:
+        async with batching(Engine(), observe=fail) as batcher:
+            for number in range(3):
+                result = await batcher.submit([item(number, 2), item(number, 9)])
+                np.testing.assert_array_equal(result, [[number, 2], [number, 9]])
+
+    run(test)
+    assert "a batch of 2 texts failed" in caplog.text
+
+
+def test_an_engine_that_loses_rows_fails_and_does_not_mix_them_up() -> None:
+    class Losing(Engine):
+        def __call__(self, batch: Sequence[Item]) -> NDArray[np.float64]:
+            return super().__call__(batch)[: 1 if len(batch) > 1 else 0]
+
+    async def test() -> None:
+        async with batching(Losing()) as batcher:
+            with pytest.raises(RuntimeError, match="0 rows of logits for 1 texts"):
+                await batcher.submit([item(1), item(2)])
+
+    run(test)
+
+
 def test_a_cancelled_request_is_never_computed_and_frees_its_place_at_once() -> None:
     async def test() -> None:
         engine = Engine()
