@@ -130,15 +130,15 @@ class Batcher:
         with self._changed:
             return len(self._waiting), self._tokens
 
-    def insist_on_room(self, texts: int = 0, tokens: int = 0) -> None:
-        """Refuse some texts if they would wait too long, before anything is spent on them.
+    def insist_on_room(self, texts: int = 1, tokens: int = 0) -> None:
+        """Refuse some texts that would wait too long, before anything is spent on them.
 
         Raises:
             QueueFull: too much is waiting.
         """
         waits_s = self._tokens / self._tokens_per_s  # NaN, and so never too long, at first
         if (
-            len(self._waiting) + max(texts, 1) > self._max_queue_texts
+            len(self._waiting) + texts > self._max_queue_texts
             or self._tokens + tokens > self._max_queue_tokens
             or waits_s > self._max_wait_s
         ):
@@ -216,12 +216,11 @@ class Batcher:
             self._loop.call_soon_threadsafe(_tell, done)
             # From batch to batch, so that what the event loop takes from this thread counts too.
             end = time.perf_counter()
-            rate, start = tokens / (end - start), end
-            if not tokens:
-                continue
-            # Smoothed: one batch of short texts says little of the queue.
-            known = not math.isnan(self._tokens_per_s)
-            self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate
+            if tokens:
+                rate, known = tokens / (end - start), not math.isnan(self._tokens_per_s)
+                # Smoothed: one batch of short texts says little of the queue.
+                self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate
+            start = end
 
     def _next_batch(self) -> list[_Item]:
         """Take the item whose turn it is, and the waiting items nearest in length."""

@@ -107,7 +107,7 @@ class ErrorContract:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
-                raise _TooLarge
+                raise Problem(413)
             return message
 
         async def typed_send(message: Message) -> None:
@@ -125,8 +125,6 @@ class ErrorContract:
             await self.app(scope, bounded_receive, typed_send)
         except Problem as problem:
             await self._send(send, problem.status, problem.detail, problem.retry_after_s)
-        except _TooLarge:
-            await self._reply(send, 413)
         except Exception:
             # Not what it was about: texts of clients stay out of the log.
             logger.exception("%s %s failed", scope["method"], scope["path"])
@@ -135,14 +133,14 @@ class ErrorContract:
     async def _reply(self, send: Send, status: int, answer: bytes = b"") -> None:
         """Send one error, with what can be learnt from the application's own answer."""
         detail = ""
-        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            detail = f"at most {self.max_body_bytes} bytes"
-        elif status < 500:
+        if status < 500 and status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             status, detail = _understand(status, answer)
         await self._send(send, status, detail)
 
     async def _send(self, send: Send, status: int, detail: str, retry_after_s: int = 1) -> None:
         kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
+        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not detail:
+            detail = f"at most {self.max_body_bytes} bytes"
         error = {
             "type": kind,
             "message": f"{message}: {detail}" if detail else message,
@@ -160,10 +158,6 @@ class ErrorContract:
         self.observe(status, kind)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
-
-
-class _TooLarge(Exception):
-    """Ends the reading of a body that grew past the limit."""
 
 
 def _understand(status: int, answer: bytes) -> tuple[int, str]:

@@ -205,8 +205,15 @@ class ApiKeys:
 def _misfit(error: ValidationError) -> Problem:
     """Return what a client is told about a body that is no JSON, or not the right one."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
-    kinds = {each["type"] for each in found}
-    status = 400 if "json_invalid" in kinds else 413 if "too_long" in kinds else 422
-    lines = [": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"])))
-             for each in found[:3]]  # fmt: skip
-    return Problem(status, "; ".join(lines))
+    too_long = [each for each in found if each["type"] == "too_long"]
+    malformed = any(each["type"] == "json_invalid" for each in found)
+    lines = [
+        ": ".join(filter(None, (_place(each["loc"]), each["msg"])))
+        for each in (too_long or found)[:3]
+    ]
+    return Problem(400 if malformed else 413 if too_long else 422, "; ".join(lines))
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Return the field and the position in its list, without the types that were tried there."""
+    return ".".join(str(part) for n, part in enumerate(loc) if n == 0 or isinstance(part, int))

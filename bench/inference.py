@@ -8,6 +8,8 @@ Each system computes logits from token ids, on the CPU with the same number of t
 Peers are given the best that they take: optimum's ORT model the int8 artefact, which it loads as it
 is; torch.compile the PyTorch student with static shapes; OpenVINO the fp32 graph, and an int8 one
 that was quantised statically, because it cannot run activations that are quantised as they come.
+The `plain` rows are int8 of the unfused graph, with what ad2kit does to it taken back: the last
+layer computed whole, or ONNX Runtime left to fuse Add and LayerNormalization into one node.
 `ratio` is the median time of the system over that of ad2kit's int8, so more than 1 is slower. A
 peer that cannot be run is said to fail, with its reason. Ends with JSON.
 """
@@ -21,11 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 
 from ad2kit import models
 from ad2kit.bench import measure, onnx_call, torch_call
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.first_token import read_first_token_only
 from ad2kit.quantize import Way, quantize
 from ad2kit.records import DistillReport
 from ad2kit.run_dir import RunDir
@@ -49,7 +54,6 @@ def inputs(ids: np.ndarray[Any, Any], names: list[str]) -> dict[str, np.ndarray[
 
 def optimum(folder: Path, threads: int) -> Call:
     """Return optimum's own wrapper of the artefact."""
-    import onnxruntime
     from optimum.onnxruntime import ORTModelForSequenceClassification
 
     options = onnxruntime.SessionOptions()
@@ -100,6 +104,35 @@ def static_int8(run: RunDir, folder: Path, words: int) -> Path:
     return folder / "static.onnx"
 
 
+def plain_int8(run: RunDir, folder: Path, threads: int) -> dict[str, Callable[[], Call]]:
+    """Return int8 graphs of the unfused fp32 that differ in one thing each."""
+    source = run.onnx("fp32") / MODEL_FILE
+
+    def graph(*, first_token: bool) -> Path:
+        model, path = onnx.load(source), folder / f"first-{first_token}.onnx"
+        if first_token:
+            read_first_token_only(model)
+        onnx.save(model, path)
+        quantize(path, folder / f"int8-{path.name}", Way())
+        return folder / f"int8-{path.name}"
+
+    def by_ad2kit(path: Path) -> Call:
+        return onnx_call(OnnxClassifier(run.onnx("fp32"), threads=threads, graph=path))
+
+    def by_default(path: Path) -> Call:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [item.name for item in session.get_inputs()]
+        return lambda ids: session.run(["logits"], inputs(ids, names))
+
+    return {
+        "plain int8": lambda: by_ad2kit(graph(first_token=True)),
+        "plain int8, whole last layer": lambda: by_ad2kit(graph(first_token=False)),
+        "plain int8, SkipLayerNorm": lambda: by_default(graph(first_token=True)),
+    }
+
+
 def main() -> None:
     """Print a table of each shape, and a last line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -127,6 +160,7 @@ def main() -> None:
         "OpenVINO, static int8": lambda: openvino(
             static_int8(run, Path(temporary.name), student.module.config.vocab_size), threads
         ),
+        **plain_int8(run, Path(temporary.name), threads),
         "PyTorch student": lambda: torch_call(student),
         "PyTorch teacher": lambda: torch_call(teacher),
     }

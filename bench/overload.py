@@ -22,12 +22,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ad2kit import data as datasets
-from ad2kit.classifier import OnnxClassifier
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus, environment
 from bench.load import Load, closed_loop, open_loop
-from bench.serve import OURS, SURE, drive, holders, report, requests, serving
+from bench.serve import OURS, drive, holders, report, requests, serving, sure_texts
 
 if TYPE_CHECKING:
     import psutil
@@ -68,11 +66,7 @@ def main() -> None:
         resource.RLIMIT_NOFILE)[1]))  # fmt: skip
     run = RunDir(options.run)
     folder, workers = run.onnx(options.variant), available_cpus()
-    rows = datasets.load_data(run.recipe.data, run.recipe.seed).validation.texts
-    found = OnnxClassifier(folder, threads=1).predict([row[0] for row in rows], batch_size=1)
-    sure = [(row[0], str(answer.label)) for row, answer in zip(rows, found, strict=True)
-            if (answer.score or 0) > SURE]  # fmt: skip
-    sent = requests(OURS, [text for text, _ in sure], [label for _, label in sure])
+    sent = requests(OURS, *sure_texts(run, folder))
     failures, facts = list[str](), dict[str, Any]()
     with serving(OURS, options.tag, folder, workers) as (port, _):
         drive(closed_loop(port, sent, 64, 3.0))

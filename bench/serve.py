@@ -134,6 +134,19 @@ def listening(port: int, name: str) -> bool:
     return False
 
 
+def sure_texts(run: RunDir, folder: Path, *, long: bool = False) -> tuple[list[str], list[str]]:
+    """Return the validation texts that the artefact is sure of, and what it says of them."""
+    rows = datasets.load_data(run.recipe.data, run.recipe.seed).validation.texts
+    texts = [row[0] for row in rows]
+    if long:
+        texts = ["word " * 299 + text if row % 50 == 0 else text for row, text in enumerate(texts)]
+    found = OnnxClassifier(folder, threads=1).predict(texts, batch_size=1)
+    sure = [(text, str(answer.label)) for text, answer in zip(texts, found, strict=True)
+            if (answer.score or 0) > SURE]  # fmt: skip
+    print(f"{len(sure)} of {len(texts)} texts, those with a score above {SURE}")
+    return [text for text, _ in sure], [label for _, label in sure]
+
+
 def requests(name: str, texts: Sequence[str], labels: Sequence[str]) -> list[Request]:
     """Return one request for each text; right is the label that the artefact gives it alone."""
     found = []
@@ -182,15 +195,8 @@ def main() -> None:
     options = parser.parse_args()
     run = RunDir(options.run)
     folder, workers = run.onnx(options.variant), available_cpus()
-    rows = datasets.load_data(run.recipe.data, run.recipe.seed).validation.texts
-    texts = [row[0] for row in rows]
-    if options.long:
-        texts = ["word " * 299 + text if row % 50 == 0 else text for row, text in enumerate(texts)]
+    texts, labels = sure_texts(run, folder, long=options.long)
     engine = OnnxClassifier(folder, threads=1)  # as the workers of the servers have it
-    answers = zip(texts, engine.predict(texts, batch_size=1), strict=True)
-    sure = [(text, str(found.label)) for text, found in answers if (found.score or 0) > SURE]
-    print(f"{len(sure)} of {len(texts)} texts, those with a score above {SURE}")
-    texts, labels = [text for text, _ in sure], [label for _, label in sure]
     ms = []
     for text in texts[:300]:
         start = time.perf_counter()

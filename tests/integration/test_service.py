@@ -440,9 +440,9 @@ def test_the_page_shows_answers_as_text_and_asks_nobody_else(
         assert console == []
     for text in ("fine", "<b>dull</b> beyond measure"):
         (answer,) = fp32.predict([text])
-        assert answer.score is not None
         assert f"<strong>{answer.label}</strong>" in shown
-        assert f"<span>{100 * answer.score:.1f} %</span>" in shown
+        for score in answer.scores.values():
+            assert f"<span>{100 * score:.1f} %</span>" in shown
         assert f"{answer.tokens} tokens" in shown
     assert "&lt;b&gt;dull&lt;/b&gt; beyond measure" in shown
     assert "2 texts in " in shown

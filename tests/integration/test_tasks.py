@@ -119,9 +119,7 @@ def test_predictions_have_the_form_of_their_task(runs: dict[str, RunDir]) -> Non
     few, many = number.predict(
         [("paper stone", "how many colours"), ("red green blue", "how many colours")]
     )
-    assert few.value is not None
-    assert many.value is not None
-    assert many.value > few.value
+    assert many.as_dict()["value"] > few.as_dict()["value"]
     assert set(many.as_dict()) == {"value", "tokens", "truncated"}
 
 
