@@ -218,18 +218,13 @@ class OnnxClassifier:
 
     def forward(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Return the logits of the inputs that :meth:`feed` made."""
-        if self.provider in ("cpu", "openvino"):
-            (logits,) = self.session.run(
-                ["logits"], {name: feed[name] for name in self.input_names}
-            )
-            return np.asarray(logits)
-        return self.forward_bound(feed)
+        if self.provider in ("cuda", "tensorrt"):
+            return self.forward_bound(feed)
+        (logits,) = self.session.run(["logits"], {name: feed[name] for name in self.input_names})
+        return np.asarray(logits)
 
     def forward_bound(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Do as :meth:`forward` does, with inputs and outputs bound: each is copied once.
-
-        What a device computes stays there until its answer is fetched.
-        """
+        """Do as :meth:`forward` does, by IO binding: one copy to the device, and one back."""
         binding = self.session.io_binding()
         for name in self.input_names:
             binding.bind_cpu_input(name, feed[name])
