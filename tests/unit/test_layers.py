@@ -30,7 +30,10 @@ LAYERS = {
         "report",
     },
     4: {"campaigns", "campaigns.compare", "campaigns.run"},
-    5: {"__main__", "cli", "options", "parity_terminal", "terminal"},
+    5: {
+        "__main__", "campaign_commands", "cli", "options", "parity_terminal", "stage_commands",
+        "terminal",
+    },
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

@@ -1,0 +1,214 @@
+"""The commands that look, and one for each stage: options translated. Heavy imports sit inside."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ad2kit import options
+from ad2kit.runtime import stage
+
+
+def recipes(as_json: options.Json = False) -> None:
+    """List the shipped recipes."""
+    from ad2kit.recipe import load, recipe_names
+    from ad2kit.terminal import print_json
+
+    found = [load(name) for name in recipe_names()]
+    if as_json:
+        print_json({recipe.name: recipe.description for recipe in found})
+        return
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        typer.echo(f"{recipe.name:<{width}}  {recipe.description}")
+
+
+def check(
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check a recipe, its data and its teacher; train nothing."""
+    from ad2kit.data import load_data
+    from ad2kit.labels import balance, counts
+    from ad2kit.recipe import load
+    from ad2kit.references import RANDOM, find_model
+    from ad2kit.terminal import print_json
+
+    recipe = load(recipe_name, overrides or ())
+    data = load_data(recipe.data, recipe.seed)
+    for key, model in {"teacher": recipe.teacher.model, "student": recipe.student.model}.items():
+        if model not in (None, RANDOM):
+            find_model(model, key=f"{key}.model")
+    sizes = {name: len(split) for name, split in data.splits().items()}
+    if as_json:
+        print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
+        return
+    typer.echo(recipe.model_dump_json(indent=2))
+    rows = ", ".join(f"{name} {count}" for name, count in sizes.items())
+    found = counts(data.task, data.train.labels, data.labels)
+    typer.echo(f"labels in train: {balance(found, len(data.train)) or 'numbers'}")
+    typer.echo(f"ok: {data.task}; rows {rows}; teacher {recipe.teacher.model}")
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Say what this machine offers and what it lacks."""
+    from ad2kit.doctor import examine
+    from ad2kit.terminal import print_json
+
+    findings = examine()
+    if as_json:
+        print_json([finding.model_dump() for finding in findings])
+        return
+    for finding in findings:
+        typer.echo(f"{finding.name}: {finding.value}")
+        if finding.advice:
+            typer.echo(f"  -> {finding.advice}")
+
+
+def distill(
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    run: options.RunOption = None,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune the teacher if need be; distil the student."""
+    from ad2kit.terminal import print_result, start_run, training_progress
+
+    folder = start_run(recipe_name, overrides, runs_dir, run)
+    work = stage("ad2kit.distill", "distill")
+    with training_progress() as on_step:
+        report = work(folder, on_step=on_step, allow_inexact=allow_inexact)
+    print_result(
+        report,
+        f"select {' and '.join(report.metrics)}: teacher {report.teacher_select_score:.4f}, "
+        f"student {report.student_select_score:.4f}\nnext: ad2kit export",
+        as_json=as_json,
+    )
+
+
+def export(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    no_parity: options.NoParity = False,
+    as_json: options.Json = False,
+) -> None:
+    """Export the student to ONNX, then ask the parity gate."""
+    from ad2kit.parity_terminal import judge_run
+    from ad2kit.terminal import print_json, use_run
+
+    folder = use_run(runs_dir, run)
+    artifacts = stage("ad2kit.export", "export")(folder)
+    if not no_parity:
+        judge_run(folder, as_json=as_json)
+        return
+    if as_json:
+        print_json([artifact.model_dump(mode="json") for artifact in artifacts])
+
+
+def parity(
+    arguments: options.RunOrOverrides = None,
+    against_service: options.Service = None,
+    model: options.Model = None,
+    teacher: options.Teacher = None,
+    data: options.DataFile = None,
+    recipe_name: options.RecipeOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    as_json: options.Json = False,
+) -> None:
+    """Judge the variants of a run, or any ONNX model with --model; exit code 1 if one fails."""
+    from ad2kit.parity_terminal import judge_model, judge_run, judge_service, one_run
+    from ad2kit.terminal import use_run
+
+    if model is not None and against_service is None:
+        judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
+        return
+    lost = {"--model": model, "--teacher": teacher, "--data": data, "--recipe": recipe_name}
+    folder = use_run(runs_dir, one_run(arguments, lost))
+    if against_service is not None:
+        judge_service(folder, against_service, as_json=as_json)
+        return
+    judge_run(folder, as_json=as_json)
+
+
+def bench(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    as_json: options.Json = False,
+) -> None:
+    """Measure latency and throughput of all models.
+
+    Anew each time, whatever the run holds already.
+    """
+    from ad2kit.tables import latency_lines
+    from ad2kit.terminal import print_result, use_run
+
+    folder = use_run(runs_dir, run)
+    report = stage("ad2kit.bench", "bench")(folder)
+    print_result(report, "\n".join(latency_lines(report)), as_json=as_json)
+
+
+def package(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    variant: options.VariantName = None,
+    allow_failed_parity: options.Forced = False,
+    as_json: options.Json = False,
+) -> None:
+    """Build a Bento, try it over HTTP, publish its tag.
+
+    The tag is published only if the service answers what the artefact computes.
+    """
+    from ad2kit.terminal import next_steps, print_result, use_run
+
+    folder = use_run(runs_dir, run)
+    record = stage("ad2kit.package", "package")(
+        folder, variant=variant, allow_failed_parity=allow_failed_parity
+    )
+    print_result(record, next_steps(record.tag, folder), as_json=as_json)
+
+
+def push(
+    repository: options.Repository,
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    variant: options.VariantName = None,
+    private: options.Private = False,
+) -> None:
+    """Upload what a run ships to the hub, with a model card; only if it passed its gate."""
+    from ad2kit.terminal import use_run
+
+    folder = use_run(runs_dir, run)
+    work = stage("ad2kit.push", "push")
+    typer.echo(work(folder, repository, variant=variant, private=private))
+
+
+def report(run: options.RunArgument = None, runs_dir: options.RunsDir = options.RUNS) -> None:
+    """Print the table of a run and write its report.html."""
+    from ad2kit.report import report as write_report
+    from ad2kit.terminal import print_table, use_run
+
+    folder = use_run(runs_dir, run)
+    write_report(folder)
+    print_table(folder)
+
+
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; else --file or stdin.")] = None,
+    run: options.RunOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    file: options.TextFile = None,
+) -> None:
+    """Classify texts: one JSON line each.
+
+    The two texts of a pair are separated by a tab.
+    """
+    import ad2kit
+    from ad2kit.terminal import answers, read_lines, use_servable
+
+    classifier = ad2kit.load(use_servable(runs_dir, run))
+    for answer in answers(classifier, iter(texts) if texts else read_lines(file)):
+        typer.echo(answer)
