@@ -60,17 +60,28 @@ class Record(Part):
             RunError: the file is missing, not a record of this type, or of another version.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError as error:
             raise RunError(
                 f"{path} is missing", hint="run the stage that writes it: `ad2kit run` does all"
             ) from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> Self:
+        """Check the content of one record, which came from ``where``.
+
+        Raises:
+            RunError: it is not a record of this type, or of another version.
+        """
+        try:
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            key = ".".join(map(str, first["loc"]))
             raise RunError(
-                f"{path} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
-                f"{where}: {first['msg']}",
+                f"{where} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
+                f"{key}: {first['msg']}",
                 hint="the file was edited or comes from another version of ad2kit; "
                 "delete it and run its stage again",
             ) from error

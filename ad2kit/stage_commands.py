@@ -212,3 +212,38 @@ def predict(
     classifier = ad2kit.load(use_servable(runs_dir, run))
     for answer in answers(classifier, iter(texts) if texts else read_lines(file)):
         typer.echo(answer)
+
+
+def score(
+    input_url: options.Input,
+    output_url: options.Output,
+    run: options.RunOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    text_columns: options.TextColumns = None,
+    prefix: options.Prefix = "",
+    engine: options.Engine = "process",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    block_rows: options.BlockRows = 4096,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Add label and score to every row of a table, of any size.
+
+    The same command goes on where it was stopped. Rows that cannot be read are listed in
+    OUTPUT/_errors, and the exit code is 2 if there are any.
+    """
+    from ad2kit.score_terminal import insist_on_all_rows, scoring_progress, summary
+    from ad2kit.terminal import print_result, show_messages, use_servable
+
+    show_messages()
+    model, columns = use_servable(runs_dir, run), text_columns.split(",") if text_columns else None
+    work = stage("ad2kit.score", "score")
+    with scoring_progress() as on_progress:
+        report = work(
+            model, input_url, output_url, text_columns=columns and tuple(columns), prefix=prefix,
+            engine=engine, address=address, workers=workers, block_rows=block_rows,
+            batch_size=batch_size, on_progress=on_progress,
+        )  # fmt: skip
+    print_result(report, summary(report), as_json=as_json)
+    insist_on_all_rows(report)

@@ -16,23 +16,24 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "markdown", "yaml_core"},
-    1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "shipping",
-        "verdicts"},
+    1: {"files", "recipe", "records", "run_dir", "runtime", "score_records", "sections",
+        "shipping", "verdicts"},
     2: {
-        "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
-        "curve", "data", "error_contract", "first_token", "fuse", "gate", "http_api",
-        "int8_search", "intermediate", "labels", "losses", "metrics", "models", "objectives",
-        "plots", "quantize", "random_bert", "references", "resumable", "service_check",
-        "service_metrics", "sources", "store", "students", "tables", "tasks", "training",
+        "adversary", "batcher", "blocks", "bundle", "checkpoint", "classifier", "cluster",
+        "compare_report", "corpus", "curve", "data", "error_contract", "first_token", "fuse",
+        "gate", "http_api", "int8_search", "intermediate", "labels", "losses", "metrics",
+        "models", "objectives", "parquet_blocks", "parts", "plots", "quantize", "random_bert",
+        "ray_workers", "references", "resumable", "scoring", "service_check", "service_metrics",
+        "sources", "store", "students", "tables", "tasks", "text_blocks", "training", "workers",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
-        "report",
+        "report", "score",
     },
     4: {"campaigns", "campaigns.compare", "campaigns.run"},
     5: {
-        "__main__", "campaign_commands", "cli", "options", "parity_terminal", "stage_commands",
-        "terminal",
+        "__main__", "campaign_commands", "cli", "options", "parity_terminal", "score_terminal",
+        "stage_commands", "terminal",
     },
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
@@ -105,6 +106,7 @@ def test_the_control_sees_torch() -> None:
     [
         "import ad2kit",
         "import ad2kit.batcher, ad2kit.classifier",
+        "import ad2kit.score, ad2kit.parquet_blocks",
         "import serving.service",
         "import ad2kit.recipe; ad2kit.recipe.load('demo')",
     ],
