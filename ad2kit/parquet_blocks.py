@@ -76,7 +76,9 @@ def write(
     rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
 ) -> bytes:
     """Return the rows at the positions ``good`` with their answers, types and all."""
-    table = rows.kept if len(good) == rows.kept.num_rows else rows.kept.take(good)
+    table = (
+        rows.kept if len(good) == rows.kept.num_rows else rows.kept.take(pa.array(good, pa.int64()))
+    )
     for name in layout.added:
         values = answers[name]
         table = table.append_column(name, pa.array(values.tolist(), _TYPES[values.dtype.kind]))

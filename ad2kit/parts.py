@@ -11,7 +11,7 @@ with ``_`` or ``.`` are passed over by what reads the folder as one table.
 from __future__ import annotations
 
 import secrets
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,16 +50,23 @@ class OutputFolder:
         """Hold the folder for ``job``, rid of what a killed process left half-written.
 
         Only a local folder can be locked. Elsewhere nothing stops two processes from doing the same
-        job: they write the same parts.
+        job, and the first would miss the files that the second sweeps away.
 
         Raises:
             RunError: it holds something else, or another process is at work in it.
         """
         self._insist_on(job)
         self.store.makedirs(self.path, exist_ok=True)
-        with locked(Path(self.path)) if self.is_local else nullcontext():
+        with locked(Path(self.path)) if self.is_local else self._swept():
             self.write(ScoreJob.file_name, job.model_dump_json(indent=2).encode() + b"\n")
             yield
+
+    @contextmanager
+    def _swept(self) -> Iterator[None]:
+        for path in self.store.find(self.path):
+            if path.rsplit("/", 1)[-1].startswith(_TEMPORARY):
+                self.store.rm_file(path)
+        yield
 
     def _insist_on(self, job: ScoreJob) -> None:
         file = f"{self.path}/{ScoreJob.file_name}"
@@ -109,7 +116,7 @@ class OutputFolder:
         """Write a file of the folder, whole or not at all."""
         if self.is_local:
             path = Path(self.path) / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as new:
                 new.write_bytes(content)
             return

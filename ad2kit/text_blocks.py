@@ -143,7 +143,7 @@ def _frames(lines: _Lines, suffix: str) -> Iterator[_Frame]:
     if suffix == "jsonl":
         for raw in lines.raw():
             if raw.strip():
-                yield _Frame(lines.line, lines.byte, raw=raw)
+                yield _Frame(lines.line, lines.byte, raw=raw.rstrip(b"\r\n"))
     elif suffix == "tsv":
         for text in lines:
             if line := text.rstrip("\n"):

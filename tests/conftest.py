@@ -74,6 +74,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe)
     return run
 
 
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[str]:
+    """A Ray of two cores for the whole suite, because starting one takes long; its address."""
+    from ad2kit.cluster import connected
+
+    with connected(None, 2) as ray:
+        yield ray.get_runtime_context().gcs_address
+
+
 @pytest.fixture
 def copied_run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     """A copy of the finished run that a test may damage."""
