@@ -62,7 +62,8 @@ def score_on_ray(
             )
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context.raise_original_map_exception = True
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, and told once
         rows = [{"index": index, **dataclasses.asdict(block)} for index, block in blocks]
         pool = data.ActorPoolStrategy(
             size=min(workers, len(rows)), max_tasks_in_flight_per_actor=_BLOCKS_IN_FLIGHT

@@ -86,8 +86,8 @@ def score(
     """
     folder = servable_artifact(model)
     artifact = read_artifact(folder)
-    files, output = find_inputs(input_url), OutputFolder(output_url)
-    _insist_apart(input_url, output)
+    _insist_apart(input_url, output := OutputFolder(output_url))
+    files = find_inputs(input_url)
     tables = format_of(suffix := suffix_of(files[0].url))
     surveys = {file.url: tables.survey(file, block_rows) for file in files}
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])

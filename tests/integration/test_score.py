@@ -1,4 +1,4 @@
-"""Bulk scoring as a user meets it: every row once, the same bytes whatever was killed, plain errors.
+"""Bulk scoring as a user meets it: every row once, the same bytes whatever was killed.
 
 The graph is the int8 one of a finished run, whose answers depend on what shares a batch: equal
 bytes prove equal batches.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -28,10 +29,10 @@ from ad2kit import corpus
 from ad2kit.__main__ import main
 from ad2kit.errors import DataError, UserError
 from ad2kit.score import Progress, score
-from ad2kit.scoring import Scorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from ad2kit.run_dir import RunDir
 
@@ -150,8 +151,9 @@ def test_a_worker_that_is_killed_is_named_and_the_same_command_goes_on(
     assert contents(output) == contents(straight)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_ray_makes_the_same_bytes_though_a_worker_is_killed(
-    ray_here: str, straight: Path, table: Path, model: Path, tmp_path: Path
+    straight: Path, table: Path, model: Path, tmp_path: Path
 ) -> None:
     killed: list[psutil.Process] = []
 
@@ -185,21 +187,245 @@ def test_a_ray_job_whose_driver_is_killed_goes_on_with_either_engine(
     assert contents(output) == contents(straight)
 
 
-def test_an_error_in_a_ray_worker_is_told_as_anywhere(
-    ray_here: str, model: Path, tmp_path: Path, ad2kit_score: Any
+@pytest.mark.usefixtures("ray_here")
+def test_what_ray_cannot_do_is_said(
+    model: Path, table: Path, tmp_path: Path, ad2kit_score: Any
 ) -> None:
-    source, copy = tmp_path / "in.csv", tmp_path / "int8"
-    source.write_text("text\nfine\n")
-    shutil.copytree(model, copy)
-    code, _, err = ad2kit_score(
-        source, tmp_path / "out", "--run", copy, "--text-columns", "text", "--engine", "ray",
-        "--workers", "64",
-    )  # fmt: skip
-    assert code == 0, err  # one block needs one worker
-    source.write_text("text\n" + "fine\n" * 200)
-    code, _, err = ad2kit_score(
-        source, tmp_path / "other", "--run", copy, "--text-columns", "text", "--engine", "ray",
-        "--workers", "64", "--block-rows", "1",
-    )  # fmt: skip
+    options = (*SIZES, "--run", model, "--text-columns", "text", "--engine", "ray")
+    code, _, err = ad2kit_score(table, tmp_path / "a", *options, "--workers", "64")
     assert code == 2
-    assert "expected a core for each of 64 workers, found 2 in the cluster" in err
+    assert "expected a core for each of" in err
+    source = tmp_path / "in.csv"
+    source.write_text("text\nfine\n")
+    # Written anew between survey and scoring, as if something else were still filling it.
+    with pytest.raises(DataError, match="has changed while it was scored: expected 1 rows") as told:
+        score(
+            model, str(source), str(tmp_path / "b"), text_columns=("text",), engine="ray",
+            on_progress=lambda _: source.write_text("text\n"),  # type: ignore[arg-type,return-value]
+        )  # fmt: skip
+    assert "once it is complete" in told.value.hint
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize("engine", ["process", "ray"])
+def test_no_worker_has_torch(engine: Any, table: Path, model: Path, tmp_path: Path) -> None:
+    seen: dict[int, str] = {}
+
+    def look(now: Progress) -> None:
+        if now.scored_here and not seen:
+            for process in psutil.Process().children(recursive=True):
+                if {"RayScorer", "spawn_main"} & set(re.findall(r"\w+", str(process.cmdline()))):
+                    seen[process.pid] = str(process.memory_maps())
+
+    score(
+        model, str(table), str(tmp_path / "out"), text_columns=("text",), engine=engine,
+        workers=2, block_rows=500, on_progress=look,
+    )  # fmt: skip
+    working = [maps for maps in seen.values() if "onnxruntime" in maps]
+    assert working
+    assert not [maps for maps in working if "libtorch" in maps]
+    assert "libtorch" in str(psutil.Process().memory_maps())  # else it would prove nothing
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:PORT", "ray://127.0.0.1:PORT"])
+def test_a_cluster_that_does_not_answer_is_named_in_seconds(
+    table: Path, model: Path, tmp_path: Path, address: str
+) -> None:
+    with socket.socket() as nobody:  # bound, so that nobody else takes it, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        here = address.replace("PORT", str(nobody.getsockname()[1]))
+        arguments = command(table, tmp_path / "out", model, "--engine", "ray", "--address", here)
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert f"no Ray cluster at '{here}'" in done.stderr
+    assert "ray start --head" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_rows_are_listed_and_the_others_scored(
+    model: Path, tmp_path: Path, ad2kit_score: Any
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    lines = [
+        {"id": 1, "text": "never dull"}, {"id": 2, "text": " "}, {"id": 3, "text": None},
+        {"id": 4, "text": "half \ud800"}, {"id": 5}, {"id": 6, "text": "dull \u2028 " * 200},
+    ]  # fmt: skip
+    source.write_text("\n".join([*map(json.dumps, lines), "{"]) + "\n")
+    arguments = (source, output, "--run", model, "--text-columns", "text", "--block-rows", 2)
+    for _ in range(2):  # the second time, nothing is left to score
+        code, out, err = ad2kit_score(*arguments, "--json")
+        assert code == 2
+        assert "5 of 7 rows got no answer" in err
+        assert json.loads(out)["bad_rows"] == 5
+    scored = [
+        json.loads(line)
+        for path in sorted(output.glob("part-*")) for line in path.read_text().split("\n") if line
+    ]  # fmt: skip
+    assert [(row["id"], row["truncated"]) for row in scored] == [(1, False), (6, True)]
+    bad = [json.loads(line) for path in sorted(output.glob("_errors/*"))
+           for line in path.read_text().splitlines()]  # fmt: skip
+    assert [(row["row"], row["line"]) for row in bad] == [(n, n) for n in (2, 3, 4, 5, 7)]
+    assert [row["reason"].split(":")[0] for row in bad] == [
+        "'text'", "'text'", "holds half a surrogate pair, which is no character", "'text'",
+        "not JSON",
+    ]  # fmt: skip
+    assert {row["file"] for row in bad} == {str(source)}
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    store = fsspec.filesystem("memory")
+    yield store
+    for folder in ("/in", "/out"):
+        store.rm(folder, recursive=True)
+
+
+def test_any_fsspec_address(
+    memory: Any, straight: Path, table: Path, model: Path, tmp_path: Path, ad2kit_score: Any
+) -> None:
+    memory.pipe_file("/in/deep/in.parquet", table.read_bytes())
+    options = ("--run", model, "--text-columns", "text", *SIZES)
+    code, out, err = ad2kit_score("memory://in", "memory://out", *options)
+    assert code == 0, err
+    assert f"{ROWS:,} rows in {ROWS // BLOCK_ROWS} parts in memory:///out" in out
+    found = {path.removeprefix("/out/"): memory.cat_file(path) for path in memory.find("/out")}
+    parts = {name: content for name, content in contents(straight).items() if "part" in name}
+    assert found.keys() == {"_job.json", *parts}
+    assert {name: found[name] for name in parts} == parts
+    assert (
+        "all of them were there already" in ad2kit_score("memory://in", "memory://out", *options)[1]
+    )
+    code, _, err = ad2kit_score("memory://in", "memory://out", *options, "--workers", "2")
+    assert (code, "memory:// is seen by this process alone" in err) == (2, True)
+    with pytest.raises(UserError, match="memory:// is seen by this process alone"):
+        score(model, "memory://in", str(tmp_path), text_columns=("text",), engine="ray")
+    folder = tmp_path / "in.jsonl"
+    folder.write_text('{"text": "fine"}\n')
+    assert ad2kit_score(f"file://{folder}", f"file://{tmp_path}/out", *options)[0] == 0
+    assert (tmp_path / "out" / "part-000000.jsonl").read_text().startswith('{"text": "fine", "la')
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({}, [], "no file '"),
+        ({"a.csv": "text\nx\n", "b.jsonl": "{}"}, [], "expected files of one format"),
+        ({"a.csv": "txt\nx\n"}, [], "no column 'text' (did you mean 'txt'?)"),
+        (
+            {"a.csv": "text\nx\n"},
+            ["--text-columns", "text,more"],
+            "reads 1 text column(s), found 2",
+        ),
+        ({"a.csv": "text,score\nx,1\n"}, [], "has a column 'score' already"),
+        ({"a.csv": "text\n"}, [], "no rows in"),
+        ({"a.csv": "text\nx\n"}, ["--address", "h:1"], "add --engine ray"),
+        ({"a.csv": "text\nx\n"}, ["--engine", "spark"], "'spark' is not one of"),
+        ({"a.csv": "text\nx\n"}, ["--workers", "0"], "greater than or equal to 1"),
+        ({"a.csv": "text\nx\n"}, ["--run", "nowhere"], "is neither a run folder nor"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_written(
+    copied_run: RunDir, tmp_path: Path, ad2kit_score: Any, files: dict[str, str],
+    options: list[str], expected: str,
+) -> None:  # fmt: skip
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, content in files.items():
+        (source / name).write_text(content)
+    code, out, err = ad2kit_score(
+        source, tmp_path / "out", "--runs-dir", copied_run.path.parent, *options
+    )
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_run_says_which_columns_to_read_and_a_prefix_makes_room(
+    copied_run: RunDir, tmp_path: Path, ad2kit_score: Any
+) -> None:
+    source, output = tmp_path / "in.csv", tmp_path / "out"
+    source.write_text('text,label\n"never, dull",0\n')
+    runs = ("--runs-dir", copied_run.path.parent)
+    code, out, _ = ad2kit_score(source, output, *runs, "--prefix", "student_")
+    assert code == 0
+    assert "1 rows in 1 parts" in out
+    header, row, _ = (output / "part-000000.csv").read_text().split("\n")
+    assert header == "text,label,student_label,student_score,student_truncated"
+    assert row.startswith('"never, dull",0,')
+    code, _, err = ad2kit_score(source, output, *runs, "--prefix", "other_")
+    assert code == 2
+    assert "holds the results of another job:\n  prefix: student_ there, other_ now" in err
+    code, _, err = ad2kit_score(tmp_path, output, *runs)
+    assert (code, "lies in the input folder" in err) == (2, True)
+    alone = tmp_path / "alone"
+    shutil.copytree(copied_run.onnx("fp32"), alone)
+    code, _, err = ad2kit_score(source, tmp_path / "b", "--run", alone, "--prefix", "a")
+    assert (code, "name them with --text-columns" in err) == (2, True)
+
+
+def test_ctrl_c_ends_with_130_and_leaves_whole_parts(
+    straight: Path, table: Path, model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = command(table, output, model, "--workers", "2")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(list(output.glob("part-*"))) < 5:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on where this one stopped" in err
+    assert "Traceback" not in err
+    found, expected = contents(output), contents(straight)
+    assert 5 <= len(found) < len(expected)
+    assert found.items() <= expected.items()
+
+
+def test_a_full_disk_ends_with_2_and_no_half_written_part(
+    table: Path, model: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the full disk: a write fails in a worker."""
+    output = tmp_path / "out"
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+
+    arguments = command(table, output, model, "--workers", "2")
+    full = subprocess.run(
+        arguments, capture_output=True, text=True, preexec_fn=small_files, check=False
+    )
+    assert full.returncode == 2, full.stderr
+    assert "the disk is full, or a file is larger than allowed" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert set(contents(output)) <= {"_job.json"} | {
+        name for name in contents(output) if name.startswith(".tmp-")
+    }
+
+
+@pytest.mark.parametrize("module", ["fsspec", "pyarrow", "ray"])
+def test_a_missing_extra_ends_with_3_and_names_it(
+    table: Path, model: Path, tmp_path: Path, module: str
+) -> None:
+    arguments = command(table, tmp_path / "out", model, "--engine", "ray")[3:]
+    script = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"sys.argv = ['ad2kit', *{arguments!r}]\n"
+        "from ad2kit.__main__ import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 3, result.stderr
+    assert f"needs the Python module '{module}'" in result.stderr
+    assert "pip install 'ad2kit[scale]'" in result.stderr
+
+
+def test_another_batch_size_makes_other_bytes(straight: Path, table: Path, model: Path) -> None:
+    """The control of the tests above: they would see batches of other rows."""
+    other = straight.parent / "other"
+    score(model, str(table), str(other), text_columns=("text",), block_rows=BLOCK_ROWS,
+          batch_size=1, workers=1)  # fmt: skip
+    ours, theirs = contents(straight), contents(other)
+    assert ours.keys() == theirs.keys()
+    assert ours["part-000000.parquet"] != theirs["part-000000.parquet"]
