@@ -57,6 +57,13 @@ NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Students of each method.")]
 
+P99 = Annotated[
+    float, typer.Option("--p99-ms", min=0.001, help="State the capacity for calls within this.")
+]
+Price = Annotated[
+    float | None, typer.Option(min=0.0, help="Of this machine, for the cost of a million texts.")
+]
+
 # Of `score`.
 Input = Annotated[
     str,

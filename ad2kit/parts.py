@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ad2kit.blocks import address_of, filesystem, is_local
-from ad2kit.errors import RunError
+from ad2kit.errors import RunError, no_room_left
 from ad2kit.files import locked, whole_file
 from ad2kit.score_records import ScoreJob
 
@@ -56,7 +56,14 @@ class OutputFolder:
             RunError: it holds something else, or another process is at work in it.
         """
         self._insist_on(job)
-        self.store.makedirs(self.path, exist_ok=True)
+        try:
+            self.store.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            if no_room_left(error):
+                raise
+            raise RunError(
+                f"cannot write to {self.url}: {error}", hint="name a folder that can be written"
+            ) from error
         with locked(Path(self.path)) if self.is_local else self._swept():
             self.write(ScoreJob.file_name, job.model_dump_json(indent=2).encode() + b"\n")
             yield

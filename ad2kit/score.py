@@ -21,13 +21,15 @@ from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
 from ad2kit.score_records import ScoreJob, ScoreReport
-from ad2kit.scoring import ADDED, Work, format_of
+from ad2kit.scoring import ADDED, Work, cannot_read, format_of
 from ad2kit.workers import score_here, score_in_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from ad2kit.blocks import Survey
+    from ad2kit.score_records import InputFile
     from ad2kit.scoring import Done
     from ad2kit.workers import Numbered
 
@@ -36,7 +38,7 @@ Engine = Literal["process", "ray"]
 # Enough rows to sort by length, few enough to hold their tokens several times.
 BLOCK_ROWS, BATCH_SIZE = 4096, 32
 # What the bytes of a part depend on beside the artefact.
-_VERSIONED = ("ad2kit", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pyarrow")
+_VERSIONED = ("ad2kit", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ def score(
     artifact = read_artifact(folder)
     _insist_apart(input_url, output := OutputFolder(output_url))
     files = find_inputs(input_url)
-    tables = format_of(suffix := suffix_of(files[0].url))
-    surveys = {file.url: tables.survey(file, block_rows) for file in files}
+    suffix, surveys = suffix_of(files[0].url), _survey(files, block_rows)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
     layout = layout_of(surveys, _columns_to_read(folder, artifact, text_columns), added)
     blocks = list(enumerate(block for each in surveys.values() for block in each.blocks))
@@ -116,6 +117,16 @@ def score(
         output=output.url, rows=rows, bad_rows=bad, parts=len(blocks), engine=engine,
         workers=min(workers, max(1, len(left))), scored_here=scored_here, seconds=seconds,
     )  # fmt: skip
+
+
+def _survey(files: tuple[InputFile, ...], block_rows: int) -> dict[str, Survey]:
+    tables, found = format_of(suffix_of(files[0].url)), {}
+    for file in files:
+        try:
+            found[file.url] = tables.survey(file, block_rows)
+        except OSError as error:
+            raise cannot_read(file.url, error) from error
+    return found
 
 
 def _run(

@@ -82,6 +82,14 @@ def format_of(suffix: str) -> BlockFormat:
     return parquet_blocks
 
 
+def cannot_read(url: str, error: OSError) -> DataError:
+    """Return what to say of a file that was found and cannot be read."""
+    return DataError(
+        f"cannot read {url}: {error}",
+        hint="put it back, or correct its access rights, then run the same command again",
+    )
+
+
 class Scorer:
     """A loaded classifier that turns blocks into parts.
 
@@ -101,7 +109,10 @@ class Scorer:
         """
         suffix, layout = suffix_of(block.url), self.work.layout
         tables = format_of(suffix)
-        rows, good = tables.read(block, layout), []
+        try:
+            rows, good = tables.read(block, layout), list[int]()
+        except OSError as error:
+            raise cannot_read(block.url, error) from error
         if len(rows.places) + len(rows.bad) != block.rows:
             raise DataError(
                 f"{block.url} has changed while it was scored: expected {block.rows} rows from row "

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.run_dir import RunDir
+    from ad2kit.score_records import ScoreReport
 
 ROWS, BLOCK_ROWS = 4_000, 100
 SIZES = ("--block-rows", str(BLOCK_ROWS), "--batch-size", "8")
@@ -60,8 +61,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(model: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process that nobody disturbed has made."""
     output = tmp_path_factory.mktemp("straight") / "out"
-    sizes = {"block_rows": BLOCK_ROWS, "batch_size": 8}
-    report = score(model, str(table), str(output), text_columns=("text",), workers=1, **sizes)
+    report = score_it(model, table, output)
     assert (report.rows, report.bad_rows, report.parts) == (ROWS, 0, ROWS // BLOCK_ROWS)
     return output
 
@@ -78,6 +78,14 @@ def ad2kit_score(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         return int(stop.value.code or 0), captured.out, captured.err
 
     return call
+
+
+def score_it(model: Path, table: str | Path, output: str | Path, **changes: Any) -> ScoreReport:
+    """Score by one process in small blocks and batches, but for the changes."""
+    options = {
+        "text_columns": ("text",), "block_rows": BLOCK_ROWS, "batch_size": 8, "workers": 1,
+    }  # fmt: skip
+    return score(model, str(table), str(output), **{**options, **changes})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -138,16 +146,15 @@ def test_a_worker_that_is_killed_is_named_and_the_same_command_goes_on(
     straight: Path, table: Path, model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    sizes = {"text_columns": ("text",), "block_rows": BLOCK_ROWS, "batch_size": 8, "workers": 2}
 
     def kill_one(now: Progress) -> None:
         if now.scored_here:
             psutil.Process().children()[-1].kill()
 
     with pytest.raises(UserError, match="a scoring process ended before its time"):
-        score(model, str(table), str(output), on_progress=kill_one, **sizes)  # type: ignore[arg-type]
+        score_it(model, table, output, workers=2, on_progress=kill_one)
     assert 0 < len(list(output.glob("part-*"))) < ROWS // BLOCK_ROWS
-    score(model, str(table), str(output), **sizes)  # type: ignore[arg-type]
+    score_it(model, table, output, workers=2)
     assert contents(output) == contents(straight)
 
 
@@ -165,10 +172,7 @@ def test_ray_makes_the_same_bytes_though_a_worker_is_killed(
             actors[0].kill()
 
     output = tmp_path / "out"
-    report = score(
-        model, str(table), str(output), text_columns=("text",), block_rows=BLOCK_ROWS,
-        batch_size=8, engine="ray", workers=2, on_progress=kill_one,
-    )  # fmt: skip
+    report = score_it(model, table, output, engine="ray", workers=2, on_progress=kill_one)
     assert len(killed) == 1
     assert report.scored_here == ROWS
     assert contents(output) == contents(straight)
@@ -180,10 +184,7 @@ def test_a_ray_job_whose_driver_is_killed_goes_on_with_either_engine(
     output = tmp_path / "out"
     address = ["--engine", "ray", "--address", ray_here, "--workers", "1"]
     kill(command(table, output, model, *address), output, 2)
-    score(
-        model, str(table), str(output), text_columns=("text",), block_rows=BLOCK_ROWS,
-        batch_size=8, workers=1,
-    )  # fmt: skip
+    score_it(model, table, output)
     assert contents(output) == contents(straight)
 
 
@@ -199,11 +200,14 @@ def test_what_ray_cannot_do_is_said(
     source.write_text("text\nfine\n")
     # Written anew between survey and scoring, as if something else were still filling it.
     with pytest.raises(DataError, match="has changed while it was scored: expected 1 rows") as told:
-        score(
-            model, str(source), str(tmp_path / "b"), text_columns=("text",), engine="ray",
-            on_progress=lambda _: source.write_text("text\n"),  # type: ignore[arg-type,return-value]
+        score_it(
+            model, source, tmp_path / "b", engine="ray",
+            on_progress=lambda _: source.write_text("text\n"),
         )  # fmt: skip
     assert "once it is complete" in told.value.hint
+    source.write_text("text\nfine\n")
+    with pytest.raises(DataError, match=r"cannot read .*in\.csv: .*No such file"):
+        score_it(model, source, tmp_path / "c", engine="ray", on_progress=lambda _: source.unlink())
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -217,10 +221,7 @@ def test_no_worker_has_torch(engine: Any, table: Path, model: Path, tmp_path: Pa
                 if {"RayScorer", "spawn_main"} & set(re.findall(r"\w+", str(process.cmdline()))):
                     seen[process.pid] = str(process.memory_maps())
 
-    score(
-        model, str(table), str(tmp_path / "out"), text_columns=("text",), engine=engine,
-        workers=2, block_rows=500, on_progress=look,
-    )  # fmt: skip
+    score_it(model, table, tmp_path / "out", engine=engine, workers=2, on_progress=look)
     working = [maps for maps in seen.values() if "onnxruntime" in maps]
     assert working
     assert not [maps for maps in working if "libtorch" in maps]
@@ -298,7 +299,7 @@ def test_any_fsspec_address(
     code, _, err = ad2kit_score("memory://in", "memory://out", *options, "--workers", "2")
     assert (code, "memory:// is seen by this process alone" in err) == (2, True)
     with pytest.raises(UserError, match="memory:// is seen by this process alone"):
-        score(model, "memory://in", str(tmp_path), text_columns=("text",), engine="ray")
+        score_it(model, "memory://in", tmp_path, engine="ray")
     folder = tmp_path / "in.jsonl"
     folder.write_text('{"text": "fine"}\n')
     assert ad2kit_score(f"file://{folder}", f"file://{tmp_path}/out", *options)[0] == 0
@@ -364,6 +365,17 @@ def test_the_run_says_which_columns_to_read_and_a_prefix_makes_room(
     assert (code, "name them with --text-columns" in err) == (2, True)
 
 
+def test_a_place_that_cannot_be_written_is_named(
+    model: Path, tmp_path: Path, ad2kit_score: Any
+) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("text\nfine\n")
+    arguments = ("--run", model, "--text-columns", "text")
+    code, _, err = ad2kit_score(source, source / "out", *arguments)
+    assert code == 2
+    assert f"cannot write to {source}/out: " in err
+
+
 def test_ctrl_c_ends_with_130_and_leaves_whole_parts(
     straight: Path, table: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -424,8 +436,7 @@ def test_a_missing_extra_ends_with_3_and_names_it(
 def test_another_batch_size_makes_other_bytes(straight: Path, table: Path, model: Path) -> None:
     """The control of the tests above: they would see batches of other rows."""
     other = straight.parent / "other"
-    score(model, str(table), str(other), text_columns=("text",), block_rows=BLOCK_ROWS,
-          batch_size=1, workers=1)  # fmt: skip
+    score_it(model, table, other, batch_size=1)
     ours, theirs = contents(straight), contents(other)
     assert ours.keys() == theirs.keys()
     assert ours["part-000000.parquet"] != theirs["part-000000.parquet"]

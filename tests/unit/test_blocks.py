@@ -94,20 +94,19 @@ def test_json_lines(tmp_path: Path) -> None:
         b'{"text": "caf\xe9"}', b'{"text": "twice", "label": 1}', b"[" * 100_000, b'{"text": 3}',
     ]  # fmt: skip
     path.write_bytes(b"\n".join(lines))
-    for block_rows in (1, 4, 100):
-        found = read_all(path, block_rows)
+    for found in (read_all(path, 1), read_all(path, 4), whole := read_all(path, 100)):
         assert texts(found) == ["a\u2028b", None, 3]
-        whole = bad(found)
-        assert [place[:2] for place in whole] == [(2, 3), (3, 4), (5, 6), (6, 7), (7, 8), (8, 9)]
+        refused = bad(found)
+        assert [place[:2] for place in refused] == [(2, 3), (3, 4), (5, 6), (6, 7), (7, 8), (8, 9)]
         for (_, _, reason), expected in zip(
-            whole,
+            refused,
             ("not JSON: Unterminated", "expected a JSON object, found list", "half a surrogate",
              "not UTF-8", "has a 'label' already", "not JSON: maximum recursion"),
             strict=True,
         ):  # fmt: skip
             assert expected in reason
     layout = Layout(("text",), ("text",), tuple(ANSWERS))
-    written = text_blocks.write(found[0], [0], layout, ANSWERS)
+    written = text_blocks.write(whole[0], [0], layout, ANSWERS)
     assert json.loads(written) == {
         **json.loads(lines[0]), "label": "good", "score": 0.5, "truncated": False,
     }  # fmt: skip
