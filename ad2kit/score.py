@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 from ad2kit.blocks import filesystem, find_inputs, layout_of, suffix_of
@@ -19,7 +18,7 @@ from ad2kit.files import sha256_of
 from ad2kit.parts import OutputFolder, part_name
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus
+from ad2kit.runtime import available_cpus, versions
 from ad2kit.score_records import ScoreJob, ScoreReport
 from ad2kit.scoring import ADDED, Work, cannot_read, format_of
 from ad2kit.workers import score_here, score_in_processes
@@ -96,7 +95,7 @@ def score(
     blocks = list(enumerate(block for each in surveys.values() for block in each.blocks))
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
     job = ScoreJob(
-        artifact_sha256=sha256_of(folder / OnnxArtifact.file_name), versions=_versions(),
+        artifact_sha256=sha256_of(folder / OnnxArtifact.file_name), versions=versions(_VERSIONED),
         text_columns=layout.text_columns, prefix=prefix, block_rows=block_rows,
         batch_size=batch_size, inputs=files,
     )  # fmt: skip
@@ -189,13 +188,3 @@ def _usable_workers(
             hint="leave --engine and --workers out, or give files",
         )
     return 1
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
