@@ -18,6 +18,10 @@ _ANSWER_SECONDS = 5.0
 # Blocks are named, not sent: nothing of size passes through Ray's shared memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 
+# RFC 9113, 3.4: what a client sends first; and the SETTINGS frame that both sides begin with.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
 
 @contextmanager
 def connected(address: str | None, cpus: int) -> Iterator[Any]:
@@ -36,6 +40,12 @@ def connected(address: str | None, cpus: int) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "ray", extra="scale") from error
     if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, here):
+            raise UserError(
+                f"this process is connected to the Ray cluster at {here}, and not to {address}",
+                hint="call ray.shutdown() first, or leave the address out",
+            )
         yield ray
         return
     where: dict[str, Any] = {"address": address}
@@ -48,7 +58,7 @@ def connected(address: str | None, cpus: int) -> Iterator[Any]:
         _insist_that_it_answers(address or "")
         with _silence():
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"no Ray cluster at '{address or 'this machine'}': {error}",
             hint="start one with `ray start --head`, or correct --address",
@@ -60,10 +70,18 @@ def connected(address: str | None, cpus: int) -> Iterator[Any]:
 
 
 def _insist_that_it_answers(address: str) -> None:
-    """Knock at the port: Ray itself would go on trying for minutes."""
+    """Knock as a client of gRPC does, which is what Ray speaks, and wait for its first frame.
+
+    Ray itself would go on trying for minutes, also where something else listens.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    if not (colon and port.isdigit()):
+        return
+    with socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS) as connection:
+        connection.sendall(_HTTP2_PREFACE + _EMPTY_SETTINGS)
+        header = connection.recv(len(_EMPTY_SETTINGS))
+    if header[3:4] != _EMPTY_SETTINGS[3:4]:
+        raise ConnectionError("what listens there is not Ray")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The output folder of a scoring job: parts that are whole or absent, at any fsspec address.
 
     _job.json                       what the parts depend on
-    part-000000.parquet ...         one for each block, in order
-    _errors/part-000003.jsonl       the bad rows of a block, where it has any
+    part-00000000.parquet ...         one for each block, in order
+    _errors/part-00000003.jsonl       the bad rows of a block, where it has any
 
 A part is written after the errors of its block: where it lies, its block is done. Names that begin
 with ``_`` or ``.`` are passed over by what reads the folder as one table.
@@ -30,7 +30,7 @@ _ERRORS, _TEMPORARY = "_errors", ".tmp-"
 
 def part_name(index: int, suffix: str) -> str:
     """Return the name of a part; names sort as blocks do."""
-    return f"part-{index:06}.{suffix}"
+    return f"part-{index:08}.{suffix}"
 
 
 class OutputFolder:

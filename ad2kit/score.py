@@ -67,6 +67,9 @@ def score(
 ) -> ScoreReport:
     """Add the answers of a model to every row of a table; return what was done.
 
+    Several workers are started anew, so that a script that calls this needs the usual
+    ``if __name__ == "__main__":`` around it.
+
     Args:
         model: a run, of which the variant to ship is taken, or the folder of one variant.
         input_url: a file, folder or glob of Parquet, CSV, TSV or JSON lines, at any fsspec address.

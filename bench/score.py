@@ -93,10 +93,10 @@ def limit(folder: Path, table: Path, names: Sequence[str], workers: int, seconds
     return float(total)
 
 
-def start(options: argparse.Namespace, table: Path, out: Path, engine: str) -> Any:
+def start(options: argparse.Namespace, folder: Path, table: Path, out: Path, engine: str) -> Any:
     """Start a job."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ad2kit", "score", str(table), str(out), "--run", str(options.run),
+        [sys.executable, "-m", "ad2kit", "score", str(table), str(out), "--run", str(folder),
          "--prefix", "answer_", "--engine", engine, "--workers", str(options.workers), "--json"],
         stdout=subprocess.PIPE, stderr=None if options.verbose else subprocess.DEVNULL,
     )  # fmt: skip
@@ -147,6 +147,7 @@ def main() -> None:
     """Print a table, and a last line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("--variant", help="default: the one that the run ships")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--input", type=Path, help="a Parquet file instead")
     parser.add_argument("--engines", default="process,ray")
@@ -157,7 +158,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show what the jobs say")
     options = parser.parse_args()
     run, engines = RunDir(options.run), options.engines.split(",")
-    folder, names = servable_artifact(options.run), run.recipe.data.text_columns
+    folder = run.onnx(options.variant) if options.variant else servable_artifact(options.run)
+    names = run.recipe.data.text_columns
     found: dict[str, dict[str, float]] = {}
     identical = None
     with tempfile.TemporaryDirectory(prefix="ad2kit-score-") as temporary:
@@ -172,7 +174,7 @@ def main() -> None:
 
         limits = [look()]
         for engine in engines:
-            report, mb = straight(start(options, table, Path(temporary) / engine, engine))
+            report, mb = straight(start(options, folder, table, Path(temporary) / engine, engine))
             found[engine] = {
                 "rows_per_s": report.rows_per_s, "seconds": report.seconds, "peak_mb": mb,
                 "rows": report.rows, "parts": report.parts,
@@ -184,9 +186,9 @@ def main() -> None:
             out, parts = Path(temporary) / "killed", int(found[engines[0]]["parts"])
             for turn in range(options.kill):
                 share = (turn + generator.uniform(0.2, 0.8)) / (options.kill + 1)
-                job = start(options, table, out, engines[turn % len(engines)])
+                job = start(options, folder, table, out, engines[turn % len(engines)])
                 kill(job, out, int(share * parts))
-            straight(start(options, table, out, engines[0]))
+            straight(start(options, folder, table, out, engines[0]))
             expected = contents(Path(temporary) / engines[0])
             identical = all(contents(Path(temporary) / name) == expected
                             for name in (*engines, "killed"))  # fmt: skip

@@ -6,6 +6,7 @@ bytes prove equal batches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ import pytest
 from pyarrow import parquet
 
 import ad2kit
-from ad2kit import corpus
+from ad2kit import cluster, corpus
 from ad2kit.__main__ import main
 from ad2kit.errors import DataError, UserError
 from ad2kit.score import Progress, score
@@ -132,7 +134,7 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bytes(
     output = tmp_path / "out"
     arguments = command(table, output, model, "--workers", "2", "--json")
     kill(arguments, output, 5)
-    (output / ".tmp-new-cafe-part-000039.parquet").write_bytes(b"half")
+    (output / ".tmp-new-cafe-part-00000039.parquet").write_bytes(b"half")
     kill(arguments, output, 20)
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
@@ -228,18 +230,51 @@ def test_no_worker_has_torch(engine: Any, table: Path, model: Path, tmp_path: Pa
     assert "libtorch" in str(psutil.Process().memory_maps())  # else it would prove nothing
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:PORT", "ray://127.0.0.1:PORT"])
+@pytest.mark.parametrize(
+    ("address", "answer", "expected"),
+    [
+        ("127.0.0.1:PORT", None, "Connection refused"),
+        ("ray://127.0.0.1:PORT", None, "Connection refused"),
+        ("127.0.0.1:PORT", b"", "timed out"),
+        ("127.0.0.1:PORT", b"HTTP/1.1 400 Bad Request", "what listens there is not Ray"),
+    ],
+)
 def test_a_cluster_that_does_not_answer_is_named_in_seconds(
-    table: Path, model: Path, tmp_path: Path, address: str
+    monkeypatch: pytest.MonkeyPatch, address: str, answer: bytes | None, expected: str
 ) -> None:
-    with socket.socket() as nobody:  # bound, so that nobody else takes it, and not listening
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the suite may have one of its own
+    with socket.socket() as server:  # bound, so that nobody else takes the port
+        server.bind(("127.0.0.1", 0))
+        here = address.replace("PORT", str(server.getsockname()[1]))
+
+        def speak() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                connection.sendall(answer or b"")
+                connection.recv(100)
+                connection.recv(100)  # until the other side hangs up
+
+        speaker = threading.Thread(target=speak)
+        if answer is not None:
+            server.listen()
+            speaker.start()
+        with pytest.raises(UserError, match=expected) as told, cluster.connected(here, 2):
+            pytest.fail("it connected")
+        if answer is not None:
+            speaker.join()
+    assert told.value.message.startswith(f"no Ray cluster at '{here}'")
+    assert "ray start --head" in told.value.hint
+
+
+def test_an_unreachable_address_ends_with_2(table: Path, model: Path, tmp_path: Path) -> None:
+    with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        here = address.replace("PORT", str(nobody.getsockname()[1]))
+        here = f"127.0.0.1:{nobody.getsockname()[1]}"
         arguments = command(table, tmp_path / "out", model, "--engine", "ray", "--address", here)
         done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2, done.stderr
     assert f"no Ray cluster at '{here}'" in done.stderr
-    assert "ray start --head" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -303,7 +338,7 @@ def test_any_fsspec_address(
     folder = tmp_path / "in.jsonl"
     folder.write_text('{"text": "fine"}\n')
     assert ad2kit_score(f"file://{folder}", f"file://{tmp_path}/out", *options)[0] == 0
-    assert (tmp_path / "out" / "part-000000.jsonl").read_text().startswith('{"text": "fine", "la')
+    assert (tmp_path / "out" / "part-00000000.jsonl").read_text().startswith('{"text": "fine", "la')
 
 
 @pytest.mark.parametrize(
@@ -351,7 +386,7 @@ def test_the_run_says_which_columns_to_read_and_a_prefix_makes_room(
     code, out, _ = ad2kit_score(source, output, *runs, "--prefix", "student_")
     assert code == 0
     assert "1 rows in 1 parts" in out
-    header, row, _ = (output / "part-000000.csv").read_text().split("\n")
+    header, row, _ = (output / "part-00000000.csv").read_text().split("\n")
     assert header == "text,label,student_label,student_score,student_truncated"
     assert row.startswith('"never, dull",0,')
     code, _, err = ad2kit_score(source, output, *runs, "--prefix", "other_")
@@ -439,4 +474,4 @@ def test_another_batch_size_makes_other_bytes(straight: Path, table: Path, model
     score_it(model, table, other, batch_size=1)
     ours, theirs = contents(straight), contents(other)
     assert ours.keys() == theirs.keys()
-    assert ours["part-000000.parquet"] != theirs["part-000000.parquet"]
+    assert ours["part-00000000.parquet"] != theirs["part-00000000.parquet"]

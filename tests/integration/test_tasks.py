@@ -203,7 +203,7 @@ def test_bulk_scoring_gives_every_task_its_columns(
     source = runs[task].path.parents[1] / "validation.jsonl"
     report = score(folder, str(source), str(tmp_path / "out"), prefix="our_", workers=1)
     assert (report.rows, report.bad_rows) == (150, 0)
-    lines = (tmp_path / "out" / "part-000000.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "part-00000000.jsonl").read_text().splitlines()
     given = [json.loads(line) for line in source.read_text().splitlines()]
     names = TASKS[task]["text_columns"]
     texts: list[Any] = [tuple(row[name] for name in names) for row in given]

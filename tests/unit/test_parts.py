@@ -48,13 +48,13 @@ def test_parts_and_errors_of_a_job(output: OutputFolder) -> None:
         output.write_part(first, b"text\n", [BAD])
         output.write_part(second, b"text\n", [])
     assert names(output) == {
-        "_job.json", "part-000000.csv", "part-000001.csv", "_errors/part-000000.jsonl",
+        "_job.json", "part-00000000.csv", "part-00000001.csv", "_errors/part-00000000.jsonl",
     }  # fmt: skip
     with output.claimed(JOB):
         assert output.names() >= {first, second}
         assert output.count_bad({first, second}) == 1
         assert output.count_bad({second}) == 0
-    errors = output.store.cat_file(f"{output.path}/_errors/part-000000.jsonl")
+    errors = output.store.cat_file(f"{output.path}/_errors/part-00000000.jsonl")
     assert BadRow.parse(errors, "") == BAD
 
 
@@ -119,8 +119,8 @@ def test_a_part_that_is_not_finished_has_not_its_name(
     assert output.names() == {"_job.json"}
     with output.claimed(JOB):
         output.write_part(part_name(0, "csv"), b"whole", [])
-    assert output.store.cat_file(f"{output.path}/part-000000.csv") == b"whole"
-    assert names(output) == {"_job.json", "part-000000.csv"}
+    assert output.store.cat_file(f"{output.path}/part-00000000.csv") == b"whole"
+    assert names(output) == {"_job.json", "part-00000000.csv"}
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
