@@ -105,20 +105,12 @@ class Scorer:
         """Score one block and write its part.
 
         Raises:
-            DataError: the file has changed since it was surveyed.
+            DataError: the file is gone, or has changed since it was surveyed.
         """
         suffix, layout = suffix_of(block.url), self.work.layout
         tables = format_of(suffix)
-        try:
-            rows, good = tables.read(block, layout), list[int]()
-        except OSError as error:
-            raise cannot_read(block.url, error) from error
-        if len(rows.places) + len(rows.bad) != block.rows:
-            raise DataError(
-                f"{block.url} has changed while it was scored: expected {block.rows} rows from row "
-                f"{block.first_row} on, found {len(rows.places) + len(rows.bad)}",
-                hint="score it into a new folder once it is complete",
-            )
+        rows = _read(tables, block, layout)
+        good = []
         for position, (texts, place) in enumerate(zip(rows.texts, rows.places, strict=True)):
             if wrong := _wrong(texts, layout.text_columns):
                 rows.refuse(place, wrong)
@@ -158,6 +150,21 @@ def columns(
     probabilities = scores(task, logits / classifier.artifact.temperature)
     taken = np.take_along_axis(probabilities, found[:, None], axis=1)[:, 0]
     return [names[found], taken, cut]
+
+
+def _read(tables: BlockFormat, block: Block, layout: Layout) -> Rows:
+    """Read a block, and insist that it is the one of the survey."""
+    try:
+        rows = tables.read(block, layout)
+    except OSError as error:
+        raise cannot_read(block.url, error) from error
+    if (found := len(rows.places) + len(rows.bad)) != block.rows:
+        raise DataError(
+            f"{block.url} has changed while it was scored: expected {block.rows} rows from row "
+            f"{block.first_row} on, found {found}",
+            hint="score it into a new folder once it is complete",
+        )
+    return rows
 
 
 def _wrong(texts: tuple[Any, ...], names: tuple[str, ...]) -> str:
