@@ -27,6 +27,11 @@ ERRORS: dict[int, tuple[str, str, str]] = {
     ),
     404: ("not_found", "there is no such path", "see POST /classify and GET /info"),
     405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
+    408: (
+        "too_slow",
+        "the request did not arrive in time",
+        "send it again; over a slow line send less at once",
+    ),
     413: (
         "too_large",
         "this is more than the service reads at once",

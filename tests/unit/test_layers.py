@@ -19,11 +19,12 @@ LAYERS = {
     1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "shipping",
         "verdicts"},
     2: {
-        "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
-        "curve", "data", "error_contract", "first_token", "fuse", "gate", "http_api",
-        "int8_search", "intermediate", "labels", "losses", "metrics", "models", "objectives",
-        "plots", "quantize", "random_bert", "references", "resumable", "service_check",
-        "service_metrics", "sources", "store", "students", "tables", "tasks", "training",
+        "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report",
+        "corpus", "curve", "data", "error_contract", "first_token", "fuse", "gate",
+        "golden", "http_api", "int8_search", "intermediate", "labels", "losses", "metrics",
+        "models", "objectives", "observability", "plots", "quantize", "random_bert",
+        "references", "resumable", "service_check", "service_metrics", "shadow", "sources",
+        "store", "students", "tables", "tasks", "training",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
