@@ -12,14 +12,15 @@ import hmac
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import ValidationError
 from pydantic_core import to_json
 
 from ad2kit.batcher import BatcherClosed, QueueFull, Timing
-from ad2kit.error_contract import Problem
+from ad2kit.error_contract import Problem, send_json
 from ad2kit.errors import UserError
+from ad2kit.openapi import TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -37,28 +38,7 @@ _PATIENCE_S = 0.05
 # A body is tokenised in another thread if it is larger: at about a millisecond the loop, which
 # everybody waits for, costs more than the two changes of thread.
 _LARGE_BYTES = 8192
-MAX_TEXTS = 128
-TIMING = b"x-server-timing"
-Text = str | tuple[str, str]
-
-
-class ClassifyRequest(BaseModel):
-    """One text, or a list; for a sentence-pair model each text is a list of two.
-
-    ``scores`` asks for the probabilities of all labels as well.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"example": {"texts": ["the plot is weak, but the acting is superb"]}},
-    )
-
-    texts: str | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
-    scores: StrictBool = False
-
-    def as_list(self) -> list[Text]:
-        """Return the texts as a list, also if there is one."""
-        return [self.texts] if isinstance(self.texts, str) else self.texts
+_TIMING = TIMING.lower().encode()
 
 
 class Classify:
@@ -232,14 +212,8 @@ class Direct:
             timer.cancel()
             if gone is not None:
                 gone.cancel()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
-        if any(name == TIMING for name, _ in scope["headers"]):
-            headers.append((b"server-timing", stages.header()))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        asked = any(name == _TIMING for name, _ in scope["headers"])
+        await send_json(send, 200, content, [(b"server-timing", stages.header())] if asked else [])
 
 
 class ApiKeys:

@@ -34,8 +34,16 @@ from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
 from ad2kit.golden import warm_up
-from ad2kit.http_api import MAX_TEXTS, ApiKeys, Classify, ClassifyRequest, Direct, Stages
+from ad2kit.http_api import ApiKeys, Classify, Direct, Stages
 from ad2kit.observability import log_as_json, tracing
+from ad2kit.openapi import (
+    MAX_TEXTS,
+    ClassifyRequest,
+    ClassifyResponse,
+    Documented,
+    Prediction,
+    document,
+)
 from ad2kit.runtime import available_cpus
 from ad2kit.service_metrics import ServiceMetrics, exposition
 from ad2kit.shadow import Shadow
@@ -81,31 +89,6 @@ class Arguments(BaseModel):
 
 arguments = bentoml.use_arguments(Arguments)
 WORKERS = arguments.workers or max(1, available_cpus() // (arguments.threads or 1))
-
-# A field that another task has is left out and not null.
-Optional: Any = Field(None, exclude_if=lambda value: value is None)
-
-
-class Prediction(BaseModel):
-    """The answer for one text, and whether it was cut.
-
-    Which fields there are depends on the model's task (see /info): label and score; labels; or
-    value. The probabilities of all labels are in scores, if they were asked for.
-    """
-
-    label: str | None = Optional
-    score: float | None = Optional
-    labels: list[str] | None = Optional
-    value: float | None = Optional
-    scores: dict[str, float] | None = Optional
-    tokens: int
-    truncated: bool
-
-
-class ClassifyResponse(BaseModel):
-    """One prediction per text, in order."""
-
-    predictions: list[Prediction]
 
 
 def artifact_folder() -> Path:
@@ -270,6 +253,13 @@ def reject(status: int, reason: str) -> None:
         logger.info("refused", extra={"status": status, "reason": reason})
 
 
+def openapi() -> dict[str, Any]:
+    """Return the document of this service and its model."""
+    artifact = bentoml.get_current_service().classifier.artifact
+    return document(text_columns=artifact.text_columns, keys=bool(KEYS))
+
+
+KEYS = api_keys()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
@@ -283,7 +273,10 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     },
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    ApiKeys, keys=api_keys(), public=PUBLIC
+    ApiKeys, keys=KEYS, public=PUBLIC
+)
+Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
+    Documented, path="/docs.json", document=openapi
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Direct, path="/classify", handler=lambda: bentoml.get_current_service().api, read_s=READ_S

@@ -22,9 +22,9 @@ LAYERS = {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report",
         "corpus", "curve", "data", "error_contract", "first_token", "fuse", "gate",
         "golden", "http_api", "int8_search", "intermediate", "labels", "losses", "metrics",
-        "models", "objectives", "observability", "plots", "quantize", "random_bert",
-        "references", "resumable", "service_check", "service_metrics", "shadow", "sources",
-        "store", "students", "tables", "tasks", "training",
+        "models", "objectives", "observability", "openapi", "plots", "quantize",
+        "random_bert", "references", "resumable", "service_check", "service_metrics",
+        "shadow", "sources", "store", "students", "tables", "tasks", "training",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
