@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import psutil
@@ -41,8 +41,9 @@ from ad2kit.runtime import available_cpus, environment
 from bench.load import Load, Request, closed_loop, open_loop, post
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Sequence
 
+T = TypeVar("T")
 OURS, BARE, STOCK = "ad2kit", "uvicorn", "stock BentoML"
 PEERS = (BARE, STOCK, "FastAPI + pipeline", "LitServe", "mosec")
 LISTS = (OURS, BARE, STOCK)  # they take a list of texts
@@ -163,11 +164,10 @@ def requests(name: str, texts: Sequence[str], labels: Sequence[str]) -> list[Req
     return found
 
 
-def drive(loop: Any) -> Load:
+def drive(load: Coroutine[Any, Any, T]) -> T:
     """Run one load on uvloop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        load: Load = runner.run(loop)
-    return load
+        return runner.run(load)
 
 
 def holders(port: int) -> list[psutil.Process]:
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="2 %% of texts with 300 words")
     parser.add_argument("--only", nargs="*", default=[OURS, *PEERS])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--results", type=Path, help="write serve.json and serve.svg there")
     options = parser.parse_args()
     run = RunDir(options.run)
     folder, workers = run.onnx(options.variant), available_cpus()
@@ -241,7 +242,7 @@ def main() -> None:
               f"{one['p99_ms']:>8.2f}{result[name]['start_s']:>9.1f}"
               f"{result[name]['memory_mb']:>6.0f}")  # fmt: skip
     ours = capacity_of.get(OURS, math.nan)
-    print(json.dumps({
+    facts = {
         "capacity_over_in_process": ours / best,
         "capacity_over_uvicorn": ours / capacity_of.get(BARE, math.nan),
         "capacity_over_stock_bentoml": ours / capacity_of.get(STOCK, math.nan),
@@ -249,7 +250,35 @@ def main() -> None:
             "p50_ms", math.nan) - alone_ms,
         "in_process": limit, "in_process_p50_ms": alone_ms, "servers": result,
         "environment": environment(1, processes=workers),
-    }))  # fmt: skip
+    }  # fmt: skip
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "serve.json").write_text(json.dumps(facts, indent=1) + "\n")
+        plot(result, best, options.results / "serve.svg")
+    print(json.dumps(facts))
+
+
+def plot(result: dict[str, dict[str, Any]], limit: float, target: Path) -> None:
+    """Draw answers per second by connections, and latency by load."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, found in result.items():
+        width = 2.5 if name == OURS else 1.2
+        per_s = [np.median([c["per_s"] for c in found["closed"][n]]) for n in CONNECTIONS]
+        left.plot(CONNECTIONS, per_s, marker="o", linewidth=width, label=name)
+        p99 = [np.median([c["p99_ms"] for c in found["open"][share]]) for share in SHARES]
+        right.plot([100 * s for s in SHARES], p99, marker="o", linewidth=width, label=name)
+    left.axhline(limit, linestyle=":", color="grey", label="in process")
+    left.set(xscale="log", xticks=CONNECTIONS, xticklabels=CONNECTIONS, ylim=(0, None),
+             xlabel="connections, each asking again when it is answered",
+             ylabel="right answers per second")  # fmt: skip
+    right.set(yscale="log", xlabel="load, % of the server's own capacity", ylabel="p99, ms")
+    left.legend()
+    figure.savefig(target)
 
 
 def told(load: Load) -> dict[str, Any]:
