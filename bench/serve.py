@@ -5,8 +5,8 @@
 
 The texts are the validation texts of the run, with their lengths; `--long` puts 2 % of 300 words
 among them. The in-process limit is the best of a printed grid of processes, threads, batch size and
-sorting, tokenisation included. Each server has one worker for each core, one thread for each
-worker, and shares the cores with the load generator. Servers take turns. An answer counts if its
+sorting, tokenisation included. Each server has one worker for each core (stock BentoML the one that
+it starts by itself), one thread for each worker, and shares the cores with the load generator. An answer counts if its
 label is the artefact's for that text; texts that it is not sure of are left out, because int8
 quantises a batch together, and then the label of a close call depends on its company. The last line
 is JSON.
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence
 
 T = TypeVar("T")
-OURS, BARE, STOCK = "ad2kit", "uvicorn", "stock BentoML"
-PEERS = (BARE, STOCK, "FastAPI + pipeline", "LitServe", "mosec")
-LISTS = (OURS, BARE, STOCK)  # they take a list of texts
+OURS, BARE, STOCK, FITTED = "ad2kit", "uvicorn", "stock BentoML", "BentoML, fitted"
+PEERS = (BARE, FITTED, STOCK, "FastAPI + pipeline", "LitServe", "mosec")
+LISTS = (OURS, BARE, FITTED, STOCK)  # they take a list of texts
 CONNECTIONS = (1, 8, 32, 128)
 SHARES = (0.5, 0.8, 1.2)
 SURE = 0.7
@@ -246,6 +246,7 @@ def main() -> None:
         "capacity_over_in_process": ours / best,
         "capacity_over_uvicorn": ours / capacity_of.get(BARE, math.nan),
         "capacity_over_stock_bentoml": ours / capacity_of.get(STOCK, math.nan),
+        "capacity_over_fitted_bentoml": ours / capacity_of.get(FITTED, math.nan),
         "p50_minus_in_process_ms": result.get(OURS, {}).get("closed", {}).get(1, [{}])[0].get(
             "p50_ms", math.nan) - alone_ms,
         "in_process": limit, "in_process_p50_ms": alone_ms, "servers": result,
@@ -260,12 +261,10 @@ def main() -> None:
 
 def plot(result: dict[str, dict[str, Any]], limit: float, target: Path) -> None:
     """Draw answers per second by connections, and latency by load."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, found in result.items():
         width = 2.5 if name == OURS else 1.2
         per_s = [np.median([c["per_s"] for c in found["closed"][n]]) for n in CONNECTIONS]
