@@ -6,10 +6,10 @@
 The texts are the validation texts of the run, with their lengths; `--long` puts 2 % of 300 words
 among them. The in-process limit is the best of a printed grid of processes, threads, batch size and
 sorting, tokenisation included. Each server has one worker for each core (stock BentoML the one that
-it starts by itself), one thread for each worker, and shares the cores with the load generator. An answer counts if its
-label is the artefact's for that text; texts that it is not sure of are left out, because int8
-quantises a batch together, and then the label of a close call depends on its company. The last line
-is JSON.
+it starts by itself), one thread for each worker, and shares the cores with the load generator. An
+answer counts if its label is the artefact's for that text; texts that it is not sure of are left
+out, because int8 quantises a batch together, and then the label of a close call depends on its
+company. The last line is JSON.
 """
 
 from __future__ import annotations
