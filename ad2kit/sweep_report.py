@@ -177,18 +177,15 @@ def _numbers(spread: Spread | None) -> tuple[str, str, str]:
 
 def caption(report: SweepReport) -> str:
     """Return in words what the tables show, and each trial that was lost."""
-    origin = (
-        f"{report.select_rows} select rows, taken from the training data"
-        if report.select_from == "train"
-        else f"the {report.rows} validation rows, as in the paper, which flatters their scores"
-    )
+    origin = f"{report.select_rows} rows that were taken from the training data"
+    if report.select_from == "validation":
+        origin = "the validation rows, as in the paper, which flatters their scores"
     lines = [
-        (
-            f"{' and '.join(report.metrics)}; configurations are judged on {origin}: the median over "
-            "the seeds of the distance from the teacher, or of the score where no teacher teaches. "
-            f"Selected: {report.selected}; {len(report.students)} seed(s) of it on {report.rows} "
-            f"validation rows: median {report.score.median:.4f}, teacher {report.teacher_score:.4f}."
-        )
+        f"{' and '.join(report.metrics)}. Configurations are compared on `select`, here {origin}: "
+        "by the median over the seeds of their distance from the teacher (of their score if no "
+        f"teacher teaches). The best is {report.selected}. On {report.rows} validation rows the "
+        f"median of its {len(report.students)} student(s) is {report.score.median:.4f}, and the "
+        f"teacher's score {report.teacher_score:.4f}."
     ]
     counts = {state: sum(trial.state == state for trial in report.trials) for state in _STATES}
     lines.append(f"Trials: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}.")

@@ -42,6 +42,7 @@ class Job:
     allow_inexact: bool
 
     def seeds(self) -> range:
+        """Return the seeds of each configuration; the first is the recipe's."""
         return range(self.recipe.seed, self.recipe.seed + self.recipe.sweep.seeds)
 
     def recipe_of(self, configuration: Configuration, seed: int) -> Recipe:
