@@ -43,6 +43,7 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if address is not None:
         insist_on_answer(address)
+
     import ray
 
     # What goes wrong in a trial is reported by whoever started it.

@@ -180,15 +180,15 @@ def caption(report: SweepReport) -> str:
     origin = f"{report.select_rows} rows that were taken from the training data"
     if report.select_from == "validation":
         origin = "the validation rows, as in the paper, which flatters their scores"
-    lines = [
+    words = (
         f"{' and '.join(report.metrics)}. Configurations are compared on `select`, here {origin}: "
         "by the median over the seeds of their distance from the teacher (of their score if no "
         f"teacher teaches). The best is {report.selected}. On {report.rows} validation rows the "
         f"median of its {len(report.students)} student(s) is {report.score.median:.4f}, and the "
         f"teacher's score {report.teacher_score:.4f}."
-    ]
+    )
     counts = {state: sum(trial.state == state for trial in report.trials) for state in _STATES}
-    lines.append(f"Trials: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}.")
+    lines = [words, f"Trials: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}."]
     lines += [
         f"Lost: {trial.configuration}, seed {trial.seed} ({trial.run}) {trial.state}: "
         f"{trial.message}"

@@ -97,8 +97,10 @@ class Tuning:
             seed: of the draws, and of the trials.
             early_stopping: whether ASHA may stop some.
         """
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, free = dict[str, Any](seed=seed), list[str]()
         for name, choices in values.items():
             low, high = min(choices), max(choices)
@@ -114,11 +116,11 @@ class Tuning:
             {f"trial/{name}": getattr(trial.configuration, name) for name in free} for trial in told
         ]
         # Another seed after a restart, or the first draws would be those of the first start.
-        optuna = OptunaSearch(
+        sampler = OptunaSearch(
             metric="criterion", mode="max", seed=seed + len(told), points_to_evaluate=points,
             evaluated_rewards=[trial.criterion for trial in told],
         )  # fmt: skip
-        self._fit({"trial": space}, early_stopping, num_samples=trials, search_alg=optuna)
+        self._fit({"trial": space}, early_stopping, num_samples=trials, search_alg=sampler)
 
     def _fit(self, space: dict[str, Any], early_stopping: bool, **settings: Any) -> None:
         if early_stopping and self.epochs > 1:

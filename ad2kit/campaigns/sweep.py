@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ad2kit import data as datasets
 from ad2kit.campaigns.trial import Job, make_teacher, run_trial
-from ad2kit.cluster import ray_cluster
+from ad2kit.cluster import insist_on_answer, ray_cluster
 from ad2kit.errors import RunError, UserError
 from ad2kit.files import fingerprint, write_record, write_text
 from ad2kit.judge import Judge
@@ -73,6 +73,8 @@ def sweep(
         RunError: another process works on this sweep.
         UserError: no cluster at the address, no such storage, or no trial finished.
     """
+    if address:
+        insist_on_answer(address)
     mirror = Mirror(storage) if storage else None
     job = Job(recipe, runs_dir.resolve(), Path.cwd(), mirror, allow_inexact)
     inputs = fingerprint(recipe.model_dump(mode="json"))
