@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
 from ad2kit.errors import UserError
@@ -48,20 +49,21 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
 
     # What goes wrong in a trial is reported by whoever started it.
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    if ray.is_initialized():
-        yield
-        return
-    if address is None:
-        ray.init(
-            address="local", num_cpus=available_cpus(), object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False, log_to_driver=False, configure_logging=False,
-        )  # fmt: skip
-    else:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # stdout is for results, and Ray tells of dead workers there
+        if ray.is_initialized():
+            yield
+            return
+        if address is None:
+            ray.init(
+                address="local", num_cpus=available_cpus(), object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False, log_to_driver=False, configure_logging=False,
+            )  # fmt: skip
+        else:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def insist_on_answer(address: str) -> None:
@@ -82,7 +84,7 @@ def insist_on_answer(address: str) -> None:
     try:
         with socket.create_connection((host, int(port)), timeout=_TIMEOUT_S) as connection:
             connection.sendall(_HELLO)
-            answer = connection.recv(9)
+            answer = connection.recv(9, socket.MSG_WAITALL)
             if len(answer) == 9 and answer[3] == _SETTINGS:
                 return
     except (OSError, OverflowError) as error:

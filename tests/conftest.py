@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 # Before any library reads them: no hub, no telemetry, and a Bento store of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "true"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
 
 import pytest
@@ -51,6 +52,16 @@ HEADLESS = (
 def _remove_the_bento_store() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for the whole suite: starting it takes longer than most tests."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

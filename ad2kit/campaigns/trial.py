@@ -86,9 +86,11 @@ class Job:
 
 
 def make_teacher(job: Job) -> tuple[str, str] | None:
-    """Make the teacher in the run of the first trial, and send it; return what the user has to do.
+    """Make the teacher in the run of the first trial, and send it to the storage.
 
-    An error of ours would not survive the way to another process whole.
+    Returns:
+        Message and hint where the user has to do something: an error of ours would not reach the
+        other process whole.
     """
     run = job.enter(*job.first())
     try:
@@ -97,6 +99,10 @@ def make_teacher(job: Job) -> tuple[str, str] | None:
             job.mirror.send(run.teacher, job.teacher_name(), last=models.MANIFEST)
     except UserError as error:
         return error.message, error.hint
+    except Exception as error:
+        if not no_room_left(error):
+            raise
+        return _explain(error), "make room, then run the same command again"
     return None
 
 
