@@ -27,6 +27,7 @@ from ad2kit.files import fingerprint, write_record, write_text
 from ad2kit.judge import Judge
 from ad2kit.mirror import Mirror
 from ad2kit.records import DistillReport
+from ad2kit.runtime import processes
 from ad2kit.sweep_report import (
     Ledger,
     SelectedStudent,
@@ -73,6 +74,11 @@ def sweep(
         RunError: another process works on this sweep.
         UserError: no cluster at the address, no such storage, or no trial finished.
     """
+    if processes() > 1:
+        raise UserError(
+            "`ad2kit sweep` takes one process: Ray starts its own",
+            hint="leave `accelerate launch` out",
+        )
     if address:
         insist_on_answer(address)
     mirror = Mirror(storage) if storage else None
@@ -168,7 +174,14 @@ def _teach(job: Job, resources: dict[str, float]) -> None:
         num_cpus=resources["cpu"], num_gpus=resources["gpu"], max_retries=RESTARTS
     )
     logger.info("teacher: made, or found, before the trials start")
-    if problem := ray.get(task.remote(job)):
+    try:
+        problem = ray.get(task.remote(job))
+    except ray.exceptions.WorkerCrashedError as error:
+        raise UserError(
+            f"the worker that makes the teacher died {RESTARTS + 1} times",
+            hint="look for what killed it (memory?); the same command goes on from its checkpoint",
+        ) from error
+    if problem:
         message, hint = problem
         raise UserError(message, hint=hint)
 
@@ -177,12 +190,17 @@ def _best(trials: list[Trial]) -> Configuration:
     """Return the configuration with the highest median criterion."""
     best = by_configuration(trials)[0]
     if best.criterion == -math.inf:
-        lost = next(trial for trial in trials if trial.state in ("diverged", "failed"))
-        raise UserError(
-            f"no configuration has a student for most of its seeds; {lost.run}: {lost.message}",
-            hint="mend that, or search elsewhere, for example: sweep.lrs=[1e-5,5e-5]",
-        )
+        raise _all_lost("no configuration has students for most of its seeds", trials)
     return best.configuration
+
+
+def _all_lost(what: str, trials: list[Trial]) -> UserError:
+    lost = next(trial for trial in trials if trial.state in ("diverged", "failed"))
+    return UserError(
+        f"{what}; the first that was lost, {lost.run} ({lost.configuration}), {lost.state}: "
+        f"{lost.message}",
+        hint="mend that, or search elsewhere, for example with sweep.lrs=[1e-5,5e-5]",
+    )
 
 
 def _report(job: Job, inputs: str, trials: list[Trial], best: Configuration) -> SweepReport:
@@ -202,6 +220,8 @@ def _report(job: Job, inputs: str, trials: list[Trial], best: Configuration) -> 
                     score=judge.score(judge.answers(run.student)),
                 )
             )  # fmt: skip
+    if not students:
+        raise _all_lost(f"no student of the best configuration ({best}) has finished", trials)
     score = Spread.of([student.score for student in students])
     return SweepReport(
         recipe=recipe.name,

@@ -62,6 +62,7 @@ class Job:
         """Return the run of one trial, taken back from the storage if it is finished there."""
         run = open_run(self.recipe_of(configuration, seed), self.runs_dir)
         if self.mirror and not run.distill_report.is_file():
+            run.wait_until_free(_SECONDS_TO_DIE)
             self.mirror.take(run.path, run.path.name, last=run.distill_report.name)
         return run
 
@@ -92,8 +93,8 @@ def make_teacher(job: Job) -> tuple[str, str] | None:
         Message and hint where the user has to do something: an error of ours would not reach the
         other process whole.
     """
-    run = job.enter(*job.first())
     try:
+        run = job.enter(*job.first())
         teach(run, allow_inexact=job.allow_inexact)
         if job.mirror:
             job.mirror.send(run.teacher, job.teacher_name(), last=models.MANIFEST)
