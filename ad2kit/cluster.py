@@ -19,9 +19,11 @@ _TIMEOUT_S = 5.0
 # A gRPC server answers the opening of an HTTP/2 connection with its settings (RFC 9113, 3.4).
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _SETTINGS = 4
-# Ray reports usage unless told not to; ad2kit speaks for itself, and in the caller's folder.
+# Ray reports usage unless told not to, and gives its workers what other processes leave; ad2kit
+# speaks for itself, and works in the caller's folder.
 _SETTINGS_OF_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
