@@ -59,12 +59,15 @@ class SweepRecipe(Section):
     early_stopping: bool = False
 
     @model_validator(mode="after")
-    def _names_each_value_once(self) -> Self:
+    def _spans_something(self) -> Self:
         for name in ("batch_sizes", "lrs", "radii", "alphas"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 msg = f"'{name}' has a value twice: {', '.join(map(str, values))}"
                 raise ValueError(msg)
+        if self.search == "optuna" and len(self.lrs) < 2:
+            msg = "'optuna' draws from between the lowest and the highest of two or more 'lrs'"
+            raise ValueError(msg)
         return self
 
     def values(self, distill: DistillRecipe) -> dict[str, tuple[float, ...]]:

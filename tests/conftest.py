@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # as in ad2kit.cluster; else whatever runs beside comes first
+# As in ad2kit.cluster; else whatever runs beside the tests comes first.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own name)
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
 
 import pytest

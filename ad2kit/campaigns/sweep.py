@@ -96,8 +96,7 @@ def sweep(
         ) from error
     with lock, ExitStack() as stack:
         search = _Search(job, Ledger(folder / "trials.jsonl"), address, stack)
-        search.explore()
-        best = _best(search.trials())
+        best = _best(search.explore())
         search.train((best, seed) for seed in job.seeds())
         report = _report(job, inputs, search.trials(), best)
         write_record(folder / "sweep.json", report)
@@ -116,23 +115,25 @@ class _Search:
     def trials(self) -> list[Trial]:
         return list(self.ledger.trials.values())
 
-    def explore(self) -> None:
-        """Train what the recipe asks for, up to the choice of a configuration."""
+    def explore(self) -> list[Trial]:
+        """Train what the recipe asks for; return the trials that decide on a configuration."""
         distill, space, seeds = self.job.recipe.distill, self.job.recipe.sweep, self.job.seeds()
         early_stopping = space.early_stopping
         if space.search == "grid":
             points = space.grid(distill)
             self.train(((p, s) for s in seeds for p in points), early_stopping=early_stopping)
-            return
+            return self.trials()
+
+        def drawn() -> list[Trial]:
+            return [trial for trial in self.trials() if trial.seed == seeds[0]]
+
         # First those that a search before this one had drawn.
-        drawn = [trial.key for trial in self.trials() if trial.seed == seeds[0]]
-        self.train(drawn, early_stopping=early_stopping)
-        left = space.trials - len(drawn)
+        self.train([trial.key for trial in drawn()], early_stopping=early_stopping)
+        left = space.trials - len(drawn())
         if left > 0:
-            told = [trial for trial in self.trials() if trial.seed == seeds[0]]
-            self._tuning().search(
-                space.values(distill), told, left, seeds[0], early_stopping=early_stopping
-            )
+            values = space.values(distill)
+            self._tuning().search(values, drawn(), left, seeds[0], early_stopping=early_stopping)
+        return drawn()
 
     def train(self, keys: Iterable[Key], *, early_stopping: bool = False) -> None:
         """Train the students of some configurations and seeds, but those that have ended.

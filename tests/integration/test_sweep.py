@@ -158,6 +158,20 @@ def test_the_same_command_again_trains_nothing(swept: Swept, caplog: Any) -> Non
     assert "before the trials start" not in caplog.text
 
 
+def test_a_search_trains_the_best_of_its_draws_with_the_other_seeds(swept: Swept) -> None:
+    changes = ["distill.epochs=1", "sweep.search=optuna", "sweep.trials=2", "sweep.lrs=[1e-4,5e-3]"]
+    recipe = load("smoke", [*SPACE, *changes])
+    report, folder = sweep(recipe, swept.runs_dir)
+    seeds = {each.configuration: each.trials for each in report.configurations}
+    assert len(seeds) == 2
+    assert seeds.pop(report.selected) == 2
+    assert list(seeds.values()) == [1]
+    first = [trial for trial in report.trials if trial.seed == recipe.seed]
+    assert report.selected == max(first, key=lambda trial: trial.criterion).configuration
+    assert "2 student(s)" in (folder / "sweep.md").read_text()
+    assert sweep(recipe, swept.runs_dir)[0] == report
+
+
 def test_two_commands_do_not_work_on_one_sweep(swept: Swept) -> None:
     with (
         FileLock(swept.folder / ".lock"),

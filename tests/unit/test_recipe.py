@@ -147,6 +147,7 @@ def test_an_override_reaches_the_typed_recipe() -> None:
         ("sweep.batch_sizes=[]", "at least 1 item"),
         ("sweep.radii=[1e-3, 1e-3]", "'radii' has a value twice: 0.001, 0.001"),
         ("sweep.search=random", "'grid' or 'optuna'"),
+        ("sweep={'search': 'optuna', 'lrs': [1e-5]}", "two or more 'lrs'"),
     ],
 )
 def test_a_wrong_override_is_an_error_that_names_it(override: str, expected: str) -> None:
