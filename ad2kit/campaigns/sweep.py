@@ -158,7 +158,9 @@ class _Search:
             job = self.job
             self.stack.enter_context(ray_cluster(self.address))
             resources = trial_resources(job.recipe.compute)
-            _teach(job, resources)
+            # No trial has begun before the teacher was there for all.
+            if not (self.ledger.trials and job.has_teacher()):
+                _teach(job, resources)
             self.started = Tuning(
                 trainable=lambda point: run_trial(job, point),
                 ledger=self.ledger,

@@ -80,6 +80,10 @@ class Job:
         """Return the trial in whose run the teacher is made."""
         return self.recipe.sweep.grid(self.recipe.distill)[0], self.recipe.seed
 
+    def has_teacher(self) -> bool:
+        """Whether the teacher lies in that run, on this machine."""
+        return (self.run(*self.first()).teacher / models.MANIFEST).is_file()
+
     def teacher_name(self) -> str:
         """Return what the teacher is called in the storage."""
         shared = self.recipe.model_dump(mode="json", include={"seed", "data", "teacher"})

@@ -16,6 +16,7 @@ import ray
 from filelock import FileLock
 
 from ad2kit import tuning
+from ad2kit.__main__ import main
 from ad2kit.campaigns.sweep import sweep
 from ad2kit.campaigns.trial import Job, make_teacher, run_trial
 from ad2kit.distill import distill
@@ -156,6 +157,23 @@ def test_the_same_command_again_trains_nothing(swept: Swept, caplog: Any) -> Non
     assert curve_times(swept.runs_dir, list(before)) == before
     assert sha256_of(lost.student / "model.safetensors") == weights
     assert "before the trials start" not in caplog.text
+
+
+def test_the_command_prints_the_table_or_json_alone(
+    swept: Swept, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["ad2kit", "sweep", "smoke", *SPACE, "--runs-dir", str(swept.runs_dir)]
+    printed = []
+    for options in ([], ["--json"]):
+        arguments = [*command, "--storage", swept.storage, *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert "Trials: 2 finished, 2 diverged." in printed[0]
+    assert f"report: {swept.folder / 'sweep.md'}" in printed[0].replace("\n", "")
+    assert SweepReport.model_validate_json(printed[1]) == swept.report
 
 
 def test_a_search_trains_the_best_of_its_draws_with_the_other_seeds(swept: Swept) -> None:
