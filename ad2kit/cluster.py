@@ -61,7 +61,15 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
                 include_dashboard=False, log_to_driver=False, configure_logging=False,
             )  # fmt: skip
         else:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, RuntimeError) as error:
+                reason = str(error.__cause__ or error).split(". ")[0]
+                raise UserError(
+                    f"the Ray cluster at {address} refuses the connection: {reason}",
+                    hint="a cluster that asks for a token needs RAY_AUTH_MODE=token here, and its "
+                    "token in ~/.ray/auth_token; the versions of Ray have to agree",
+                ) from error
         try:
             yield
         finally:
