@@ -58,10 +58,13 @@ def _remove_the_bento_store() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
-    """One Ray for the whole suite: starting it takes longer than most tests."""
+    """One Ray for the whole suite, whatever cluster a developer may have running."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
     yield
     ray.shutdown()
 
