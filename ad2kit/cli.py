@@ -44,5 +44,6 @@ for command in (
     stage_commands.score,
     campaign_commands.run,
     campaign_commands.compare,
+    campaign_commands.sweep,
 ):
     app.command()(command)

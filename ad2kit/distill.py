@@ -64,19 +64,9 @@ def distill(
     Raises:
         DataError, ModelError, RunError, DivergedError: see the functions that this one calls.
     """
-    recipe, settings = run.recipe, run.recipe.distill
-    accelerator = make_accelerator(recipe.compute)
-    surroundings = environment(
-        torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
-    ) | {"compile": str(recipe.compute.compile)}
-    data = datasets.load_data(recipe.data, recipe.seed)
-    if data.task != "regression":
-        train = data.train
-        shares = balance(counts(data.task, train.labels, data.labels), len(train))
-        logger.info("train: %d rows; %s", len(train), shares)
-    trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
-    stage = _Stage(run, recipe, data, trainer)
-
+    stage = _Stage.of(run, on_step, allow_inexact)
+    recipe, data, trainer = stage.recipe, stage.data, stage.trainer
+    settings, accelerator = recipe.distill, stage.accelerator
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
@@ -134,13 +124,26 @@ def distill(
         mean_clean_kl=kd,
         mean_adversarial_gain=gain,
         verdict=words,
-        environment=surroundings,
+        environment=trainer.surroundings,
     )
     if accelerator.is_main_process:
         write_record(run.distill_report, report)
     trainer.clean_up("student")
     logger.info("%s", words)
     return report
+
+
+@exclusive
+def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
+    """Do the part of :func:`distill` that the students of one teacher share, before any of them.
+
+    The teacher of the run is made, and its logits on what the students read; the runs beside this
+    one take both from the store. Arguments and errors are those of :func:`distill`.
+    """
+    stage = _Stage.of(run, lambda _record: None, allow_inexact)
+    teacher = stage.teacher()
+    teacher.module.to(stage.accelerator.device)
+    stage.teacher_logits(teacher, stage.data.distillation())
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,22 @@ class _Stage:
     recipe: Recipe
     data: Data
     trainer: Trainer
+
+    @classmethod
+    def of(cls, run: RunDir, on_step: Callable[[StepRecord], None], allow_inexact: bool) -> _Stage:
+        """Look at device and data; nothing is trained yet."""
+        recipe = run.recipe
+        accelerator = make_accelerator(recipe.compute)
+        surroundings = environment(
+            torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
+        ) | {"compile": str(recipe.compute.compile)}
+        data = datasets.load_data(recipe.data, recipe.seed)
+        if data.task != "regression":
+            train = data.train
+            shares = balance(counts(data.task, train.labels, data.labels), len(train))
+            logger.info("train: %d rows; %s", len(train), shares)
+        trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
+        return cls(run, recipe, data, trainer)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -219,12 +238,8 @@ class _Stage:
 
     def _make_teacher(self, inputs: str) -> None:
         """Take over the teacher of another run, or train it; all processes take part."""
-        recipe, run, data, first = (
-            self.recipe,
-            self.run,
-            self.data,
-            self.accelerator.is_main_process,
-        )
+        recipe, run, data = self.recipe, self.run, self.data
+        first = self.accelerator.is_main_process
         source, settings = recipe.teacher.model, recipe.teacher.finetune
         key = fingerprint(
             inputs, recipe.compute.precision,

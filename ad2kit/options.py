@@ -82,11 +82,17 @@ Prefix = Annotated[str, typer.Option(help="Put before the names of the columns t
 Engine = Annotated[
     Literal["process", "ray"], typer.Option(help="Processes of this machine, or Ray Data.")
 ]
-Address = Annotated[
-    str | None, typer.Option(help="Of a Ray cluster, HOST:PORT; default: Ray on this machine.")
-]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="One thread each; default: the cores of this machine.")
 ]
 BlockRows = Annotated[int, typer.Option(min=1, help="Rows of a part; sorted by length in it.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts that are computed at once.")]
+
+# Of `sweep`, and the address of `score` too.
+Address = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, instead of this machine.")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="For workers without this disk: where finished runs go."),
+]

@@ -7,12 +7,13 @@ cluster every machine has ad2kit installed, and reads input, output and artefact
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.blocks import Block
-from ad2kit.cluster import connected
-from ad2kit.errors import UserError
+from ad2kit.cluster import ray_cluster
+from ad2kit.errors import MissingExtra, UserError
 from ad2kit.scoring import Done, Scorer
 from ad2kit.workers import single_threaded
 
@@ -51,7 +52,11 @@ def score_on_ray(
         UserError: there is no cluster at the address, or it has too few cores.
         MissingExtra: Ray is not installed.
     """
-    with connected(address, workers) as ray:
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtra("ray", extra="scale")
+    with ray_cluster(address):
+        # Only now: Ray reads its settings from the environment when it is imported.
+        import ray
         from ray import data
 
         cores = int(ray.cluster_resources().get("CPU", 0))

@@ -30,7 +30,7 @@ from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pydantic import BaseModel
     from rich.progress import TaskID
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ad2kit.compare_report import CompareReport
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
+    from ad2kit.sweep_report import SweepReport
 
 _SECONDS_BETWEEN_LINES = 15.0
 _LINES_AT_ONCE = 256
@@ -147,19 +148,37 @@ def print_table(folder: RunDir) -> None:
 
 def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> None:
     """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
+    from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
+
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
+    parts = dict(zip((HEADER, DIFFERENCES), tables(report), strict=True))
+    _print_tables(parts, caption(report), folder / "compare.md")
 
+
+def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:
+    """Print a sweep on stdout: as JSON, or its tables and where its files lie."""
+    from ad2kit.sweep_report import HEADER, SELECTED, caption, tables
+
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    parts = dict(zip((HEADER, SELECTED), tables(report), strict=True))
+    _print_tables(parts, caption(report), folder / "sweep.md")
+
+
+def _print_tables(
+    parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]], caption: str, page: Path
+) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for header, lines in zip((HEADER, DIFFERENCES), tables(report), strict=True):
+    for header, lines in parts.items():
         table = Table(*header, box=box.SIMPLE_HEAD)
         for row in lines:
             table.add_row(*row)
         console.print(table)
-    console.print(caption(report), highlight=False)
-    console.print(f"report: {folder / 'compare.md'}", highlight=False)
+    console.print(caption, highlight=False)
+    console.print(f"report: {page}", highlight=False)
 
 
 def next_steps(tag: str, folder: RunDir) -> str:

@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 # Before any library reads them: no hub, no telemetry, and a Bento store of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "true"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# As in ad2kit.cluster; else whatever runs beside the tests comes first.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own name)
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ad2kit import recipe as recipes
 from ad2kit.run_dir import RunDir, open_run
@@ -40,6 +44,16 @@ QUICK = (
 )
 
 
+# The same examples each time, and no more than the suite has time for; `make soak` takes many.
+_SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+settings.register_profile(
+    "suite", derandomize=True, max_examples=60, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "soak", max_examples=3000, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.load_profile("suite")
+
 HEADLESS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -51,6 +65,19 @@ HEADLESS = (
 def _remove_the_bento_store() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for the whole suite, whatever cluster a developer may have running."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +99,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe)
     assert parity(run).passed
     bench(run)
     return run
-
-
-@pytest.fixture(scope="session")
-def ray_here() -> Iterator[str]:
-    """A Ray of two cores for the whole suite, because starting one takes long; its address."""
-    from ad2kit.cluster import connected
-
-    with connected(None, 2) as ray:
-        yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture

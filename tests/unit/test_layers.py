@@ -16,21 +16,25 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "markdown", "yaml_core"},
-    1: {"files", "recipe", "records", "run_dir", "runtime", "score_records", "sections",
-        "shipping", "verdicts"},
+    1: {
+        "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
+        "search_space", "sections", "shipping", "verdicts",
+    },
     2: {
-        "adversary", "batcher", "blocks", "bundle", "checkpoint", "classifier", "cluster",
-        "compare_report", "corpus", "curve", "data", "error_contract", "first_token", "fuse",
-        "gate", "http_api", "int8_search", "intermediate", "labels", "losses", "metrics",
-        "models", "objectives", "parquet_blocks", "parts", "plots", "quantize", "random_bert",
-        "ray_workers", "references", "resumable", "scoring", "service_check", "service_metrics",
-        "sources", "store", "students", "tables", "tasks", "text_blocks", "training", "workers",
+        "adversary", "batcher", "blocks", "bundle", "checkpoint", "classifier", "compare_report",
+        "corpus", "curve", "data", "error_contract", "first_token", "fuse", "gate", "golden",
+        "http_api", "int8_search", "intermediate", "judge", "labels", "losses", "metrics",
+        "mirror", "models", "objectives", "observability", "openapi", "parquet_blocks", "parts",
+        "plots", "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
+        "service_check", "service_metrics", "shadow", "sources", "store", "students",
+        "sweep_report", "tables", "tasks", "text_blocks", "training", "tuning", "workers",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
         "report", "score",
     },
-    4: {"campaigns", "campaigns.compare", "campaigns.run"},
+    3.5: {"campaigns.trial"},  # what a campaign hands to a worker
+    4: {"campaigns", "campaigns.compare", "campaigns.run", "campaigns.sweep"},
     5: {
         "__main__", "campaign_commands", "cli", "options", "parity_terminal", "score_terminal",
         "stage_commands", "terminal",
