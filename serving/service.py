@@ -34,7 +34,7 @@ from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
 from ad2kit.golden import warm_up
-from ad2kit.http_api import ApiKeys, Classify, Direct, Stages
+from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.observability import log_as_json, tracing
 from ad2kit.openapi import (
     MAX_TEXTS,
@@ -260,7 +260,13 @@ def openapi() -> dict[str, Any]:
 
 
 KEYS = api_keys()
+TRACING = tracing()
 # From the outside to the inside.
+Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
+    Unlink,
+    layers={"TimeoutMiddleware"}
+    | (set() if "exporter_type" in TRACING else {"OpenTelemetryMiddleware"}),
+)
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
     max_body_bytes=MAX_BODY_BYTES,
