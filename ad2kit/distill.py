@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from ad2kit.labels import balance, counts
 from ad2kit.losses import soft_targets
 from ad2kit.metrics import score
 from ad2kit.objectives import distillation, finetuning
+from ad2kit.prune import check_widths, narrow
 from ad2kit.records import DistillReport, ModelManifest, StepRecord
 from ad2kit.references import RANDOM, find_model
 from ad2kit.resumable import Trainer
@@ -237,7 +239,9 @@ class _Stage:
                 source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
             )
             if recipe.student.model is None:
-                check_layers(teacher, recipe.student.layers or ())  # not after the long part
+                # Not after the long part.
+                check_layers(teacher, recipe.student.layers or ())
+                check_widths(teacher, recipe.student)
             if settings is not None:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
@@ -261,7 +265,13 @@ class _Stage:
             source = models.load_reference(
                 recipe.model, self.data, seed=self.recipe.seed, finished=False, key="student.model"
             )
-        return build_student(source, recipe.layers) if recipe.layers else source
+        if recipe.layers is None:
+            return source
+        check_widths(source, recipe)
+        student = build_student(source, recipe.layers)
+        train = functools.partial(self.encode, teacher, self.data.train)
+        narrow(student, teacher, recipe, train, self.accelerator.device)
+        return student
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on what the student reads, computed once for all runs.

@@ -22,7 +22,7 @@ LAYERS = {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
         "curve", "data", "error_contract", "first_token", "fuse", "gate", "http_api",
         "int8_search", "intermediate", "labels", "losses", "metrics", "models", "objectives",
-        "plots", "quantize", "random_bert", "references", "resumable", "service_check",
+        "plots", "prune", "quantize", "random_bert", "references", "resumable", "service_check",
         "service_metrics", "sources", "store", "students", "tables", "tasks", "training",
     },
     3: {
