@@ -43,5 +43,6 @@ for command in (
     stage_commands.predict,
     campaign_commands.run,
     campaign_commands.compare,
+    campaign_commands.fit,
 ):
     app.command()(command)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.compare_report import CompareReport
+    from ad2kit.fit_report import FitReport
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
 
@@ -147,19 +148,44 @@ def print_table(folder: RunDir) -> None:
 
 def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> None:
     """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
+    from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
+
+    results, differences = tables(report)
+    _print_report(
+        report, {HEADER: results, DIFFERENCES: differences},
+        f"{caption(report)}\nreport: {folder / 'compare.md'}", as_json=as_json,
+    )  # fmt: skip
+
+
+def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
+    """Print what `fit` found on stdout: as JSON, or its tables and what to type next."""
+    from ad2kit.fit_report import HEADER, TRAINED_HEADER, caption, rows, trained_rows
+
+    text = f"{caption(report)}\nreport: {folder / 'fit.md'}"
+    if report.package:
+        run, variant = report.package
+        text += f"\nnext: ad2kit package {folder.parent / run} --variant {variant}"
+    found = {HEADER: rows(report), TRAINED_HEADER: trained_rows(report)}
+    _print_report(report, found, text, as_json=as_json)
+
+
+def _print_report(
+    report: BaseModel, tables: dict[tuple[str, ...], list[tuple[str, ...]]], text: str, *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Print a record as JSON, or tables (rows by header) that are not empty and a text."""
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for header, lines in zip((HEADER, DIFFERENCES), tables(report), strict=True):
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for header, lines in tables.items():
+        if not lines:
+            continue
         table = Table(*header, box=box.SIMPLE_HEAD)
         for row in lines:
             table.add_row(*row)
         console.print(table)
-    console.print(caption(report), highlight=False)
-    console.print(f"report: {folder / 'compare.md'}", highlight=False)
+    console.print(text, highlight=False)
 
 
 def next_steps(tag: str, folder: RunDir) -> str:

@@ -20,16 +20,16 @@ LAYERS = {
         "verdicts"},
     2: {
         "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
-        "curve", "data", "error_contract", "first_token", "fuse", "gate", "http_api",
+        "curve", "data", "error_contract", "first_token", "fit_report", "fuse", "gate", "http_api",
         "int8_search", "intermediate", "labels", "losses", "metrics", "models", "objectives",
-        "plots", "prune", "quantize", "random_bert", "references", "resumable", "service_check",
-        "service_metrics", "sources", "store", "students", "tables", "tasks", "training",
+        "plots", "prospects", "prune", "quantize", "random_bert", "references", "resumable", "service_check",
+        "service_metrics", "shapes", "sources", "stopwatch", "store", "students", "tables", "tasks", "training",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
         "report",
     },
-    4: {"campaigns", "campaigns.compare", "campaigns.run"},
+    4: {"campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run"},
     5: {
         "__main__", "campaign_commands", "cli", "options", "parity_terminal", "stage_commands",
         "terminal",
