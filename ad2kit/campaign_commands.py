@@ -81,7 +81,7 @@ def fit(
     Shapes are measured untrained; those that can meet it are distilled, cheapest first, until one
     passes the gate. Exit code 1 if none does.
     """
-    from ad2kit.fit_report import Target, insist_found
+    from ad2kit.fit_records import Target, insist_found
     from ad2kit.recipe import load
     from ad2kit.shapes import Grid
     from ad2kit.terminal import print_fit, show_messages, training_progress

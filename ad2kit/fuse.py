@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -13,9 +11,9 @@ from onnxruntime.transformers.fusion_options import AttentionMaskFormat, FusionO
 from onnxruntime.transformers.optimizer import optimize_model
 
 from ad2kit.first_token import read_first_token_only
+from ad2kit.runtime import without_message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 # What the fusions make, and no exporter writes (LayerNormalization alone comes from both).
@@ -42,31 +40,14 @@ def fuse(fp32: Path, fused: Path) -> None:
     options.attention_mask_format = AttentionMaskFormat.AttentionMask
     # opt_level 0: what a session optimises when it starts is left to the session, because a graph
     # that went through it fits the machine that it was made on.
-    with _without_doubts():
+    # Of pruned heads: the fusion says that they are narrower than the layer, and fuses them.
+    with without_message("fusion_attention", "Input hidden size"):
         model = optimize_model(
             str(fp32), model_type="bert", num_heads=0, hidden_size=0, optimization_options=options,
             opt_level=0,
         )  # fmt: skip
     read_first_token_only(model.model)
     model.save_model_to_file(str(fused))
-
-
-@contextlib.contextmanager
-def _without_doubts() -> Iterator[None]:
-    """Silence the warning that pruned heads are narrower than the layer: they are fused all the same.
-
-    Whether they compute the same is what the gate measures.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "Input hidden size" not in record.getMessage()
-
-    fusion = logging.getLogger("fusion_attention")
-    fusion.addFilter(keep)
-    try:
-        yield
-    finally:
-        fusion.removeFilter(keep)
 
 
 def to_fp16(fp32: Path, fp16: Path) -> None:

@@ -1,13 +1,27 @@
-"""Whether a student that is still in training can become good enough."""
+"""Whether a student can become good enough, and how sure it is that it has.
+
+The one is asked of ``select`` while it trains, the other of the validation rows at the end.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ad2kit.metrics import paired_bootstrap, retained_interval
+from ad2kit.tasks import answers
+from ad2kit.verdicts import RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
+    from ad2kit.run_dir import RunDir
+
+_ERROR = 0.05
 # A candidate is given up where it would be wrong once in forty times, if nothing else were.
 _STANDARD_ERRORS = 2.0
 
@@ -40,4 +54,27 @@ def error_of(look: int) -> float:
     each to the next, so that the chance that any lower bound is too high stays below 5 % however
     many there are (Bonferroni's inequality).
     """
-    return 0.05 / 2 ** (look - 1)
+    return _ERROR / 2.0 ** (look - 1)
+
+
+def retained_at_look(run: RunDir, variant: str, labels: NDArray[Any], look: int
+                     ) -> tuple[float, float]:  # fmt: skip
+    """Return the interval of what a judged variant retains, as wide as the look demands.
+
+    Args:
+        run: a run whose parity has been judged.
+        variant: one of its variants.
+        labels: of the validation rows.
+        look: see :func:`error_of`.
+    """
+    recipe = run.recipe
+    lines = run.answers.read_text(encoding="utf-8").splitlines()
+    rows = [RowAnswers.model_validate_json(line) for line in lines]
+    found = [
+        answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
+        for name in (variant, "teacher")
+    ]
+    draws = paired_bootstrap(
+        recipe.data.judged_by, found, labels, recipe.parity.bootstrap_samples, recipe.seed
+    )
+    return retained_interval(draws, error_of(look))

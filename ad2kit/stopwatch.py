@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.files import fingerprint, write_record
-from ad2kit.fit_report import Cost, Measurements
+from ad2kit.fit_records import Cost, Measurements
 from ad2kit.runtime import available_cpus, environment
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.fit_report import Target
+    from ad2kit.fit_records import Target
     from ad2kit.recipe import Recipe
 
 Call = Callable[["NDArray[np.int64]"], object]
@@ -79,5 +79,6 @@ class Stopwatch:
                 for name, (_, size) in systems.items()
             )  # fmt: skip
             self._known = {**self._known, key: costs}
+            self._file.parent.mkdir(exist_ok=True)
             write_record(self._file, Measurements(costs=self._known))
         return self._known[key]

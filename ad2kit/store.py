@@ -83,7 +83,7 @@ def _writing(store: Path) -> Iterator[None]:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Put a copy of a folder at ``target``, whole or not at all, by hard links where there are any."""
+    """Put a copy of a folder at ``target``, by hard links where the file system has them."""
 
     def copy(old: str, new: str) -> None:
         try:

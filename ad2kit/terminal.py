@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.compare_report import CompareReport
-    from ad2kit.fit_report import FitReport
+    from ad2kit.fit_records import FitReport
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
 

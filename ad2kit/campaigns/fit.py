@@ -20,28 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from ad2kit import bench, models, shapes, store
+from ad2kit import bench, models, shapes
 from ad2kit import data as datasets
+from ad2kit.baseline import fill_with_teacher
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier, open_session
-from ad2kit.curve import read_curve
+from ad2kit.curve import select_scores
 from ad2kit.distill import distill
-from ad2kit.errors import RecipeError
+from ad2kit.errors import UserError
 from ad2kit.export import export, export_fp32
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
-from ad2kit.fit_report import Candidate, Cost, FitReport, Target, markdown, plot, shortfalls
-from ad2kit.metrics import paired_bootstrap, retained_interval, score
+from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
+from ad2kit.fit_report import markdown, plot
+from ad2kit.metrics import score
 from ad2kit.parity import parity
-from ad2kit.prospects import error_of, hopeless
-from ad2kit.recipe import from_data
-from ad2kit.records import DistillReport, OnnxArtifact
+from ad2kit.prospects import hopeless, retained_at_look
+from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
+from ad2kit.runtime import processes
 from ad2kit.stopwatch import Stopwatch
 from ad2kit.tasks import answers
 from ad2kit.training import predict_logits
-from ad2kit.verdicts import ParityReport, RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ad2kit.data import Data
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
-    from ad2kit.records import StepRecord
+    from ad2kit.records import DistillReport, StepRecord
     from ad2kit.shapes import Grid, Shape
     from ad2kit.stopwatch import System
 
@@ -81,16 +81,15 @@ def fit(
         with a table and a plot.
 
     Raises:
-        RecipeError: a target without a bound on latency, size or speed, or a student that is not
-            made from the teacher.
+        RecipeError: a target that means nothing, or a student that is not made from the teacher.
         UserError: see the stages.
     """
-    if (target.p99_ms, target.max_mb, target.speedup) == (None, None, None):
-        raise RecipeError(
-            "a target without a bound on latency, size or speed is met by the teacher itself",
-            hint="add --p99-ms, --max-mb or --speedup",
+    if processes() > 1:
+        raise UserError(
+            "`ad2kit fit` takes one process: it trains its candidates one after the other",
+            hint="run it without `accelerate launch`",
         )
-    recipe = _aimed(recipe, target)
+    recipe = target.applied_to(recipe)
     data = datasets.load_data(recipe.data, recipe.seed)
     teacher = models.load_reference(
         recipe.teacher.model, data, seed=recipe.seed, finished=recipe.teacher.finetune is None,
@@ -104,7 +103,8 @@ def fit(
     folder = runs_dir / f"fit-{recipe.name}-{inputs[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = teacher.module.config.vocab_size
-    stopwatch = Stopwatch(recipe, target, folder / "measured.json", bench.measure, vocabulary)
+    measured = runs_dir / ".shared" / "measured.json"
+    stopwatch = Stopwatch(recipe, target, measured, bench.measure, vocabulary)
     search = _Search(
         recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact
     )
@@ -129,19 +129,6 @@ def fit(
     write_text(folder / "fit.md", markdown(report))
     plot(report, folder / "fit.svg")
     return report, folder
-
-
-def _aimed(recipe: Recipe, target: Target) -> Recipe:
-    """Return the recipe with the target as the gate's threshold and as the bench's shape."""
-    plain = recipe.model_dump(mode="json")
-    plain["parity"] |= {
-        "min_retained": target.retain,
-        "min_retained_lower": max(0.0, target.retain - target.margin),
-    }
-    plain["bench"] |= {
-        "batch_sizes": [target.batch_size], "lengths_tokens": [target.length_tokens],
-    }  # fmt: skip
-    return from_data(plain, where=f"the recipe for the target ({target})")
 
 
 @dataclass
@@ -169,9 +156,10 @@ class _Search:
         equally fast all the time.
         """
         full, found = shapes.whole(self.teacher), list[Candidate]()
+        kind = [self.teacher.module.config.to_json_string(), self.recipe.export.variants]
         with tempfile.TemporaryDirectory(prefix="ad2kit-fit-") as scratch:
             teachers = functools.cache(lambda: self._untrained(full, Path(scratch) / "teacher"))
-            teacher = self.stopwatch.measure(str(full), teachers)
+            teacher = self.stopwatch.measure(kind, teachers)
             fastest = min(teacher, key=lambda cost: cost.p50_ms).variant
 
             def beside(shape: Shape) -> dict[str, System]:
@@ -181,7 +169,7 @@ class _Search:
 
             for number, shape in enumerate(wanted, start=1):
                 make = functools.partial(beside, shape)
-                _, *costs = self.stopwatch.measure([str(full), str(shape)], make, ("teacher",))
+                _, *costs = self.stopwatch.measure([*kind, str(shape)], make, ("teacher",))
                 found.append(Candidate.measured(shape, tuple(costs), self.target))
                 best = found[-1].best(self.target)
                 logger.info(
@@ -210,7 +198,7 @@ class _Search:
         try:
             distilled = self._distill(run)
         except _GivenUp:
-            scores = _scores(run)
+            scores = select_scores(run.curve("student"))
             return candidate.ended(
                 "given up", f"{scores[-1]:.4f} on select after {len(scores)} epochs",
                 select_score=scores[-1],
@@ -235,11 +223,13 @@ class _Search:
         self, candidate: Candidate, run: RunDir, affordable: list[Cost], facts: dict[str, Any]
     ) -> Candidate:
         """Judge the variants that are cheap enough on the validation rows."""
-        self.looks += 1
-        verdicts = {verdict.variant: verdict for verdict in parity(run).variants}
-        least, failures = run.recipe.parity.min_retained_lower, list[str]()
+        report, failures = parity(run), list[str]()
+        verdicts = {verdict.variant: verdict for verdict in report.variants}
+        least, labels = report.thresholds.min_retained_lower, self.data.validation.labels
         for cost in sorted(affordable, key=lambda cost: cost.p50_ms):
-            verdict, interval = verdicts[cost.variant], self._interval(run, cost.variant)
+            self.looks += 1
+            verdict = verdicts[cost.variant]
+            interval = retained_at_look(run, cost.variant, labels, self.looks)
             facts |= {
                 "look": self.looks, "variant": cost.variant, "retained": verdict.retained,
                 "retained_interval": interval,
@@ -248,10 +238,11 @@ class _Search:
                 bench.bench(run, again=False)
                 self.package = run.path.name, cost.variant
                 return candidate.ended("found", "", **facts)
-            failures += ParityReport.read(run.parity_report).failures(cost.variant) or [
-                f"{cost.variant}: retained, lower bound at look {self.looks} is {interval[0]:.4g}, "
+            wider = (
+                f"{cost.variant}: at look {self.looks} the lower bound is {interval[0]:.4g}, "
                 f"expected at least {least:g}"
-            ]
+            )
+            failures += report.failures(cost.variant) or [wider]
         return candidate.ended("failed the gate", "; ".join(failures), **facts)
 
     def _recipe_for(self, shape: Shape) -> Recipe:
@@ -276,7 +267,7 @@ class _Search:
             raise
 
     def _hopeless(self, run: RunDir) -> bool:
-        scores, select = _scores(run), self.data.select
+        scores, select = select_scores(run.curve("student")), self.data.select
         if not scores:
             return False
         if self.needed is None:
@@ -292,7 +283,9 @@ class _Search:
 
     def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
         """Return the costs of a run's variants; speeds are over the teacher's best that passed."""
-        teacher = self._teacher_run(run)
+        whole = self._recipe_for(shapes.whole(self.teacher))
+        teacher = open_run(whole, self.runs_dir, self.folder / "teacher")
+        fill_with_teacher(teacher, run)
         export(teacher)
         passed = [verdict.variant for verdict in parity(teacher).variants if verdict.passed]
         variants, threads = self.recipe.export.variants, self.stopwatch.threads
@@ -309,44 +302,3 @@ class _Search:
         what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
         self.trained = self.stopwatch.measure(what, make, [f"teacher {name}" for name in passed])
         return self.trained[len(passed) :]
-
-    def _teacher_run(self, run: RunDir) -> RunDir:
-        """Return the teacher as a run: its own student, with nothing to learn."""
-        found = open_run(
-            self._recipe_for(shapes.whole(self.teacher)), self.runs_dir, self.folder / "teacher"
-        )
-        distilled = DistillReport.read(run.distill_report)
-        if found.distill_report.is_file():
-            if DistillReport.read(found.distill_report).teacher_sha256 == distilled.teacher_sha256:
-                return found
-        for copy in (found.teacher, found.student):
-            store.link_folder(run.teacher, copy)
-        untrained = {
-            "student_sha256": sha256_of(found.student / models.MANIFEST),
-            "student_parameters": distilled.teacher_parameters,
-            "student_select_score": distilled.teacher_select_score,
-            "best_step": 0, "steps": 0, "train_seconds": 0.0, "examples_per_s": 0.0,
-            "mean_clean_kl": 0.0, "mean_adversarial_gain": None, "verdict": "the teacher itself",
-        }  # fmt: skip
-        write_record(found.distill_report, distilled.model_copy(update=untrained))
-        return found
-
-    def _interval(self, run: RunDir, variant: str) -> tuple[float, float]:
-        """Return the interval of what a variant retains, as wide as this look demands."""
-        lines = run.answers.read_text(encoding="utf-8").splitlines()
-        rows = [RowAnswers.model_validate_json(line) for line in lines]
-        found = [
-            answers(self.data.task, np.array([row.logits[name] for row in rows], np.float32))
-            for name in (variant, "teacher")
-        ]
-        draws = paired_bootstrap(
-            self.recipe.data.judged_by, found, self.data.validation.labels,
-            self.recipe.parity.bootstrap_samples, self.recipe.seed,
-        )  # fmt: skip
-        return retained_interval(draws, error_of(self.looks))
-
-
-def _scores(run: RunDir) -> list[float]:
-    """Return the scores on ``select`` of a student's training so far."""
-    curve = read_curve(run.curve("student"))
-    return [record.select_score for record in curve if record.select_score is not None]

@@ -19,11 +19,12 @@ LAYERS = {
     1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "shipping",
         "verdicts"},
     2: {
-        "adversary", "batcher", "bundle", "checkpoint", "classifier", "compare_report", "corpus",
-        "curve", "data", "error_contract", "first_token", "fit_report", "fuse", "gate", "http_api",
-        "int8_search", "intermediate", "labels", "losses", "metrics", "models", "objectives",
-        "plots", "prospects", "prune", "quantize", "random_bert", "references", "resumable", "service_check",
-        "service_metrics", "shapes", "sources", "stopwatch", "store", "students", "tables", "tasks", "training",
+        "adversary", "baseline", "batcher", "bundle", "checkpoint", "classifier",
+        "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
+        "fit_records", "fit_report", "fuse", "gate", "http_api", "int8_search", "intermediate",
+        "labels", "losses", "metrics", "models", "objectives", "plots", "prospects", "prune",
+        "quantize", "random_bert", "references", "resumable", "service_check", "service_metrics",
+        "shapes", "sources", "stopwatch", "store", "students", "tables", "tasks", "training",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
