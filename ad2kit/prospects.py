@@ -6,7 +6,7 @@ The one is asked of ``select`` while it trains, the other of the validation rows
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.run_dir import RunDir
+    from ad2kit.verdicts import ParityReport
 
 _ERROR = 0.05
 # A candidate is given up where it would be wrong once in forty times, if nothing else were.
@@ -57,15 +58,28 @@ def error_of(look: int) -> float:
     return _ERROR / 2.0 ** (look - 1)
 
 
-def retained_at_look(run: RunDir, variant: str, labels: NDArray[Any], look: int
-                     ) -> tuple[float, float]:  # fmt: skip
-    """Return the interval of what a judged variant retains, as wide as the look demands.
+class Look(NamedTuple):
+    """What the validation rows say of a variant; it has passed if nothing speaks against it.
+
+    ``number`` counts the looks at these rows; the interval is as wide as that demands.
+    """
+
+    number: int
+    retained: float
+    interval: tuple[float, float]
+    failures: list[str]
+
+
+def look_at(run: RunDir, report: ParityReport, variant: str, labels: NDArray[Any], number: int
+            ) -> Look:  # fmt: skip
+    """Return the verdict on a variant of a judged run, as the ``number``-th look.
 
     Args:
-        run: a run whose parity has been judged.
+        run: its parity has been judged.
+        report: what was found.
         variant: one of its variants.
         labels: of the validation rows.
-        look: see :func:`error_of`.
+        number: see :func:`error_of`.
     """
     recipe = run.recipe
     lines = run.answers.read_text(encoding="utf-8").splitlines()
@@ -77,4 +91,10 @@ def retained_at_look(run: RunDir, variant: str, labels: NDArray[Any], look: int
     draws = paired_bootstrap(
         recipe.data.judged_by, found, labels, recipe.parity.bootstrap_samples, recipe.seed
     )
-    return retained_interval(draws, error_of(look))
+    interval, least = retained_interval(draws, error_of(number)), recipe.parity.min_retained_lower
+    failures = report.failures(variant)
+    if not failures and interval[0] < least:
+        words = f"{variant}: lower bound of what is retained, at look {number},"
+        failures = [f"{words} is {interval[0]:.4g}, expected at least {least:g}"]
+    (retained,) = (each.retained for each in report.variants if each.variant == variant)
+    return Look(number, retained, interval, failures)

@@ -35,7 +35,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
 from ad2kit.fit_report import markdown, plot
 from ad2kit.metrics import score
 from ad2kit.parity import parity
-from ad2kit.prospects import hopeless, retained_at_look
+from ad2kit.prospects import hopeless, look_at
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.runtime import processes
@@ -224,25 +224,18 @@ class _Search:
     ) -> Candidate:
         """Judge the variants that are cheap enough on the validation rows."""
         report, failures = parity(run), list[str]()
-        verdicts = {verdict.variant: verdict for verdict in report.variants}
-        least, labels = report.thresholds.min_retained_lower, self.data.validation.labels
         for cost in sorted(affordable, key=lambda cost: cost.p50_ms):
             self.looks += 1
-            verdict = verdicts[cost.variant]
-            interval = retained_at_look(run, cost.variant, labels, self.looks)
+            look = look_at(run, report, cost.variant, self.data.validation.labels, self.looks)
             facts |= {
-                "look": self.looks, "variant": cost.variant, "retained": verdict.retained,
-                "retained_interval": interval,
+                "look": look.number, "variant": cost.variant, "retained": look.retained,
+                "retained_interval": look.interval,
             }  # fmt: skip
-            if verdict.passed and interval[0] >= least:
+            if not look.failures:
                 bench.bench(run, again=False)
                 self.package = run.path.name, cost.variant
                 return candidate.ended("found", "", **facts)
-            wider = (
-                f"{cost.variant}: at look {self.looks} the lower bound is {interval[0]:.4g}, "
-                f"expected at least {least:g}"
-            )
-            failures += report.failures(cost.variant) or [wider]
+            failures += look.failures
         return candidate.ended("failed the gate", "; ".join(failures), **facts)
 
     def _recipe_for(self, shape: Shape) -> Recipe:
