@@ -6,6 +6,8 @@ The one is asked of ``select`` while it trains, the other of the validation rows
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -70,31 +72,56 @@ class Look(NamedTuple):
     failures: list[str]
 
 
-def look_at(run: RunDir, report: ParityReport, variant: str, labels: NDArray[Any], number: int
-            ) -> Look:  # fmt: skip
-    """Return the verdict on a variant of a judged run, as the ``number``-th look.
+@dataclass
+class Judge:
+    """Decides who is judged on the validation rows, counts the looks at them, and learns from them.
 
     Args:
-        run: its parity has been judged.
-        report: what was found.
-        variant: one of its variants.
+        retain: what a student has to keep of its teacher's score.
         labels: of the validation rows.
-        number: see :func:`error_of`.
     """
-    recipe = run.recipe
-    lines = run.answers.read_text(encoding="utf-8").splitlines()
-    rows = [RowAnswers.model_validate_json(line) for line in lines]
-    found = [
-        answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
-        for name in (variant, "teacher")
-    ]
-    draws = paired_bootstrap(
-        recipe.data.judged_by, found, labels, recipe.parity.bootstrap_samples, recipe.seed
-    )
-    interval, least = retained_interval(draws, error_of(number)), recipe.parity.min_retained_lower
-    failures = report.failures(variant)
-    if not failures and interval[0] < least:
-        words = f"{variant}: lower bound of what is retained, at look {number},"
-        failures = [f"{words} is {interval[0]:.4g}, expected at least {least:g}"]
-    (retained,) = (each.retained for each in report.variants if each.variant == variant)
-    return Look(number, retained, interval, failures)
+
+    retain: float
+    labels: NDArray[Any]
+    looks: int = 0
+    falls: list[float] = field(default_factory=list)
+
+    def needed(self) -> float:
+        """Return what a candidate has to retain on ``select`` to be judged.
+
+        If those before it have lost on the way to the validation rows, it has to bring half of that
+        loss: the rows may differ in kind, and the other half was luck. It saves looks, each of
+        which makes the next one harder to pass.
+        """
+        return self.retain + (max(0.0, mean(self.falls)) / 2 if self.falls else 0.0)
+
+    def learn(self, on_select: float, on_validation: float) -> None:
+        """Take note of what a judged candidate retains on the one and on the other."""
+        self.falls.append(on_select - on_validation)
+
+    def look(self, run: RunDir, report: ParityReport, variant: str) -> Look:
+        """Return the verdict on a variant of a run, which counts as a look.
+
+        Args:
+            run: its parity has been judged.
+            report: what was found.
+            variant: one of its variants.
+        """
+        self.looks += 1
+        recipe = run.recipe
+        lines = run.answers.read_text(encoding="utf-8").splitlines()
+        rows = [RowAnswers.model_validate_json(line) for line in lines]
+        found = [
+            answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
+            for name in (variant, "teacher")
+        ]
+        draws = paired_bootstrap(
+            recipe.data.judged_by, found, self.labels, recipe.parity.bootstrap_samples, recipe.seed
+        )
+        interval = retained_interval(draws, error_of(self.looks))
+        least, failures = recipe.parity.min_retained_lower, report.failures(variant)
+        if not failures and interval[0] < least:
+            words = f"{variant}: lower bound of what is retained, at look {self.looks},"
+            failures = [f"{words} is {interval[0]:.4g}, expected at least {least:g}"]
+        (retained,) = (each.retained for each in report.variants if each.variant == variant)
+        return Look(self.looks, retained, interval, failures)

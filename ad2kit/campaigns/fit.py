@@ -35,7 +35,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
 from ad2kit.fit_report import markdown, plot
 from ad2kit.metrics import score
 from ad2kit.parity import parity
-from ad2kit.prospects import hopeless, look_at
+from ad2kit.prospects import Judge, hopeless
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.runtime import processes
@@ -105,13 +105,14 @@ def fit(
     vocabulary = teacher.module.config.vocab_size
     measured = runs_dir / ".shared" / "measured.json"
     stopwatch = Stopwatch(recipe, target, measured, bench.measure, vocabulary)
+    judge = Judge(target.retain, data.validation.labels)
     search = _Search(
-        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact
+        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact, judge
     )
     untrained_teacher, candidates = search.measure(wanted)
     for place, candidate in enumerate(candidates):
         if candidate.outcome != "too costly" and search.package is None:
-            candidates[place] = search.judge(candidate)
+            candidates[place] = search.trial(candidate)
             logger.info("%s: %s", candidate.shape, candidates[place].outcome)
     report = FitReport(
         recipe=recipe.name,
@@ -144,8 +145,8 @@ class _Search:
     stopwatch: Stopwatch
     on_step: Callable[[StepRecord], None]
     allow_inexact: bool
-    looks: int = 0
-    needed: float | None = None
+    judge: Judge
+    teacher_score: float | None = None
     trained: tuple[Cost, ...] = ()
     package: tuple[str, str] | None = None
 
@@ -190,7 +191,7 @@ class _Search:
             for name, path in graphs.items()
         }
 
-    def judge(self, candidate: Candidate) -> Candidate:
+    def trial(self, candidate: Candidate) -> Candidate:
         """Distil a candidate, judge it, each as far as it is worth it; say what became of it."""
         run = open_run(self._recipe_for(candidate.shape), self.runs_dir)
         candidate = candidate.model_copy(update={"run": run.path.name})
@@ -207,7 +208,7 @@ class _Search:
             "select_score": distilled.student_select_score,
             "train_seconds": distilled.train_seconds,
         }
-        needed = self.target.retain * distilled.teacher_select_score
+        needed = self.judge.needed() * distilled.teacher_select_score
         if distilled.student_select_score < needed:
             reason = f"{distilled.student_select_score:.4f} on select, needed {needed:.4f}"
             return candidate.ended("below on select", reason, **facts)
@@ -217,7 +218,10 @@ class _Search:
         if not affordable:
             missed = Candidate.measured(candidate.shape, costs, self.target).reason
             return candidate.ended("missed when trained", missed, **facts)
-        return self._gate(candidate, run, affordable, facts)
+        judged = self._gate(candidate, run, affordable, facts)
+        on_select = distilled.student_select_score / distilled.teacher_select_score
+        self.judge.learn(on_select, judged.retained or 0.0)
+        return judged
 
     def _gate(
         self, candidate: Candidate, run: RunDir, affordable: list[Cost], facts: dict[str, Any]
@@ -225,8 +229,7 @@ class _Search:
         """Judge the variants that are cheap enough on the validation rows."""
         report, failures = parity(run), list[str]()
         for cost in sorted(affordable, key=lambda cost: cost.p50_ms):
-            self.looks += 1
-            look = look_at(run, report, cost.variant, self.data.validation.labels, self.looks)
+            look = self.judge.look(run, report, cost.variant)
             facts |= {
                 "look": look.number, "variant": cost.variant, "retained": look.retained,
                 "retained_interval": look.interval,
@@ -263,16 +266,14 @@ class _Search:
         scores, select = select_scores(run.curve("student")), self.data.select
         if not scores:
             return False
-        if self.needed is None:
+        if self.teacher_score is None:
             teacher = models.load(run.teacher, self.data.labels, self.data.task)
             length = self.recipe.data.max_length_tokens
             encoded = datasets.encode(select, teacher.tokenizer, length)
             logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
             found = answers(self.data.task, logits)
-            self.needed = self.target.retain * score(
-                self.recipe.data.judged_by, found, select.labels
-            )
-        return hopeless(scores, len(select), self.needed)
+            self.teacher_score = score(self.recipe.data.judged_by, found, select.labels)
+        return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
 
     def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
         """Return the costs of a run's variants; speeds are over the teacher's best that passed."""

@@ -13,7 +13,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Target, insist_found,
 from ad2kit.fit_report import caption, markdown, plot, rows
 from ad2kit.metrics import retained_interval
 from ad2kit.options import numbers
-from ad2kit.prospects import error_of, hopeless
+from ad2kit.prospects import Judge, error_of, hopeless
 from ad2kit.recipe import load
 from ad2kit.sections import StudentRecipe
 from ad2kit.shapes import Grid, Shape
@@ -134,6 +134,17 @@ def test_all_looks_together_err_no_more_than_one_interval_of_both_sides() -> Non
     # Two-sided quantiles of the normal distribution: 1.960, 2.241, 2.498.
     assert widths == pytest.approx([0.0392, 0.0448, 0.0500], rel=0.03)
     assert retained_interval(draws) == retained_interval(draws, 0.05)
+
+
+def test_candidates_that_lost_between_the_splits_make_the_next_bring_half_of_it() -> None:
+    judge = Judge(0.97, np.array([0, 1]))
+    assert judge.needed() == 0.97
+    judge.learn(0.99, 0.95)
+    assert judge.needed() == pytest.approx(0.99)
+    judge.learn(0.98, 0.98)
+    assert judge.needed() == pytest.approx(0.98)
+    judge.learn(0.90, 1.00)  # gains do not make it easier
+    assert judge.needed() == 0.97
 
 
 # Targets.
