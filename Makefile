@@ -21,8 +21,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: $(INSTALLED)  ## kill the whole chain at random moments until it ends, and compare
+soak: $(INSTALLED)  ## kill the whole chain at random moments, and send the service anything at all
 	$(BIN)/python bench/soak.py
+	$(BIN)/python -m pytest tests/integration/test_fuzz.py --hypothesis-profile=soak --timeout=3600
 
 lock: $(INSTALLED)  ## write the versions of this environment down as the tested ones
 	( head -n 2 constraints.txt; \

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,14 +30,6 @@ logger = logging.getLogger(__name__)
 _FREE, _MAX_PADDED = 4, 1.2
 # A list takes part in a batch with so many texts before those that came later have their turn.
 _SHARE = 16
-
-
-class Tokenised(Protocol):
-    """What the batcher needs to know of an item: its token ids."""
-
-    @property
-    def ids(self) -> Sequence[int]:
-        """Token ids, without padding."""
 
 
 class BatcherClosed(Exception):
@@ -63,6 +55,14 @@ class BatchFacts:
     queue_s: tuple[float, ...]
 
 
+@dataclass(slots=True)
+class Timing:
+    """Where the time of one call went: until its last batch began, and in all of its batches."""
+
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+
+
 @dataclass(eq=False, slots=True)
 class _Call:
     """One call of ``submit``: its answer, and what is still missing of it."""
@@ -70,6 +70,7 @@ class _Call:
     answer: asyncio.Future[NDArray[Any]]
     rows: list[Any]
     missing: int
+    timing: Timing
     failed: Exception | None = None
     over: bool = False  # answered, failed, or given up by its caller
 
@@ -78,7 +79,7 @@ class _Call:
 class _Item:
     call: _Call
     row: int
-    tokenised: Tokenised
+    tokenised: Any
     length: int
     turn: int
     since: float = field(default_factory=time.perf_counter)
@@ -144,11 +145,14 @@ class Batcher:
         ):
             raise QueueFull(1 if math.isnan(waits_s) else max(1, math.ceil(waits_s)))
 
-    async def submit(self, tokenised: Sequence[Any]) -> NDArray[Any]:
+    async def submit(self, tokenised: Sequence[Any], timing: Timing | None = None) -> NDArray[Any]:
         """Return the logits of some texts, shape [texts, labels], in order.
 
-        Cancelling the call (a deadline, a client that left) takes what still waits out of the
-        queue.
+        Cancelling the call (a deadline, a client that left) takes what waits out of the queue.
+
+        Args:
+            tokenised: the texts, each with its token ids, without padding, in ``ids``.
+            timing: is told where the time of this call went.
 
         Raises:
             QueueFull: too much is waiting; none of these texts was accepted.
@@ -159,7 +163,8 @@ class Batcher:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._work, name="ad2kit-infer", daemon=True)
             self._thread.start()
-        call = _Call(self._loop.create_future(), [None] * len(tokenised), len(tokenised))
+        missing = len(tokenised)
+        call = _Call(self._loop.create_future(), [None] * missing, missing, timing or Timing())
         lengths = [len(each.ids) for each in tokenised]
         with self._changed:
             if self._closing:
@@ -227,8 +232,7 @@ class Batcher:
         first = min(self._waiting, key=lambda item: item.turn)  # the oldest of equals
         self._turn += 1
         batch, longest, tokens = list[_Item](), first.length, 0
-        # The first itself is nearest; of equals the one whose turn is first.
-        for item in sorted(
+        for item in sorted(  # the first itself is nearest; of equals the one whose turn is first
             self._waiting,
             key=lambda item: (item is not first, abs(item.length - first.length), item.turn),
         ):
@@ -265,9 +269,12 @@ class Batcher:
                 self._keep(lambda item: item.call.failed is None)
             return
         seconds = time.perf_counter() - start
+        for call in {item.call for item in batch}:
+            call.timing.inference_s += seconds
         for item, row in zip(batch, logits, strict=True):
             call = item.call
             call.rows[item.row] = row
+            call.timing.queue_s = start - item.since
             call.missing -= 1
             if not call.missing:
                 done.append(call)

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 
     Message = MutableMapping[str, Any]
     Receive = Callable[[], Awaitable[Message]]
@@ -27,6 +27,11 @@ ERRORS: dict[int, tuple[str, str, str]] = {
     ),
     404: ("not_found", "there is no such path", "see POST /classify and GET /info"),
     405: ("method_not_allowed", "this path has another method", "use POST /classify, GET /info"),
+    408: (
+        "too_slow",
+        "the request did not arrive in time",
+        "send it again; over a slow line send less at once",
+    ),
     413: (
         "too_large",
         "this is more than the service reads at once",
@@ -100,7 +105,7 @@ class ErrorContract:
             if length.isdigit() and int(length) > self.max_body_bytes:
                 await self._reply(send, 413)
                 return
-        received, answer, status = 0, b"", 200
+        received, answer, status, allow = 0, b"", 200, b""
 
         async def bounded_receive() -> Message:
             nonlocal received
@@ -111,15 +116,16 @@ class ErrorContract:
             return message
 
         async def typed_send(message: Message) -> None:
-            nonlocal answer, status
+            nonlocal answer, status, allow
             if message["type"] == "http.response.start":
+                allow = dict(message["headers"]).get(b"allow", b"")
                 status = 413 if received > self.max_body_bytes else message["status"]
             if status < 400:
                 await send(message)
             elif message["type"] == "http.response.body":
                 answer += message.get("body", b"")
                 if not message.get("more_body"):
-                    await self._reply(send, status, answer)
+                    await self._reply(send, status, answer, allow)
 
         try:
             await self.app(scope, bounded_receive, typed_send)
@@ -130,14 +136,18 @@ class ErrorContract:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             await self._send(send, 500, "")
 
-    async def _reply(self, send: Send, status: int, answer: bytes = b"") -> None:
+    async def _reply(
+        self, send: Send, status: int, answer: bytes = b"", allow: bytes = b""
+    ) -> None:
         """Send one error, with what can be learnt from the application's own answer."""
         detail = ""
         if status < 500 and status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             status, detail = _understand(status, answer)
-        await self._send(send, status, detail)
+        await self._send(send, status, detail, allow=allow)
 
-    async def _send(self, send: Send, status: int, detail: str, retry_after_s: int = 1) -> None:
+    async def _send(
+        self, send: Send, status: int, detail: str, retry_after_s: int = 1, allow: bytes = b""
+    ) -> None:
         kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not detail:
             detail = f"at most {self.max_body_bytes} bytes"
@@ -146,18 +156,25 @@ class ErrorContract:
             "message": f"{message}: {detail}" if detail else message,
             "hint": self.hints.get(status, hint),
         }
-        content = json.dumps({"error": error}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
+        headers = list[tuple[bytes, bytes]]()
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             headers.append((b"retry-after", str(retry_after_s).encode()))
         elif status == HTTPStatus.UNAUTHORIZED:
             headers.append((b"www-authenticate", b"Bearer"))
+        if status == HTTPStatus.METHOD_NOT_ALLOWED and allow:
+            headers.append((b"allow", allow))
         self.observe(status, kind)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        await send_json(send, status, json.dumps({"error": error}).encode(), headers)
+
+
+async def send_json(
+    send: Send, status: int, content: bytes, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    """Send a whole answer of JSON."""
+    length = (b"content-length", str(len(content)).encode())
+    whole = [(b"content-type", b"application/json"), length, *headers]
+    await send({"type": "http.response.start", "status": status, "headers": whole})
+    await send({"type": "http.response.body", "body": content})
 
 
 def _understand(status: int, answer: bytes) -> tuple[int, str]:

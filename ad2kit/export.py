@@ -19,6 +19,7 @@ from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.errors import MissingExtra
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.gate import Rows
+from ad2kit.golden import add_golden_answers
 from ad2kit.metrics import fit_temperature
 from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
@@ -124,6 +125,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             },
         )
         write_record(new / OnnxArtifact.file_name, artifact)
+        artifact = add_golden_answers(new)
     logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
     return artifact
 

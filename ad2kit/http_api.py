@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from pydantic_core import to_json
 
-from ad2kit.batcher import BatcherClosed, QueueFull
-from ad2kit.error_contract import Problem
+from ad2kit.batcher import BatcherClosed, QueueFull, Timing
+from ad2kit.error_contract import Problem, send_json
 from ad2kit.errors import UserError
+from ad2kit.openapi import TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -26,26 +29,16 @@ if TYPE_CHECKING:
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.error_contract import App, Message, Receive, Send
     from ad2kit.service_metrics import ServiceMetrics
+    from ad2kit.shadow import Shadow
+
+logger = logging.getLogger(__name__)
 
 # Clients are watched for leaving only when their answer takes longer than this.
 _PATIENCE_S = 0.05
-MAX_TEXTS = 128
-Text = str | tuple[str, str]
-
-
-class ClassifyRequest(BaseModel):
-    """One text, or a list; for a sentence-pair model each text is a list of two."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"example": {"texts": ["the plot is weak, but the acting is superb"]}},
-    )
-
-    texts: str | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
-
-    def as_list(self) -> list[Text]:
-        """Return the texts as a list, also if there is one."""
-        return [self.texts] if isinstance(self.texts, str) else self.texts
+# A body is tokenised in another thread if it is larger: at about a millisecond the loop, which
+# everybody waits for, costs more than the two changes of thread.
+_LARGE_BYTES = 8192
+_TIMING = TIMING.lower().encode()
 
 
 class Classify:
@@ -56,14 +49,16 @@ class Classify:
         batcher: computes logits.
         deadline_s: after how long a request is given up.
         metrics: are told of all that happens.
+        shadow: is offered what was answered, to compare it with the teacher.
+        access_log: write a line for each answer; of numbers, never of texts.
     """
 
     def __init__(
         self, classifier: OnnxClassifier, batcher: Batcher, *, deadline_s: float,
-        metrics: ServiceMetrics,
+        metrics: ServiceMetrics, shadow: Shadow | None = None, access_log: bool = False,
     ) -> None:  # fmt: skip
         self.classifier, self.batcher, self.metrics = classifier, batcher, metrics
-        self.deadline_s = deadline_s
+        self.deadline_s, self.shadow, self.access_log = deadline_s, shadow, access_log
 
     def insist_on_room(self) -> None:
         """Refuse a request before it is read, if it would wait too long.
@@ -76,33 +71,44 @@ class Classify:
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
 
-    async def answer(self, body: bytes) -> bytes:
-        """Return the JSON answer to a JSON request.
+    async def answer(self, body: bytes) -> tuple[bytes, Stages]:
+        """Return the JSON answer to a JSON request, and where its time went.
 
         Raises:
             Problem: what the client is told instead.
         """
-        start = time.perf_counter()
+        stages = Stages()
         try:
             request = ClassifyRequest.model_validate_json(body)
-            predictions = await self.classify(request.as_list())
+            predictions = await self.classify(request, stages, large=len(body) > _LARGE_BYTES)
         except ValidationError as error:
             raise _misfit(error) from error
-        self.metrics.answered(time.perf_counter() - start)
-        return to_json({"predictions": predictions})
+        content = to_json({"predictions": predictions})
+        stages.total_s = time.perf_counter() - stages.start
+        self.metrics.answered(stages.total_s)
+        if self.access_log:
+            cut = sum(each["truncated"] for each in predictions)
+            facts = {"status": 200, "texts": len(predictions), "truncated": cut, **stages.ms()}
+            logger.info("answered", extra=facts)
+        return content, stages
 
-    async def classify(self, texts: list[Any]) -> list[dict[str, Any]]:
-        """Return the predictions of texts as plain data.
+    async def classify(
+        self, request: ClassifyRequest, stages: Stages, *, large: bool = True
+    ) -> list[dict[str, Any]]:
+        """Return the predictions for a request as plain data; ``large`` ones leave the loop.
 
         Raises:
             Problem: a text that cannot be read, a full queue, or a deadline that passed.
         """
+        texts: list[Any] = request.as_list()
         start = time.perf_counter()
         try:
-            encodings = self.classifier.encode(texts)
-            self.metrics.tokenised(time.perf_counter() - start)
             async with asyncio.timeout(self.deadline_s):
-                logits = await self.batcher.submit(encodings)
+                encode = self.classifier.encode
+                encodings = await asyncio.to_thread(encode, texts) if large else encode(texts)
+                stages.tokenise_s = time.perf_counter() - start
+                self.metrics.tokenised(stages.tokenise_s)
+                logits = await self.batcher.submit(encodings, stages.timing)
         except UserError as error:
             raise Problem(422, f"{error.message}; {error.hint}") from error
         except QueueFull as full:
@@ -113,7 +119,37 @@ class Classify:
             raise Problem(504) from error
         predictions = self.classifier.predictions(encodings, logits)
         self.metrics.predicted(predictions)
-        return [each.as_dict() for each in predictions]
+        if self.shadow is not None:
+            self.shadow.offer(texts, predictions)
+        answers = [each.as_dict() for each in predictions]
+        if not request.scores:
+            for answer in answers:
+                answer.pop("scores", None)
+        return answers
+
+
+@dataclass(slots=True)
+class Stages:
+    """Where the time of a request went, in seconds, from its body read to its answer written."""
+
+    start: float = field(default_factory=time.perf_counter)
+    tokenise_s: float = 0.0
+    total_s: float = 0.0
+    timing: Timing = field(default_factory=Timing)
+
+    def ms(self) -> dict[str, float]:
+        """Return the stages in milliseconds."""
+        return {
+            "tokenise_ms": round(1e3 * self.tokenise_s, 3),
+            "queue_ms": round(1e3 * self.timing.queue_s, 3),
+            "inference_ms": round(1e3 * self.timing.inference_s, 3),
+            "total_ms": round(1e3 * self.total_s, 3),
+        }
+
+    def header(self) -> bytes:
+        """Return them as the value of a Server-Timing header (W3C *Server Timing*)."""
+        stages = (f"{name.removesuffix('_ms')};dur={ms}" for name, ms in self.ms().items())
+        return ", ".join(stages).encode()
 
 
 class Direct:
@@ -124,10 +160,13 @@ class Direct:
         path: of the requests that are answered here.
         handler: returns what answers a body; asked for at each request, because the service is
             made after its middleware.
+        read_s: how long a body may take to arrive.
     """
 
-    def __init__(self, app: App, *, path: str, handler: Callable[[], Classify]) -> None:
-        self.app, self.path, self.handler = app, path, handler
+    def __init__(
+        self, app: App, *, path: str, handler: Callable[[], Classify], read_s: float
+    ) -> None:
+        self.app, self.path, self.handler, self.read_s = app, path, handler, read_s
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
@@ -140,13 +179,17 @@ class Direct:
             return
         handler = self.handler()
         handler.insist_on_room()
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        parts, more = list[bytes](), True
+        try:
+            async with asyncio.timeout(self.read_s):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    parts.append(message.get("body", b""))
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise Problem(408, f"the body took longer than {self.read_s:g} s") from None
         task, gone = asyncio.current_task(), None
 
         async def watch() -> None:
@@ -159,7 +202,7 @@ class Direct:
 
         timer = asyncio.get_running_loop().call_later(_PATIENCE_S, start_watching)
         try:
-            content = await handler.answer(body)
+            content, stages = await handler.answer(b"".join(parts))
         except asyncio.CancelledError:
             if gone is None or not gone.done():
                 raise  # the server stops
@@ -169,12 +212,8 @@ class Direct:
             timer.cancel()
             if gone is not None:
                 gone.cancel()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        asked = any(name == _TIMING for name, _ in scope["headers"])
+        await send_json(send, 200, content, [(b"server-timing", stages.header())] if asked else [])
 
 
 class ApiKeys:

@@ -19,11 +19,11 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ad2kit import __version__
 from ad2kit.bundle import own_wheel, pinned_requirements, service_file
-from ad2kit.classifier import OnnxClassifier, read_artifact
+from ad2kit.classifier import read_artifact
 from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact
@@ -47,12 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 90.0
-# Of nobody's data, and of several lengths.
-_GOLDEN = (
-    "Yes.",
-    "What is the capital of the country that lies to the north of here?",
-    "The first half was slow, but all that came after it, the music above all, was well made.",
-)
 # `bentoml serve`, told by Linux to stop when its parent dies: a kill -9 leaves no server behind.
 _SERVE = """
 import ctypes, os, signal, sys
@@ -106,7 +100,6 @@ def package(
             shutil.copy2(service_file().with_name(name), context / name)
         shutil.copytree(folder, context / "artifact")
         write_text(context / "lineage.json", json.dumps(lineage, indent=2))
-        write_text(context / "golden.json", json.dumps(golden_answers(folder), indent=2))
         write_text(
             context / "bentofile.yaml",
             json.dumps({  # JSON is YAML
@@ -114,7 +107,7 @@ def package(
                 "name": f"ad2kit-{recipe.name}",
                 "description": f"{recipe.description} Variant {folder.name}.",
                 "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
-                "include": ["service.py", "page.html", "lineage.json", "golden.json", "artifact/*"],
+                "include": ["service.py", "page.html", "lineage.json", "artifact/*"],
                 "python": {
                     "packages": requirements, "wheels": [wheel.name], "lock_packages": False,
                 },
@@ -134,18 +127,6 @@ def package(
     write_record(run.bento_record, record)
     logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
     return record
-
-
-def golden_answers(folder: Path) -> list[dict[str, Any]]:
-    """Return texts of our own and what a variant answers: a worker must say so too to be ready."""
-    classifier = OnnxClassifier(folder)
-    pair = classifier.artifact.text_columns == 2
-    texts = [(text, _GOLDEN[0]) if pair else text for text in _GOLDEN]
-    answers = classifier.predict(texts, batch_size=1)
-    return [
-        {"text": text, "answer": answer.as_dict()}
-        for text, answer in zip(texts, answers, strict=True)
-    ]
 
 
 @contextmanager

@@ -110,12 +110,12 @@ def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
 
 
 def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
-    """POST texts to a running service and return its predictions.
+    """POST texts to a running service and return its predictions, with all scores.
 
     Raises:
         UserError: an error status, or something else than one prediction for each text.
     """
-    body = json.dumps({"texts": texts}).encode()
+    body = json.dumps({"texts": texts, "scores": True}).encode()
     try:
         found = list(json.loads(_get(f"{address}/classify", body))["predictions"])
     except (*_NO_ANSWER, KeyError, TypeError) as error:

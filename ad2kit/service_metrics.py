@@ -93,6 +93,11 @@ class ServiceMetrics:
         self._rejected = prometheus.Counter(
             "ad2kit_rejected", "Requests that were not answered, by reason", ["reason"]
         )
+        self._shadowed = prometheus.Counter(
+            "ad2kit_shadow_texts",
+            "Texts that the shadow teacher was offered: agreed, disagreed, left_out",
+            ["result"],
+        )
         self._waiting = {
             unit: prometheus.Gauge(
                 f"ad2kit_queue_{unit}", f"Waiting {unit}", multiprocess_mode="livesum"
@@ -123,6 +128,11 @@ class ServiceMetrics:
                 self._score.observe(each.score)
             if each.truncated:
                 self._truncated.inc()
+
+    def shadowed(self, agreed: bool | None) -> None:
+        """Count a text that the shadow teacher was offered; None if it had no time for it."""
+        result = "left_out" if agreed is None else "agreed" if agreed else "disagreed"
+        self._shadowed.labels(result).inc()
 
     def batch(self, facts: BatchFacts) -> None:
         """Record a batch; in the engine's thread."""

@@ -7,9 +7,12 @@ transformers is imported.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,23 @@ from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
-from ad2kit.errors import ModelError
-from ad2kit.http_api import MAX_TEXTS, ApiKeys, Classify, ClassifyRequest, Direct
+from ad2kit.golden import warm_up
+from ad2kit.http_api import ApiKeys, Classify, Direct, Stages
+from ad2kit.observability import log_as_json, tracing
+from ad2kit.openapi import (
+    MAX_TEXTS,
+    ClassifyRequest,
+    ClassifyResponse,
+    Documented,
+    Prediction,
+    document,
+)
 from ad2kit.runtime import available_cpus
 from ad2kit.service_metrics import ServiceMetrics, exposition
+from ad2kit.shadow import Shadow
 from ad2kit.shipping import latest_passed_run
+
+logger = logging.getLogger("ad2kit.service")
 
 MAX_BODY_BYTES = 2**20
 MAX_QUEUE_TEXTS = 1024
@@ -43,8 +58,8 @@ MAX_BATCH_TOKENS = 1024
 DEADLINE_S = 10.0
 # What is accepted must be answered in time, also when the machine gets slower meanwhile.
 MAX_WAIT_S = DEADLINE_S / 4
-# Golden answers were computed on another machine, and int8 kernels differ in rounding.
-MAX_GOLDEN_GAP = 0.05
+# A client that sends its body a byte at a time must not stay for ever.
+READ_S = 30.0
 # How long Python lets the event loop run on when the engine's thread has a result (default 5 ms).
 SWITCH_S = 0.0005
 EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty'
@@ -55,7 +70,9 @@ class Arguments(BaseModel):
     """What ``bentoml serve --arg name=value`` may set.
 
     ``workers`` processes share the cores, each with ``threads`` for the engine; one for each core
-    with one thread if neither is set. ``api_keys_file`` holds one key a line.
+    with one thread if neither is set. ``api_keys_file`` holds one key a line. ``shadow`` is the
+    artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
+    ``access_log`` writes a line for each request.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,35 +82,13 @@ class Arguments(BaseModel):
     workers: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)
     api_keys_file: str | None = None
+    shadow: str | None = None
+    shadow_share: float = Field(0.01, gt=0, le=1)
+    access_log: bool = False
 
 
 arguments = bentoml.use_arguments(Arguments)
 WORKERS = arguments.workers or max(1, available_cpus() // (arguments.threads or 1))
-
-# A field that another task has is left out and not null.
-Optional: Any = Field(None, exclude_if=lambda value: value is None)
-
-
-class Prediction(BaseModel):
-    """The answer for one text, and whether it was cut.
-
-    Which fields there are depends on the model's task (see /info): label and score; labels; or
-    value. All probabilities are in scores.
-    """
-
-    label: str | None = Optional
-    score: float | None = Optional
-    labels: list[str] | None = Optional
-    value: float | None = Optional
-    scores: dict[str, float] | None = Optional
-    tokens: int
-    truncated: bool
-
-
-class ClassifyResponse(BaseModel):
-    """One prediction per text, in order."""
-
-    predictions: list[Prediction]
 
 
 def artifact_folder() -> Path:
@@ -162,7 +157,7 @@ async def metrics(_request: Request) -> Response:
     # BENTOML_CONFIG turns log and spans on again; BentoML's metrics would hide ours.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
-    tracing={"excluded_urls": [".*"]},
+    tracing=tracing(),
 )
 @bentoml.asgi_app(
     Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)]), path="/"
@@ -171,18 +166,21 @@ class Ad2kitClassifier:
     """Text classification by a distilled student."""
 
     def __init__(self) -> None:
+        log_as_json()
         sys.setswitchinterval(SWITCH_S)
         folder = artifact_folder()
         threads = arguments.threads or max(1, available_cpus() // WORKERS)
         self.classifier = OnnxClassifier(folder, threads=threads)
-        beside = Path(__file__).parent
+        lineage = Path(__file__).with_name("lineage.json")  # in a Bento
         report = folder.parent.parent / "parity.json"  # of the run that the artefact lies in
         self.parity = None
-        if (beside / "lineage.json").is_file():
-            self.parity = json.loads((beside / "lineage.json").read_text())["parity"]
+        if lineage.is_file():
+            self.parity = json.loads(lineage.read_text())["parity"]
         elif report.is_file():
             self.parity = json.loads(report.read_text())
-        self.warm_up(beside / "golden.json")
+        start = time.perf_counter()
+        compared = warm_up(self.classifier)
+        seconds = time.perf_counter() - start
         self.metrics = ServiceMetrics()
         self.batcher = Batcher(
             self.classifier.run, max_batch_tokens=MAX_BATCH_TOKENS,
@@ -190,35 +188,19 @@ class Ad2kitClassifier:
             max_wait_s=MAX_WAIT_S,
             observe=self.observe,
         )  # fmt: skip
+        self.shadow = None
+        if arguments.shadow is not None:
+            teacher = OnnxClassifier(arguments.shadow, threads=1)
+            share, observe = arguments.shadow_share, self.metrics.shadowed
+            self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
             self.classifier, self.batcher, deadline_s=DEADLINE_S,
-            metrics=self.metrics,
+            metrics=self.metrics, shadow=self.shadow, access_log=arguments.access_log,
         )  # fmt: skip
-
-    def warm_up(self, golden: Path) -> None:
-        """Compute once what no user should wait for, and compare it with the golden answers.
-
-        Raises:
-            ModelError: this machine answers something else; the worker does not get ready.
-        """
-        columns = self.classifier.artifact.text_columns
-        self.classifier.predict(["warm up" if columns == 1 else ("warm", "up")])
-        if not golden.is_file():
-            return
-        for example in json.loads(golden.read_text()):
-            text = example["text"]
-            (found,) = self.classifier.predict([text if isinstance(text, str) else tuple(text)])
-            expected = example["answer"]
-            ours: dict[str, Any] = found.scores or {"value": found.value}
-            theirs = expected.get("scores") or {"value": expected["value"]}
-            # Of a probability, or as a share of a number that is larger.
-            gap = max(abs(ours[name] - theirs[name]) / max(1, abs(theirs[name])) for name in theirs)
-            if not gap <= MAX_GOLDEN_GAP:
-                raise ModelError(
-                    f"the golden text {text!r:.60} is answered {ours}, expected {theirs}",
-                    hint="this machine computes something else than the one that packaged it: "
-                    "compare `ad2kit doctor` on both",
-                )
+        facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
+                 "threads": threads, "golden_answers": compared,
+                 "warm_up_ms": round(1e3 * seconds, 1)}  # fmt: skip
+        logger.info("ready", extra=facts)
 
     def observe(self, facts: BatchFacts) -> None:
         """Record a batch, and what waits behind it."""
@@ -229,7 +211,7 @@ class Ad2kitClassifier:
     async def classify(self, request: ClassifyRequest, /) -> ClassifyResponse:
         """Return label and probabilities for each text."""
         # Over HTTP the middleware answers before this; here are the schema and BentoML's clients.
-        found = await self.api.classify(request.as_list())
+        found = await self.api.classify(request, Stages())
         return ClassifyResponse(predictions=[Prediction.model_validate(each) for each in found])
 
     def info(self) -> dict[str, Any]:
@@ -257,14 +239,27 @@ class Ad2kitClassifier:
     @bentoml.on_shutdown
     async def drain(self) -> None:
         """Answer what is queued before the process ends."""
+        texts, _ = self.batcher.waiting
+        logger.info("draining", extra={"waiting_texts": texts})
         await self.batcher.close()
+        if self.shadow is not None:
+            await asyncio.to_thread(self.shadow.close)
 
 
 def reject(status: int, reason: str) -> None:
     """Count an error."""
     bentoml.get_current_service().metrics.rejected(status, reason)
+    if arguments.access_log:
+        logger.info("refused", extra={"status": status, "reason": reason})
 
 
+def openapi() -> dict[str, Any]:
+    """Return the document of this service and its model."""
+    artifact = bentoml.get_current_service().classifier.artifact
+    return document(text_columns=artifact.text_columns, keys=bool(KEYS))
+
+
+KEYS = api_keys()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
@@ -278,8 +273,11 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     },
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    ApiKeys, keys=api_keys(), public=PUBLIC
+    ApiKeys, keys=KEYS, public=PUBLIC
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    Direct, path="/classify", handler=lambda: bentoml.get_current_service().api
+    Documented, path="/docs.json", document=openapi
+)
+Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
+    Direct, path="/classify", handler=lambda: bentoml.get_current_service().api, read_s=READ_S
 )

@@ -15,6 +15,7 @@ os.environ["BENTOML_DO_NOT_TRACK"] = "true"
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ad2kit import recipe as recipes
 from ad2kit.run_dir import RunDir, open_run
@@ -39,6 +40,16 @@ QUICK = (
     "parity.min_retained_lower=0.3",
 )
 
+
+# The same examples each time, and no more than the suite has time for; `make soak` takes many.
+_SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+settings.register_profile(
+    "suite", derandomize=True, max_examples=60, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "soak", max_examples=3000, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.load_profile("suite")
 
 HEADLESS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -25,7 +25,8 @@ from ad2kit.bundle import own_wheel, pinned_requirements
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
 from ad2kit.errors import GateFailed, ModelError, RunError
-from ad2kit.files import sha256_of_folder
+from ad2kit.files import sha256_of, sha256_of_folder, write_record
+from ad2kit.golden import GOLDEN_FILE
 from ad2kit.package import package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
 from ad2kit.run_dir import RunDir
@@ -98,7 +99,8 @@ def test_a_worker_that_does_not_give_the_golden_answers_never_gets_ready(
 ) -> None:
     run, record = packaged
     shutil.copytree(bento_folder(record.tag), tmp_path / "bento")
-    golden = tmp_path / "bento" / "src" / "golden.json"
+    artifact = tmp_path / "bento" / "src" / "artifact"
+    golden, manifest = artifact / GOLDEN_FILE, artifact / OnnxArtifact.file_name
     examples = json.loads(golden.read_text())
     expected = OnnxClassifier(run.onnx("int8"), threads=1)
     for example in examples:
@@ -107,6 +109,9 @@ def test_a_worker_that_does_not_give_the_golden_answers_never_gets_ready(
     scores = examples[-1]["answer"]["scores"]
     examples[-1]["answer"]["scores"] = {name: 1 - score for name, score in scores.items()}
     golden.write_text(json.dumps(examples))
+    facts = OnnxArtifact.read(manifest)
+    files = facts.files | {GOLDEN_FILE: sha256_of(golden)}
+    write_record(manifest, facts.model_copy(update={"files": files}))
     monkeypatch.setattr(stage, "START_TIMEOUT_S", 12.0)
     with (
         pytest.raises(RunError, match=r"the golden text .* is answered"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import subprocess
@@ -11,7 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -23,19 +22,17 @@ from ad2kit.files import write_record
 from ad2kit.package import served
 from ad2kit.records import OnnxArtifact
 from ad2kit.service_check import ask, judge_service
+from tests.http_client import CHECKOUT, JSON, SERVICE, call, check_error, classify, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from ad2kit.classifier import Prediction
     from ad2kit.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
-CHECKOUT = Path(__file__).parents[2]
-SERVICE = "serving.service:Ad2kitClassifier"
 TOLERANCE = 1e-5
-JSON = {"Content-Type": "application/json"}
 MEBIBYTE = 2**20
 CLIENTS = 40
 
@@ -67,57 +64,6 @@ Ad2kitClassifier = service.Ad2kitClassifier
 """
 
 
-class Reply(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def predictions(self) -> list[dict[str, Any]]:
-        assert self.status == 200, self.body
-        assert set(self.json) == {"predictions"}
-        return list(self.json["predictions"])
-
-
-def call(
-    address: str,
-    method: str,
-    path: str,
-    body: bytes | Iterable[bytes] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Reply:
-    """Make one request; a body that is no bytes is sent in chunks, without a Content-Length."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    try:
-        connection.request(method, path, body, headers or {}, encode_chunked=True)
-        response = connection.getresponse()
-        names = {name.lower(): value for name, value in response.getheaders()}
-        return Reply(response.status, names, response.read())
-    finally:
-        connection.close()
-
-
-def classify(address: str, texts: Any) -> Reply:
-    return call(address, "POST", "/classify", json.dumps({"texts": texts}).encode(), JSON)
-
-
-def check_error(reply: Reply, status: int, kind: str) -> dict[str, Any]:
-    """Check the contract of errors, and return what the error says."""
-    assert reply.status == status, reply.body
-    assert reply.headers["content-type"] == "application/json"
-    assert set(reply.json) == {"error"}
-    error: dict[str, Any] = reply.json["error"]
-    assert set(error) == {"type", "message", "hint"}
-    assert all(isinstance(value, str) and value for value in error.values())
-    assert error["type"] == kind
-    assert "Traceback" not in error["message"]
-    return error
-
-
 def check_prediction(found: dict[str, Any], expected: Prediction) -> None:
     assert set(found) == {"label", "score", "scores", "tokens", "truncated"}
     assert found["label"] == expected.label
@@ -134,13 +80,8 @@ def fp32(finished_run: RunDir) -> OnnxClassifier:
 @pytest.fixture(scope="module")
 def service(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The fp32 variant: int8 answers hang on what else is in the batch."""
-    yield from serving(tmp_path_factory, f"model={finished_run.onnx('fp32')}")
-
-
-def serving(tmp_path_factory: pytest.TempPathFactory, *given: str) -> Iterator[str]:
-    # The log goes to a folder of its own, so that the checkout stays clean.
-    arguments = ["--working-dir", str(CHECKOUT), *(f"--arg={each}" for each in given)]
-    with served(SERVICE, tmp_path_factory.mktemp("service"), *arguments) as address:
+    folder, model = tmp_path_factory.mktemp("service"), finished_run.onnx("fp32")
+    with serving(folder, f"model={model}") as address:
         yield address
 
 
@@ -417,15 +358,12 @@ def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
     finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory, texts: list[str]
 ) -> None:
     int8 = OnnxClassifier(finished_run.onnx("int8"), threads=1)
-    server = serving(tmp_path_factory, f"runs_dir={finished_run.path.parent}")
-    address = next(server)
-    try:
+    folder = tmp_path_factory.mktemp("latest")
+    with serving(folder, f"runs_dir={finished_run.path.parent}") as address:
         assert call(address, "GET", "/info").json["variant"] == "int8"
         for text, prediction in zip(texts, int8.predict(texts, batch_size=1), strict=True):
             (found,) = classify(address, [text]).predictions
             check_prediction(found, prediction)
-    finally:
-        next(server, None)
 
 
 TEXTS = "?text=fine&text=%3Cb%3Edull%3C/b%3E%20beyond%20measure"
@@ -461,9 +399,7 @@ def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("old-key\nnew-key\n")
     int8 = finished_run.onnx("int8")
-    server = serving(tmp_path_factory, f"model={int8}", f"api_keys_file={keys}")
-    address = next(server)
-    try:
+    with serving(keys.parent, f"model={int8}", f"api_keys_file={keys}") as address:
         body = json.dumps({"texts": "fine"}).encode()
         for key in ("old-key", "new-key"):  # both, while clients change over
             headers = {**JSON, "Authorization": f"Bearer {key}"}
@@ -476,8 +412,6 @@ def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
         check_error(call(address, "GET", "/info"), 401, "unauthorized")
         for path in ("/", "/livez", "/readyz", "/metrics"):
             assert call(address, "GET", path).status == 200
-    finally:
-        next(server, None)
 
 
 @pytest.mark.parametrize("keys", ["absent file", "empty file", "empty variable"])

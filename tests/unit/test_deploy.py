@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kubernetes_validate
+import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SERVING = Path(__file__).parents[2] / "serving"
 DEPLOY = SERVING / "deploy"
@@ -26,6 +35,19 @@ METRICS = (Path(__file__).parents[2] / "ad2kit" / "service_metrics.py").read_tex
 def of_kind(kind: str) -> dict[str, Any]:
     (found,) = [each for each in MANIFEST if each["kind"] == kind]
     return dict(found)
+
+
+@pytest.mark.parametrize("resource", MANIFEST, ids=lambda each: each["kind"])
+@pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
+def test_the_manifest_fits_the_schema_of_kubernetes(resource: Any, version: str) -> None:
+    kubernetes_validate.validate(resource, version, strict=True)
+
+
+def test_the_schema_refuses_a_misspelt_key() -> None:
+    wrong = copy.deepcopy(of_kind("Deployment"))
+    wrong["spec"]["template"]["spec"]["terminationGracePeriod"] = 30
+    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
+        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_selectors_and_references_meet() -> None:
@@ -50,6 +72,33 @@ def test_a_pod_is_not_killed_while_it_answers() -> None:
     )
     for probe in ("readinessProbe", "startupProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in ast.literal_eval(CONSTANTS["PUBLIC"])
+
+
+def lost(given: Any, read: Any, place: str = "") -> Iterator[str]:
+    """The places where what Grafana's own model has read is not what the file says."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            if isinstance(read, dict) and key in read:
+                yield from lost(value, read[key], f"{place}/{key}")
+            else:
+                yield f"{place}/{key}"
+    elif isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        for row, (mine, theirs) in enumerate(zip(given, read, strict=True)):
+            yield from lost(mine, theirs, f"{place}/{row}")
+    elif given != read:
+        yield place
+
+
+def as_grafana_reads_it(content: dict[str, Any]) -> Any:
+    register_default_plugins()
+    return json.loads(JSONEncoder().encode(Dashboard.from_json(content)))
+
+
+def test_grafana_reads_every_key_of_the_dashboard() -> None:
+    assert list(lost(DASHBOARD, as_grafana_reads_it(DASHBOARD))) == []
+    wrong = copy.deepcopy(DASHBOARD)
+    wrong["panels"][0]["fieldConfigs"] = wrong["panels"][0].pop("fieldConfig")
+    assert list(lost(wrong, as_grafana_reads_it(wrong))) == ["/panels/0/fieldConfigs"]
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:

@@ -21,10 +21,11 @@ LAYERS = {
     2: {
         "adversary", "baseline", "batcher", "bundle", "checkpoint", "classifier",
         "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
-        "fit_records", "fit_report", "fuse", "gate", "http_api", "int8_search", "intermediate",
-        "labels", "losses", "metrics", "models", "objectives", "plots", "prospects", "prune",
-        "quantize", "random_bert", "references", "resumable", "service_check", "service_metrics",
-        "shapes", "sources", "stopwatch", "store", "students", "tables", "tasks", "training",
+        "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
+        "intermediate", "labels", "losses", "metrics", "models", "objectives", "observability",
+        "openapi", "plots", "prospects", "prune", "quantize", "random_bert", "references",
+        "resumable", "service_check", "service_metrics", "shadow", "shapes", "sources",
+        "stopwatch", "store", "students", "tables", "tasks", "training",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",

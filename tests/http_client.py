@@ -1,0 +1,79 @@
+"""A small client of the service, for tests: one connection a request; errors are checked."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ad2kit.package import served
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+CHECKOUT = Path(__file__).parents[1]
+SERVICE = "serving.service:Ad2kitClassifier"
+JSON = {"Content-Type": "application/json"}
+
+
+@contextmanager
+def serving(folder: Path, *given: str) -> Iterator[str]:
+    """Serve the checkout's service with some ``--arg``; the log goes to ``folder``."""
+    arguments = ["--working-dir", str(CHECKOUT), *(f"--arg={each}" for each in given)]
+    with served(SERVICE, folder, *arguments) as address:
+        yield address
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        assert self.status == 200, self.body
+        assert set(self.json) == {"predictions"}
+        return list(self.json["predictions"])
+
+
+def call(
+    address: str,
+    method: str,
+    path: str,
+    body: bytes | Iterable[bytes] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Reply:
+    """Make one request; a body that is no bytes is sent in chunks, without a Content-Length."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    try:
+        connection.request(method, path, body, headers or {}, encode_chunked=True)
+        response = connection.getresponse()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, names, response.read())
+    finally:
+        connection.close()
+
+
+def classify(address: str, texts: Any) -> Reply:
+    """Ask for texts with all their scores."""
+    body = json.dumps({"texts": texts, "scores": True}).encode()
+    return call(address, "POST", "/classify", body, JSON)
+
+
+def check_error(reply: Reply, status: int, kind: str) -> dict[str, Any]:
+    """Check the contract of errors, and return what the error says."""
+    assert reply.status == status, reply.body
+    assert reply.headers["content-type"] == "application/json"
+    assert set(reply.json) == {"error"}
+    error: dict[str, Any] = reply.json["error"]
+    assert set(error) == {"type", "message", "hint"}
+    assert all(isinstance(value, str) and value for value in error.values())
+    assert error["type"] == kind
+    assert "Traceback" not in error["message"]
+    return error
