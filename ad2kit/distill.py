@@ -270,7 +270,7 @@ class _Stage:
         check_widths(source, recipe)
         student = build_student(source, recipe.layers)
         train = functools.partial(self.encode, teacher, self.data.train)
-        narrow(student, teacher, recipe, train, self.accelerator.device)
+        narrow(student, teacher, recipe, train, self.accelerator)
         return student
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:

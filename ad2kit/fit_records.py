@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Outcome = Literal[
-    "too costly", "not needed", "given up", "below on select", "failed the gate",
-    "missed when trained", "found",
+    "too costly", "not needed", "diverged", "given up", "below on select", "missed when trained",
+    "failed the gate", "found",
 ]  # fmt: skip
 
 

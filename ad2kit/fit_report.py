@@ -120,7 +120,7 @@ def plot(report: FitReport, path: Path) -> None:
         figure.savefig(new, format="svg", metadata={"Date": None})
 
 
-_NOT_JUDGED = ("given up", "below on select", "missed when trained")
+_NOT_JUDGED = ("diverged", "given up", "below on select", "missed when trained")
 # Marker, colour and outcomes of each kind of candidate.
 _GROUPS = {
     "found": ("o", "#009E73", ("found",)),

@@ -25,6 +25,8 @@ from ad2kit.training import padded
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from accelerate import Accelerator
+
     from ad2kit.data import Encoded
     from ad2kit.models import TextModel
     from ad2kit.sections import StudentRecipe
@@ -95,6 +97,12 @@ def check_widths(source: TextModel, settings: StudentRecipe) -> None:
                 f"{', '.join(able)}",
                 hint=f"leave student.{key} out" + ("; feed_forward can be cut" if names else ""),
             )
+        if key == "attention_heads" and config.pruned_heads:
+            raise ModelError(
+                f"student.attention_heads: the '{config.model_type}' to copy from has had heads "
+                f"cut out of layers {', '.join(map(str, sorted(config.pruned_heads)))} already",
+                hint="leave student.attention_heads out: the layers keep the heads that they have",
+            )
         if count > most:
             raise ModelError(
                 f"student.{key} is {count}, but the layers of the '{config.model_type}' to copy "
@@ -120,7 +128,7 @@ def layers_of(model: TextModel) -> list[torch.nn.Module]:
 
 def narrow(
     student: TextModel, teacher: TextModel, settings: StudentRecipe,
-    rows: Callable[[], Encoded], device: torch.device,
+    rows: Callable[[], Encoded], accelerator: Accelerator,
 ) -> None:  # fmt: skip
     """Cut the layers that a student has copied from its teacher as the recipe says, in place.
 
@@ -129,11 +137,11 @@ def narrow(
         teacher: what importance is measured on.
         settings: which layers these are, and how wide they shall be.
         rows: encodes the training rows, if they are needed.
-        device: where to measure.
+        accelerator: device and processes, which share the measuring.
     """
     if not settings.narrower:
         return
-    found = importance(teacher, rows(), device)
+    found = importance(teacher, rows(), accelerator)
     # Layers that share their weights are one, in the student and in the teacher.
     places = [layer % len(found.neurons) for layer in settings.layers or ()][
         : len(layers_of(student))
@@ -144,15 +152,15 @@ def narrow(
         keep_neurons(student, most_important(found.neurons[places], settings.feed_forward))
 
 
-def importance(model: TextModel, encoded: Encoded, device: torch.device) -> Importance:
+def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> Importance:
     """Measure how much each head and neuron matters to a model on the first rows of a split.
 
     Args:
         model: a classifier that was trained on the task.
         encoded: labelled rows; the first :data:`TEXTS` of them are read.
-        device: where to compute.
+        accelerator: device and processes, which share the rows and all have the result.
     """
-    module: Any = model.module
+    module, device = model.module, accelerator.device
     module.to(device).eval()
     names = FAMILIES[module.config.model_type]
     heads, neurons = widths(model)
@@ -162,7 +170,8 @@ def importance(model: TextModel, encoded: Encoded, device: torch.device) -> Impo
     layers = layers_of(model)
     totals = {kind: torch.zeros(len(layers), units) for kind, (_, units) in readers.items()}
     lengths = [len(ids) for ids in encoded.input_ids[:TEXTS]]
-    for rows in by_length(lengths, _BATCH):
+    batches = by_length(lengths, _BATCH)
+    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
         masks = {
             kind: torch.ones(len(layers), len(rows), units, device=device, requires_grad=True)
             for kind, (_, units) in readers.items()
@@ -180,7 +189,11 @@ def importance(model: TextModel, encoded: Encoded, device: torch.device) -> Impo
         found = torch.autograd.grad(loss, list(masks.values()))
         for kind, gradient in zip(masks, found, strict=True):
             totals[kind] += gradient.abs().sum(dim=1).cpu()
-    means = {kind: total / len(lengths) for kind, total in totals.items()}
+    # The same in all processes, or they would cut their students differently.
+    means = {
+        kind: accelerator.reduce(total.to(device), "sum").cpu() / len(lengths)
+        for kind, total in totals.items()
+    }
     return Importance(means.get("heads"), means["neurons"])
 
 

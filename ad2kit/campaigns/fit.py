@@ -28,7 +28,7 @@ from ad2kit.baseline import fill_with_teacher
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier, open_session
 from ad2kit.curve import select_scores
 from ad2kit.distill import distill
-from ad2kit.errors import UserError
+from ad2kit.errors import DivergedError, UserError
 from ad2kit.export import export, export_fp32
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
@@ -204,6 +204,8 @@ class _Search:
                 "given up", f"{scores[-1]:.4f} on select after {len(scores)} epochs",
                 select_score=scores[-1],
             )  # fmt: skip
+        except DivergedError as error:
+            return candidate.ended("diverged", error.message)
         facts: dict[str, Any] = {
             "select_score": distilled.student_select_score,
             "train_seconds": distilled.train_seconds,

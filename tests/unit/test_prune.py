@@ -19,7 +19,7 @@ from ad2kit.recipe import load
 from ad2kit.sections import StudentRecipe
 from ad2kit.students import build_student
 from tests import families
-from tests.models import LABELS, TEXTS, batch, encoded, split, tiny_bert
+from tests.models import LABELS, TEXTS, batch, cpu, encoded, split, tiny_bert
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWar
 
 each_family = pytest.mark.parametrize("family", list(families.FAMILIES))
 HEADLESS = ("mpnet", "deberta-v2", "modernbert")
-CPU = torch.device("cpu")
 NEURONS = 64
 
 
@@ -52,7 +51,7 @@ def silenced(model: TextModel, name: str, kept: list[list[int]], units: int) -> 
 
 def ranked(teacher: TextModel, kind: str, count: int, layers: int) -> list[list[int]]:
     """The units of the first so many layers that matter most."""
-    scores = getattr(prune.importance(teacher, encoded(teacher), CPU), kind)
+    scores = getattr(prune.importance(teacher, encoded(teacher), cpu()), kind)
     return prune.most_important(scores[:layers], count)
 
 
@@ -105,7 +104,7 @@ def test_a_narrow_student_is_saved_loaded_exported_fused_and_quantised(
     heads = None if family in HEADLESS else 3
     settings = StudentRecipe(layers=(0, 3), attention_heads=heads, feed_forward=20)
     student = build_student(teacher, [0, 3])
-    prune.narrow(student, teacher, settings, lambda: encoded(teacher), CPU)
+    prune.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
     models.save(student, tmp_path / "student", inputs="")
     again = models.load(tmp_path / "student", LABELS)
     assert prune.widths(again)[1] == 20
@@ -142,10 +141,10 @@ def test_fusing_a_narrow_student_says_nothing(
 
 def test_the_layers_of_the_teacher_keep_their_own_ranks() -> None:
     teacher = tiny_bert()
-    found = prune.importance(teacher, encoded(teacher), CPU)
+    found = prune.importance(teacher, encoded(teacher), cpu())
     settings = StudentRecipe(layers=(3, 1), feed_forward=5)
     student = build_student(teacher, settings.layers or ())
-    prune.narrow(student, teacher, settings, lambda: encoded(teacher), CPU)
+    prune.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
     for layer, place in zip(prune.layers_of(student), (3, 1), strict=True):
         stay = sorted(found.neurons[place].argsort(descending=True)[:5].tolist())
         theirs: Any = prune.layers_of(teacher)[place].get_submodule("intermediate.dense")
@@ -167,7 +166,7 @@ def test_a_unit_that_nothing_reads_ranks_last_and_one_that_is_read_loudly_first(
             out: Any = layer.get_submodule("attention.output.dense")
             out.weight[:, :size] = 0.0
             out.weight[:, size : 2 * size] *= 30.0
-    found = prune.importance(teacher, encoded(teacher), CPU)
+    found = prune.importance(teacher, encoded(teacher), cpu())
     assert found.heads is not None
     depth = len(prune.layers_of(teacher))
     assert found.neurons.shape == (depth, neurons)
@@ -185,7 +184,7 @@ def test_importance_is_the_mean_over_texts_of_the_slope_of_their_losses() -> Non
     """By finite differences, text by text."""
     teacher = tiny_bert()
     texts, heads = encoded(teacher), prune.widths(teacher)[0]
-    found = prune.importance(teacher, texts, CPU)
+    found = prune.importance(teacher, texts, cpu())
     assert found.heads is not None
     labels = torch.from_numpy(split().labels)
     place, unit, step = 2, 1, 1e-2
@@ -211,9 +210,9 @@ def test_measuring_importance_leaves_nothing_behind_and_repeats_itself() -> None
     teacher = tiny_bert(dropout=True)
     inputs = batch(teacher).inputs
     before = forward(teacher, inputs)
-    one = prune.importance(teacher, encoded(teacher), CPU)
+    one = prune.importance(teacher, encoded(teacher), cpu())
     teacher.module.train()
-    two = prune.importance(teacher, encoded(teacher), CPU)
+    two = prune.importance(teacher, encoded(teacher), cpu())
     assert one.heads is not None
     assert two.heads is not None
     assert torch.equal(one.heads, two.heads)
@@ -245,6 +244,20 @@ def test_widths_that_cannot_be_are_refused(
         prune.check_widths(families.tiny(family), settings)
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
+
+
+def test_a_student_of_a_teacher_that_lacks_heads_lacks_them_where_it_copies(tmp_path: Path) -> None:
+    teacher = tiny_bert()
+    prune.keep_heads(teacher, [[0, 1], [1, 2], [2, 3], [0, 3]])
+    models.save(teacher, tmp_path / "teacher", inputs="")
+    teacher = models.load(tmp_path / "teacher", LABELS)
+    same, student = build_student(teacher, range(4)), build_student(teacher, [1, 3])
+    inputs = batch(teacher).inputs
+    assert torch.equal(forward(same, inputs), forward(teacher, inputs))
+    assert student.module.config.pruned_heads == {0: [0, 3], 1: [1, 2]}
+    with pytest.raises(ModelError, match="has had heads cut out of layers 0, 1, 2, 3 already"):
+        prune.check_widths(teacher, StudentRecipe(layers=(0,), attention_heads=1))
+    prune.check_widths(teacher, StudentRecipe(layers=(0,), feed_forward=8))
 
 
 def test_a_family_that_nobody_has_tried_is_refused() -> None:
