@@ -103,7 +103,10 @@ def plot(report: FitReport, path: Path) -> None:
         if each.retained is not None and each.retained_interval is not None:
             at = ms(each.best(target))
             axes.plot([at, at], each.retained_interval, color="#888888", zorder=1)
-            axes.annotate(str(each.shape), (at, each.retained), fontsize=6)
+            axes.annotate(
+                str(each.shape), (at, each.retained), xytext=(7, 5), textcoords="offset points",
+                fontsize=7,
+            )  # fmt: skip
     # What was not judged on the validation rows has no place on this axis but its foot.
     foot, _ = axes.get_ylim()
     for name, (marker, colour, outcomes) in _GROUPS.items():
@@ -112,7 +115,7 @@ def plot(report: FitReport, path: Path) -> None:
         y = [foot if each.retained is None else each.retained for each in members]
         if members:
             axes.plot(x, y, marker, color=colour, label=name, markersize=9, linestyle="none")
-    axes.set_xscale("log")
+    axes.set_xlim(left=0.0)
     axes.set_xlabel(f"{key[:3]} of {target.batch_size} x {target.length_tokens} tokens, ms")
     axes.set_ylabel("retained of the teacher's score")
     axes.legend(fontsize=8)

@@ -39,6 +39,7 @@ from ad2kit.prospects import Judge, hopeless
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.runtime import processes
+from ad2kit.shipping import choose_variant, passed_variants
 from ad2kit.stopwatch import Stopwatch
 from ad2kit.tasks import answers
 from ad2kit.training import predict_logits
@@ -82,6 +83,7 @@ def fit(
 
     Raises:
         RecipeError: a target that means nothing, or a student that is not made from the teacher.
+        GateFailed: no variant of the teacher itself passes.
         UserError: see the stages.
     """
     if processes() > 1:
@@ -102,13 +104,12 @@ def fit(
     )
     folder = runs_dir / f"fit-{recipe.name}-{inputs[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = teacher.module.config.vocab_size
-    measured = runs_dir / ".shared" / "measured.json"
-    stopwatch = Stopwatch(recipe, target, measured, bench.measure, vocabulary)
-    judge = Judge(target.retain, data.validation.labels)
+    stopwatch = Stopwatch(recipe, target, runs_dir / ".shared" / "measured.json", bench.measure,
+                          vocabulary=teacher.module.config.vocab_size)  # fmt: skip
     search = _Search(
-        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact, judge
-    )
+        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact,
+        Judge(target.retain, data.validation.labels),
+    )  # fmt: skip
     untrained_teacher, candidates = search.measure(wanted)
     for place, candidate in enumerate(candidates):
         if candidate.outcome != "too costly" and search.package is None:
@@ -283,18 +284,16 @@ class _Search:
         teacher = open_run(whole, self.runs_dir, self.folder / "teacher")
         fill_with_teacher(teacher, run)
         export(teacher)
-        passed = [verdict.variant for verdict in parity(teacher).variants if verdict.passed]
-        variants, threads = self.recipe.export.variants, self.stopwatch.threads
-        folders = {f"teacher {variant}": teacher.onnx(variant) for variant in passed}
-        folders |= {variant: run.onnx(variant) for variant in variants}
+        parity(teacher)
+        choose_variant(teacher, None)  # or there is nothing to be faster than
+        folders = {f"teacher {path.name}": path for path in passed_variants(teacher)}
+        baselines, threads = list(folders), self.stopwatch.threads
+        folders |= {variant: run.onnx(variant) for variant in self.recipe.export.variants}
 
         def make() -> dict[str, System]:
             found = {name: OnnxClassifier(path, threads=threads) for name, path in folders.items()}
-            return {
-                name: (bench.onnx_call(classifier), classifier.artifact.model_bytes)
-                for name, classifier in found.items()
-            }
+            return {name: (bench.onnx_call(c), c.artifact.model_bytes) for name, c in found.items()}
 
         what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
-        self.trained = self.stopwatch.measure(what, make, [f"teacher {name}" for name in passed])
-        return self.trained[len(passed) :]
+        self.trained = self.stopwatch.measure(what, make, baselines)
+        return self.trained[len(baselines) :]
