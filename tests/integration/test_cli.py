@@ -282,10 +282,13 @@ def test_fit_ends_before_any_training_where_no_shape_can_meet_the_target(
     [
         (["--retain", "0.9"], "is met by the teacher itself"),
         (["--max-mb", "5"], "Missing option '--retain'"),
-        (["--retain", "97", "--max-mb", "5"], "97.0 is not in the range 0.0<=x<=1.0"),
+        (["--retain", "97", "--max-mb", "5"], "Invalid value for '--retain'"),
         (["--retain", "0.9", "--p99", "5"], "No such option"),
         (["--retain", "0.9", "--max-mb", "5", "--layers", "two"], "found 'two' in 'two'"),
-        (["--retain", "0.9", "--max-mb", "5", "--layers", "9"], "names layer 8"),
+        (
+            ["--retain", "0.9", "--max-mb", "5", "--layers", "9"],
+            "names layer 4, but the layers of the 'bert'",
+        ),
         (["--retain", "0.9", "--max-mb", "5", "--device", "tpu"], "found 'tpu'"),
         (["--retain", "0.9", "--max-mb", "5", "--device", "cuda"], "provider 'cuda' was asked for"),
         (["--retain", "0.9", "--max-mb", "5", "--length", "999"], "--length is 999"),
