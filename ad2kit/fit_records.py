@@ -39,7 +39,8 @@ class Target(Part):
         bounds = {"p99 at most {:g} ms": self.p99_ms, "at most {:g} MB": self.max_mb,
                   "at least {:g} times the teacher's speed": self.speedup}  # fmt: skip
         words = [text.format(value) for text, value in bounds.items() if value is not None]
-        return ", ".join([f"retain {self.retain:.2%}", *words])
+        kept = f"retain {self.retain:.2%}, its interval above {self.retain - self.margin:.2%}"
+        return "; ".join([kept, *words])
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """Return the recipe with what to retain as the gate's threshold, and the bench's shape.
@@ -156,7 +157,7 @@ class Measurements(Record):
 
 
 class FitReport(Record):
-    """The search for the cheapest student that meets a target.
+    """The search for the cheapest student that meets a target, judged on so many ``rows``.
 
     ``trained`` holds the costs of the teacher's variants and of those of the candidate that came
     last, both trained and exported, measured together. ``package`` is what to ship: the name of a
@@ -168,6 +169,7 @@ class FitReport(Record):
     target: Target
     grid: Grid
     metrics: tuple[Metric, ...]
+    rows: int
     untrained_teacher: tuple[Cost, ...]
     candidates: tuple[Candidate, ...]
     trained: tuple[Cost, ...]

@@ -121,6 +121,7 @@ def fit(
         target=target,
         grid=grid,
         metrics=recipe.data.judged_by,
+        rows=len(data.validation),
         untrained_teacher=untrained_teacher,
         candidates=tuple(candidates),
         trained=search.trained,

@@ -45,7 +45,7 @@ def target(**changes: float | None) -> Target:
 
 def report(aim: Target, *candidates: Candidate) -> FitReport:
     return FitReport(
-        recipe="tiny", inputs="x", target=aim, grid=Grid(), metrics=("accuracy",),
+        recipe="tiny", inputs="x", target=aim, grid=Grid(), metrics=("accuracy",), rows=100,
         untrained_teacher=(cost(ms=4.0, speedup=1.0),), candidates=candidates, trained=(),
         package=None, environment={"threads": "2", "cpu": "a CPU"},
     )  # fmt: skip
@@ -247,6 +247,7 @@ def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> 
     assert "- 1 layer, 4 heads, feed-forward 128: given up: 0.71 after 2 epochs" in text
     assert "too costly: int8: 1.20 times the teacher's speed, 0.30 below 1.5" in text
     assert "looked at 2 times" in caption(page)
+    assert "The interval of the answer reaches below 97.00%; --margin 0" in caption(page)
     assert "looked at" not in caption(report(aim, gone))
     plot(page, tmp_path / "fit.svg")
     drawn = (tmp_path / "fit.svg").read_text()
