@@ -61,8 +61,8 @@ def caption(report: FitReport) -> str:
     answer = next((each for each in report.candidates if each.outcome == "found"), None)
     if answer is not None and (answer.retained_interval or (0.0,))[0] < target.retain:
         text += (
-            f" The interval of the answer reaches below {target.retain:.2%}; --margin 0 asks for one "
-            "that does not."
+            f" The interval of the answer reaches below {target.retain:.2%}; --margin 0 asks for "
+            "one that does not."
         )
     if report.looks > 1:
         text += (
