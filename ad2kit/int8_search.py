@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ad2kit.errors import ModelError, no_room_left
 from ad2kit.gate import conversion_cost
 from ad2kit.quantize import WAYS, nodes_to_quantize, quantize
 from ad2kit.verdicts import QuantisationTrial
@@ -87,17 +88,35 @@ class Int8Search:
             target: of the graph.
             seconds: when to stop trying. 0 stops at the first that passes, whenever that is, and
                 so finds the same graph each time.
+
+        Raises:
+            ModelError: there is no way to quantise this graph at all.
         """
         deadline = time.monotonic() + seconds if seconds else math.inf
-        tried = list[Candidate]()
+        tried, impossible = list[Candidate](), list[QuantisationTrial]()
         fp32 = self.classifier_of(self.graphs[False]).run_sorted(self.encodings, _BATCH)
         for way in self._ways(tried, fp32, deadline):
-            tried.append(self._try(way, fp32, f"{len(tried)}.onnx"))
-            last = tried[-1]
+            try:
+                last = self._try(way, fp32, f"{len(tried)}.onnx")
+            except Exception as error:
+                # onnxruntime's quantiser and sessions share no class of exceptions. One way that
+                # does not fit a graph must not cost the others; the table tells of it.
+                if no_room_left(error):
+                    raise
+                logger.warning("int8, %s: impossible: %s", way, error)
+                impossible.append(_impossible(way, error))
+                continue
+            tried.append(last)
             logger.info("int8, %s: agreement %.4f%s", way, last.agreement,
                         "" if last.passed else ", failed")  # fmt: skip
             if time.monotonic() > deadline or (not seconds and self._safe(last)):
                 break
+        if not tried:
+            raise ModelError(
+                f"none of {len(impossible)} ways to quantise {self.graphs[False].name} worked; "
+                f"the first: {impossible[0].failures[0]}",
+                hint="leave int8 out of export.variants",
+            )
         costs = self._costs(tried)
         safe = [candidate for candidate in tried if self._safe(candidate)]
         taken = (
@@ -117,6 +136,7 @@ class Int8Search:
             )
             for candidate in tried
         )
+        trials = (*trials, *impossible)
         shutil.move(taken.graph, target)
         return str(taken.way), trials
 
@@ -131,7 +151,7 @@ class Int8Search:
         """Yield what to try next: all that is dynamic, then less of the best, then the rest."""
         ways = [way for way in WAYS if way.fused in self.graphs]
         yield from (way for way in ways if way.activations == "dynamic")
-        if not any(map(self._safe, tried)):
+        if tried and not any(map(self._safe, tried)):
             best = max(tried, key=lambda candidate: candidate.agreement).way
             worst_first = self._by_damage(best, fp32, deadline)
             for count in range(1, len(worst_first)):
@@ -183,3 +203,11 @@ class Int8Search:
             graph: tuple((1e3 * np.median(times, axis=0) / len(sample)).tolist())
             for graph, times in seconds.items()
         }
+
+
+def _impossible(way: Way, error: Exception) -> QuantisationTrial:
+    nothing = math.nan
+    return QuantisationTrial(
+        way=str(way), agreement=nothing, points_lost=nothing, failures=(f"impossible: {error}",),
+        size_bytes=0, batch_ms=nothing, alone_ms=nothing,
+    )  # fmt: skip

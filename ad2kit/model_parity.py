@@ -77,7 +77,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     files = sha256_of_folder(folder)
     verdict = distillation_quality(
         folder.name, fingerprint(files), logits, reference, labels, checks, recipe.parity,
-        recipe.seed,
+        recipe.seed, classifier.artifact.temperature,
     )  # fmt: skip
     found = answers(task, teacher_logits)
     return ParityReport(
@@ -215,7 +215,7 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
     for file in folder.iterdir():
         if file.is_file() and file.name != OnnxArtifact.file_name:
             shutil.copy2(file, scratch / file.name)
-    files = sha256_of_folder(scratch)
+    files, ours = sha256_of_folder(scratch), folder / OnnxArtifact.file_name
     manifest = OnnxArtifact(
         variant=folder.name,
         inputs=fingerprint(files),
@@ -226,7 +226,7 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
         text_columns=len(recipe.data.text_columns),
         provider=recipe.export.provider,
         nodes={},
-        temperature=1.0,
+        temperature=OnnxArtifact.read(ours).temperature if ours.is_file() else 1.0,
         files=files,
         model_bytes=(scratch / MODEL_FILE).stat().st_size,
         lineage={},

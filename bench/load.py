@@ -100,7 +100,8 @@ class Connection(asyncio.Protocol):
         return await self.answer
 
 
-async def _connect(port: int) -> Connection:
+async def connect(port: int) -> Connection:
+    """Open a connection."""
     _, connection = await asyncio.get_running_loop().create_connection(
         Connection, "127.0.0.1", port
     )
@@ -117,7 +118,7 @@ async def _one(
     except (OSError, TimeoutError) as error:
         load.errors[type(error).__name__] += 1
         link.transport.close()
-        return await _connect(port)
+        return await connect(port)
     if status == 200 and request.is_right(body):
         now = time.perf_counter()
         load.ms.append(1e3 * (now - start))
@@ -125,18 +126,22 @@ async def _one(
     else:
         load.errors["wrong answer" if status == 200 else str(status)] += 1
     if link.transport.is_closing():
-        return await _connect(port)
+        return await connect(port)
     return link
 
 
 async def closed_loop(
-    port: int, requests: Sequence[Request], connections: int, seconds: float
+    port: int,
+    requests: Sequence[Request],
+    connections: int,
+    seconds: float,
+    links: Sequence[Connection] = (),
 ) -> Load:
-    """Keep some connections busy for some seconds."""
+    """Keep some connections busy for some seconds: those that are given, or new ones."""
     load, start = Load(), time.perf_counter()
 
     async def client(first: int) -> None:
-        link = await _connect(port)
+        link = links[first] if links else await connect(port)
         for number in range(first, 10**9, connections):
             now = time.perf_counter()
             if now > start + seconds:
@@ -157,7 +162,7 @@ async def open_loop(
 ) -> Load:
     """Send at random times of a rate, over as many connections as are free and may be."""
     load, start, source = Load(), time.perf_counter(), random.Random(0)  # noqa: S311
-    free = deque([await _connect(port) for _ in range(connections)])
+    free = deque([await connect(port) for _ in range(connections)])
     due, tasks = start, set[asyncio.Task[None]]()
     waiting = asyncio.Semaphore(connections)
 

@@ -5,11 +5,11 @@
 
 The texts are the validation texts of the run, with their lengths; `--long` puts 2 % of 300 words
 among them. The in-process limit is the best of a printed grid of processes, threads, batch size and
-sorting, tokenisation included. Each server has one worker for each core, one thread for each
-worker, and shares the cores with the load generator. Servers take turns. An answer counts if its
-label is the artefact's for that text; texts that it is not sure of are left out, because int8
-quantises a batch together, and then the label of a close call depends on its company. The last line
-is JSON.
+sorting, tokenisation included. Each server has one worker for each core (stock BentoML the one that
+it starts by itself), one thread for each worker, and shares the cores with the load generator. An
+answer counts if its label is the artefact's for that text; texts that it is not sure of are left
+out, because int8 quantises a batch together, and then the label of a close call depends on its
+company. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import psutil
@@ -41,11 +41,12 @@ from ad2kit.runtime import available_cpus, environment
 from bench.load import Load, Request, closed_loop, open_loop, post
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Sequence
 
-OURS, BARE, STOCK = "ad2kit", "uvicorn", "stock BentoML"
-PEERS = (BARE, STOCK, "FastAPI + pipeline", "LitServe", "mosec")
-LISTS = (OURS, BARE, STOCK)  # they take a list of texts
+T = TypeVar("T")
+OURS, BARE, STOCK, FITTED = "ad2kit", "uvicorn", "stock BentoML", "BentoML, fitted"
+PEERS = (BARE, FITTED, STOCK, "FastAPI + pipeline", "LitServe", "mosec")
+LISTS = (OURS, BARE, FITTED, STOCK)  # they take a list of texts
 CONNECTIONS = (1, 8, 32, 128)
 SHARES = (0.5, 0.8, 1.2)
 SURE = 0.7
@@ -163,11 +164,10 @@ def requests(name: str, texts: Sequence[str], labels: Sequence[str]) -> list[Req
     return found
 
 
-def drive(loop: Any) -> Load:
+def drive(load: Coroutine[Any, Any, T]) -> T:
     """Run one load on uvloop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        load: Load = runner.run(loop)
-    return load
+        return runner.run(load)
 
 
 def holders(port: int) -> list[psutil.Process]:
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="2 %% of texts with 300 words")
     parser.add_argument("--only", nargs="*", default=[OURS, *PEERS])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--results", type=Path, help="write serve.json and serve.svg there")
     options = parser.parse_args()
     run = RunDir(options.run)
     folder, workers = run.onnx(options.variant), available_cpus()
@@ -241,15 +242,42 @@ def main() -> None:
               f"{one['p99_ms']:>8.2f}{result[name]['start_s']:>9.1f}"
               f"{result[name]['memory_mb']:>6.0f}")  # fmt: skip
     ours = capacity_of.get(OURS, math.nan)
-    print(json.dumps({
+    facts = {
         "capacity_over_in_process": ours / best,
         "capacity_over_uvicorn": ours / capacity_of.get(BARE, math.nan),
         "capacity_over_stock_bentoml": ours / capacity_of.get(STOCK, math.nan),
+        "capacity_over_fitted_bentoml": ours / capacity_of.get(FITTED, math.nan),
         "p50_minus_in_process_ms": result.get(OURS, {}).get("closed", {}).get(1, [{}])[0].get(
             "p50_ms", math.nan) - alone_ms,
         "in_process": limit, "in_process_p50_ms": alone_ms, "servers": result,
         "environment": environment(1, processes=workers),
-    }))  # fmt: skip
+    }  # fmt: skip
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "serve.json").write_text(json.dumps(facts, indent=1) + "\n")
+        plot(result, best, options.results / "serve.svg")
+    print(json.dumps(facts))
+
+
+def plot(result: dict[str, dict[str, Any]], limit: float, target: Path) -> None:
+    """Draw answers per second by connections, and latency by load."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, found in result.items():
+        width = 2.5 if name == OURS else 1.2
+        per_s = [np.median([c["per_s"] for c in found["closed"][n]]) for n in CONNECTIONS]
+        left.plot(CONNECTIONS, per_s, marker="o", linewidth=width, label=name)
+        p99 = [np.median([c["p99_ms"] for c in found["open"][share]]) for share in SHARES]
+        right.plot([100 * s for s in SHARES], p99, marker="o", linewidth=width, label=name)
+    left.axhline(limit, linestyle=":", color="grey", label="in process")
+    left.set(xscale="log", xticks=CONNECTIONS, xticklabels=CONNECTIONS, ylim=(0, None),
+             xlabel="connections, each asking again when it is answered",
+             ylabel="right answers per second")  # fmt: skip
+    right.set(yscale="log", xlabel="load, % of the server's own capacity", ylabel="p99, ms")
+    left.legend()
+    figure.savefig(target)
 
 
 def told(load: Load) -> dict[str, Any]:

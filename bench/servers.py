@@ -5,7 +5,9 @@
 `uvicorn` is ad2kit's engine and batcher behind plain uvicorn and no framework: what BentoML's
 layers are measured against. The others are what their documentation shows for such a model, with
 the same artefact, one thread for each worker, batches of up to 32, and a millisecond of waiting for
-a batch to fill where that can be set. All answer {"label": ..., ...} or a list of it.
+a batch to fill where that can be set. `stock BentoML` is BentoML's own batching as it comes (one
+worker, and requests that it predicts to be late get 503); `BentoML, fitted` has a worker for each
+core, batches of 32 and no such hurry. All answer {"label": ..., ...} or a list of it.
 """
 
 from __future__ import annotations
@@ -118,21 +120,25 @@ def run_mosec(port: int) -> None:
 STOCK = """
 import bentoml, servers
 
-@bentoml.service(workers={workers}, traffic={{"timeout": 30}})
+@bentoml.service({service})
 class Stock:
     def __init__(self) -> None:
         self.engine = servers.classifier()
 
-    @bentoml.api(batchable=True, max_batch_size=32, route="/classify")
+    @bentoml.api({api}, route="/classify")
     def classify(self, texts: list[str]) -> list[dict]:
         return [each.as_dict() for each in self.engine.predict(texts)]
 """
 
 
 def run_stock(port: int) -> None:
-    """Serve by BentoML with the batching that it has built in."""
+    """Serve by BentoML with the batching that it has built in: as it comes, or fitted."""
     folder = Path(os.environ["AD2KIT_BENCH_SCRATCH"])
-    (folder / "stock.py").write_text(STOCK.format(workers=WORKERS))
+    service, api = "", "batchable=True"
+    if sys.argv[1] == "BentoML, fitted":
+        service = f"workers={WORKERS}, traffic={{'timeout': 30}}"
+        api += f", max_batch_size={BATCH}"
+    (folder / "stock.py").write_text(STOCK.format(service=service, api=api))
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     os.chdir(folder)
     os.execve(  # noqa: S606
@@ -145,6 +151,7 @@ def run_stock(port: int) -> None:
 SERVERS: dict[str, Callable[[int], None]] = {
     "uvicorn": run_uvicorn,
     "stock BentoML": run_stock,
+    "BentoML, fitted": run_stock,
     "FastAPI + pipeline": run_uvicorn,
     "LitServe": run_litserve,
     "mosec": run_mosec,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from onnx import numpy_helper
 
 from ad2kit import data as datasets
 from ad2kit.classifier import MODEL_FILE
+from ad2kit.errors import ModelError
 from ad2kit.export import export
 from ad2kit.files import write_record
 from ad2kit.parity import parity
@@ -98,6 +100,39 @@ def test_without_a_fused_variant_nothing_is_made_from_a_fused_graph(copied_run: 
 def test_a_budget_ends_the_search(copied_run: RunDir) -> None:
     search = searched(copied_run, seconds=1e-9)
     assert len(search.trials) == 1
+
+
+def test_a_way_that_cannot_be_made_costs_the_others_nothing(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky(source: Path, target: Path, way: Way, calibration: Any = ()) -> None:
+        if way.weights == "int8":
+            raise ValueError("no such kernel")
+        quantize(source, target, way, calibration)
+
+    monkeypatch.setattr("ad2kit.int8_search.quantize", picky)
+    search = searched(copied_run, seconds=1e-9)
+    assert "uint8" in search.taken
+    told = {trial.way: trial.failures for trial in search.trials}
+    assert told[str(WAYS[0])] == ("impossible: no such kernel",)
+    assert parity(copied_run).variants[-1].variant == "int8"
+
+
+def test_a_graph_that_no_way_fits_is_an_error_and_a_full_disk_stays_one(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise ValueError("no such kernel")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ad2kit.int8_search.quantize", never)
+    with pytest.raises(ModelError, match=r"none of \d+ ways .* no such kernel"):
+        searched(copied_run, seconds=1)
+    monkeypatch.setattr("ad2kit.int8_search.quantize", full)
+    with pytest.raises(OSError, match="No space left"):
+        searched(copied_run, seconds=2)
 
 
 def outlier(run: RunDir) -> str:
