@@ -1,4 +1,4 @@
-"""The teacher as a run of its own, so that it is exported, judged and timed as its students are."""
+"""The teacher as a run of its own, so that it is exported and timed as its students are."""
 
 from __future__ import annotations
 
