@@ -58,6 +58,28 @@ def compare(
     print_comparison(report, folder, as_json=as_json)
 
 
+def sweep(
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    address: options.Address = None,
+    storage: options.Storage = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
+) -> None:
+    """Search learning rates, batch sizes and more on Ray; judge the best configuration."""
+    from ad2kit.recipe import load
+    from ad2kit.terminal import print_sweep, show_messages
+
+    show_messages()
+    campaign = stage("ad2kit.campaigns.sweep", "sweep")
+    report, folder = campaign(
+        load(recipe_name, overrides or ()), runs_dir,
+        address=address, storage=storage, allow_inexact=allow_inexact,
+    )  # fmt: skip
+    print_sweep(report, folder, as_json=as_json)
+
+
 def fit(
     recipe_name: options.RecipeName,
     retain: options.Retain,

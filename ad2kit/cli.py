@@ -44,5 +44,6 @@ for command in (
     campaign_commands.run,
     campaign_commands.compare,
     campaign_commands.fit,
+    campaign_commands.sweep,
 ):
     app.command()(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,19 +65,9 @@ def distill(
     Raises:
         DataError, ModelError, RunError, DivergedError: see the functions that this one calls.
     """
-    recipe, settings = run.recipe, run.recipe.distill
-    accelerator = make_accelerator(recipe.compute)
-    surroundings = environment(
-        torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
-    ) | {"compile": str(recipe.compute.compile)}
-    data = datasets.load_data(recipe.data, recipe.seed)
-    if data.task != "regression":
-        train = data.train
-        shares = balance(counts(data.task, train.labels, data.labels), len(train))
-        logger.info("train: %d rows; %s", len(train), shares)
-    trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
-    stage = _Stage(run, recipe, data, trainer)
-
+    stage = _Stage.of(run, on_step, allow_inexact)
+    recipe, data, trainer = stage.recipe, stage.data, stage.trainer
+    settings, accelerator = recipe.distill, stage.accelerator
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
@@ -136,13 +125,26 @@ def distill(
         mean_clean_kl=kd,
         mean_adversarial_gain=gain,
         verdict=words,
-        environment=surroundings,
+        environment=trainer.surroundings,
     )
     if accelerator.is_main_process:
         write_record(run.distill_report, report)
     trainer.clean_up("student")
     logger.info("%s", words)
     return report
+
+
+@exclusive
+def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
+    """Do the part of :func:`distill` that the students of one teacher share, before any of them.
+
+    The teacher of the run is made, and its logits on what the students read; the runs beside this
+    one take both from the store. Arguments and errors are those of :func:`distill`.
+    """
+    stage = _Stage.of(run, lambda _record: None, allow_inexact)
+    teacher = stage.teacher()
+    teacher.module.to(stage.accelerator.device)
+    stage.teacher_logits(teacher, stage.data.distillation())
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,22 @@ class _Stage:
     recipe: Recipe
     data: Data
     trainer: Trainer
+
+    @classmethod
+    def of(cls, run: RunDir, on_step: Callable[[StepRecord], None], allow_inexact: bool) -> _Stage:
+        """Look at device and data; nothing is trained yet."""
+        recipe = run.recipe
+        accelerator = make_accelerator(recipe.compute)
+        surroundings = environment(
+            torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
+        ) | {"compile": str(recipe.compute.compile)}
+        data = datasets.load_data(recipe.data, recipe.seed)
+        if data.task != "regression":
+            train = data.train
+            shares = balance(counts(data.task, train.labels, data.labels), len(train))
+            logger.info("train: %d rows; %s", len(train), shares)
+        trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
+        return cls(run, recipe, data, trainer)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -221,12 +239,8 @@ class _Stage:
 
     def _make_teacher(self, inputs: str) -> None:
         """Take over the teacher of another run, or train it; all processes take part."""
-        recipe, run, data, first = (
-            self.recipe,
-            self.run,
-            self.data,
-            self.accelerator.is_main_process,
-        )
+        recipe, run, data = self.recipe, self.run, self.data
+        first = self.accelerator.is_main_process
         source, settings = recipe.teacher.model, recipe.teacher.finetune
         key = fingerprint(
             inputs, recipe.compute.precision,
@@ -239,8 +253,7 @@ class _Stage:
                 source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
             )
             if recipe.student.model is None:
-                # Not after the long part.
-                check_layers(teacher, recipe.student.layers or ())
+                check_layers(teacher, recipe.student.layers or ())  # not after the long part
                 check_widths(teacher, recipe.student)
             if settings is not None:
                 logger.info("fine-tuning the teacher %s", source)
@@ -265,12 +278,9 @@ class _Stage:
             source = models.load_reference(
                 recipe.model, self.data, seed=self.recipe.seed, finished=False, key="student.model"
             )
-        if recipe.layers is None:
-            return source
-        check_widths(source, recipe)
-        student = build_student(source, recipe.layers)
-        train = functools.partial(self.encode, teacher, self.data.train)
-        narrow(student, teacher, recipe, train, self.accelerator)
+        student = build_student(source, recipe.layers) if recipe.layers else source
+        train = self.data.train
+        narrow(student, teacher, recipe, lambda: self.encode(teacher, train), self.accelerator)
         return student
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:

@@ -85,8 +85,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        for file in new.iterdir():
-            _to_disk(file)
+        for file in new.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         if path.exists():
             path.rename(old)
         new.rename(path)

@@ -49,6 +49,12 @@ def _figures(cost: Cost) -> tuple[str, ...]:
 TRAINED_HEADER = HEADER[1:6]
 
 
+def tables(report: FitReport) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the rows of each table that has any, by its header."""
+    found = {HEADER: rows(report), TRAINED_HEADER: trained_rows(report)}
+    return {header: lines for header, lines in found.items() if lines}
+
+
 def caption(report: FitReport) -> str:
     """Return in words what the tables show."""
     target = report.target
@@ -75,9 +81,9 @@ def caption(report: FitReport) -> str:
 
 def markdown(report: FitReport) -> str:
     """Return the report as a page of Markdown."""
-    lines = [f"# {report.recipe}", "", *table(HEADER, rows(report))]
-    if report.trained:
-        lines += ["", *table(TRAINED_HEADER, trained_rows(report))]
+    lines = [f"# {report.recipe}"]
+    for header, found in tables(report).items():
+        lines += ["", *table(header, found)]
     notes = [
         f"- {each.shape}: {each.outcome}: {each.reason}"
         for each in report.candidates

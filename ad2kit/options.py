@@ -59,6 +59,14 @@ NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Students of each method.")]
 
+Address = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, instead of this machine.")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="For workers without this disk: where finished runs go."),
+]
+
 # Of `fit`.
 Retain = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Of the teacher's score, for example 0.97.")

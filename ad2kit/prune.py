@@ -138,9 +138,13 @@ def narrow(
         settings: which layers these are, and how wide they shall be.
         rows: encodes the training rows, if they are needed.
         accelerator: device and processes, which share the measuring.
+
+    Raises:
+        ModelError: see :func:`check_widths`.
     """
     if not settings.narrower:
         return
+    check_widths(teacher, settings)
     found = importance(teacher, rows(), accelerator)
     # Layers that share their weights are one, in the student and in the teacher.
     places = [layer % len(found.neurons) for layer in settings.layers or ()][

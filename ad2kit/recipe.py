@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ad2kit.errors import RecipeError, nearest
+from ad2kit.search_space import SweepRecipe
 from ad2kit.sections import (
     BenchRecipe,
     ComputeRecipe,
@@ -46,6 +47,7 @@ class Recipe(Section):
     export: ExportRecipe = ExportRecipe()
     parity: ParityRecipe = ParityRecipe()
     bench: BenchRecipe = BenchRecipe()
+    sweep: SweepRecipe = SweepRecipe()
     compute: ComputeRecipe = ComputeRecipe()
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ import functools
 import json
 import logging
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -114,6 +114,12 @@ class RunDir:
                 f"{self.path} has no {path.relative_to(self.path)} yet",
                 hint=f"run `ad2kit {command} {what}` first",
             )
+
+    def wait_until_free(self, timeout_s: float) -> None:
+        """Wait for another process that still writes to this run, at most ``timeout_s``."""
+        if self.path.is_dir():
+            with suppress(Timeout), FileLock(self.path / ".lock", timeout=timeout_s):
+                pass
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -47,7 +47,8 @@ def stage(module: str, function: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ad2kit"):
             raise
-        raise MissingExtra(error.name or module, extra="cpu") from error
+        extra = "scale" if error.name in ("ray", "optuna") else "cpu"
+        raise MissingExtra(error.name or module, extra=extra) from error
 
 
 def available_cpus() -> int:

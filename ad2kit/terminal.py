@@ -30,7 +30,7 @@ from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pydantic import BaseModel
     from rich.progress import TaskID
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ad2kit.fit_records import FitReport
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
+    from ad2kit.sweep_report import SweepReport
 
 _SECONDS_BETWEEN_LINES = 15.0
 _LINES_AT_ONCE = 256
@@ -150,42 +151,48 @@ def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> N
     """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
     from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
 
-    results, differences = tables(report)
-    _print_report(
-        report, {HEADER: results, DIFFERENCES: differences},
-        f"{caption(report)}\nreport: {folder / 'compare.md'}", as_json=as_json,
-    )  # fmt: skip
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    parts = dict(zip((HEADER, DIFFERENCES), tables(report), strict=True))
+    _print_tables(parts, caption(report), folder / "compare.md")
 
 
 def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
     """Print what `fit` found on stdout: as JSON, or its tables and what to type next."""
-    from ad2kit.fit_report import HEADER, TRAINED_HEADER, caption, rows, trained_rows
+    from ad2kit.fit_report import caption, tables
 
-    text = f"{caption(report)}\nreport: {folder / 'fit.md'}"
-    if report.package:
-        run, variant = report.package
-        text += f"\nnext: ad2kit package {folder.parent / run} --variant {variant}"
-    found = {HEADER: rows(report), TRAINED_HEADER: trained_rows(report)}
-    _print_report(report, found, text, as_json=as_json)
-
-
-def _print_report(
-    report: BaseModel, tables: dict[tuple[str, ...], list[tuple[str, ...]]], text: str, *,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Print a record as JSON, or tables (rows by header) that are not empty and a text."""
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for header, lines in tables.items():
-        if not lines:
-            continue
+    _print_tables(tables(report), caption(report), folder / "fit.md")
+    if report.package:
+        run, variant = report.package
+        print(f"next: ad2kit package {folder.parent / run} --variant {variant}")  # noqa: T201
+
+
+def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:
+    """Print a sweep on stdout: as JSON, or its tables and where its files lie."""
+    from ad2kit.sweep_report import HEADER, SELECTED, caption, tables
+
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    parts = dict(zip((HEADER, SELECTED), tables(report), strict=True))
+    _print_tables(parts, caption(report), folder / "sweep.md")
+
+
+def _print_tables(
+    parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]], caption: str, page: Path
+) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for header, lines in parts.items():
         table = Table(*header, box=box.SIMPLE_HEAD)
         for row in lines:
             table.add_row(*row)
         console.print(table)
-    console.print(text, highlight=False)
+    console.print(caption, highlight=False)
+    console.print(f"report: {page}", highlight=False)
 
 
 def next_steps(tag: str, folder: RunDir) -> str:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 # Before any library reads them: no hub, no telemetry, and a Bento store of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "true"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# As in ad2kit.cluster; else whatever runs beside the tests comes first.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own name)
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
 
 import pytest
@@ -62,6 +65,19 @@ HEADLESS = (
 def _remove_the_bento_store() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for the whole suite, whatever cluster a developer may have running."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit import data as datasets
-from ad2kit import metrics, models, store
+from ad2kit import metrics
 from ad2kit.compare_report import (
     CompareReport,
     Difference,
@@ -31,24 +31,20 @@ from ad2kit.compare_report import (
 from ad2kit.distill import distill
 from ad2kit.errors import RecipeError, nearest
 from ad2kit.files import fingerprint, write_record, write_text
+from ad2kit.judge import Judge
 from ad2kit.recipe import from_data
-from ad2kit.records import ModelManifest
 from ad2kit.run_dir import open_run
-from ad2kit.runtime import accelerator, is_first_process
-from ad2kit.tasks import answers
-from ad2kit.training import predict_logits
+from ad2kit.runtime import is_first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from ad2kit.data import Data
+    from ad2kit.judge import Answers
     from ad2kit.recipe import Recipe
     from ad2kit.records import StepRecord
 
 logger = logging.getLogger(__name__)
-
-Answers = np.ndarray[Any, np.dtype[Any]]
 
 _NO_INSIDES = {"pkd": 0.0, "hidden_states": 0.0, "attentions": 0.0, "value_relations": 0.0}
 _KD = {"kd_weight": 1.0, "alpha": 0.0, "hard_label_weight": 0.0, "intermediate": _NO_INSIDES}
@@ -91,9 +87,9 @@ def compare(
     """
     variants = {method: _variant(recipe, method) for method in methods}
     data = datasets.load_data(recipe.data, recipe.seed)
-    judge = _Judge(recipe, data, runs_dir)
+    judge = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
-    found = {method: list[Answers]() for method in variants}
+    found: dict[str, list[Answers]] = {method: [] for method in variants}
     teacher, environment = 0.0, dict[str, str]()
     for seed in range(recipe.seed, recipe.seed + seeds):
         for method, variant in variants.items():
@@ -136,30 +132,8 @@ def compare(
     return report, folder
 
 
-class _Judge:
-    """Scores students on the validation set, and says how sure their differences are."""
-
-    def __init__(self, recipe: Recipe, data: Data, runs_dir: Path) -> None:
-        self.recipe, self.data, self.runs_dir = recipe, data, runs_dir
-        self.metrics, self.labels = recipe.data.judged_by, data.validation.labels
-
-    def answers(self, folder: Path) -> Answers:
-        """Return a model's answers on the validation set, computed once."""
-        data, length = self.data, self.recipe.data.max_length_tokens
-        files = ModelManifest.read(folder / models.MANIFEST).files
-        key = fingerprint(files, data.validation.texts, length)
-        path = store.logits_file(self.runs_dir / ".shared", key)
-        if not path.is_file():
-            device = accelerator(self.recipe.compute).device
-            model = models.load(folder, data.labels, data.task)
-            model.module.to(device)
-            encoded = datasets.encode(data.validation, model.tokenizer, length)
-            store.write_logits(path, predict_logits(model, encoded, device))
-        return answers(data.task, store.read_logits(path).numpy())
-
-    def score(self, found: Answers) -> float:
-        """Return the score of some answers by the metrics of the task."""
-        return metrics.score(self.metrics, found, self.labels)
+class _Comparison(Judge):
+    """A judge that also says how sure the differences of students are."""
 
     def differences(self, found: dict[str, list[Answers]]) -> tuple[Difference, ...]:
         """Compare the last method with each of the others."""

@@ -106,6 +106,13 @@ def test_doctor_advises_where_something_is_missing(monkeypatch: pytest.MonkeyPat
         (["export", "nowhere"], "is not a run folder"),
         (["bench", "--runs-dir", "."], "no run under"),
         (["predict", "text"], "has a variant that passed"),
+        (["sweep", "smoke", "sweep.lr=[1e-3]"], "unknown key 'sweep.lr' (did you mean 'lrs'?)"),
+        (["sweep", "smoke", "--address", "localhost:1"], "no Ray cluster answers at localhost:1"),
+        (["sweep", "smoke", "--storage", "nosuch://x"], "storage 'nosuch://x' cannot be used"),
+        (
+            ["sweep", "smoke", "distill.accumulation_steps=32"],
+            "batch_size 16 is not a multiple of accumulation_steps 32",
+        ),
         (["distill"], "Missing argument"),
         (["distil", "smoke"], "No such command"),
         (["distill", "smoke", "--fast"], "No such option"),
@@ -246,17 +253,23 @@ def test_a_full_disk_ends_with_2_and_the_same_command_goes_on(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_missing_extra_ends_with_3_and_names_it(finished_run: RunDir) -> None:
+@pytest.mark.parametrize(
+    ("module", "command", "extra"), [("torch", "parity", "cpu"), ("ray", "sweep smoke", "scale")]
+)
+def test_a_missing_extra_ends_with_3_and_names_it(
+    finished_run: RunDir, module: str, command: str, extra: str
+) -> None:
+    arguments = ["ad2kit", *command.split(), "--runs-dir", str(finished_run.path.parent)]
     script = (
-        "import sys; sys.modules['torch'] = None\n"
-        f"sys.argv = ['ad2kit', 'parity', {str(finished_run.path)!r}]\n"
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"sys.argv = {arguments!r}\n"
         "from ad2kit.__main__ import main; main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert result.returncode == 3, result.stderr
-    assert "pip install 'ad2kit[cpu]'" in result.stderr
+    assert f"pip install 'ad2kit[{extra}]'" in result.stderr
 
 
 def test_fit_ends_before_any_training_where_no_shape_can_meet_the_target(

@@ -16,22 +16,26 @@ CHECKOUT = PACKAGE.parent
 
 LAYERS = {
     0: {"errors", "markdown", "yaml_core"},
-    1: {"files", "recipe", "records", "run_dir", "runtime", "sections", "shipping",
-        "verdicts"},
+    1: {
+        "cluster", "files", "recipe", "records", "run_dir", "runtime", "search_space", "sections",
+        "shipping", "verdicts",
+    },
     2: {
         "adversary", "baseline", "batcher", "bundle", "checkpoint", "classifier",
         "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
-        "intermediate", "labels", "losses", "metrics", "models", "objectives", "observability",
-        "openapi", "plots", "prospects", "prune", "quantize", "random_bert", "references",
-        "resumable", "service_check", "service_metrics", "shadow", "shapes", "sources",
-        "stopwatch", "store", "students", "tables", "tasks", "training",
+        "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
+        "observability", "openapi", "plots", "prospects", "prune", "quantize", "random_bert",
+        "references", "resumable", "service_check", "service_metrics", "shadow", "shapes",
+        "sources", "stopwatch", "store", "students", "sweep_report", "tables", "tasks",
+        "training", "tuning",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
         "report",
     },
-    4: {"campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run"},
+    3.5: {"campaigns.trial"},  # what a campaign hands to a worker
+    4: {"campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run", "campaigns.sweep"},
     5: {
         "__main__", "campaign_commands", "cli", "options", "parity_terminal", "stage_commands",
         "terminal",

@@ -10,6 +10,8 @@ from ad2kit import metrics
 from ad2kit import recipe as recipes
 from ad2kit.data import load_data
 from ad2kit.errors import RecipeError
+from ad2kit.run_dir import open_run
+from ad2kit.search_space import Configuration, SweepRecipe
 from ad2kit.yaml_core import parse_yaml
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ def test_a_published_recipe_has_the_published_hyperparameters(name: str) -> None
     assert (adversary.radius, adversary.step_size) == (1e-5, 1e-3)
     assert recipe.data.max_length_tokens == 512
     assert recipe.data.select_from == "validation"
+    assert recipe.sweep == SweepRecipe()  # whose defaults are the published grid
+    assert recipe.sweep.batch_sizes == (16, 32)
+    assert recipe.sweep.lrs == (1e-5, 3e-5, 5e-5, 7e-5, 9e-5, 1e-4)
+    assert (recipe.sweep.search, recipe.sweep.seeds) == ("grid", 5)
+    assert len(recipe.sweep.grid(recipe.distill)) == 12
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -134,6 +141,13 @@ def test_an_override_reaches_the_typed_recipe() -> None:
         ("distill.lr.x=1", "is a value, not a section"),
         ("student.layers=[-1]", "greater than or equal to 0"),
         ("seed=null", "seed"),
+        ("sweep.lr=[1e-5]", "unknown key 'sweep.lr' (did you mean 'lrs'?)"),
+        ("sweep.lrs=[1e-5, 0]", "sweep.lrs.1: Input should be greater than 0, found 0"),
+        ("sweep.lrs=1e-5", "sweep.lrs"),
+        ("sweep.batch_sizes=[]", "at least 1 item"),
+        ("sweep.radii=[1e-3, 1e-3]", "'radii' has a value twice: 0.001, 0.001"),
+        ("sweep.search=random", "'grid' or 'optuna'"),
+        ("sweep={'search': 'optuna', 'lrs': [1e-5]}", "two or more 'lrs'"),
     ],
 )
 def test_a_wrong_override_is_an_error_that_names_it(override: str, expected: str) -> None:
@@ -175,3 +189,15 @@ def test_a_broken_file_is_an_error(tmp_path: Path, content: str, expected: str) 
 def test_a_recipe_survives_its_own_json() -> None:
     recipe = recipes.load("demo", ["distill.lr=3e-5"])
     assert recipes.from_data(recipe.model_dump(mode="json"), where="test") == recipe
+
+
+def test_the_sweep_section_decides_no_weights_and_spans_its_lists(tmp_path: Path) -> None:
+    plain = recipes.load("smoke")
+    other = recipes.load("smoke", ["sweep.lrs=[1e-4, 2e-4]", "sweep.radii=[0, 1e-2]"])
+    assert open_run(plain, tmp_path) == open_run(other, tmp_path)
+    alpha = plain.distill.alpha
+    assert other.sweep.grid(other.distill)[:3] == [
+        Configuration(batch_size=16, lr=1e-4, radius=0.0, alpha=alpha),
+        Configuration(batch_size=16, lr=1e-4, radius=1e-2, alpha=alpha),
+        Configuration(batch_size=16, lr=2e-4, radius=0.0, alpha=alpha),
+    ]

@@ -1,0 +1,63 @@
+"""How trials are summed up: medians by hand, losses as the worst, and a ledger that was cut."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.search_space import Configuration
+from ad2kit.sweep_report import Ledger, Spread, Trial, by_configuration
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FAST, SLOW = (Configuration(batch_size=16, lr=lr, radius=0.0, alpha=1.0) for lr in (1e-3, 1e-5))
+
+
+def trial(configuration: Configuration, seed: int, distance: float | None, **more: Any) -> Trial:
+    criterion = -math.inf if distance is None else -distance
+    score = None if distance is None else 1 - distance
+    return Trial(
+        configuration=configuration, seed=seed, run=f"run-{seed}", criterion=criterion,
+        select_score=score, select_distance=distance, **more,
+    )  # fmt: skip
+
+
+def test_the_best_configuration_has_the_best_median_and_a_loss_counts_as_the_worst() -> None:
+    fast = [
+        trial(FAST, 1, 0.125, state="finished"),
+        trial(FAST, 2, 0.25, state="finished"),
+        trial(FAST, 3, 0.5, state="stopped"),
+    ]
+    slow = [
+        trial(SLOW, 1, 0.0625, state="finished"),
+        trial(SLOW, 2, None, state="diverged"),
+        trial(SLOW, 3, 0.375, state="finished"),
+    ]
+    best, other = by_configuration([*slow, *fast])
+    assert (best.configuration, best.criterion) == (FAST, -0.25)
+    assert (best.trials, best.finished) == (3, 2)
+    assert best.select_score == Spread(median=0.75, lowest=0.5, highest=0.875)
+    assert best.select_distance == 0.25
+    # Without the one that was lost the median would be -0.21875 and win.
+    assert (other.configuration, other.criterion) == (SLOW, -0.375)
+    lost = by_configuration([trial(SLOW, 1, None, state="failed")])[0]
+    assert (lost.criterion, lost.select_score, lost.select_distance) == (-math.inf, None, None)
+
+
+def test_a_ledger_keeps_the_last_word_on_each_trial_and_forgets_a_line_cut_short(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "trials.jsonl"
+    ledger = Ledger(path)
+    ledger.add(trial(FAST, 1, None))
+    ledger.add(trial(FAST, 2, None, state="diverged", message="the loss is nan"))
+    ledger.add(trial(FAST, 1, 0.5, state="finished"))
+    whole = path.read_text()
+    path.write_text(whole + whole[:40])
+    again = Ledger(path)
+    assert again.trials == ledger.trials
+    assert [each.state for each in again.trials.values()] == ["finished", "diverged"]
+    assert again.trials[FAST, 2].criterion == -math.inf
+    again.add(trial(SLOW, 1, None))
+    assert len(Ledger(path).trials) == 3
