@@ -6,7 +6,8 @@
     classifier.predict(["not at all convincing"])
 
 Every stage is a plain function: :func:`ad2kit.distill.distill`, :func:`ad2kit.export.export`,
-:func:`ad2kit.parity.parity`, :func:`ad2kit.bench.bench`, :func:`ad2kit.package.package`.
+:func:`ad2kit.parity.parity`, :func:`ad2kit.bench.bench`, :func:`ad2kit.package.package`,
+:func:`ad2kit.score.score`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,13 @@ import torch
 from ad2kit import models
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.files import fingerprint, sha256_of, write_record
-from ad2kit.records import DistillReport, LatencyCell, LatencyReport, OnnxArtifact
+from ad2kit.records import (
+    P99_TARGET_MS,
+    DistillReport,
+    LatencyCell,
+    LatencyReport,
+    OnnxArtifact,
+)
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus, environment
 
@@ -42,12 +48,20 @@ _LEAST_CALLS = 10
 
 
 @exclusive
-def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
+def bench(
+    run: RunDir,
+    *,
+    again: bool = True,
+    p99_target_ms: float = P99_TARGET_MS,
+    price_per_hour: float | None = None,
+) -> LatencyReport:
     """Measure every system of a run at every shape of the recipe, write the report, return it.
 
     Args:
         run: a run with exported variants.
         again: measure even if there is a report for the same artefacts and settings.
+        p99_target_ms: what the capacity is stated for, see :class:`~ad2kit.records.Capacity`.
+        price_per_hour: of this machine, for the cost of a million texts.
 
     Raises:
         RunError: nothing is exported yet.
@@ -93,7 +107,8 @@ def bench(run: RunDir, *, again: bool = True) -> LatencyReport:
             logger.info("bench: batch %d, %d tokens done", size, length)
     report = LatencyReport(
         inputs=inputs, artifacts=artifacts, threads=threads, environment=surroundings,
-        sizes_bytes=sizes, cells=tuple(cells),
+        sizes_bytes=sizes, cells=tuple(cells), p99_target_ms=p99_target_ms,
+        price_per_hour=price_per_hour,
     )  # fmt: skip
     write_record(run.latency_report, report)
     return report

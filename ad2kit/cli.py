@@ -41,6 +41,7 @@ for command in (
     stage_commands.push,
     stage_commands.report,
     stage_commands.predict,
+    stage_commands.score,
     campaign_commands.run,
     campaign_commands.compare,
     campaign_commands.fit,

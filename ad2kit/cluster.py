@@ -24,6 +24,7 @@ _SETTINGS = 4
 _SETTINGS_OF_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ warns the driver of what only Ray can mend
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -56,13 +57,16 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
             yield
             return
         if address is None:
-            ray.init(
-                address="local", num_cpus=available_cpus(), object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False, log_to_driver=False, configure_logging=False,
-            )  # fmt: skip
+            with _silent_stderr():
+                ray.init(
+                    address="local", num_cpus=available_cpus(), include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
+                    configure_logging=False,
+                )  # fmt: skip
         else:
             try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
+                with _silent_stderr():
+                    ray.init(address=address, log_to_driver=False, configure_logging=False)
             except (ConnectionError, RuntimeError) as error:
                 reason = str(error.__cause__ or error).split(". ")[0]
                 raise UserError(
@@ -103,3 +107,17 @@ def insist_on_answer(address: str) -> None:
         f"no Ray cluster answers at {address}: {reason}",
         hint="start one with `ray start --head`, or leave --address out to use this machine",
     )
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep from the user that Ray's C++ has set its log level, which it says whatever the level."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:  # noqa: PTH123  (its number is what is wanted)
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +38,10 @@ class Ad2kitError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error come home from a worker process; pickle alone forgets the hint."""
+        return type(self).__new__, (type(self), self.message), self.__dict__
 
 
 class GateFailed(Ad2kitError):

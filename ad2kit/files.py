@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.errors import ModelError
+from filelock import FileLock, Timeout
+
+from ad2kit.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,8 +59,11 @@ def check_sha256(folder: Path, files: Mapping[str, str], *, hint: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; what is written there takes the name ``path`` at the end."""
-    new = path.with_name(f"{_NEW}{path.name}")
+    """Yield a temporary name; what is written there takes the name ``path`` at the end.
+
+    The temporary name is this call's own, so that two processes may write the same file.
+    """
+    new = path.with_name(f"{_NEW}{secrets.token_hex(4)}-{path.name}")
     yield new
     _to_disk(new)
     new.replace(path)
@@ -107,6 +113,28 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for writing and sweep away what a killed process left half-written.
+
+    Raises:
+        RunError: another process is writing to it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"{folder} is being written by another ad2kit process",
+            hint="wait for it, or stop it, then run the same command again",
+        ) from error
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.release()
 
 
 def _to_disk(path: Path) -> None:

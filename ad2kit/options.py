@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -59,6 +59,38 @@ NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Students of each method.")]
 
+P99 = Annotated[
+    float, typer.Option("--p99-ms", min=0.001, help="State the capacity for calls within this.")
+]
+Price = Annotated[
+    float | None, typer.Option(min=0.0, help="Of this machine, for the cost of a million texts.")
+]
+
+# Of `score`.
+Input = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT", help="Parquet, CSV, TSV or JSON lines: a file, folder, glob or URL."
+    ),
+]
+Output = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="A folder for the parts: a path or URL.")
+]
+TextColumns = Annotated[
+    str | None,
+    typer.Option(metavar="A[,B]", help="Columns to read; default: those of the run's recipe."),
+]
+Prefix = Annotated[str, typer.Option(help="Put before the names of the columns that are added.")]
+Engine = Annotated[
+    Literal["process", "ray"], typer.Option(help="Processes of this machine, or Ray Data.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="One thread each; default: the cores of this machine.")
+]
+BlockRows = Annotated[int, typer.Option(min=1, help="Rows of a part; sorted by length in it.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts that are computed at once.")]
+
+# Of `sweep`, and the address of `score` too.
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, instead of this machine.")
 ]

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    computed_field,
     model_validator,
 )
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA_VERSION: Literal[1] = 1
+
+P99_TARGET_MS = 50.0
+"""For which capacity is stated where nothing else was asked for."""
 
 
 class Part(BaseModel):
@@ -60,17 +64,28 @@ class Record(Part):
             RunError: the file is missing, not a record of this type, or of another version.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError as error:
             raise RunError(
                 f"{path} is missing", hint="run the stage that writes it: `ad2kit run` does all"
             ) from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> Self:
+        """Check the content of one record, which came from ``where``.
+
+        Raises:
+            RunError: it is not a record of this type, or of another version.
+        """
+        try:
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            key = ".".join(map(str, first["loc"]))
             raise RunError(
-                f"{path} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
-                f"{where}: {first['msg']}",
+                f"{where} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
+                f"{key}: {first['msg']}",
                 hint="the file was edited or comes from another version of ad2kit; "
                 "delete it and run its stage again",
             ) from error
@@ -184,10 +199,28 @@ class LatencyCell(Part):
     texts_per_s: float
 
 
+class Capacity(Part):
+    """What one system sustains at one length within the target of its p99.
+
+    Of the measured batch sizes whose calls keep within the target, the one with the most texts/s:
+    those of a single caller that sends the next batch when the last one is answered, on all threads
+    of the report. Tokenising, HTTP and queues are not in it. Batch size, rate and cost are None if
+    no measured batch size keeps within the target. ``cost_per_million_texts`` is in the currency
+    of the price, of a machine that is never idle.
+    """
+
+    system: str
+    length_tokens: int
+    batch_size: int | None = None
+    texts_per_s: float | None = None
+    cost_per_million_texts: float | None = None
+
+
 class LatencyReport(Record):
     """Latency of the PyTorch models and of every ONNX variant, measured in one run.
 
-    ``artifacts`` holds the sha256 of each variant's manifest.
+    ``artifacts`` holds the sha256 of each variant's manifest. ``price_per_hour`` is what the user
+    pays for this machine.
     """
 
     inputs: str
@@ -196,6 +229,33 @@ class LatencyReport(Record):
     environment: dict[str, str]
     sizes_bytes: dict[str, int]
     cells: tuple[LatencyCell, ...]
+    p99_target_ms: float = P99_TARGET_MS
+    price_per_hour: float | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def capacity(self) -> tuple[Capacity, ...]:
+        """What every system sustains at every measured length."""
+        lengths = sorted({cell.length_tokens for cell in self.cells})
+        return tuple(
+            self._capacity(system, length) for length in lengths for system in self.sizes_bytes
+        )
+
+    def _capacity(self, system: str, length: int) -> Capacity:
+        within = [
+            cell
+            for cell in self.cells
+            if (cell.system, cell.length_tokens) == (system, length)
+            and cell.p99_ms <= self.p99_target_ms
+        ]
+        if not within:
+            return Capacity(system=system, length_tokens=length)
+        best = max(within, key=lambda cell: cell.texts_per_s)
+        cost = self.price_per_hour and self.price_per_hour / (best.texts_per_s * 3600) * 1e6
+        return Capacity(
+            system=system, length_tokens=length, batch_size=best.batch_size,
+            texts_per_s=best.texts_per_s, cost_per_million_texts=cost,
+        )  # fmt: skip
 
 
 class BentoRecord(Record):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from ad2kit.errors import RecipeError, RunError, no_room_left
-from ad2kit.files import fingerprint, sweep, write_record
+from ad2kit.files import fingerprint, locked, write_record
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.runtime import first_process_first, is_first_process
 
@@ -128,20 +128,9 @@ class RunDir:
         Raises:
             RunError: another process is writing to this run.
         """
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(
-                f"{self.path} is being written by another ad2kit process",
-                hint="wait for it, or stop it, then run the same command again",
-            ) from error
-        try:
-            sweep(self.path)
+        with locked(self.path):
             os.utime(self.recipe_file)
             yield
-        finally:
-            lock.release()
 
 
 def exclusive(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ad2kit.errors import MissingExtra, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from accelerate import Accelerator
 
@@ -64,12 +64,6 @@ def available_cpus() -> int:
 
 def environment(threads: int, device: str = "cpu", processes: int = 1) -> dict[str, str]:
     """Return a snapshot of hardware and versions, as plain strings."""
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -79,8 +73,19 @@ def environment(threads: int, device: str = "cpu", processes: int = 1) -> dict[s
         "device": device,
         "threads": str(threads),
         "processes": str(processes),
-        **versions,
+        **versions(VERSIONED),
     }
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those that are installed."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def cpu_flags() -> frozenset[str] | None:

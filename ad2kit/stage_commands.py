@@ -137,18 +137,22 @@ def parity(
 def bench(
     run: options.RunArgument = None,
     runs_dir: options.RunsDir = options.RUNS,
+    p99_ms: options.P99 = 50.0,
+    price_per_hour: options.Price = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure latency and throughput of all models.
+    """Measure latency, throughput, capacity and cost of all models.
 
     Anew each time, whatever the run holds already.
     """
-    from ad2kit.tables import latency_lines
+    from ad2kit.tables import capacity_lines, latency_lines
     from ad2kit.terminal import print_result, use_run
 
     folder = use_run(runs_dir, run)
-    report = stage("ad2kit.bench", "bench")(folder)
-    print_result(report, "\n".join(latency_lines(report)), as_json=as_json)
+    work = stage("ad2kit.bench", "bench")
+    report = work(folder, p99_target_ms=p99_ms, price_per_hour=price_per_hour)
+    lines = [*latency_lines(report), *capacity_lines(report)]
+    print_result(report, "\n".join(lines), as_json=as_json)
 
 
 def package(
@@ -212,3 +216,38 @@ def predict(
     classifier = ad2kit.load(use_servable(runs_dir, run))
     for answer in answers(classifier, iter(texts) if texts else read_lines(file)):
         typer.echo(answer)
+
+
+def score(
+    input_url: options.Input,
+    output_url: options.Output,
+    run: options.RunOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    text_columns: options.TextColumns = None,
+    prefix: options.Prefix = "",
+    engine: options.Engine = "process",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    block_rows: options.BlockRows = 4096,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Add label and score to every row of a table, of any size.
+
+    The same command goes on where it was stopped. Rows that cannot be read are listed in
+    OUTPUT/_errors, and the exit code is 2 if there are any.
+    """
+    from ad2kit.score_terminal import insist_on_all_rows, scoring_progress, summary
+    from ad2kit.terminal import print_result, show_messages, use_servable
+
+    show_messages()
+    columns = tuple(text_columns.replace(" ", "").split(",")) if text_columns else None
+    model, work = use_servable(runs_dir, run), stage("ad2kit.score", "score")
+    with scoring_progress() as on_progress:
+        report = work(
+            model, input_url, output_url, text_columns=columns, prefix=prefix,
+            engine=engine, address=address, workers=workers, block_rows=block_rows,
+            batch_size=batch_size, on_progress=on_progress,
+        )  # fmt: skip
+    print_result(report, summary(report), as_json=as_json)
+    insist_on_all_rows(report)

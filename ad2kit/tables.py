@@ -96,6 +96,23 @@ def latency_lines(latency: LatencyReport) -> list[str]:
     ]
 
 
+def capacity_lines(latency: LatencyReport) -> list[str]:
+    """Return one line for each system and length: what it sustains, and what that costs."""
+    lines = [f"capacity of this machine at a p99 of at most {latency.p99_target_ms:g} ms:"]
+    for each in latency.capacity:
+        line = f"{each.system:<20} {each.length_tokens:>3} tokens  "
+        if each.texts_per_s is None:
+            lines.append(f"{line}no measured batch is answered in time")
+            continue
+        line += f"{each.texts_per_s:9,.0f} texts/s in batches of {each.batch_size}"
+        if each.cost_per_million_texts is not None:
+            line += f"  {each.cost_per_million_texts:.4f} per million texts"
+        lines.append(line)
+    if latency.price_per_hour is not None:
+        lines.append(f"at {latency.price_per_hour:g} per hour, for a machine that is never idle")
+    return lines
+
+
 def int8_search(run: RunDir) -> dict[str, Any] | None:
     """Return what was tried for the int8 graph that lies there now, if there is one."""
     if "int8" not in run.recipe.export.variants or not run.int8_search.is_file():

@@ -194,7 +194,10 @@ def test_a_gate_that_fails_ends_with_1_and_leaves_its_report(
 def test_report_and_bench_print_what_was_measured(ad2kit: Any, copied_run: RunDir) -> None:
     assert "95 % interval" in ad2kit("report", copied_run.path).out
     assert "label flips" in copied_run.report.read_text()
-    assert "p99" in ad2kit("bench", copied_run.path).out
+    measured = ad2kit("bench", copied_run.path, "--price-per-hour", "0.17", "--p99-ms", "1e4")
+    assert "capacity of this machine at a p99 of at most 10000 ms" in measured.out
+    assert measured.out.count("per million texts") == 5
+    assert json.loads(copied_run.latency_report.read_text())["price_per_hour"] == 0.17
 
 
 def test_predict_reads_arguments_a_file_and_stdin(

@@ -16,6 +16,7 @@ from ad2kit.export import export
 from ad2kit.parity import parity
 from ad2kit.report import report as write_report
 from ad2kit.run_dir import RunDir, open_run
+from ad2kit.score import score
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -191,3 +192,28 @@ def test_a_finished_teacher_with_another_number_of_labels_is_refused(
         distill(open_run(recipe, tmp_path / "runs"))
     assert "{0: 'negative', 1: 'positive'}" in caught.value.message
     assert "{0: '0', 1: '1', 2: '2'}" in caught.value.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_bulk_scoring_gives_every_task_its_columns(
+    runs: dict[str, RunDir], task: str, tmp_path: Path
+) -> None:
+    folder = runs[task].onnx("fp32")
+    source = runs[task].path.parents[1] / "validation.jsonl"
+    report = score(folder, str(source), str(tmp_path / "out"), prefix="our_", workers=1)
+    assert (report.rows, report.bad_rows) == (150, 0)
+    lines = (tmp_path / "out" / "part-00000000.jsonl").read_text().splitlines()
+    given = [json.loads(line) for line in source.read_text().splitlines()]
+    names = TASKS[task]["text_columns"]
+    texts: list[Any] = [tuple(row[name] for name in names) for row in given]
+    predicted = ad2kit.load(folder, threads=1).predict(texts)
+    for line, row, answer in zip(lines, given, predicted, strict=True):
+        facts = json.loads(line)
+        assert {name: facts.pop(name) for name in row} == row
+        plain = json.loads(json.dumps(answer.as_dict()))
+        expected = {f"our_{name}": value for name, value in plain.items()
+                    if name not in ("scores", "tokens")}  # fmt: skip
+        assert facts.keys() == expected.keys()
+        for name, value in expected.items():
+            assert facts[name] == (pytest.approx(value) if isinstance(value, float) else value)

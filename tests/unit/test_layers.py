@@ -17,28 +17,29 @@ CHECKOUT = PACKAGE.parent
 LAYERS = {
     0: {"errors", "markdown", "yaml_core"},
     1: {
-        "cluster", "files", "recipe", "records", "run_dir", "runtime", "search_space", "sections",
-        "shipping", "verdicts",
+        "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
+        "search_space", "sections", "shipping", "verdicts",
     },
     2: {
-        "adversary", "baseline", "batcher", "bundle", "checkpoint", "classifier",
+        "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
         "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
         "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
-        "observability", "openapi", "plots", "prospects", "prune", "quantize", "random_bert",
-        "references", "resumable", "service_check", "service_metrics", "shadow", "shapes",
-        "sources", "stopwatch", "store", "students", "sweep_report", "tables", "tasks",
-        "training", "tuning",
+        "observability", "openapi", "parquet_blocks", "parts", "plots", "prospects", "prune",
+        "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
+        "service_check", "service_metrics", "shadow", "shapes", "sources", "stopwatch", "store",
+        "students", "sweep_report", "tables", "tasks", "text_blocks", "training", "tuning",
+        "workers",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
-        "report",
+        "report", "score",
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {"campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run", "campaigns.sweep"},
     5: {
-        "__main__", "campaign_commands", "cli", "options", "parity_terminal", "stage_commands",
-        "terminal",
+        "__main__", "campaign_commands", "cli", "options", "parity_terminal", "score_terminal",
+        "stage_commands", "terminal",
     },
 }  # fmt: skip
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
@@ -111,6 +112,7 @@ def test_the_control_sees_torch() -> None:
     [
         "import ad2kit",
         "import ad2kit.batcher, ad2kit.classifier",
+        "import ad2kit.score, ad2kit.parquet_blocks, ad2kit.ray_workers, ray.data",
         "import serving.service",
         "import ad2kit.recipe; ad2kit.recipe.load('demo')",
     ],
