@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from onnxruntime import InferenceSession
 
     from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
@@ -126,7 +127,13 @@ def torch_call(model: TextModel) -> Call:
 
 
 def onnx_call(classifier: OnnxClassifier) -> Call:
-    """Return the forward pass of an ONNX model, from token ids [texts, tokens]."""
+    """Return the forward pass of an exported variant, from token ids [texts, tokens]."""
+    return session_call(classifier.session)
+
+
+def session_call(session: InferenceSession) -> Call:
+    """Return the forward pass of an ONNX graph, from token ids [texts, tokens]."""
+    names = [item.name for item in session.get_inputs()]
 
     def call(ids: NDArray[np.int64]) -> object:
         feed = {
@@ -134,8 +141,7 @@ def onnx_call(classifier: OnnxClassifier) -> Call:
             "attention_mask": np.ones_like(ids),
             "token_type_ids": np.zeros_like(ids),
         }
-        names = classifier.input_names
-        return classifier.session.run(["logits"], {name: feed[name] for name in names})
+        return session.run(["logits"], {name: feed[name] for name in names})
 
     return call
 

@@ -78,3 +78,53 @@ def sweep(
         address=address, storage=storage, allow_inexact=allow_inexact,
     )  # fmt: skip
     print_sweep(report, folder, as_json=as_json)
+
+
+def fit(
+    recipe_name: options.RecipeName,
+    retain: options.Retain,
+    overrides: options.Overrides = None,
+    p99_ms: options.P99Ms = None,
+    max_mb: options.MaxMb = None,
+    speedup: options.Speedup = None,
+    margin: options.Margin = None,
+    batch: options.Batch = 1,
+    length: options.Length = 64,
+    device: options.Device = None,
+    layers: options.Layers = None,
+    heads: options.Heads = None,
+    feed_forward: options.FeedForward = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
+) -> None:
+    """Find the cheapest student that meets a target on this machine.
+
+    Shapes are measured untrained; those that can meet it are distilled, cheapest first, until one
+    passes the gate. Exit code 1 if none does.
+    """
+    from ad2kit.fit_records import Target, insist_found
+    from ad2kit.recipe import load
+    from ad2kit.shapes import Grid
+    from ad2kit.terminal import print_fit, show_messages, training_progress
+
+    show_messages()
+    provider = [] if device is None else [f"export.provider={device}"]
+    recipe = load(recipe_name, [*(overrides or ()), *provider])
+    usual = recipe.parity.min_retained - recipe.parity.min_retained_lower
+    target = Target(
+        retain=retain, margin=max(0.0, usual) if margin is None else margin, p99_ms=p99_ms,
+        max_mb=max_mb, speedup=speedup, batch_size=batch, length_tokens=length,
+    )  # fmt: skip
+    grid = Grid(
+        layers=options.numbers("--layers", layers),
+        attention_heads=options.numbers("--heads", heads),
+        feed_forward=options.numbers("--feed-forward", feed_forward),
+    )
+    campaign = stage("ad2kit.campaigns.fit", "fit")
+    with training_progress() as on_step:
+        report, folder = campaign(
+            recipe, target, grid, runs_dir, on_step=on_step, allow_inexact=allow_inexact
+        )
+    print_fit(report, folder, as_json=as_json)
+    insist_found(report, folder)

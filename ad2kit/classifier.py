@@ -117,7 +117,12 @@ def is_text(column: object) -> bool:
     return isinstance(column, str) and bool(column.strip()) and not _SURROGATE.search(column)
 
 
-def _session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
+def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
+    """Load a graph for one provider, with so many intra-op threads.
+
+    Raises:
+        ModelError: the provider is absent, or cannot run it.
+    """
     options, name = onnxruntime.SessionOptions(), PROVIDERS[provider]
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -178,7 +183,7 @@ class OnnxClassifier:
         self.labels = self.artifact.labels
         self.threads = threads or available_cpus()
         self.provider = provider or self.artifact.provider
-        self.session = _session(graph or self.folder / MODEL_FILE, self.threads, self.provider)
+        self.session = open_session(graph or self.folder / MODEL_FILE, self.threads, self.provider)
         self.input_names = [item.name for item in self.session.get_inputs()]
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.artifact.max_length_tokens)

@@ -44,6 +44,7 @@ for command in (
     stage_commands.score,
     campaign_commands.run,
     campaign_commands.compare,
+    campaign_commands.fit,
     campaign_commands.sweep,
 ):
     app.command()(command)

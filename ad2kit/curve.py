@@ -26,6 +26,11 @@ def read_curve(path: Path) -> list[StepRecord]:
     return [StepRecord.model_validate_json(line) for line in lines if line.endswith("\n")]
 
 
+def select_scores(path: Path) -> list[float]:
+    """Return the scores on ``select`` of a training so far, in the order of its evaluations."""
+    return [r.select_score for r in read_curve(path) if r.select_score is not None]
+
+
 def verdict(
     records: Sequence[StepRecord], settings: DistillRecipe
 ) -> tuple[float, float | None, str]:

@@ -19,6 +19,7 @@ from ad2kit.labels import balance, counts
 from ad2kit.losses import soft_targets
 from ad2kit.metrics import score
 from ad2kit.objectives import distillation, finetuning
+from ad2kit.prune import check_widths, narrow
 from ad2kit.records import DistillReport, ModelManifest, StepRecord
 from ad2kit.references import RANDOM, find_model
 from ad2kit.resumable import Trainer
@@ -253,6 +254,7 @@ class _Stage:
             )
             if recipe.student.model is None:
                 check_layers(teacher, recipe.student.layers or ())  # not after the long part
+                check_widths(teacher, recipe.student)
             if settings is not None:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
@@ -276,7 +278,10 @@ class _Stage:
             source = models.load_reference(
                 recipe.model, self.data, seed=self.recipe.seed, finished=False, key="student.model"
             )
-        return build_student(source, recipe.layers) if recipe.layers else source
+        student = build_student(source, recipe.layers) if recipe.layers else source
+        train = self.data.train
+        narrow(student, teacher, recipe, lambda: self.encode(teacher, train), self.accelerator)
+        return student
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on what the student reads, computed once for all runs.

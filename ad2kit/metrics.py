@@ -153,14 +153,17 @@ def paired_bootstrap(
     return found
 
 
-def retained_interval(draws: Floats) -> tuple[float, float]:
-    """Return the 95 % percentile interval of student over teacher, of bootstrap scores [n, 2].
+def retained_interval(draws: Floats, error: float = 0.05) -> tuple[float, float]:
+    """Return the percentile interval of student over teacher, of bootstrap scores [n, 2].
+
+    ``error`` is the chance that it misses the truth, half of it on either side.
 
     Where the teacher scores nothing there is nothing to retain: such a draw counts as 0.
     """
     student, teacher = draws.T
     safe = np.where(teacher > 0, teacher, 1.0)
-    low, high = np.percentile(np.where(teacher > 0, student / safe, 0.0), [2.5, 97.5])
+    tails = [100 * error / 2, 100 * (1 - error / 2)]
+    low, high = np.percentile(np.where(teacher > 0, student / safe, 0.0), tails)
     return float(low), float(high)
 
 

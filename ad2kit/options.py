@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ad2kit.errors import UserError
+
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a .yaml file.")
 ]
@@ -96,3 +98,45 @@ Storage = Annotated[
     str | None,
     typer.Option(metavar="URL", help="For workers without this disk: where finished runs go."),
 ]
+
+# Of `fit`.
+Retain = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Of the teacher's score, for example 0.97.")
+]
+P99Ms = Annotated[float | None, typer.Option(min=0.0, help="The 99th percentile of latency.")]
+MaxMb = Annotated[float | None, typer.Option(min=0.0, help="Of the ONNX file.")]
+Speedup = Annotated[
+    float | None, typer.Option(min=0.0, help="Over the teacher's own fastest variant.")
+]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0,
+        help="How far the 95 % interval may reach below --retain; default: as in the recipe's "
+        "parity section.",
+    ),
+]  # fmt: skip
+Batch = Annotated[int, typer.Option(min=1, help="Texts in a call.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a text.")]
+Device = Annotated[
+    str | None, typer.Option(help="What executes the student; default: export.provider.")
+]
+Layers = Annotated[str | None, typer.Option(metavar="N,N", help="Numbers of layers to try.")]
+Heads = Annotated[str | None, typer.Option(metavar="N,N", help="Attention heads to try.")]
+FeedForward = Annotated[str | None, typer.Option(metavar="N,N", help="Neurons to try.")]
+
+
+def numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Return the whole numbers of a list with commas; none if it was left out.
+
+    Raises:
+        UserError: something else stands there.
+    """
+    parts = [] if text is None else text.replace(" ", "").split(",")
+    for part in parts:
+        if not (part.isdecimal() and int(part) > 0):
+            raise UserError(
+                f"{option}: expected whole numbers above 0, found '{part}' in '{text}'",
+                hint=f"for example: {option} 2,3",
+            )
+    return tuple(map(int, parts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -21,8 +20,10 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
+from ad2kit.runtime import without_message
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -102,7 +103,8 @@ def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] =
         # The tracer leaves some intermediate types out; all of them are float.
         "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
     }
-    with _without_advice():
+    # The root logger advises to preprocess, which changes nothing for these graphs.
+    with without_message(None, "pre-processing before quantization"):
         if way.activations == "dynamic":
             quantize_dynamic(source, target, **common)
             return
@@ -144,18 +146,3 @@ def _small_tables(path: Path) -> list[str]:
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in sizes]
     lookups.sort(key=lambda node: sizes[node.input[0]])
     return [node.name for node in lookups[:-1]]
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Silence the root logger's advice to preprocess, which changes nothing for these graphs."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "pre-processing before quantization" not in record.getMessage()
-
-    root = logging.getLogger()
-    root.addFilter(keep)
-    try:
-        yield
-    finally:
-        root.removeFilter(keep)

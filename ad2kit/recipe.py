@@ -57,6 +57,17 @@ class Recipe(Section):
             raise ValueError(msg)
         return self
 
+    @model_validator(mode="after")
+    def _compares_equal_heads(self) -> Self:
+        weights = self.distill.intermediate
+        if self.student.attention_heads and (weights.attentions or weights.value_relations):
+            msg = (
+                "distill.intermediate: attentions and value_relations compare head by head; "
+                "leave student.attention_heads out, or set both to 0"
+            )
+            raise ValueError(msg)
+        return self
+
 
 def recipes_folder() -> Path:
     """Return the folder of the shipped recipes, in an installed wheel or in a checkout."""

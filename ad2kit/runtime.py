@@ -214,6 +214,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
+def without_message(logger_name: str | None, words: str) -> Iterator[None]:
+    """Silence one message of a library's logger (None: the root) inside the block."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    theirs = logging.getLogger(logger_name)
+    theirs.addFilter(keep)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(keep)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's generators for the block and put their states back afterwards."""
     import torch

@@ -128,16 +128,31 @@ class StudentRecipe(Section):
 
     ``layers`` are zero-based indices into the layers of ``model``, null for all of them; ``model``
     is written like the teacher's, null for the teacher itself. A student from another checkpoint
-    may have another width, depth and tokenizer.
+    may have another width, depth and tokenizer. Of each of the teacher's layers
+    ``attention_heads`` heads and ``feed_forward`` neurons are kept, those that matter most to the
+    teacher (see :mod:`ad2kit.prune`); null keeps all.
     """
 
     model: str | None = None
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    attention_heads: Positive | None = None
+    feed_forward: Positive | None = None
+
+    @property
+    def narrower(self) -> bool:
+        """Whether the layers are cut."""
+        return (self.attention_heads, self.feed_forward) != (None, None)
 
     @model_validator(mode="after")
     def _is_not_the_teacher(self) -> Self:
         if self.model is None and self.layers is None:
             msg = "give 'layers' of the teacher, or the 'model' to start from"
+            raise ValueError(msg)
+        if self.model is not None and self.narrower:
+            msg = (
+                "'attention_heads' and 'feed_forward' cut layers by what they matter to the "
+                "teacher: leave 'model' out"
+            )
             raise ValueError(msg)
         return self
 

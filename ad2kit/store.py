@@ -34,7 +34,7 @@ def take_teacher(store: Path, key: str, target: Path) -> bool:
     source = store / "teachers" / key[:16]
     if not source.is_dir():
         return False
-    _link(source, target)
+    link_folder(source, target)
     return True
 
 
@@ -43,7 +43,7 @@ def give_teacher(store: Path, key: str, source: Path) -> None:
     target = store / "teachers" / key[:16]
     with _writing(store):
         if not target.is_dir():
-            _link(source, target)
+            link_folder(source, target)
 
 
 def logits_file(store: Path, key: str) -> Path:
@@ -82,7 +82,9 @@ def _writing(store: Path) -> Iterator[None]:
         yield
 
 
-def _link(source: Path, target: Path) -> None:
+def link_folder(source: Path, target: Path) -> None:
+    """Put a copy of a folder at ``target``, by hard links where the file system has them."""
+
     def copy(old: str, new: str) -> None:
         try:
             os.link(old, new)

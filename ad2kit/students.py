@@ -80,6 +80,10 @@ def build_student(source: TextModel, layers: Sequence[int]) -> TextModel:
     # A copy and not a new one from its values, which lack the kernels and what must not compile.
     student_config = copy.deepcopy(config)
     student_config.num_hidden_layers = len(layers)
+    if stack is not None:
+        cut = config.pruned_heads
+        kept = {new: cut[old] for new, old in enumerate(layers) if old in cut}
+        student_config.pruned_heads = kept
     if config.model_type == "modernbert":
         student_config.global_attn_every_n_layers = _global_every(config, layers)
     with seeded(0):

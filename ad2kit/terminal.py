@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.compare_report import CompareReport
+    from ad2kit.fit_records import FitReport
     from ad2kit.records import StepRecord
     from ad2kit.run_dir import RunDir
     from ad2kit.sweep_report import SweepReport
@@ -155,6 +156,19 @@ def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> N
         return
     parts = dict(zip((HEADER, DIFFERENCES), tables(report), strict=True))
     _print_tables(parts, caption(report), folder / "compare.md")
+
+
+def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
+    """Print what `fit` found on stdout: as JSON, or its tables and what to type next."""
+    from ad2kit.fit_report import caption, tables
+
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    _print_tables(tables(report), caption(report), folder / "fit.md")
+    if report.package:
+        run, variant = report.package
+        print(f"next: ad2kit package {folder.parent / run} --variant {variant}")  # noqa: T201
 
 
 def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:

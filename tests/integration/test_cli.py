@@ -273,3 +273,50 @@ def test_a_missing_extra_ends_with_3_and_names_it(
     )
     assert result.returncode == 3, result.stderr
     assert f"pip install 'ad2kit[{extra}]'" in result.stderr
+
+
+def test_fit_ends_before_any_training_where_no_shape_can_meet_the_target(
+    ad2kit: Any, tmp_path: Path
+) -> None:
+    quick = ("bench.seconds_per_cell=0.02", "export.variants=[fp32]")
+    failed = ad2kit(
+        "fit", "smoke", *quick, "--retain", "0.9", "--p99-ms", "0.000001", "--max-mb", "1000",
+        "--layers", "1", "--feed-forward", "8", "--length", "16", "--runs-dir", tmp_path,
+    )  # fmt: skip
+    assert failed.code == 1
+    assert (
+        "no student meets the target (retain 90.00%, its interval above 80.00%; p99 at"
+        in failed.err
+    )
+    assert "none of 2 shapes is cheap enough, so none was distilled" in failed.err
+    assert "nearest: 1 layer, " in failed.err
+    assert "ms above 1e-06 ms" in failed.err
+    (folder,) = tmp_path.glob("fit-smoke-*")
+    assert "too costly" in (folder / "fit.md").read_text()
+    assert list(tmp_path.glob("smoke-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--retain", "0.9"], "is met by the teacher itself"),
+        (["--max-mb", "5"], "Missing option '--retain'"),
+        (["--retain", "97", "--max-mb", "5"], "Invalid value for '--retain'"),
+        (["--retain", "0.9", "--p99", "5"], "No such option"),
+        (["--retain", "0.9", "--max-mb", "5", "--layers", "two"], "found 'two' in 'two'"),
+        (
+            ["--retain", "0.9", "--max-mb", "5", "--layers", "9"],
+            "names layer 4, but the layers of the 'bert'",
+        ),
+        (["--retain", "0.9", "--max-mb", "5", "--device", "tpu"], "found 'tpu'"),
+        (["--retain", "0.9", "--max-mb", "5", "--device", "cuda"], "provider 'cuda' was asked for"),
+        (["--retain", "0.9", "--max-mb", "5", "--length", "999"], "--length is 999"),
+    ],
+)
+def test_what_fit_cannot_take_is_refused(
+    ad2kit: Any, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    refused = ad2kit("fit", "smoke", *arguments, "--runs-dir", tmp_path)
+    assert refused.code == 2
+    assert expected in refused.err
+    assert list(tmp_path.glob("smoke-*")) == []

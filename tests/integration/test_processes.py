@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 # 129 training rows in batches of 32: the last batch has one row, fewer than there are processes.
-SETTINGS = ("data.max_train_rows=161", "teacher.finetune.epochs=2", "distill.accumulation_steps=2")
+SETTINGS = ("data.max_train_rows=161", "teacher.finetune.epochs=2", "distill.accumulation_steps=2",
+            "student.attention_heads=3", "student.feed_forward=100")  # fmt: skip
 LONGER = (*SETTINGS, "distill.epochs=8", "distill.checkpoint_every_steps=100")
 
 

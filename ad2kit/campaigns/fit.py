@@ -1,0 +1,300 @@
+"""The cheapest student that meets a target on this machine.
+
+1. What every shape costs is measured on untrained students, beside the teacher's fastest variant.
+2. The shapes that can meet the target are distilled, cheapest first; one that becomes hopeless on
+   ``select`` is given up (:mod:`ad2kit.prospects`), one that ends too low there goes no further.
+3. What is left is exported, measured as it would be shipped against the teacher's own variants, and
+   judged on the validation rows, with an interval that widens with each look. The first that passes
+   is the answer.
+
+Every candidate is a run of its own, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ad2kit import bench, models, shapes
+from ad2kit import data as datasets
+from ad2kit.baseline import fill_with_teacher
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier, open_session
+from ad2kit.curve import select_scores
+from ad2kit.distill import distill
+from ad2kit.errors import DivergedError, UserError
+from ad2kit.export import export, export_fp32
+from ad2kit.files import fingerprint, sha256_of, write_record, write_text
+from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
+from ad2kit.fit_report import markdown, plot
+from ad2kit.metrics import score
+from ad2kit.parity import parity
+from ad2kit.prospects import Judge, hopeless
+from ad2kit.records import OnnxArtifact
+from ad2kit.run_dir import RunDir, open_run
+from ad2kit.runtime import processes
+from ad2kit.stopwatch import Stopwatch
+from ad2kit.tasks import answers
+from ad2kit.training import predict_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ad2kit.data import Data
+    from ad2kit.models import TextModel
+    from ad2kit.recipe import Recipe
+    from ad2kit.records import DistillReport, StepRecord
+    from ad2kit.shapes import Grid, Shape
+    from ad2kit.stopwatch import System
+
+logger = logging.getLogger(__name__)
+
+
+class _GivenUp(Exception):
+    """A candidate in training has become hopeless."""
+
+
+def fit(
+    recipe: Recipe, target: Target, grid: Grid, runs_dir: Path, *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None, allow_inexact: bool = False,
+) -> tuple[FitReport, Path]:  # fmt: skip
+    """Find the cheapest student that meets a target, and write the report.
+
+    What is trained, judged or measured already on this machine is not done again.
+
+    Args:
+        recipe: data, teacher and budget of every candidate.
+        target: what to keep, and what it may cost.
+        grid: the shapes to try.
+        runs_dir: where the runs lie.
+        on_step: called after each update.
+        allow_inexact: see :func:`ad2kit.distill.distill`.
+
+    Returns:
+        The report, whether or not there is such a student, and the folder that it was written to,
+        with a table and a plot.
+
+    Raises:
+        RecipeError: a target that means nothing, or a student that is not made from the teacher.
+        UserError: see the stages.
+    """
+    if processes() > 1:
+        raise UserError(
+            "`ad2kit fit` takes one process: it trains its candidates one after the other",
+            hint="run it without `accelerate launch`",
+        )
+    recipe = target.applied_to(recipe)
+    data = datasets.load_data(recipe.data, recipe.seed)
+    teacher = models.load_reference(
+        recipe.teacher.model, data, seed=recipe.seed, finished=recipe.teacher.finetune is None,
+        key="teacher.model",
+    )  # fmt: skip
+    models.check_length(teacher, target.length_tokens, key="--length")
+    wanted = shapes.shapes(teacher, recipe.student, grid)
+    inputs = fingerprint(
+        recipe.model_dump(mode="json"), target.model_dump(mode="json"), grid.model_dump(mode="json")
+    )
+    folder = runs_dir / f"fit-{recipe.name}-{inputs[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    stopwatch = Stopwatch(recipe, target, runs_dir / ".shared" / "measured.json", bench.measure,
+                          vocabulary=teacher.module.config.vocab_size)  # fmt: skip
+    search = _Search(
+        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact,
+        Judge(target.retain, data.validation.labels),
+    )  # fmt: skip
+    untrained_teacher, candidates = search.measure(wanted)
+    for place, candidate in enumerate(candidates):
+        if candidate.outcome != "too costly" and search.package is None:
+            candidates[place] = search.trial(candidate)
+            logger.info("%s: %s", candidate.shape, candidates[place].outcome)
+    report = FitReport(
+        recipe=recipe.name,
+        inputs=inputs,
+        target=target,
+        grid=grid,
+        metrics=recipe.data.judged_by,
+        rows=len(data.validation),
+        untrained_teacher=untrained_teacher,
+        candidates=tuple(candidates),
+        trained=search.trained,
+        package=search.package,
+        environment=stopwatch.surroundings,
+    )
+    write_record(folder / "fit.json", report)
+    write_text(folder / "fit.md", markdown(report))
+    plot(report, folder / "fit.svg")
+    return report, folder
+
+
+@dataclass
+class _Search:
+    """What the steps of the search share, and what it has found so far."""
+
+    recipe: Recipe
+    target: Target
+    data: Data
+    teacher: TextModel  # before its fine-tuning, if there is any
+    runs_dir: Path
+    folder: Path
+    stopwatch: Stopwatch
+    on_step: Callable[[StepRecord], None]
+    allow_inexact: bool
+    judge: Judge
+    teacher_score: float | None = None
+    trained: tuple[Cost, ...] = ()
+    package: tuple[str, str] | None = None
+
+    def measure(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
+        """Return what the untrained teacher costs, and what each shape does, the cheapest first.
+
+        The teacher's fastest variant is measured again beside each shape, because a machine is not
+        equally fast all the time.
+        """
+        full, found = shapes.whole(self.teacher), list[Candidate]()
+        kind = [self.teacher.module.config.to_json_string(), self.recipe.export.variants]
+        with tempfile.TemporaryDirectory(prefix="ad2kit-fit-") as scratch:
+            teachers = functools.cache(lambda: self._untrained(full, Path(scratch) / "teacher"))
+            teacher = self.stopwatch.measure(kind, teachers)
+            fastest = min(teacher, key=lambda cost: cost.p50_ms).variant
+
+            def beside(shape: Shape) -> dict[str, System]:
+                return {"teacher": teachers()[fastest]} | self._untrained(
+                    shape, Path(scratch) / "student"
+                )
+
+            for number, shape in enumerate(wanted, start=1):
+                make = functools.partial(beside, shape)
+                _, *costs = self.stopwatch.measure([*kind, str(shape)], make, ("teacher",))
+                found.append(Candidate.measured(shape, tuple(costs), self.target))
+                best = found[-1].best(self.target)
+                logger.info(
+                    "%d of %d, %s: %s takes %.2f ms, %.2f times the teacher's speed",
+                    number, len(wanted), shape, best.variant, best.p50_ms, best.speedup,
+                )  # fmt: skip
+        return teacher, sorted(found, key=lambda each: each.best(self.target).p50_ms)
+
+    def _untrained(self, shape: Shape, folder: Path) -> dict[str, System]:
+        """Return the variants of an untrained student."""
+        models.save(shapes.untrained(self.teacher, shape), folder / "model", inputs="")
+        shutil.rmtree(folder / "onnx", ignore_errors=True)
+        export_fp32(folder / "model", folder / "onnx")
+        graphs = shapes.graphs(folder / "onnx" / MODEL_FILE, self.recipe.export.variants)
+        threads, provider = self.stopwatch.threads, self.recipe.export.provider
+        return {
+            name: (bench.session_call(open_session(path, threads, provider)), path.stat().st_size)
+            for name, path in graphs.items()
+        }
+
+    def trial(self, candidate: Candidate) -> Candidate:
+        """Distil a candidate, judge it, each as far as it is worth it; say what became of it."""
+        run = open_run(self._recipe_for(candidate.shape), self.runs_dir)
+        candidate = candidate.model_copy(update={"run": run.path.name})
+        logger.info("%s: %s", candidate.shape, run.path)
+        try:
+            distilled = self._distill(run)
+        except _GivenUp:
+            scores = select_scores(run.curve("student"))
+            return candidate.ended(
+                "given up", f"{scores[-1]:.4f} on select after {len(scores)} epochs",
+                select_score=scores[-1],
+            )  # fmt: skip
+        except DivergedError as error:
+            return candidate.ended("diverged", error.message)
+        facts: dict[str, Any] = {
+            "select_score": distilled.student_select_score,
+            "train_seconds": distilled.train_seconds,
+        }
+        needed = self.judge.needed() * distilled.teacher_select_score
+        if distilled.student_select_score < needed:
+            reason = f"{distilled.student_select_score:.4f} on select, needed {needed:.4f}"
+            return candidate.ended("below on select", reason, **facts)
+        export(run)
+        costs = self._trained_costs(run)
+        affordable = [cost for cost in costs if not shortfalls(cost, self.target)]
+        if not affordable:
+            missed = Candidate.measured(candidate.shape, costs, self.target).reason
+            return candidate.ended("missed when trained", missed, **facts)
+        judged = self._gate(candidate, run, affordable, facts)
+        on_select = distilled.student_select_score / distilled.teacher_select_score
+        self.judge.learn(on_select, judged.retained or 0.0)
+        return judged
+
+    def _gate(
+        self, candidate: Candidate, run: RunDir, affordable: list[Cost], facts: dict[str, Any]
+    ) -> Candidate:
+        """Judge the variants that are cheap enough on the validation rows."""
+        report, failures = parity(run), list[str]()
+        for cost in sorted(affordable, key=lambda cost: cost.p50_ms):
+            look = self.judge.look(run, report, cost.variant)
+            facts |= {
+                "look": look.number, "variant": cost.variant, "retained": look.retained,
+                "retained_interval": look.interval,
+            }  # fmt: skip
+            if not look.failures:
+                bench.bench(run, again=False)
+                self.package = run.path.name, cost.variant
+                return candidate.ended("found", "", **facts)
+            failures += look.failures
+        return candidate.ended("failed the gate", "; ".join(failures), **facts)
+
+    def _recipe_for(self, shape: Shape) -> Recipe:
+        student = shapes.section(shape, shapes.whole(self.teacher))
+        return self.recipe.model_copy(update={"student": student})
+
+    def _distill(self, run: RunDir) -> DistillReport:
+        """Distil a candidate, unless and until it is hopeless."""
+
+        def watch(record: StepRecord) -> None:
+            self.on_step(record)
+            judged = record.phase == "student" and record.select_score is not None
+            if judged and record.step < record.total_steps and self._hopeless(run):
+                raise _GivenUp
+
+        if not run.distill_report.is_file() and self._hopeless(run):
+            raise _GivenUp
+        try:
+            return distill(run, on_step=watch, allow_inexact=self.allow_inexact)
+        except _GivenUp:
+            shutil.rmtree(run.checkpoint("student"), ignore_errors=True)
+            raise
+
+    def _hopeless(self, run: RunDir) -> bool:
+        scores, select = select_scores(run.curve("student")), self.data.select
+        if not scores:
+            return False
+        if self.teacher_score is None:
+            teacher = models.load(run.teacher, self.data.labels, self.data.task)
+            length = self.recipe.data.max_length_tokens
+            encoded = datasets.encode(select, teacher.tokenizer, length)
+            logits = predict_logits(teacher, encoded, torch.device("cpu"))
+            found = answers(self.data.task, logits.numpy())
+            self.teacher_score = score(self.recipe.data.judged_by, found, select.labels)
+        return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
+
+    def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
+        """Return the costs of a run's variants, beside those of its trained teacher.
+
+        The teacher's int8 was chosen on ``select`` as a student's is. It is what a speed is over
+        even if it would not pass the gate: the gain of a student is not to be overstated.
+        """
+        whole = self._recipe_for(shapes.whole(self.teacher))
+        teacher = open_run(whole, self.runs_dir, self.folder / "teacher")
+        fill_with_teacher(teacher, run)
+        export(teacher)
+        variants, threads = self.recipe.export.variants, self.stopwatch.threads
+        folders = {f"teacher {variant}": teacher.onnx(variant) for variant in variants}
+        folders |= {variant: run.onnx(variant) for variant in variants}
+
+        def make() -> dict[str, System]:
+            found = {name: OnnxClassifier(path, threads=threads) for name, path in folders.items()}
+            return {name: (bench.onnx_call(c), c.artifact.model_bytes) for name, c in found.items()}
+
+        what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
+        self.trained = self.stopwatch.measure(what, make, list(folders)[: len(variants)])
+        return self.trained[len(variants) :]

@@ -1,0 +1,127 @@
+"""Whether a student can become good enough, and how sure it is that it has.
+
+The one is asked of ``select`` while it trains, the other of the validation rows at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ad2kit.metrics import paired_bootstrap, retained_interval
+from ad2kit.tasks import answers
+from ad2kit.verdicts import RowAnswers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ad2kit.run_dir import RunDir
+    from ad2kit.verdicts import ParityReport
+
+_ERROR = 0.05
+# A candidate is given up where it would be wrong once in forty times, if nothing else were.
+_STANDARD_ERRORS = 2.0
+
+
+def hopeless(scores: Sequence[float], rows: int, needed: float) -> bool:
+    """Tell whether a training is not worth its remaining epochs.
+
+    Learning curves flatten: if an epoch brings at most half of what the one before brought, all
+    that are to come bring at most what the last did. A training is hopeless if its last score, with
+    the last gain once more, lies below ``needed`` by more than two standard errors of a share of so
+    many rows. Nothing is said of a single epoch.
+
+    Args:
+        scores: on ``select``, at the end of each epoch so far.
+        rows: of ``select``.
+        needed: the score that it has to reach.
+    """
+    if len(scores) < 2:
+        return False
+    last = scores[-1]
+    error = math.sqrt(max(last * (1 - last), 0.0) / rows)
+    return last + max(0.0, last - scores[-2]) + _STANDARD_ERRORS * error < needed
+
+
+def error_of(look: int) -> float:
+    """Return the chance of error that the interval of the ``look``-th candidate has.
+
+    The first to be judged on the validation rows has the 5 % of an ordinary run: its lower bound
+    is too high once in forty times. As much again is shared out among all later ones, halved from
+    each to the next, so that the chance that any lower bound is too high stays below 5 % however
+    many there are (Bonferroni's inequality).
+    """
+    return _ERROR / 2.0 ** (look - 1)
+
+
+class Look(NamedTuple):
+    """What the validation rows say of a variant; it has passed if nothing speaks against it.
+
+    ``number`` counts the looks at these rows; the interval is as wide as that demands.
+    """
+
+    number: int
+    retained: float
+    interval: tuple[float, float]
+    failures: list[str]
+
+
+@dataclass
+class Judge:
+    """Decides who is judged on the validation rows, counts the looks at them, and learns from them.
+
+    Args:
+        retain: what a student has to keep of its teacher's score.
+        labels: of the validation rows.
+    """
+
+    retain: float
+    labels: NDArray[Any]
+    looks: int = 0
+    falls: list[float] = field(default_factory=list)
+
+    def needed(self) -> float:
+        """Return what a candidate has to retain on ``select`` to be judged.
+
+        If those before it have lost on the way to the validation rows, it has to bring half of that
+        loss: the rows may differ in kind, and the other half was luck. It saves looks, each of
+        which makes the next one harder to pass.
+        """
+        return self.retain + (max(0.0, mean(self.falls)) / 2 if self.falls else 0.0)
+
+    def learn(self, on_select: float, on_validation: float) -> None:
+        """Take note of what a judged candidate retains on the one and on the other."""
+        self.falls.append(on_select - on_validation)
+
+    def look(self, run: RunDir, report: ParityReport, variant: str) -> Look:
+        """Return the verdict on a variant of a run, which counts as a look.
+
+        Args:
+            run: its parity has been judged.
+            report: what was found.
+            variant: one of its variants.
+        """
+        self.looks += 1
+        recipe = run.recipe
+        lines = run.answers.read_text(encoding="utf-8").splitlines()
+        rows = [RowAnswers.model_validate_json(line) for line in lines]
+        found = [
+            answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
+            for name in (variant, "teacher")
+        ]
+        draws = paired_bootstrap(
+            recipe.data.judged_by, found, self.labels, recipe.parity.bootstrap_samples, recipe.seed
+        )
+        interval = retained_interval(draws, error_of(self.looks))
+        least, failures = recipe.parity.min_retained_lower, report.failures(variant)
+        if not failures and interval[0] < least:
+            words = f"{variant}: lower bound of what is retained, at look {self.looks},"
+            failures = [f"{words} is {interval[0]:.4g}, expected at least {least:g}"]
+        (retained,) = (each.retained for each in report.variants if each.variant == variant)
+        return Look(self.looks, retained, interval, failures)

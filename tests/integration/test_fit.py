@@ -1,0 +1,144 @@
+"""The cheapest student that meets a target: found, given up, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ad2kit.campaigns.fit import fit
+from ad2kit.errors import GateFailed
+from ad2kit.fit_records import FitReport, Target, insist_found
+from ad2kit.recipe import load
+from ad2kit.records import DistillReport, LatencyReport
+from ad2kit.run_dir import RunDir
+from ad2kit.shapes import Grid
+from ad2kit.shipping import choose_variant
+from ad2kit.verdicts import ParityReport
+from tests.conftest import QUICK
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.records import StepRecord
+
+pytestmark = pytest.mark.slow
+
+# The teacher is that of the finished run.
+SMALL = (*QUICK, "parity.bootstrap_samples=200", "distill.checkpoint_every_steps=2")
+
+
+@pytest.fixture
+def runs(finished_run: RunDir, tmp_path: Path) -> Path:
+    shutil.copytree(finished_run.shared, tmp_path / ".shared")
+    return tmp_path
+
+
+def target(**changes: float | None) -> Target:
+    plain = {"retain": 0.5, "margin": 0.2, "p99_ms": None, "max_mb": None, "speedup": None,
+             "batch_size": 1, "length_tokens": 16}  # fmt: skip
+    return Target.model_validate(plain | changes)
+
+
+def never(_record: StepRecord) -> None:
+    raise AssertionError("an update was made again")
+
+
+def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs: Path) -> None:
+    recipe, aim = load("smoke", SMALL), target(max_mb=0.5)
+    grid = Grid(layers=(2, 1), attention_heads=(2,), feed_forward=(64,))
+    steps = list[int]()
+
+    def stop(record: StepRecord) -> None:
+        steps.append(record.step)
+        if record.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, aim, grid, runs, on_step=stop)
+    measured = (runs / ".shared" / "measured.json").read_text()
+
+    report, folder = fit(recipe, aim, grid, runs, on_step=lambda record: steps.append(record.step))
+    assert steps[:5] == [1, 2, 3, 4, 5]
+    assert steps[5:] == list(range(5, 70))  # on from the checkpoint, to the end of one student
+    assert (
+        json.loads(measured)["costs"].items()
+        <= json.loads((runs / ".shared" / "measured.json").read_text())["costs"].items()
+    )
+
+    assert [len(each.shape.layers) for each in report.candidates] == [1, 2]  # cheapest first
+    found, unused = report.candidates
+    assert (found.outcome, found.look, unused.outcome) == ("found", 1, "not needed")
+    assert report.package is not None
+    run, variant = RunDir(runs / report.package[0]), report.package[1]
+    insist_found(report, folder)
+    # It is an ordinary run, ready to package, judged by the target's thresholds.
+    assert choose_variant(run, variant) == (run.onnx(variant), False)
+    parity = ParityReport.read(run.parity_report)
+    assert parity.thresholds.min_retained == 0.5
+    verdict = next(each for each in parity.variants if each.variant == variant)
+    assert (found.retained, found.retained_interval) == (
+        verdict.retained, verdict.retained_interval
+    )  # fmt: skip
+    assert LatencyReport.read(run.latency_report).cells[0].length_tokens == 16
+    config = json.loads((run.student / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_hidden_layers"]) == (64, 1)
+    assert len(config["pruned_heads"]["0"]) == 2
+
+    # The teacher was exported as its students are, and both were measured together.
+    teacher = DistillReport.read(folder / "teacher" / "distill.json")
+    assert (teacher.steps, teacher.verdict) == (0, "the teacher itself")
+    names = [cost.variant for cost in report.trained]
+    assert set(names) == {f"{who}{v}" for who in ("teacher ", "") for v in recipe.export.variants}
+    speeds = {cost.variant: cost.speedup for cost in report.trained}
+    assert max(speed for name, speed in speeds.items() if "teacher" in name) == 1.0
+    assert FitReport.read(folder / "fit.json") == report
+    assert (folder / "fit.svg").is_file()
+
+    again, _ = fit(recipe, aim, grid, runs, on_step=never)
+    assert again == report
+
+
+def test_the_hopeless_are_given_up_and_stay_so(runs: Path) -> None:
+    """At such a learning rate a student learns to give one answer."""
+    recipe = load("smoke", [*SMALL, "distill.lr=1.0", "distill.epochs=3"])
+    aim = target(retain=1.0, max_mb=0.5)
+    grid = Grid(layers=(1,), attention_heads=(4,), feed_forward=(8, 16))
+    steps = list[int]()
+
+    report, folder = fit(recipe, aim, grid, runs, on_step=lambda record: steps.append(record.step))
+    assert steps == list(range(1, 139)) * 2  # two epochs of three, for each
+    assert [each.outcome for each in report.candidates] == ["given up", "given up"]
+    assert report.looks == 0
+    assert report.package is None
+    for each in report.candidates:
+        assert each.run is not None
+        assert "on select after 2 epochs" in each.reason
+        assert not RunDir(runs / each.run).checkpoint("student").exists()
+        assert not RunDir(runs / each.run).distill_report.exists()
+    with pytest.raises(GateFailed, match="2 shapes are cheap enough and none is good enough"):
+        insist_found(report, folder)
+
+    again, _ = fit(recipe, aim, grid, runs, on_step=never)
+    assert again == report
+
+
+def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs: Path) -> None:
+    """So few rows cannot show that a student keeps all, whatever it is."""
+    recipe = load("smoke", [*SMALL, "distill.lr=1e-9", "export.variants=[fp32]"])
+    grid = Grid(layers=(1, 2), attention_heads=(4,), feed_forward=(128,))
+    report, _ = fit(recipe, target(retain=0.98, margin=0.0, max_mb=0.5), grid, runs)
+    assert [(each.outcome, each.look) for each in report.candidates] == [
+        ("failed the gate", 1), ("failed the gate", 2),
+    ]  # fmt: skip
+    for each, ordinary in zip(report.candidates, (True, False), strict=True):
+        assert each.run is not None
+        assert "fp32: accuracy retained, lower 95 % bound is" in each.reason
+        (verdict,) = ParityReport.read(RunDir(runs / each.run).parity_report).variants
+        assert each.retained_interval is not None
+        low, high = each.retained_interval
+        assert (each.retained_interval == verdict.retained_interval) is ordinary
+        assert low <= verdict.retained_interval[0]
+        assert high >= verdict.retained_interval[1]

@@ -1,0 +1,292 @@
+"""The parts of `ad2kit fit`: which shapes there are, what is hopeless, how sure a look is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from ad2kit import prune, shapes
+from ad2kit.errors import GateFailed, ModelError, RecipeError, UserError
+from ad2kit.fit_records import Candidate, Cost, FitReport, Target, insist_found, shortfalls
+from ad2kit.fit_report import caption, markdown, plot, rows
+from ad2kit.metrics import retained_interval
+from ad2kit.options import numbers
+from ad2kit.prospects import Judge, error_of, hopeless
+from ad2kit.recipe import load
+from ad2kit.sections import StudentRecipe
+from ad2kit.shapes import Grid, Shape
+from ad2kit.stopwatch import Call, Stopwatch, System
+from tests import families
+from tests.models import tiny_bert
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def shape(layers: int, heads: int = 4, neurons: int = 128) -> Shape:
+    return Shape(layers=tuple(range(layers)), attention_heads=heads, feed_forward=neurons)
+
+
+def cost(variant: str = "int8", *, ms: float = 2.0, megabytes: float = 10, speedup: float = 2.0
+         ) -> Cost:  # fmt: skip
+    return Cost(
+        variant=variant, size_bytes=int(1e6 * megabytes), p50_ms=ms, p99_ms=1.5 * ms, calls=100,
+        speedup=speedup,
+    )  # fmt: skip
+
+
+def target(**changes: float | None) -> Target:
+    plain = {"retain": 0.97, "margin": 0.02, "p99_ms": None, "max_mb": None, "speedup": None,
+             "batch_size": 1, "length_tokens": 64}  # fmt: skip
+    return Target.model_validate(plain | changes)
+
+
+def report(aim: Target, *candidates: Candidate) -> FitReport:
+    return FitReport(
+        recipe="tiny", inputs="x", target=aim, grid=Grid(), metrics=("accuracy",), rows=100,
+        untrained_teacher=(cost(ms=4.0, speedup=1.0),), candidates=candidates, trained=(),
+        package=None, environment={"threads": "2", "cpu": "a CPU"},
+    )  # fmt: skip
+
+
+# Shapes.
+
+
+def test_the_usual_shapes_of_four_layers_are_part_of_them_whole_and_half_as_wide() -> None:
+    found = shapes.shapes(tiny_bert(), StudentRecipe(layers=(1, 3)), Grid())
+    assert {len(each.layers) for each in found} == {1, 2, 3}
+    # Of two layers those that the recipe names, of other numbers the lowest.
+    assert {each.layers for each in found} == {(0,), (1, 3), (0, 1, 2)}
+    assert {each.attention_heads for each in found} == {2, 4}
+    assert {each.feed_forward for each in found} == {64, 128}
+    assert len(found) == 12
+
+
+def test_a_grid_names_its_own_and_the_teacher_is_no_student() -> None:
+    grid = Grid(layers=(4,), attention_heads=(4, 3), feed_forward=(128,))
+    (found,) = shapes.shapes(tiny_bert(), StudentRecipe(layers=(1, 3)), grid)
+    assert found == shape(4, heads=3)
+    assert str(found) == "4 layers, 3 heads, feed-forward 128"
+
+
+def test_where_heads_cannot_be_cut_the_usual_shapes_keep_them() -> None:
+    teacher, recipe = families.tiny("mpnet"), StudentRecipe(layers=(0,))
+    found = shapes.shapes(teacher, recipe, Grid())
+    assert {each.attention_heads for each in found} == {families.HEADS}
+    assert {each.feed_forward for each in found} == {32, 64}
+    with pytest.raises(ModelError, match="attention_heads: cannot be cut in a 'mpnet'"):
+        shapes.shapes(teacher, recipe, Grid(attention_heads=(2,)))
+
+
+def test_shapes_that_the_teacher_does_not_have_are_refused() -> None:
+    recipe = StudentRecipe(layers=(0,))
+    with pytest.raises(ModelError, match="names layer 4, but the layers of the 'bert'"):
+        shapes.shapes(tiny_bert(), recipe, Grid(layers=(5,)))
+    with pytest.raises(ModelError, match=r"student\.feed_forward is 999"):
+        shapes.shapes(tiny_bert(), recipe, Grid(feed_forward=(999,)))
+    with pytest.raises(RecipeError, match="fit makes students from the layers of the teacher"):
+        shapes.shapes(tiny_bert(), StudentRecipe(model="somewhere"), Grid())
+
+
+def test_an_untrained_student_has_the_size_of_its_shape() -> None:
+    teacher = tiny_bert()
+    full = shapes.whole(teacher)
+    assert (len(full.layers), full.attention_heads, full.feed_forward) == (4, 4, 128)
+    assert shapes.section(full, full) == StudentRecipe(layers=full.layers)
+    student = shapes.untrained(teacher, shape(2, heads=1, neurons=7))
+    assert prune.widths(student)[1] == 7
+    assert student.module.config.pruned_heads == {0: [1, 2, 3], 1: [1, 2, 3]}
+    assert shapes.untrained(teacher, full).parameters() == teacher.parameters()
+
+
+# Prospects.
+
+
+@pytest.mark.parametrize(
+    ("scores", "rows", "needed", "expected"),
+    [
+        ([0.50], 400, 0.99, False),  # one epoch says nothing
+        ([0.70, 0.80], 400, 0.93, False),  # 0.80 + 0.10 and two errors of 0.02 are 0.94
+        ([0.70, 0.80], 400, 0.95, True),
+        ([0.80, 0.80], 400, 0.83, False),
+        ([0.80, 0.80], 400, 0.85, True),
+        ([0.80, 0.80], 100, 0.85, False),  # fewer rows know less
+        ([0.90, 0.80], 400, 0.85, True),  # a loss is no gain
+        ([0.60, 0.70, 0.80, 0.80], 400, 0.85, True),  # the last gain counts, and no other
+        ([-0.10, -0.05], 400, 0.10, True),  # a correlation may be negative
+        ([1.0, 1.0], 400, 1.0, False),
+    ],
+)
+def test_hopeless(scores: list[float], rows: int, needed: float, expected: bool) -> None:
+    assert hopeless(scores, rows, needed) is expected
+
+
+def test_all_looks_together_err_no_more_than_one_interval_of_both_sides() -> None:
+    assert error_of(1) == 0.05  # an ordinary run's
+    assert error_of(2) == 0.025
+    # A lower bound is too high in half of an interval's errors.
+    assert sum(error_of(look) / 2 for look in range(1, 60)) <= 0.05
+    generator = np.random.default_rng(1)
+    draws = np.stack([generator.normal(0.97, 0.01, 20_000), np.ones(20_000)], axis=1)
+    widths = [np.ptp(retained_interval(draws, error_of(look))) for look in (1, 2, 3)]
+    # Two-sided quantiles of the normal distribution: 1.960, 2.241, 2.498.
+    assert widths == pytest.approx([0.0392, 0.0448, 0.0500], rel=0.03)
+    assert retained_interval(draws) == retained_interval(draws, 0.05)
+
+
+def test_candidates_that_lost_between_the_splits_make_the_next_bring_half_of_it() -> None:
+    judge = Judge(0.97, np.array([0, 1]))
+    assert judge.needed() == 0.97
+    judge.learn(0.99, 0.95)
+    assert judge.needed() == pytest.approx(0.99)
+    judge.learn(0.98, 0.98)
+    assert judge.needed() == pytest.approx(0.98)
+    judge.learn(0.90, 1.00)  # gains do not make it easier
+    assert judge.needed() == 0.97
+
+
+# Targets.
+
+
+def test_shortfalls_say_which_bound_and_by_how_much() -> None:
+    found = shortfalls(cost(ms=4.0, megabytes=40, speedup=2.0),
+                       target(p99_ms=5, max_mb=30, speedup=2.5))  # fmt: skip
+    assert [each.words for each in found] == [
+        "p99 6.00 ms, 1.00 ms above 5 ms", "size 40.00 MB, 10.00 MB above 30 MB",
+        "2.00 times the teacher's speed, 0.50 below 2.5",
+    ]  # fmt: skip
+    assert [each.share for each in found] == pytest.approx([0.2, 1 / 3, 0.25])
+    assert shortfalls(cost(ms=4.0, megabytes=30, speedup=2.5),
+                      target(p99_ms=6, max_mb=30, speedup=2.5)) == []  # fmt: skip
+
+
+def test_the_best_variant_is_the_fastest_that_meets_the_target() -> None:
+    costs = (cost("fused", ms=1.0, megabytes=70), cost("int8", ms=2.0, megabytes=17))
+    candidate = Candidate(shape=shape(2), costs=costs)
+    assert candidate.best(target(p99_ms=5)).variant == "fused"
+    assert candidate.best(target(p99_ms=5, max_mb=30)).variant == "int8"
+    nowhere = target(max_mb=1)
+    assert candidate.best(nowhere).variant == "int8"  # nearer to it
+    measured = Candidate.measured(shape(2), costs, nowhere)
+    assert measured.outcome == "too costly"
+    assert measured.reason == "int8: size 17.00 MB, 16.00 MB above 1 MB"
+
+
+def test_the_recipe_takes_its_thresholds_from_the_target() -> None:
+    recipe = target(retain=0.99, margin=0.03, speedup=2).applied_to(load("smoke"))
+    assert recipe.parity.min_retained == 0.99
+    assert recipe.parity.min_retained_lower == pytest.approx(0.96)
+    assert recipe.bench.batch_sizes == (1,)
+    assert recipe.bench.lengths_tokens == (64,)
+    assert recipe.distill == load("smoke").distill
+
+
+@pytest.mark.parametrize(
+    ("aim", "overrides", "expected", "hint"),
+    [
+        (target(), [], "is met by the teacher itself", "--p99-ms, --max-mb or --speedup"),
+        (target(speedup=2), ["data.select_from=validation"], "the rows that judge them",
+         "data.select_from=train"),
+    ],
+)  # fmt: skip
+def test_targets_that_mean_nothing_are_refused(
+    aim: Target, overrides: list[str], expected: str, hint: str
+) -> None:
+    with pytest.raises(RecipeError, match=expected) as caught:
+        aim.applied_to(load("smoke", overrides))
+    assert hint in caught.value.hint
+
+
+# What is said at the end.
+
+
+def test_where_no_shape_is_cheap_enough_the_nearest_is_named(tmp_path: Path) -> None:
+    aim = target(p99_ms=1)
+    near = Candidate.measured(shape(1), (cost(ms=0.8),), aim)
+    far = Candidate.measured(shape(3), (cost(ms=3.0),), aim)
+    with pytest.raises(GateFailed, match="none of 2 shapes is cheap enough") as caught:
+        insist_found(report(aim, far, near), tmp_path)
+    assert "nearest: 1 layer, 4 heads, feed-forward 128: too costly: " in caught.value.message
+    assert "int8: p99 1.20 ms, 0.20 ms above 1 ms" in caught.value.message
+    assert caught.value.exit_code == 1
+    assert str(tmp_path / "fit.md") in caught.value.hint
+
+
+def test_where_none_is_good_enough_the_best_is_named(tmp_path: Path) -> None:
+    aim = target(p99_ms=9)
+    worse = Candidate(shape=shape(1), costs=(cost(),)).ended(
+        "given up", "0.7100 on select after 2 epochs", select_score=0.71
+    )
+    better = Candidate(shape=shape(2), costs=(cost(),)).ended(
+        "failed the gate", "int8: accuracy retained is 0.955, expected at least 0.97",
+        retained=0.955, retained_interval=(0.93, 0.98), look=1, select_score=0.84, variant="int8",
+    )  # fmt: skip
+    with pytest.raises(GateFailed, match="2 shapes are cheap enough and none is good") as caught:
+        insist_found(report(aim, worse, better), tmp_path)
+    assert "nearest: 2 layers, 4 heads, feed-forward 128: failed the" in caught.value.message
+    assert "int8: accuracy retained is 0.955, expected at least 0.97" in caught.value.message
+    found = report(aim, worse, better).model_copy(update={"package": ("tiny-1", "int8")})
+    insist_found(found, tmp_path)
+
+
+def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> None:
+    aim = target(speedup=1.5)
+    gone = Candidate(shape=shape(1), costs=(cost(),)).ended("given up", "0.71 after 2 epochs",
+                                                            select_score=0.71)  # fmt: skip
+    judged = Candidate(shape=shape(2), costs=(cost(),), variant="int8", retained=0.95, look=1,
+                       retained_interval=(0.93, 1.0))  # fmt: skip
+    failed = judged.ended("failed the gate", "int8: too little")
+    found = judged.ended("found", "", shape=shape(3), retained=0.98, look=2)
+    unused = Candidate(shape=shape(4), costs=(cost(speedup=1.2),))
+    page = report(aim, gone, failed, found, Candidate.measured(shape(4), unused.costs, aim))
+    text = markdown(page)
+    assert [row[0] for row in rows(page)] == ["teacher", *(str(c.shape) for c in page.candidates)]
+    assert "| 98.00% | 93.00% to 100.00% | found |" in text
+    assert "- 1 layer, 4 heads, feed-forward 128: given up: 0.71 after 2 epochs" in text
+    assert "too costly: int8: 1.20 times the teacher's speed, 0.30 below 1.5" in text
+    assert "looked at 2 times" in caption(page)
+    assert "The interval of the answer reaches below 97.00%; --margin 0" in caption(page)
+    assert "looked at" not in caption(report(aim, gone))
+    plot(page, tmp_path / "fit.svg")
+    drawn = (tmp_path / "fit.svg").read_text()
+    assert drawn.startswith("<?xml")
+    for words in ("teacher", "target", "found", "distilled, failed the gate", "too costly"):
+        assert f"<!-- {words} -->" in drawn
+
+
+def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
+    tmp_path: Path,
+) -> None:
+    recipe, made = load("smoke"), list[str]()
+
+    def clock(calls: dict[str, Call], ids: np.ndarray, seconds: float) -> dict[str, list[float]]:
+        assert ids.shape == (1, 64)
+        assert seconds == recipe.bench.seconds_per_cell
+        made.append("measured")
+        return {name: [0.001 * (place + 1)] * 10 for place, name in enumerate(calls)}
+
+    def systems() -> dict[str, System]:
+        return {"teacher": (lambda _ids: None, 4), "fused": (lambda _ids: None, 2)}
+
+    def stopwatch(**changes: float | None) -> Stopwatch:
+        aim = target(**changes)
+        return Stopwatch(recipe, aim, tmp_path / "shared" / "m.json", clock, vocabulary=50)
+
+    first = stopwatch().measure("a shape", systems, ["fused"])
+    assert [each.p50_ms for each in first] == pytest.approx([1.0, 2.0])
+    assert [each.speedup for each in first] == pytest.approx([2.0, 1.0])
+    assert stopwatch().measure("a shape", systems, ["fused"]) == first
+    assert len(made) == 1
+    assert [e.speedup for e in stopwatch().measure("another", systems)] == pytest.approx([1.0, 0.5])
+    assert len(made) == 2
+
+
+def test_lists_of_numbers() -> None:
+    assert numbers("--layers", "2, 3") == (2, 3)
+    assert numbers("--layers", None) == ()
+    for wrong in ("", "two", "2,,3", "0", "-1", "1.5"):
+        with pytest.raises(UserError, match="--layers: expected whole numbers above 0") as caught:
+            numbers("--layers", wrong)
+        assert caught.value.exit_code == 2
