@@ -233,7 +233,7 @@ class Unlink:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Do so when the server starts; pass everything on."""
-        layer = scope["app"].middleware_stack if scope["type"] == "lifespan" else self
+        layer: Any = scope["app"].middleware_stack if scope["type"] == "lifespan" else self
         while layer is not self:
             if type(layer.app).__name__ in self.layers:
                 layer.app = layer.app.app

@@ -55,6 +55,10 @@ Private = Annotated[bool, typer.Option("--private", help="Make a new repository 
 Forced = Annotated[
     bool, typer.Option("--allow-failed-parity", help="Package it all the same, on record.")
 ]
+OfTeacher = Annotated[
+    bool,
+    typer.Option("--teacher", help="Export the teacher instead, for `--arg shadow=` of a service."),
+]
 NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")]
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Students of each method.")]

@@ -7,6 +7,7 @@
         teacher-checkpoint/  checkpoint/   only while training
         distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
         answers.jsonl               what each model says of each validation row
+        teacher-run/                a run whose student is the teacher, see campaigns.teacher
         onnx/<variant>/             model.onnx, tokenizer, manifest.json
     runs/.shared/                   what runs share, see ad2kit.store
 
@@ -67,6 +68,7 @@ class RunDir:
     int8_search = _Inside("int8-search.json")
     bento_record = _Inside("bento.json")
     report = _Inside("report.html")
+    teacher_run = _Inside("teacher-run")
 
     def onnx(self, variant: str) -> Path:
         """Return the folder of one ONNX variant."""

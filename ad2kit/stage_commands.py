@@ -94,6 +94,7 @@ def export(
     run: options.RunArgument = None,
     runs_dir: options.RunsDir = options.RUNS,
     no_parity: options.NoParity = False,
+    teacher: options.OfTeacher = False,
     as_json: options.Json = False,
 ) -> None:
     """Export the student to ONNX, then ask the parity gate."""
@@ -101,6 +102,10 @@ def export(
     from ad2kit.terminal import print_json, use_run
 
     folder = use_run(runs_dir, run)
+    if teacher:
+        path = stage("ad2kit.campaigns.teacher", "export_teacher")(folder).path
+        typer.echo(f"next: bentoml serve --arg shadow={path}")
+        return
     artifacts = stage("ad2kit.export", "export")(folder)
     if not no_parity:
         judge_run(folder, as_json=as_json)

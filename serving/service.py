@@ -70,8 +70,8 @@ class Arguments(BaseModel):
     """What ``bentoml serve --arg name=value`` may set.
 
     ``workers`` processes share the cores, each with ``threads`` for the engine; one for each core
-    with one thread if neither is set. ``api_keys_file`` holds one key a line. ``shadow`` is the
-    artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
+    with one thread if neither is set. ``api_keys_file`` holds one key a line. ``shadow`` is a run
+    or an artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
     ``access_log`` writes a line for each request.
     """
 
@@ -190,7 +190,7 @@ class Ad2kitClassifier:
         )  # fmt: skip
         self.shadow = None
         if arguments.shadow is not None:
-            teacher = OnnxClassifier(arguments.shadow, threads=1)
+            teacher = OnnxClassifier(servable_artifact(arguments.shadow), threads=1)
             share, observe = arguments.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from bentoml.exceptions import InvalidArgument
 
+from ad2kit.campaigns.teacher import export_teacher
 from ad2kit.classifier import OnnxClassifier
+from ad2kit.data import load_data
 from ad2kit.errors import ModelError
 from ad2kit.files import write_record
 from ad2kit.observability import tracing
 from ad2kit.records import OnnxArtifact
 from ad2kit.shadow import Shadow
+from ad2kit.verdicts import ParityReport
 from tests.http_client import JSON, call, check_error, classify, serving
 
 if TYPE_CHECKING:
@@ -114,6 +117,28 @@ def test_the_shadow_agrees_with_itself_and_counts(operated: str) -> None:
     assert len(classify(operated, ["fine", "dull", "not dull"]).predictions) == 3
     wait_for(lambda: compared()["agreed"] >= before + 3)
     assert compared()["disagreed"] == 0
+
+
+def test_the_teacher_is_exported_and_shadows_its_student(
+    copied_run: RunDir,
+) -> None:
+    teacher = export_teacher(copied_run)
+    assert teacher.path.parent == copied_run.path
+    depth = json.loads((copied_run.teacher / "config.json").read_text())["num_hidden_layers"]
+    exported = json.loads((teacher.onnx("fp32") / "config.json").read_text())
+    assert exported["num_hidden_layers"] == depth == 4
+    verdict = ParityReport.read(teacher.parity_report)
+    assert verdict.variants[0].retained == 1.0  # it is its own teacher
+    int8 = OnnxArtifact.read(teacher.onnx("int8") / OnnxArtifact.file_name)
+    student = OnnxClassifier(copied_run.onnx("fp32"), threads=1)
+    found = list[bool | None]()
+    shadow = Shadow(OnnxClassifier(teacher.onnx(int8.variant), threads=1), student, 1.0,
+                    found.append)  # fmt: skip
+    texts = [text[0] for text in load_data(copied_run.recipe.data, 0).validation.texts[:50]]
+    shadow.offer(texts, student.predict(texts))
+    shadow.close()
+    assert found.count(True) > found.count(False)
+    assert None not in found
 
 
 class Contrary(OnnxClassifier):

@@ -36,7 +36,10 @@ LAYERS = {
         "report", "score",
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
-    4: {"campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run", "campaigns.sweep"},
+    4: {
+        "campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run", "campaigns.sweep",
+        "campaigns.teacher",
+    },
     5: {
         "__main__", "campaign_commands", "cli", "options", "parity_terminal", "score_terminal",
         "stage_commands", "terminal",
