@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## the main job on the embedded data: minutes, offline
 	$(BIN)/ad2kit run demo
 
 test: lint  ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: lint  ## the fast part, for the loop of edit and try
 	$(BIN)/python -m pytest tests/unit -m "not slow"

@@ -42,8 +42,11 @@ BROKEN = {"ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "
 
 def family(port: int) -> tuple[psutil.Process, list[psutil.Process]]:
     """Return the server that holds a port, and its workers."""
-    workers = [p for p in holders(port) if "_bentoml_impl" in " ".join(p.cmdline())]
-    return workers[0].parent() or workers[0], workers
+    server = holders(port)[0]
+    while "_bentoml_impl" in " ".join(server.cmdline()):  # a worker; they share the port
+        server = server.parent() or server
+    found = [p for p in server.children() if "_bentoml_impl" in " ".join(p.cmdline())]
+    return server, found
 
 
 def resident_mb(port: int) -> float:
@@ -77,7 +80,10 @@ async def too_much(
 
 
 async def beside_bad_clients(port: int, sent: list[Any], seconds: float) -> Load:
-    """Keep 16 connections busy beside 150 clients that no service should notice."""
+    """Keep 16 connections busy beside 100 clients that no service should notice.
+
+    What the two cores spend on them, in the generator and in the service, is missing elsewhere.
+    """
     head = b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
     async def trickle() -> None:
@@ -92,7 +98,7 @@ async def beside_bad_clients(port: int, sent: list[Any], seconds: float) -> Load
             link = await connect(port)
             link.transport.write(sent[0].content)
             link.transport.abort()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
 
     async def flood() -> None:
         while True:
@@ -106,7 +112,7 @@ async def beside_bad_clients(port: int, sent: list[Any], seconds: float) -> Load
             link.transport.abort()
             await asyncio.sleep(0.5)
 
-    kinds = [trickle] * 80 + [vanish] * 66 + [flood] * 4
+    kinds = [trickle] * 80 + [vanish] * 18 + [flood] * 2
     bad = [asyncio.create_task(kind()) for kind in kinds]
     load = await closed_loop(port, sent, 16, seconds)
     for task in bad:
@@ -186,7 +192,7 @@ def main() -> None:
             report(OURS, "2 s later", after)
             memory += [*watched, resident_mb(port)]
             facts[f"{trial}_overload"] = {
-                "answered_per_s": much.per_s, "p99_ms": much.quantile(0.99),
+                "answered_per_s": much.per_s, "p99_ms_since_sent": much.served_ms(0.99),
                 "refused": much.errors["429"], "capacity_after": after.per_s / before.per_s,
                 "memory_mb": [round(mb) for mb in (memory[0], *watched, memory[-1])],
                 "memory_while_it_lasted": watched[-1] / watched[0],

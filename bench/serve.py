@@ -49,7 +49,7 @@ PEERS = (BARE, FITTED, STOCK, "FastAPI + pipeline", "LitServe", "mosec")
 LISTS = (OURS, BARE, FITTED, STOCK)  # they take a list of texts
 CONNECTIONS = (1, 8, 32, 128)
 SHARES = (0.5, 0.8, 1.2)
-SURE = 0.7
+SURE = 0.8
 
 
 def measure_process(
