@@ -112,6 +112,8 @@ async def _one(
     port: int, link: Connection, request: Request, start: float, load: Load
 ) -> Connection:
     """Ask once and take down what came; return a connection that works."""
+    if link.transport.is_closing():  # the server keeps an idle one for some seconds
+        link = await connect(port)
     sent = time.perf_counter()
     try:
         status, body = await asyncio.wait_for(link.ask(request.content), 30)

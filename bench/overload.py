@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus, environment
 from bench.load import Connection, Load, closed_loop, connect, open_loop
@@ -32,8 +34,6 @@ from bench.serve import OURS, drive, holders, report, requests, serving, sure_te
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-    import psutil
 
 CONNECTIONS = 4096
 DEADLINE_MS = 10_000
@@ -43,10 +43,17 @@ BROKEN = {"ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "
 def family(port: int) -> tuple[psutil.Process, list[psutil.Process]]:
     """Return the server that holds a port, and its workers."""
     server = holders(port)[0]
-    while "_bentoml_impl" in " ".join(server.cmdline()):  # a worker; they share the port
+    while is_worker(server):  # they share the port
         server = server.parent() or server
-    found = [p for p in server.children() if "_bentoml_impl" in " ".join(p.cmdline())]
-    return server, found
+    return server, [child for child in server.children() if is_worker(child)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether a process is a worker of BentoML, and lives."""
+    try:
+        return "_bentoml_impl" in " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def resident_mb(port: int) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 from pydantic_core import to_json
 
 # As in the service.
@@ -28,7 +29,6 @@ from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus, environment
 from ad2kit.service_metrics import ServiceMetrics
 from bench.load import closed_loop
-from bench.overload import family
 from bench.serve import BARE, OURS, drive, requests, serving, sure_texts
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def cpu_us(name: str, tag: str, folder: Path, texts: list[str], labels: list[str
     with serving(name, tag, folder, available_cpus()) as (port, _):
         sent = requests(name, texts, labels)
         drive(closed_loop(port, sent, CONNECTIONS, 2.0))
-        server, _ = family(port)
-        workers = [server, *server.children(recursive=True)]
+        workers = psutil.Process().children(recursive=True)
         before = [worker.cpu_times() for worker in workers]
         load = drive(closed_loop(port, sent, CONNECTIONS, 5.0))
         after = [worker.cpu_times() for worker in workers]

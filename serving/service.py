@@ -8,6 +8,7 @@ transformers is imported.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -200,6 +201,9 @@ class Ad2kitClassifier:
         facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
                  "threads": threads, "golden_answers": compared,
                  "warm_up_ms": round(1e3 * seconds, 1)}  # fmt: skip
+        # What lives as long as the process need not be searched for garbage again and again.
+        gc.collect()
+        gc.freeze()
         logger.info("ready", extra=facts)
 
     def observe(self, facts: BatchFacts) -> None:
