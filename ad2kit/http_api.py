@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Clients are watched for leaving only when their answer takes longer than this.
-_PATIENCE_S = 0.05
+# Clients are watched for leaving only when their answer takes longer than this: it costs a task for
+# each request, and a busy service keeps all of them waiting for a while.
+_PATIENCE_S = 0.25
 # A body is tokenised in another thread if it is larger: at about a millisecond the loop, which
 # everybody waits for, costs more than the two changes of thread.
 _LARGE_BYTES = 8192
