@@ -180,8 +180,14 @@ class Int8Search:
             if time.monotonic() > deadline:
                 break
             others = tuple(name for name in nodes if name != node)
-            quantize(self.graphs[way.fused], graph, replace(way, in_float=others))
-            logits = self.classifier_of(graph).run_sorted(sample, _BATCH)
+            try:
+                quantize(self.graphs[way.fused], graph, replace(way, in_float=others))
+                logits = self.classifier_of(graph).run_sorted(sample, _BATCH)
+            except Exception as error:
+                if no_room_left(error):
+                    raise
+                logger.warning("int8, %s alone: impossible: %s", node, error)
+                continue
             damage[node] = float(np.square(np.nan_to_num(logits) - expected).mean())
         return sorted(nodes, key=lambda node: -damage.get(node, -math.inf))
 

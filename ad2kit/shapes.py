@@ -92,7 +92,13 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
     for shape in found:
         check_layers(teacher, shape.layers)
         prune.check_widths(teacher, section(shape, full))
-    return [shape for shape in found if shape != full]
+    found = [shape for shape in dict.fromkeys(found) if shape != full]
+    if not found:
+        raise RecipeError(
+            f"the only shape to try is the teacher's own ({full})",
+            hint="give fewer --layers, --heads or --feed-forward",
+        )
+    return found
 
 
 def section(shape: Shape, full: Shape) -> StudentRecipe:

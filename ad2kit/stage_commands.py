@@ -103,8 +103,9 @@ def export(
 
     folder = use_run(runs_dir, run)
     if teacher:
-        path = stage("ad2kit.campaigns.teacher", "export_teacher")(folder).path
-        typer.echo(f"next: bentoml serve --arg shadow={path}")
+        folder = stage("ad2kit.campaigns.teacher", "export_teacher")(folder)
+        judge_run(folder, as_json=as_json)
+        typer.echo(f"as a shadow: bentoml serve --arg shadow={folder.path}", err=True)
         return
     artifacts = stage("ad2kit.export", "export")(folder)
     if not no_parity:
@@ -246,7 +247,7 @@ def score(
     from ad2kit.terminal import print_result, show_messages, use_servable
 
     show_messages()
-    columns = tuple(text_columns.replace(" ", "").split(",")) if text_columns else None
+    columns = tuple(map(str.strip, text_columns.split(","))) if text_columns else None
     model, work = use_servable(runs_dir, run), stage("ad2kit.score", "score")
     with scoring_progress() as on_progress:
         report = work(

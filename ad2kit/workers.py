@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     Numbered = tuple[int, Block]
 
-_scorer: Scorer
+_work: Work
+_scorer: Scorer | None = None
 
 
 def score_here(work: Work, blocks: list[Numbered]) -> Iterator[Done]:
@@ -59,12 +60,12 @@ def single_threaded() -> None:
 
 
 def _start(work: Work) -> None:
-    global _scorer  # noqa: PLW0603  (what an initializer leaves for its process has no other place)
+    global _work  # noqa: PLW0603  (what an initializer leaves for its process has no other place)
     single_threaded()
     # The parent alone hears Ctrl-C; and when it is gone, nobody waits for what is scored here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    _scorer = Scorer(work)
+    _work = work
 
 
 def _end_with_the_parent() -> None:
@@ -75,4 +76,7 @@ def _end_with_the_parent() -> None:
 
 
 def _score(index: int, block: Block) -> Done:
+    global _scorer  # noqa: PLW0603
+    if _scorer is None:  # and not in the initializer, whose errors do not reach the caller
+        _scorer = Scorer(_work)
     return _scorer(index, block)

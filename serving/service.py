@@ -34,6 +34,7 @@ from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
+from ad2kit.errors import Ad2kitError
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.observability import log_as_json, tracing
@@ -132,6 +133,19 @@ def api_keys() -> list[str]:
     return keys
 
 
+def insist_on(folder: str | None) -> None:
+    """Refuse a model or a shadow that cannot be served, before workers are started for it.
+
+    Raises:
+        InvalidArgument: BentoML's own, because its command prints those without a traceback.
+    """
+    if folder is not None:
+        try:
+            servable_artifact(folder)
+        except Ad2kitError as error:
+            raise InvalidArgument(f"{error.message}; {error.hint}") from error
+
+
 async def info(_request: Request) -> JSONResponse:
     """Answer GET /info; a BentoML API could only be POSTed to."""
     return JSONResponse(bentoml.get_current_service().info())
@@ -155,7 +169,7 @@ async def metrics(_request: Request) -> Response:
     workers=WORKERS,
     traffic={"timeout": 60},
     # Together these cost more than a quarter of the answers (bench/README.md). An operator's
-    # BENTOML_CONFIG turns log and spans on again; BentoML's metrics would hide ours.
+    # BENTOML_CONFIG turns the log on again; BentoML's metrics would hide ours.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
     tracing=tracing(),
@@ -263,6 +277,8 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
+for given in (arguments.model, arguments.shadow):
+    insist_on(given)
 KEYS = api_keys()
 TRACING = tracing()
 # From the outside to the inside.

@@ -7,7 +7,7 @@
    judged on the validation rows, with an interval that widens with each look. The first that passes
    is the answer.
 
-Every candidate is a run of its own, so that the same command goes on where it was stopped.
+Every candidate is a run, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def fit(
         allow_inexact: see :func:`ad2kit.distill.distill`.
 
     Returns:
-        The report, whether or not there is such a student, and the folder that it was written to,
-        with a table and a plot.
+        The report, whether or not there is such a student, and its folder, with table and plot.
 
     Raises:
         RecipeError: a target that means nothing, or a student that is not made from the teacher.
@@ -193,7 +192,9 @@ class _Search:
 
     def trial(self, candidate: Candidate) -> Candidate:
         """Distil a candidate, judge it, each as far as it is worth it; say what became of it."""
-        run = open_run(self._recipe_for(candidate.shape), self.runs_dir)
+        # Of this target's own: its gate must not take the place of another run's.
+        folder = Path(f"{self.folder}-{fingerprint(str(candidate.shape))[:8]}")
+        run = open_run(self._recipe_for(candidate.shape), self.runs_dir, folder)
         candidate = candidate.model_copy(update={"run": run.path.name})
         logger.info("%s: %s", candidate.shape, run.path)
         try:
@@ -270,10 +271,9 @@ class _Search:
             return False
         if self.teacher_score is None:
             teacher = models.load(run.teacher, self.data.labels, self.data.task)
-            length = self.recipe.data.max_length_tokens
-            encoded = datasets.encode(select, teacher.tokenizer, length)
-            logits = predict_logits(teacher, encoded, torch.device("cpu"))
-            found = answers(self.data.task, logits.numpy())
+            encoded = datasets.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
+            logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
+            found = answers(self.data.task, logits)
             self.teacher_score = score(self.recipe.data.judged_by, found, select.labels)
         return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ad2kit.campaigns.fit import fit
-from ad2kit.errors import GateFailed
+from ad2kit.errors import GateFailed, RecipeError
 from ad2kit.fit_records import FitReport, Target, insist_found
 from ad2kit.recipe import load
 from ad2kit.records import DistillReport, LatencyReport
@@ -142,3 +142,25 @@ def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs:
         assert (each.retained_interval == verdict.retained_interval) is ordinary
         assert low <= verdict.retained_interval[0]
         assert high >= verdict.retained_interval[1]
+
+
+def test_the_runs_of_others_keep_their_gate(finished_run: RunDir, runs: Path) -> None:
+    other = RunDir(runs / finished_run.path.name)
+    shutil.copytree(finished_run.path, other.path)
+    before = {path: path.read_bytes() for path in (other.recipe_file, other.parity_report)}
+    student = other.recipe.student
+    grid = Grid(layers=(len(student.layers or ()),), attention_heads=(4,), feed_forward=(128,))
+    with pytest.raises(KeyboardInterrupt):
+        fit(other.recipe, target(retain=0.9, max_mb=1.0), grid, runs, on_step=interrupted)
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(runs.glob("fit-smoke-*-*/recipe.json"))) == 1
+
+
+def interrupted(_record: StepRecord) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_grid_of_the_teacher_alone_is_refused(runs: Path) -> None:
+    grid = Grid(layers=(4,), attention_heads=(4,), feed_forward=(128,))
+    with pytest.raises(RecipeError, match="the teacher's own"):
+        fit(load("smoke", SMALL), target(max_mb=1.0), grid, runs)

@@ -136,6 +136,7 @@ def test_the_teacher_is_exported_and_shadows_its_student(
                     found.append)  # fmt: skip
     texts = [text[0] for text in load_data(copied_run.recipe.data, 0).validation.texts[:50]]
     shadow.offer(texts, student.predict(texts))
+    wait_for(lambda: len(found) == len(texts))
     shadow.close()
     assert found.count(True) > found.count(False)
     assert None not in found
@@ -166,9 +167,24 @@ def test_a_shadow_counts_what_disagrees_and_leaves_out_what_it_has_no_time_for(
     shadow.offer(texts, answers)  # does not wait for the teacher, which waits for us
     assert found == [None] * len(found)
     assert len(found) in (15, 16)  # 64 wait, and one may be under way
+    left_out = len(found)
     Contrary.opinion.set()
+    wait_for(lambda: len(found) == len(texts))
     shadow.close()
-    assert found.count(False) == len(texts) - found.count(None)
+    assert (found.count(None), found.count(False)) == (left_out, len(texts) - left_out)
+
+
+def test_a_shadow_that_is_closed_keeps_nobody_waiting(finished_run: RunDir) -> None:
+    student, found = OnnxClassifier(finished_run.onnx("fp32"), threads=1), list[bool | None]()
+    slow = Contrary(student.folder, threads=1)
+    slow.opinion = threading.Event()
+    shadow = Shadow(slow, student, 1.0, found.append)
+    shadow.offer(["fine"] * 10, student.predict(["fine"] * 10))
+    wait_for(lambda: shadow._waiting.qsize() == 9)  # one is under way
+    threading.Timer(0.2, slow.opinion.set).start()
+    shadow.close()
+    assert found == [None] * 9 + [found[-1]]
+    assert found[-1] is False
 
 
 def test_a_shadow_of_some_texts_takes_about_that_share(finished_run: RunDir) -> None:
@@ -177,6 +193,7 @@ def test_a_shadow_of_some_texts_takes_about_that_share(finished_run: RunDir) -> 
     answers = student.predict(["fine"])
     for _ in range(400):
         shadow.offer(["fine"], answers)
+    wait_for(shadow._waiting.empty)
     shadow.close()
     assert 50 < len(found) < 150  # 5.8 standard deviations
 

@@ -28,7 +28,9 @@ from pyarrow import parquet
 import ad2kit
 from ad2kit import corpus
 from ad2kit.__main__ import main
-from ad2kit.errors import DataError, UserError
+from ad2kit.errors import DataError, ModelError, UserError
+from ad2kit.files import sha256_of, write_record
+from ad2kit.records import OnnxArtifact
 from ad2kit.score import Progress, score
 
 if TYPE_CHECKING:
@@ -439,3 +441,16 @@ def test_another_batch_size_makes_other_bytes(straight: Path, table: Path, model
     ours, theirs = contents(straight), contents(other)
     assert ours.keys() == theirs.keys()
     assert ours["part-00000000.parquet"] != theirs["part-00000000.parquet"]
+
+
+def test_a_model_that_cannot_be_loaded_is_named_by_several_workers_too(
+    copied_run: RunDir, table: Path, tmp_path: Path
+) -> None:
+    folder = copied_run.onnx("int8")
+    (folder / "model.onnx").write_bytes(b"no graph")
+    artifact = OnnxArtifact.read(folder / OnnxArtifact.file_name)
+    files = artifact.files | {"model.onnx": sha256_of(folder / "model.onnx")}
+    write_record(folder / OnnxArtifact.file_name, artifact.model_copy(update={"files": files}))
+    for workers in (1, 2):
+        with pytest.raises(ModelError, match="onnxruntime cannot load"):
+            score_it(folder, table, tmp_path / "out", workers=workers)

@@ -48,7 +48,7 @@ honest_run = service.OnnxClassifier.run
 
 
 def run(self, encodings):
-    text = " ".join("".join(encoding.tokens) for encoding in encodings).replace("##", "")
+    text = " ".join(self.tokenizer.decode(encoding.ids) for encoding in encodings)
     if "disaster" in text:
         raise RuntimeError("our insides")
     if "dull" in text:
@@ -435,6 +435,20 @@ def test_keys_that_went_wrong_open_nothing(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("argument", ["model", "shadow"])
+def test_a_folder_that_is_no_model_starts_no_worker(argument: str, tmp_path: Path) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(CHECKOUT),
+         f"--arg={argument}={tmp_path}"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    said = " ".join((refused.stdout + refused.stderr).split())
+    assert "neither a run folder nor an exported variant" in said
+    assert "give runs/NAME" in said
+    assert "Traceback" not in said
+
+
 def test_a_client_that_leaves_costs_no_inference(strained: str, strained_folder: Path) -> None:
     def counted() -> float:
         text = call(strained, "GET", "/metrics").body.decode()
@@ -445,7 +459,9 @@ def test_a_client_that_leaves_costs_no_inference(strained: str, strained_folder:
     before = counted()
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(classify, strained, "awkward")
+        end = time.monotonic() + 30
         while not (strained_folder / "busy").exists():
+            assert time.monotonic() < end
             time.sleep(0.01)
         host, port = strained.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as leaving:
