@@ -35,7 +35,7 @@ def survey(file: InputFile, block_rows: int) -> Survey:
     """Read the footer of a file and count its rows off.
 
     Raises:
-        DataError: it is no Parquet file.
+        DataError: it is no Parquet file, or two of its columns have one name.
     """
     store, path = filesystem(file.url)
     try:
@@ -44,6 +44,11 @@ def survey(file: InputFile, block_rows: int) -> Survey:
             schema, rows = footer.schema_arrow, footer.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file.url, error) from error
+    twice = [name for name in schema.names if schema.names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"{file.url}: the column '{twice[0]}' appears twice", hint="rename one of them"
+        )
     blocks = [
         Block(file.url, first + 1, min(block_rows, rows - first))
         for first in range(0, rows, block_rows)

@@ -65,6 +65,7 @@ class OutputFolder:
                 f"cannot write to {self.url}: {error}", hint="name a folder that can be written"
             ) from error
         with locked(Path(self.path)) if self.is_local else self._swept():
+            self._insist_on(job)  # another job may have begun here meanwhile
             self.write(ScoreJob.file_name, job.model_dump_json(indent=2).encode() + b"\n")
             yield
 

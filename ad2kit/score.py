@@ -92,6 +92,8 @@ def score(
     artifact = read_artifact(folder)
     _insist_apart(input_url, output := OutputFolder(output_url))
     files = find_inputs(input_url)
+    for file in files:
+        _insist_apart(file.url, output)
     suffix, surveys = suffix_of(files[0].url), _survey(files, block_rows)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
     layout = layout_of(surveys, _columns_to_read(folder, artifact, text_columns), added)
@@ -166,11 +168,13 @@ def _columns_to_read(
 
 
 def _insist_apart(input_url: str, output: OutputFolder) -> None:
+    """Refuse an output inside of an input folder, and a file inside of the output as input."""
     store, path = filesystem(input_url)
-    inside = f"{output.path}/".startswith(f"{path.rstrip('/')}/")
-    if store.protocol == output.store.protocol and inside and store.isdir(path):
+    inside = f"{output.path}/".startswith(f"{path.rstrip('/')}/") and store.isdir(path)
+    if store.protocol == output.store.protocol and (inside or path.startswith(f"{output.path}/")):
         raise DataError(
-            f"{output.url} lies in the input folder {input_url}: its parts would be read as input",
+            f"{output.url} and the input {input_url} lie in one another: parts would be read as "
+            "input",
             hint="give an OUTPUT beside it",
         )
 

@@ -112,7 +112,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
         # A kill may have cut the last line short.
-        whole = [Trial.model_validate_json(line) for line in lines if line.endswith("\n")]
+        whole = [
+            Trial.parse(line.encode(), f"{path}, line {number}")
+            for number, line in enumerate(lines, start=1)
+            if line.endswith("\n")
+        ]
         self.path = path
         self.trials = {trial.key: trial for trial in whole}
         write_text(path, "".join(f"{trial.model_dump_json()}\n" for trial in self.trials.values()))

@@ -359,7 +359,7 @@ def test_the_run_says_which_columns_to_read_and_a_prefix_makes_room(
     assert code == 2
     assert "holds the results of another job:\n  prefix: student_ there, other_ now" in err
     code, _, err = ad2kit_score(tmp_path, output, *runs)
-    assert (code, "lies in the input folder" in err) == (2, True)
+    assert (code, "lie in one another" in err) == (2, True)
     alone = tmp_path / "alone"
     shutil.copytree(copied_run.onnx("fp32"), alone)
     code, _, err = ad2kit_score(source, tmp_path / "b", "--run", alone, "--prefix", "a")
@@ -454,3 +454,18 @@ def test_a_model_that_cannot_be_loaded_is_named_by_several_workers_too(
     for workers in (1, 2):
         with pytest.raises(ModelError, match="onnxruntime cannot load"):
             score_it(folder, table, tmp_path / "out", workers=workers)
+
+
+def test_parts_of_an_output_below_a_glob_are_not_read_as_input(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "in.csv").write_text("text\nfine\n")
+    score_it(model, tmp_path / "*" / "*.csv", tmp_path / "out")
+    with pytest.raises(DataError, match="lie in one another"):
+        score_it(model, tmp_path / "*" / "*.csv", tmp_path / "out")
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(model: Path, tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["fine"]), pa.array(["dull"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="the column 'text' appears twice"):
+        score_it(model, tmp_path / "in.parquet", tmp_path / "out")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from ad2kit.errors import RunError
 from ad2kit.search_space import Configuration
 from ad2kit.sweep_report import Ledger, Spread, Trial, by_configuration
 
@@ -61,3 +64,10 @@ def test_a_ledger_keeps_the_last_word_on_each_trial_and_forgets_a_line_cut_short
     assert again.trials[FAST, 2].criterion == -math.inf
     again.add(trial(SLOW, 1, None))
     assert len(Ledger(path).trials) == 3
+
+
+def test_a_ledger_with_a_damaged_line_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    path.write_text('{"nothing": 1}\n')
+    with pytest.raises(RunError, match=r"trials\.jsonl, line 1 is not a Trial"):
+        Ledger(path)
