@@ -107,10 +107,10 @@ Storage = Annotated[
 Retain = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Of the teacher's score, for example 0.97.")
 ]
-P99Ms = Annotated[float | None, typer.Option(min=0.001, help="The 99th percentile of latency.")]
-MaxMb = Annotated[float | None, typer.Option(min=0.001, help="Of the ONNX file.")]
+P99Ms = Annotated[float | None, typer.Option(min=1e-6, help="The 99th percentile of latency.")]
+MaxMb = Annotated[float | None, typer.Option(min=1e-6, help="Of the ONNX file.")]
 Speedup = Annotated[
-    float | None, typer.Option(min=0.001, help="Over the teacher's own fastest variant.")
+    float | None, typer.Option(min=1e-6, help="Over the teacher's own fastest variant.")
 ]
 Margin = Annotated[
     float | None,

@@ -355,7 +355,10 @@ def test_the_bento_serves_where_only_its_own_requirements_are_installed(
     working = tmp_path / "elsewhere"
     working.mkdir()
     with served(bento, working) as address:
-        commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+        port = address.rpartition(":")[2]  # other tests may have servers, and a Ray, of their own
+        (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
+        family = [server, *server.children(recursive=True)]
+        commands = [process.cmdline() for process in family]
         answers = [ask(address, [text])[0] for text in texts]
     assert {command[0] for command in commands} == {str(python)}
     for answer, prediction in zip(answers, expected, strict=True):
