@@ -151,22 +151,17 @@ def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> N
     """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
     from ad2kit.compare_report import DIFFERENCES, HEADER, caption, tables
 
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
     parts = dict(zip((HEADER, DIFFERENCES), tables(report), strict=True))
-    _print_tables(parts, caption(report), folder / "compare.md")
+    _print_report(report, parts, caption(report), folder / "compare.md", as_json=as_json)
 
 
 def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
     """Print what `fit` found on stdout: as JSON, or its tables and what to type next."""
     from ad2kit.fit_report import caption, tables
 
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
-    _print_tables(tables(report), caption(report), folder / "fit.md")
-    if report.package:
+    page = folder / "fit.md"
+    _print_report(report, tables(report), caption(report), page, as_json=as_json)
+    if report.package and not as_json:
         run, variant = report.package
         print(f"next: ad2kit package {folder.parent / run} --variant {variant}")  # noqa: T201
 
@@ -175,16 +170,17 @@ def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:
     """Print a sweep on stdout: as JSON, or its tables and where its files lie."""
     from ad2kit.sweep_report import HEADER, SELECTED, caption, tables
 
+    parts = dict(zip((HEADER, SELECTED), tables(report), strict=True))
+    _print_report(report, parts, caption(report), folder / "sweep.md", as_json=as_json)
+
+
+def _print_report(
+    report: BaseModel, parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]], caption: str,
+    page: Path, *, as_json: bool,
+) -> None:  # fmt: skip
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    parts = dict(zip((HEADER, SELECTED), tables(report), strict=True))
-    _print_tables(parts, caption(report), folder / "sweep.md")
-
-
-def _print_tables(
-    parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]], caption: str, page: Path
-) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for header, lines in parts.items():
         table = Table(*header, box=box.SIMPLE_HEAD)

@@ -23,8 +23,6 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import bentoml
-from bentoml.exceptions import InvalidArgument
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.requests import Request  # noqa: TC002  (Starlette reads the annotation)
 from starlette.responses import JSONResponse, Response
@@ -34,7 +32,6 @@ from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
-from ad2kit.errors import Ad2kitError
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.observability import log_as_json, tracing
@@ -47,6 +44,7 @@ from ad2kit.openapi import (
     document,
 )
 from ad2kit.runtime import available_cpus
+from ad2kit.service_arguments import Arguments
 from ad2kit.service_metrics import ServiceMetrics, exposition
 from ad2kit.shadow import Shadow
 from ad2kit.shipping import latest_passed_run
@@ -68,27 +66,6 @@ EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not 
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
-class Arguments(BaseModel):
-    """What ``bentoml serve --arg name=value`` may set.
-
-    ``workers`` processes share the cores, each with ``threads`` for the engine; one for each core
-    with one thread if neither is set. ``api_keys_file`` holds one key a line. ``shadow`` is a run
-    or an artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
-    ``access_log`` writes a line for each request.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | None = None
-    runs_dir: str | None = None
-    workers: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
-    api_keys_file: str | None = None
-    shadow: str | None = None
-    shadow_share: float = Field(0.01, gt=0, le=1)
-    access_log: bool = False
-
-
 arguments = bentoml.use_arguments(Arguments)
 WORKERS = arguments.workers or max(1, available_cpus() // (arguments.threads or 1))
 
@@ -104,46 +81,6 @@ def artifact_folder() -> Path:
     if arguments.runs_dir is None and not here.is_dir():
         here = Path(__file__).parent.parent / "runs"
     return servable_artifact(latest_passed_run(here).path)
-
-
-def api_keys() -> list[str]:
-    """Return the keys that clients may use, of the file and of AD2KIT_API_KEYS (with commas).
-
-    Raises:
-        InvalidArgument: the file cannot be read, or holds no key; BentoML's own, because its
-            command prints those without a traceback.
-    """
-    asked = arguments.api_keys_file or os.environ.get("AD2KIT_API_KEYS")
-    keys = os.environ.get("AD2KIT_API_KEYS", "").split(",")
-    if arguments.api_keys_file is not None:
-        try:
-            keys += Path(arguments.api_keys_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument(
-                f"cannot read the API keys in {arguments.api_keys_file}: {error}; give a text file "
-                "with one key a line"
-            ) from error
-    keys = [key.strip() for key in keys if key.strip()]
-    if asked is not None and not keys:
-        # A secret that went wrong must not open the service.
-        raise InvalidArgument(
-            "API keys were asked for and there is none: write one key a line into api_keys_file, "
-            "or several with commas into AD2KIT_API_KEYS; unset both to serve everybody"
-        )
-    return keys
-
-
-def insist_on(folder: str | None) -> None:
-    """Refuse a model or a shadow that cannot be served, before workers are started for it.
-
-    Raises:
-        InvalidArgument: BentoML's own, because its command prints those without a traceback.
-    """
-    if folder is not None:
-        try:
-            servable_artifact(folder)
-        except Ad2kitError as error:
-            raise InvalidArgument(f"{error.message}; {error.hint}") from error
 
 
 async def info(_request: Request) -> JSONResponse:
@@ -277,9 +214,8 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-for given in (arguments.model, arguments.shadow):
-    insist_on(given)
-KEYS = api_keys()
+arguments.insist_on_models()
+KEYS = arguments.api_keys()
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from ad2kit.distill import distill
 from ad2kit.errors import RecipeError, RunError
 from ad2kit.recipe import from_data, load
 from ad2kit.run_dir import open_run
+from ad2kit.sections import TrainRecipe
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def test_a_comparison_trains_each_student_once_from_one_teacher(
     report, folder = compare(recipe, ["finetune", "kd", "ad2"], 2, tmp_path, on_step=steps.append)
     per_student = -(-400 // recipe.distill.batch_size)
     assert sum(record.phase == "student" for record in steps) == 6 * per_student
-    assert recipe.teacher.finetune is not None
+    finetune = cast(TrainRecipe, recipe.teacher.finetune)
     assert sum(record.phase == "teacher" for record in steps) == (
-        recipe.teacher.finetune.epochs * -(-400 // recipe.teacher.finetune.batch_size)
+        finetune.epochs * -(-400 // finetune.batch_size)
     )
     assert len({student.teacher_sha256 for student in report.students}) == 1
     assert len({student.student_sha256 for student in report.students}) == 6

@@ -6,7 +6,7 @@ The models are real and tiny, with tokenizers of their own (see :mod:`tests.fami
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import onnx
 import pytest
@@ -20,7 +20,7 @@ from ad2kit.distill import distill
 from ad2kit.errors import ModelError
 from ad2kit.export import export
 from ad2kit.first_token import read_first_token_only
-from ad2kit.intermediate import comparison
+from ad2kit.intermediate import Comparison, comparison
 from ad2kit.objectives import distillation
 from ad2kit.parity import parity
 from ad2kit.run_dir import open_run
@@ -232,8 +232,7 @@ def test_a_layer_computes_in_the_student_what_it_did_in_the_teacher(family: str)
 
 def intermediate_terms(teacher: TextModel, student: TextModel) -> dict[str, torch.Tensor]:
     """Return the value of every intermediate term, with a graph to the student."""
-    insides = comparison(teacher, student, EVERY_TERM)
-    assert insides is not None
+    insides = cast(Comparison, comparison(teacher, student, EVERY_TERM))
     inputs = batch(teacher).inputs
     with torch.no_grad():
         _, theirs = insides.read(teacher, inputs)

@@ -71,8 +71,8 @@ def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs
     assert [len(each.shape.layers) for each in report.candidates] == [1, 2]  # cheapest first
     found, unused = report.candidates
     assert (found.outcome, found.look, unused.outcome) == ("found", 1, "not needed")
-    assert report.package is not None
-    run, variant = RunDir(runs / report.package[0]), report.package[1]
+    assert report.package == (found.run, found.variant)
+    run, variant = RunDir(runs / str(found.run)), str(found.variant)
     insist_found(report, folder)
     # It is an ordinary run, ready to package, judged by the target's thresholds.
     assert choose_variant(run, variant) == (run.onnx(variant), False)
@@ -114,10 +114,10 @@ def test_the_hopeless_are_given_up_and_stay_so(runs: Path) -> None:
     assert report.looks == 0
     assert report.package is None
     for each in report.candidates:
-        assert each.run is not None
+        assert str(each.run).startswith(f"{folder.name}-")
         assert "on select after 2 epochs" in each.reason
-        assert not RunDir(runs / each.run).checkpoint("student").exists()
-        assert not RunDir(runs / each.run).distill_report.exists()
+        assert not RunDir(runs / str(each.run)).checkpoint("student").exists()
+        assert not RunDir(runs / str(each.run)).distill_report.exists()
     with pytest.raises(GateFailed, match="2 shapes are cheap enough and none is good enough"):
         insist_found(report, folder)
 
@@ -129,14 +129,14 @@ def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs:
     """So few rows cannot show that a student keeps all, whatever it is."""
     recipe = load("smoke", [*SMALL, "distill.lr=1e-9", "export.variants=[fp32]"])
     grid = Grid(layers=(1, 2), attention_heads=(4,), feed_forward=(128,))
-    report, _ = fit(recipe, target(retain=0.98, margin=0.0, max_mb=0.5), grid, runs)
+    report, folder = fit(recipe, target(retain=0.98, margin=0.0, max_mb=0.5), grid, runs)
     assert [(each.outcome, each.look) for each in report.candidates] == [
         ("failed the gate", 1), ("failed the gate", 2),
     ]  # fmt: skip
     for each, ordinary in zip(report.candidates, (True, False), strict=True):
-        assert each.run is not None
+        assert str(each.run).startswith(f"{folder.name}-")
         assert "fp32: accuracy retained, lower 95 % bound is" in each.reason
-        (verdict,) = ParityReport.read(RunDir(runs / each.run).parity_report).variants
+        (verdict,) = ParityReport.read(RunDir(runs / str(each.run)).parity_report).variants
         assert each.retained_interval is not None
         low, high = each.retained_interval
         assert (each.retained_interval == verdict.retained_interval) is ordinary
