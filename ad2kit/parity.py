@@ -39,6 +39,7 @@ from ad2kit.verdicts import ParityReport, RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -91,7 +92,7 @@ def parity(run: RunDir) -> ParityReport:
         report = ParityReport.read(run.parity_report)
         if (report.inputs, report.answers_sha256) == (inputs, sha256_of(run.answers)):
             logger.info("parity is already known: %s", run.parity_report)
-            return report
+            return _beside_variants(report, folders)
 
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     cpu = torch.device("cpu")
@@ -169,6 +170,13 @@ def parity(run: RunDir) -> ParityReport:
         variants=tuple(verdicts),
     )
     write_record(run.parity_report, report)
+    return _beside_variants(report, folders)
+
+
+def _beside_variants(report: ParityReport, folders: Sequence[Path]) -> ParityReport:
+    """Put a copy of a report into the variants that it judges, and return it."""
+    for folder in folders:
+        write_record(folder / ParityReport.file_name, report)
     return report
 
 

@@ -66,7 +66,6 @@ def push(run: RunDir, repository: str, *, variant: str | None = None, private: b
     with tempfile.TemporaryDirectory(prefix="ad2kit-push-") as temporary:
         staged = Path(temporary) / "model"
         shutil.copytree(folder, staged)
-        shutil.copy2(run.parity_report, staged)
         write_text(staged / "README.md", model_card(run, folder, repository))
         try:
             api = HfApi()

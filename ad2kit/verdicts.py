@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import computed_field
 
@@ -102,8 +102,11 @@ class ParityReport(Record):
     """The verdict of the gate on the labelled validation set.
 
     ``student_score`` is of the PyTorch student, or of the graph where that is all there is;
-    ``answers_sha256`` is of the file of :class:`RowAnswers` beside the report, if there is one.
+    ``answers_sha256`` is of the file of :class:`RowAnswers` beside the report, if there is one. A
+    copy lies in the folder of each variant that was judged, and goes where the variant goes.
     """
+
+    file_name: ClassVar[str] = "parity.json"
 
     inputs: str
     thresholds: ParityRecipe

@@ -48,6 +48,7 @@ from ad2kit.service_arguments import Arguments
 from ad2kit.service_metrics import ServiceMetrics, exposition
 from ad2kit.shadow import Shadow
 from ad2kit.shipping import latest_passed_run
+from ad2kit.verdicts import ParityReport
 
 logger = logging.getLogger("ad2kit.service")
 
@@ -124,7 +125,7 @@ class Ad2kitClassifier:
         threads = arguments.threads or max(1, available_cpus() // WORKERS)
         self.classifier = OnnxClassifier(folder, threads=threads)
         lineage = Path(__file__).with_name("lineage.json")  # in a Bento
-        report = folder.parent.parent / "parity.json"  # of the run that the artefact lies in
+        report = folder / ParityReport.file_name
         self.parity = None
         if lineage.is_file():
             self.parity = json.loads(lineage.read_text())["parity"]

@@ -22,6 +22,7 @@ from ad2kit.files import write_record
 from ad2kit.package import served
 from ad2kit.records import OnnxArtifact
 from ad2kit.service_check import ask, judge_service
+from ad2kit.verdicts import ParityReport
 from tests.http_client import CHECKOUT, JSON, SERVICE, call, check_error, classify, serving
 
 if TYPE_CHECKING:
@@ -201,6 +202,10 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
     }  # fmt: skip
     assert info["lineage"] == fp32.artifact.lineage
     assert len(info["lineage"]["student_sha256"]) == 64
+    # The artefact says itself what it passed, wherever it is moved to.
+    verdict = ParityReport.read(fp32.folder / ParityReport.file_name)
+    assert info["parity"] == verdict.model_dump(mode="json")
+    assert verdict.passed
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/healthz"])
