@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from ad2kit.batcher import Batcher
 from ad2kit.error_contract import Problem
 from ad2kit.http_api import Classify, Direct, Stages
 
@@ -59,6 +62,30 @@ def test_a_body_that_trickles_in_is_given_up() -> None:
         ask([b"a"] * 50, pause_s=0.02, read_s=0.2)
     assert problem.value.status == 408
     assert "0.2 s" in problem.value.detail
+
+
+def test_what_comes_while_the_service_drains_is_told_so() -> None:
+    async def ask_late() -> None:
+        batcher = Batcher(lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=8,
+                          max_queue_texts=8)  # fmt: skip
+        await batcher.close()
+        api = Classify(Tokens(), batcher, deadline_s=1.0, metrics=Uncounted())  # type: ignore[arg-type]
+        await api.answer(b'{"texts": ["late"]}')
+
+    with pytest.raises(Problem) as problem:
+        asyncio.run(ask_late())
+    assert problem.value.status == 503
+
+
+class Tokens:
+    """A tokenizer of one token for each text."""
+
+    def encode(self, texts: list[str]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(ids=[1]) for _ in texts]
+
+
+class Uncounted:
+    def tokenised(self, seconds: float) -> None: ...
 
 
 def test_stage_times_are_written_as_the_standard_says() -> None:
