@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,13 +62,15 @@ def error_of(look: int) -> float:
 class Look(NamedTuple):
     """What the validation rows say of a variant; it has passed if nothing speaks against it.
 
-    ``number`` counts the looks at these rows; the interval is as wide as that demands.
+    ``number`` counts the looks at these rows; the interval is as wide as that demands. With
+    ``weak`` nothing but what the student learned speaks against it, which its other variants share.
     """
 
     number: int
     retained: float
     interval: tuple[float, float]
     failures: list[str]
+    weak: bool
 
 
 @dataclass
@@ -89,11 +90,12 @@ class Judge:
     def needed(self) -> float:
         """Return what a candidate has to retain on ``select`` to be judged.
 
-        If those before it have lost on the way to the validation rows, it has to bring half of that
-        loss: the rows may differ in kind, and the other half was luck. It saves looks, each of
-        which makes the next one harder to pass.
+        If those before it have lost on the way to the validation rows, it has to bring a part of
+        that loss: the rows may differ in kind, and the rest was luck. Of one that is half, of n
+        n / (n + 1) of the mean, which is what to expect if kind and luck differ equally. It saves
+        looks, each of which makes the next one harder to pass.
         """
-        return self.retain + (max(0.0, mean(self.falls)) / 2 if self.falls else 0.0)
+        return self.retain + max(0.0, sum(self.falls) / (len(self.falls) + 1))
 
     def learn(self, on_select: float, on_validation: float) -> None:
         """Take note of what a judged candidate retains on the one and on the other."""
@@ -123,5 +125,7 @@ class Judge:
         if not failures and interval[0] < least:
             words = f"{variant}: lower bound of what is retained, at look {self.looks},"
             failures = [f"{words} is {interval[0]:.4g}, expected at least {least:g}"]
-        (retained,) = (each.retained for each in report.variants if each.variant == variant)
-        return Look(self.looks, retained, interval, failures)
+        (verdict,) = (each for each in report.variants if each.variant == variant)
+        failed = {check.question for check in verdict.checks if not check.passed}
+        weak = bool(failures) and failed <= {"distillation quality"}
+        return Look(self.looks, verdict.retained, interval, failures, weak)

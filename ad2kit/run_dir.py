@@ -202,7 +202,8 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
         RunError: there is none.
     """
     if folder is not None:
-        run = RunDir(folder if folder.exists() else runs_dir / folder)
+        inside = runs_dir / folder
+        run = RunDir(inside if inside.exists() and not folder.exists() else folder)
         _ = run.recipe
         return run
     # A run whose first command failed, or is still training, must not hide a finished one.

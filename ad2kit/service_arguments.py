@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bentoml.exceptions import InvalidArgument
 from pydantic import BaseModel, ConfigDict, Field
 
 from ad2kit.classifier import servable_artifact
 from ad2kit.errors import Ad2kitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Arguments(BaseModel):
@@ -35,17 +39,23 @@ class Arguments(BaseModel):
     shadow_share: float = Field(0.01, gt=0, le=1)
     access_log: bool = False
 
-    def insist_on_models(self) -> None:
-        """Refuse a model or a shadow that cannot be served.
+    def insist_on_models(self, artifact_folder: Callable[[], Path]) -> None:
+        """Refuse a model or a shadow that cannot be served, or a share of no shadow.
 
         Raises:
             InvalidArgument: says why, and what to give instead.
         """
-        for folder in filter(None, (self.model, self.shadow)):
-            try:
-                servable_artifact(folder)
-            except Ad2kitError as error:
-                raise InvalidArgument(f"{error.message}; {error.hint}") from error
+        try:
+            artifact_folder()
+            if self.shadow is not None:
+                servable_artifact(self.shadow)
+        except Ad2kitError as error:
+            raise InvalidArgument(f"{error.message}; {error.hint}") from error
+        if self.shadow is None and "shadow_share" in self.model_fields_set:
+            raise InvalidArgument(
+                f"shadow_share={self.shadow_share:g} is the share of texts that a shadow scores, "
+                "and there is no shadow; add `--arg shadow=FOLDER`, or leave shadow_share out"
+            )
 
     def api_keys(self) -> list[str]:
         """Return the keys that clients may use, of the file and of AD2KIT_API_KEYS (with commas).

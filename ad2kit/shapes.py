@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ad2kit import prune
-from ad2kit.errors import RecipeError
+from ad2kit.errors import ModelError, RecipeError
 from ad2kit.fuse import fuse, to_fp16
 from ad2kit.quantize import Way, quantize
 from ad2kit.records import Part
@@ -69,6 +69,16 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
         )
     full = whole(teacher)
     depth, usual = len(full.layers), recipe.layers or ()
+    for option, asked, most in (
+        ("--layers", grid.layers, depth),
+        ("--heads", grid.attention_heads, full.attention_heads),
+        ("--feed-forward", grid.feed_forward, full.feed_forward),
+    ):
+        if max(asked, default=0) > most:
+            raise ModelError(
+                f"{option}: expected at most the teacher's {most}, found {max(asked)}",
+                hint=f"choose from 1 to {most}",
+            )
 
     def parts(number: int, shares: Sequence[float]) -> list[int]:
         return sorted({max(1, round(number * share)) for share in shares})

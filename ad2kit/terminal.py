@@ -58,18 +58,20 @@ def training_progress() -> Iterator[Callable[[StepRecord], None]]:
         TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=console,
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
-    speed, metric = _Speed(), ""
+    pace, metric = _Pace(), ""
 
     def show(record: StepRecord) -> None:
         nonlocal metric
-        if record.phase not in tasks:
+        if pace.begins(record):
+            if record.phase in tasks:
+                bar.remove_task(tasks[record.phase])
             tasks[record.phase] = bar.add_task(
                 record.phase, total=record.total_steps, completed=record.step - 1, facts=""
             )
             metric = ""
         if record.select_score is not None:
             metric = f"select {record.select_score:.4f}"
-        facts = f"loss {record.loss:.4f}  {speed.update(record):.0f} examples/s  {metric}"
+        facts = f"loss {record.loss:.4f}  {pace.examples_per_s:.0f} examples/s  {metric}"
         bar.update(tasks[record.phase], completed=record.step, facts=facts)
 
     with bar:
@@ -242,41 +244,51 @@ def answers(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
             yield json.dumps(answer, ensure_ascii=False)
 
 
-class _Speed:
-    """Examples per second since the phase began, its first update left out."""
+class _Pace:
+    """How fast a training goes, its first update left out.
+
+    `compare` and `fit` train one student after the other: an update that does not come after the
+    last one begins another training.
+    """
 
     def __init__(self) -> None:
-        self.phase, self.start, self.examples = "", 0.0, 0
+        self.last: StepRecord | None = None
+        self.start, self.first_step, self.examples = 0.0, 0, 0
 
-    def update(self, record: StepRecord) -> float:
-        now = time.monotonic()
-        if record.phase != self.phase:
-            self.phase, self.start, self.examples = record.phase, now, 0
-            return 0.0
-        self.examples += record.examples
-        return self.examples / max(now - self.start, 1e-9)
+    def begins(self, record: StepRecord) -> bool:
+        """Count an update; tell whether it begins a training."""
+        last, self.last = self.last, record
+        if last is not None and record.phase == last.phase and record.step > last.step:
+            self.examples += record.examples
+            return False
+        self.start, self.first_step, self.examples = time.monotonic(), record.step, 0
+        return True
+
+    @property
+    def examples_per_s(self) -> float:
+        return self.examples / max(time.monotonic() - self.start, 1e-9)
+
+    def seconds_left(self, record: StepRecord) -> float:
+        seconds_per_step = (time.monotonic() - self.start) / max(record.step - self.first_step, 1)
+        return seconds_per_step * (record.total_steps - record.step)
 
 
 class _Lines:
     """A line after each evaluation, and now and then between."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.speed, self.last = console, _Speed(), time.monotonic()
-        self.first_step = 0
+        self.console, self.pace, self.last = console, _Pace(), time.monotonic()
 
     def __call__(self, record: StepRecord) -> None:
-        if record.phase != self.speed.phase:
-            self.first_step = record.step
-        rate = self.speed.update(record)
+        self.pace.begins(record)
         now = time.monotonic()
         if record.select_score is None and now - self.last < _SECONDS_BETWEEN_LINES:
             return
         self.last = now
-        done = record.step - self.first_step
-        left = (now - self.speed.start) / max(done, 1) * (record.total_steps - record.step)
         metric = "" if record.select_score is None else f"  select {record.select_score:.4f}"
         self.console.print(
             f"{record.phase} {record.step}/{record.total_steps}  loss {record.loss:.4f}  "
-            f"{rate:.0f} examples/s  {left:.0f} s left{metric}",
+            f"{self.pace.examples_per_s:.0f} examples/s  "
+            f"{self.pace.seconds_left(record):.0f} s left{metric}",
             highlight=False,
         )

@@ -92,7 +92,7 @@ def survey(file: InputFile, block_rows: int) -> Survey:
 
 def read(block: Block, layout: Layout) -> Rows:
     """Read a block; a row that is not UTF-8, not JSON, or of another width is bad."""
-    suffix, kept = suffix_of(block.url), list[dict[str, Any]]()
+    suffix, kept = suffix_of(block.url), list[dict[str, Any] | bytes]()
     with _open(block.url) as stream:
         stream.seek(block.first_byte)
         content = io.BytesIO(stream.read(block.end_byte - block.first_byte))
@@ -105,7 +105,7 @@ def read(block: Block, layout: Layout) -> Rows:
             reason = row if isinstance(row, str) else f"has a '{taken[0]}' already"
             rows.refuse((number, frame.line), reason)
             continue
-        kept.append(row)
+        kept.append(frame.raw if suffix == "jsonl" else row)
         rows.places.append((number, frame.line))
         rows.texts.append(tuple(row.get(column) for column in layout.text_columns))
     return rows
@@ -119,8 +119,10 @@ def write(
     added = zip(*(values.tolist() for values in answers.values()), strict=True)
     if suffix == "jsonl":
         for position, values in zip(good, added, strict=True):
-            row = rows.kept[position] | dict(zip(answers, values, strict=True))
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # Not parsed and written again: numbers keep their digits, and keys their order.
+            row = rows.kept[position].decode().rstrip().removesuffix("}").rstrip()
+            new = json.dumps(dict(zip(answers, values, strict=True)), ensure_ascii=False)
+            out.write(f"{row}, {new.removeprefix('{')}\n")
         return out.getvalue().encode()
     table = [[*layout.columns, *answers]]
     for position, values in zip(good, added, strict=True):
@@ -164,7 +166,10 @@ def _csv_frames(lines: _Lines) -> Iterator[_Frame]:
             return
         except csv.Error as error:
             # The reader begins anew with the next line, in the survey as in the block.
-            yield _Frame(first, lines.byte, error=f"not CSV: {error}")
+            reason = f"not CSV: {error}"
+            if lines.line > first:
+                reason += f", up to line {lines.line}: is a quotation mark never closed?"
+            yield _Frame(first, lines.byte, error=reason)
             continue
         if fields:
             yield _Frame(first, lines.byte, fields)

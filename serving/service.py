@@ -215,7 +215,7 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-arguments.insist_on_models()
+arguments.insist_on_models(artifact_folder)
 KEYS = arguments.api_keys()
 TRACING = tracing()
 # From the outside to the inside.

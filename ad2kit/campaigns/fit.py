@@ -5,9 +5,7 @@
    ``select`` is given up (:mod:`ad2kit.prospects`), one that ends too low there goes no further.
 3. What is left is exported, measured as it would be shipped against the teacher's own variants, and
    judged on the validation rows, with an interval that widens with each look. The first that passes
-   is the answer.
-
-Every candidate is a run, so that the same command goes on where it was stopped.
+   is the answer. Every candidate is a run: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -229,7 +227,7 @@ class _Search:
     def _gate(
         self, candidate: Candidate, run: RunDir, affordable: list[Cost], facts: dict[str, Any]
     ) -> Candidate:
-        """Judge the variants that are cheap enough on the validation rows."""
+        """Judge the variants that are cheap enough, fastest first, on the validation rows."""
         report, failures = parity(run), list[str]()
         for cost in sorted(affordable, key=lambda cost: cost.p50_ms):
             look = self.judge.look(run, report, cost.variant)
@@ -242,6 +240,8 @@ class _Search:
                 self.package = run.path.name, cost.variant
                 return candidate.ended("found", "", **facts)
             failures += look.failures
+            if look.weak:
+                break  # another variant would be a second throw of the same dice
         return candidate.ended("failed the gate", "; ".join(failures), **facts)
 
     def _recipe_for(self, shape: Shape) -> Recipe:

@@ -306,7 +306,7 @@ def test_fit_ends_before_any_training_where_no_shape_can_meet_the_target(
         (["--retain", "0.9", "--max-mb", "5", "--layers", "two"], "found 'two' in 'two'"),
         (
             ["--retain", "0.9", "--max-mb", "5", "--layers", "9"],
-            "names layer 4, but the layers of the 'bert'",
+            "--layers: expected at most the teacher's 4, found 9",
         ),
         (["--retain", "0.9", "--max-mb", "5", "--device", "tpu"], "found 'tpu'"),
         (["--retain", "0.9", "--max-mb", "5", "--device", "cuda"], "provider 'cuda' was asked for"),

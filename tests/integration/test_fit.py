@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ad2kit.campaigns.fit import fit
+from ad2kit.data import load_data
 from ad2kit.errors import GateFailed, RecipeError
 from ad2kit.fit_records import FitReport, Target, insist_found
+from ad2kit.prospects import Judge
 from ad2kit.recipe import load
 from ad2kit.records import DistillReport, LatencyReport
 from ad2kit.run_dir import RunDir
@@ -126,8 +128,8 @@ def test_the_hopeless_are_given_up_and_stay_so(runs: Path) -> None:
 
 
 def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs: Path) -> None:
-    """So few rows cannot show that a student keeps all, whatever it is."""
-    recipe = load("smoke", [*SMALL, "distill.lr=1e-9", "export.variants=[fp32]"])
+    """So few rows cannot show that a student keeps all, whatever it is, in whatever variant."""
+    recipe = load("smoke", [*SMALL, "distill.lr=1e-9", "export.variants=[fp32,fused]"])
     grid = Grid(layers=(1, 2), attention_heads=(4,), feed_forward=(128,))
     report, folder = fit(recipe, target(retain=0.98, margin=0.0, max_mb=0.5), grid, runs)
     assert [(each.outcome, each.look) for each in report.candidates] == [
@@ -135,13 +137,33 @@ def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs:
     ]  # fmt: skip
     for each, ordinary in zip(report.candidates, (True, False), strict=True):
         assert str(each.run).startswith(f"{folder.name}-")
-        assert "fp32: accuracy retained, lower 95 % bound is" in each.reason
-        (verdict,) = ParityReport.read(RunDir(runs / str(each.run)).parity_report).variants
+        assert f"{each.variant}: accuracy retained, lower 95 % bound is" in each.reason
+        parity = ParityReport.read(RunDir(runs / str(each.run)).parity_report)
+        (verdict,) = (found for found in parity.variants if found.variant == each.variant)
         assert each.retained_interval is not None
         low, high = each.retained_interval
         assert (each.retained_interval == verdict.retained_interval) is ordinary
         assert low <= verdict.retained_interval[0]
         assert high >= verdict.retained_interval[1]
+
+
+@pytest.mark.parametrize("question", ["distillation quality", "conversion cost", None])
+def test_only_what_its_conversion_cost_a_variant_may_spare_another(
+    finished_run: RunDir, question: str | None
+) -> None:
+    recipe, report = finished_run.recipe, ParityReport.read(finished_run.parity_report)
+    int8 = report.variants[-1]
+    checks = [
+        check.model_copy(
+            update={"value": float(check.question != question), "bound": "at least", "threshold": 1}
+        )
+        for check in int8.checks
+    ]
+    int8 = int8.model_copy(update={"checks": tuple(checks)})
+    judge = Judge(0.5, load_data(recipe.data, recipe.seed).validation.labels)
+    look = judge.look(finished_run, report.model_copy(update={"variants": (int8,)}), "int8")
+    assert bool(look.failures) is (question is not None)
+    assert look.weak is (question == "distillation quality")
 
 
 def test_the_runs_of_others_keep_their_gate(finished_run: RunDir, runs: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,13 +21,13 @@ from ad2kit.errors import ModelError
 from ad2kit.files import write_record
 from ad2kit.observability import tracing
 from ad2kit.records import OnnxArtifact
+from ad2kit.service_arguments import Arguments
 from ad2kit.shadow import Shadow
 from ad2kit.verdicts import ParityReport
 from tests.http_client import JSON, call, check_error, classify, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from ad2kit.run_dir import RunDir
 
@@ -256,3 +257,8 @@ def test_a_share_of_traces_that_is_none_is_refused(
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", share)
     with pytest.raises(InvalidArgument, match=f"a number from 0 to 1, found '{share}'"):
         tracing()
+
+
+def test_a_share_of_no_shadow_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"shadow_share=0\.5 .* there is no shadow; add"):
+        Arguments.model_validate({"shadow_share": 0.5}).insist_on_models(Path)

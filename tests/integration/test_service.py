@@ -17,7 +17,7 @@ import pytest
 
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.data import load_data
-from ad2kit.errors import GateFailed, UserError
+from ad2kit.errors import GateFailed, RunError, UserError
 from ad2kit.files import write_record
 from ad2kit.package import served
 from ad2kit.records import OnnxArtifact
@@ -371,6 +371,14 @@ def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
             check_prediction(found, prediction)
 
 
+def test_a_service_of_nothing_ends_at_once_and_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=f"no run under {tmp_path} has .* make one with `ad2kit run"),
+        serving(tmp_path, f"runs_dir={tmp_path}"),
+    ):
+        pass
+
+
 TEXTS = "?text=fine&text=%3Cb%3Edull%3C/b%3E%20beyond%20measure"
 
 
@@ -518,6 +526,8 @@ def test_the_running_server_has_not_loaded_torch(service: str) -> None:
 def test_the_service_imports_neither_torch_nor_transformers(finished_run: RunDir) -> None:
     code = (
         "import json, sys\n"
+        "from bentoml._internal.utils.args import set_arguments\n"
+        "set_arguments({'model': sys.argv[1]})\n"
         "from serving.service import OnnxClassifier\n"
         "OnnxClassifier(sys.argv[1], threads=1).predict(['not dull'])\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\n"

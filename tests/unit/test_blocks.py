@@ -70,7 +70,11 @@ def test_a_quotation_mark_that_is_never_closed_takes_no_more_than_its_part(tmp_p
     assert texts(found)[0] == "first"
     assert texts(found)[-1] == "last"
     first, second = bad(found)
-    assert first == (2, 3, "not CSV: field larger than field limit (1048576)")
+    assert first[:2] == (2, 3)
+    assert first[2] == (
+        "not CSV: field larger than field limit (1048576), up to line 209718: "
+        "is a quotation mark never closed?"
+    )
     assert second == (second[0], 300_004, "not UTF-8")
 
 
@@ -89,7 +93,7 @@ def test_tsv_has_no_quoting(tmp_path: Path) -> None:
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     lines = [
-        b'{"text": "a\xe2\x80\xa8b", "n": 12345678901234567890, "deep": {"x": [1.5, null]}}',
+        b'{"text": "a\xe2\x80\xa8b", "n": [12345678901234567890, 1e400, 0.10], "x": "\\u00e9" }  ',
         b"", b'{"text": "half', b"[1]", b'{"other": 1}', b'{"text": "\\ud800"}',
         b'{"text": "caf\xe9"}', b'{"text": "twice", "label": 1}', b"[" * 100_000, b'{"text": 3}',
     ]  # fmt: skip
@@ -107,10 +111,8 @@ def test_json_lines(tmp_path: Path) -> None:
             assert expected in reason
     layout = Layout(("text",), ("text",), tuple(ANSWERS))
     written = text_blocks.write(whole[0], [0], layout, ANSWERS)
-    assert json.loads(written) == {
-        **json.loads(lines[0]), "label": "good", "score": 0.5, "truncated": False,
-    }  # fmt: skip
-    assert "\u2028".encode() in written
+    answers = b', "label": "good", "score": 0.5, "truncated": false}\n'
+    assert written == lines[0].removesuffix(b" }  ") + answers
 
 
 def test_a_byte_limit_ends_a_block_of_long_rows(

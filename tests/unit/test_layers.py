@@ -116,7 +116,6 @@ def test_the_control_sees_torch() -> None:
         "import ad2kit",
         "import ad2kit.batcher, ad2kit.classifier",
         "import ad2kit.score, ad2kit.parquet_blocks, ad2kit.ray_workers, ray.data",
-        "import serving.service",
         "import ad2kit.recipe; ad2kit.recipe.load('demo')",
     ],
 )
