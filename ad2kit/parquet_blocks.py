@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.blocks import Block, Rows, Survey, filesystem
@@ -15,7 +16,7 @@ except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "pyarrow", extra="scale") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,14 +37,11 @@ def survey(file: InputFile, block_rows: int) -> Survey:
 
     Raises:
         DataError: it is no Parquet file, or two of its columns have one name.
+        OSError: it cannot be read at all.
     """
-    store, path = filesystem(file.url)
-    try:
-        with store.open(path, "rb") as stream:
-            footer = parquet.ParquetFile(stream)
-            schema, rows = footer.schema_arrow, footer.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file.url, error) from error
+    with _open(file.url) as stream:
+        footer = parquet.ParquetFile(stream)
+        schema, rows = footer.schema_arrow, footer.metadata.num_rows
     twice = [name for name in schema.names if schema.names.count(name) > 1]
     if twice:
         raise DataError(
@@ -63,13 +61,10 @@ def read(block: Block, layout: Layout) -> Rows:
 
     Raises:
         DataError: a page is damaged, or the file has become shorter.
+        OSError: it cannot be read at all.
     """
-    store, path = filesystem(block.url)
-    try:
-        with store.open(path, "rb") as stream:
-            table = _slice(stream, block.first_row - 1, block.rows)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(block.url, error) from error
+    with _open(block.url) as stream:
+        table = _slice(stream, block.first_row - 1, block.rows)
     rows = Rows(block, table)
     rows.places = [(block.first_row + position, None) for position in range(table.num_rows)]
     columns = [_texts(table.column(name)) for name in layout.text_columns]
@@ -90,6 +85,22 @@ def write(
     out = io.BytesIO()
     parquet.write_table(table, out)
     return out.getvalue()
+
+
+@contextmanager
+def _open(url: str) -> Iterator[Any]:
+    """Open a file; what Arrow cannot read of it is the user's to mend."""
+    store, path = filesystem(url)
+    try:
+        with store.open(path, "rb") as stream:
+            yield stream
+    except (pa.ArrowException, OSError) as error:
+        # For a damaged page Arrow raises OSError too, but without a number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(
+            f"{url} is not a readable Parquet file: {error}", hint="write it again"
+        ) from error
 
 
 def _slice(stream: Any, first: int, rows: int) -> Any:
@@ -126,7 +137,3 @@ def _texts(column: Any) -> list[str | None]:
 def _is_text(kind: Any) -> bool:
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(value) or pa.types.is_large_string(value))
-
-
-def _damaged(url: str, error: Exception) -> DataError:
-    return DataError(f"{url} is not a readable Parquet file: {error}", hint="write it again")

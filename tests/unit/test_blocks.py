@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from ad2kit import parquet_blocks, text_blocks
-from ad2kit.blocks import Layout, Rows, find_inputs, layout_of, suffix_of
+from ad2kit.blocks import Block, Layout, Rows, find_inputs, layout_of, suffix_of
 from ad2kit.errors import DataError
 from ad2kit.scoring import format_of
 
@@ -175,6 +175,12 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(DataError, match=r"in\.parquet is not a readable Parquet file"):
         read_all(tmp_path / "in.parquet", 10)
+
+
+def test_a_parquet_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
+    block, layout = Block(str(tmp_path / "in.parquet"), 1, 1), Layout(("text",), ("text",), ())
+    with pytest.raises(FileNotFoundError):
+        parquet_blocks.read(block, layout)
 
 
 def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
