@@ -71,6 +71,7 @@ class ScoreReport(Record):
     """A finished job: all its rows, and the speed of those that this command scored itself.
 
     ``seconds`` begin when the workers are started and include what they need for that.
+    ``classifier_seconds`` are those that all workers together spent on tokenising and inference.
     """
 
     output: str
@@ -81,6 +82,7 @@ class ScoreReport(Record):
     workers: int
     scored_here: int
     seconds: float
+    classifier_seconds: float
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -93,6 +95,12 @@ class ScoreReport(Record):
     def rows_per_s_per_core(self) -> float:
         """The same by worker, each of which has one thread."""
         return self.rows_per_s / self.workers
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def limit_rows_per_s_per_core(self) -> float:
+        """What a worker would do if it neither started, read nor wrote: its classifier alone."""
+        return self.scored_here / self.classifier_seconds if self.scored_here else 0.0
 
 
 def _plain(value: object) -> str:

@@ -45,7 +45,8 @@ def summary(report: ScoreReport) -> str:
     return (
         f"{text}{before}\n{report.scored_here:,} rows in {report.seconds:.1f} s by "
         f"{report.workers} worker(s): {report.rows_per_s:,.0f} rows/s, "
-        f"{report.rows_per_s_per_core:,.0f} rows/s per core"
+        f"{report.rows_per_s_per_core:,.0f} rows/s per core, of "
+        f"{report.limit_rows_per_s_per_core:,.0f} that the classifier alone does"
     )
 
 

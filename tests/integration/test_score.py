@@ -141,6 +141,7 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bytes(
     report = json.loads(done.stdout)
     assert report["rows"] == ROWS
     assert 0 < report["scored_here"] < ROWS - 20 * BLOCK_ROWS + BLOCK_ROWS
+    assert 0 < report["rows_per_s_per_core"] < report["limit_rows_per_s_per_core"]
     assert "rows/s" in done.stderr
     assert contents(output) == contents(straight)
 
