@@ -29,6 +29,7 @@ _SETTINGS_OF_RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own keeps tens of megabytes in each worker
 }
 # Nothing that ad2kit sends needs more; Ray would take a third of the memory.
 _OBJECT_STORE_BYTES = 100_000_000
