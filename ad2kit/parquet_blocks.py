@@ -95,8 +95,8 @@ def _open(url: str) -> Iterator[Any]:
         with store.open(path, "rb") as stream:
             yield stream
     except (pa.ArrowException, OSError) as error:
-        # For a damaged page Arrow raises OSError too, but without a number.
-        if isinstance(error, OSError) and error.errno is not None:
+        # For a damaged page Arrow raises OSError too: itself, and without a number.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
             raise
         raise DataError(
             f"{url} is not a readable Parquet file: {error}", hint="write it again"

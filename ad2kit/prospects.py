@@ -13,7 +13,7 @@ import numpy as np
 
 from ad2kit.metrics import paired_bootstrap, retained_interval
 from ad2kit.tasks import answers
-from ad2kit.verdicts import RowAnswers
+from ad2kit.verdicts import QuantisationSearch, RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,14 +63,32 @@ class Look(NamedTuple):
     """What the validation rows say of a variant; it has passed if nothing speaks against it.
 
     ``number`` counts the looks at these rows; the interval is as wide as that demands. With
-    ``weak`` nothing but what the student learned speaks against it, which its other variants share.
+    ``weak`` only what it retains speaks against it, of which ``select`` had promised enough: the
+    answers of the student's other variants are nearly the same.
     """
 
     number: int
+    variant: str
     retained: float
     interval: tuple[float, float]
     failures: list[str]
     weak: bool
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is noted of the candidate."""
+        return {"look": self.number, "variant": self.variant, "retained": self.retained,
+                "retained_interval": self.interval}  # fmt: skip
+
+
+def lost_on_select(run: RunDir, variant: str) -> float:
+    """Return what a variant of a run lost of its student's score on ``select`` by its conversion.
+
+    It is known of int8, which was chosen there; the others may differ from fp32 by rounding alone.
+    """
+    if variant != "int8":
+        return 0.0
+    search = QuantisationSearch.read(run.int8_search)
+    return next(t.points_lost for t in search.trials if t.way == search.taken) / 100
 
 
 @dataclass
@@ -128,4 +146,4 @@ class Judge:
         (verdict,) = (each for each in report.variants if each.variant == variant)
         failed = {check.question for check in verdict.checks if not check.passed}
         weak = bool(failures) and failed <= {"distillation quality"}
-        return Look(self.looks, verdict.retained, interval, failures, weak)
+        return Look(self.looks, variant, verdict.retained, interval, failures, weak)

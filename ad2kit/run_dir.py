@@ -195,6 +195,12 @@ def _open(run: RunDir, recipe: Recipe) -> None:
         ) from error
 
 
+def named_folder(runs_dir: Path, folder: Path) -> Path:
+    """Return a folder as it was named, or the one of that name under ``runs_dir``."""
+    inside = runs_dir / folder
+    return inside if inside.exists() and not folder.exists() else folder
+
+
 def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
     """Return the run at ``folder``, or the distilled one under ``runs_dir`` that was used last.
 
@@ -202,8 +208,7 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
         RunError: there is none.
     """
     if folder is not None:
-        inside = runs_dir / folder
-        run = RunDir(inside if inside.exists() and not folder.exists() else folder)
+        run = RunDir(named_folder(runs_dir, folder))
         _ = run.recipe
         return run
     # A run whose first command failed, or is still training, must not hide a finished one.

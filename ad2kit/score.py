@@ -110,10 +110,11 @@ def score(
         left = [each for each in blocks if part_name(each[0], suffix) not in finished]
         rows, start = sum(block.rows for _, block in blocks), time.monotonic()
         done, bad = rows - sum(block.rows for _, block in left), output.count_bad(finished)
-        scored_here, classifier_seconds = 0, 0.0
+        scored_here, answered_here, classifier_seconds = 0, 0, 0.0
         on_progress(Progress(rows, done, bad, 0, 0.0))
         for each in _run(engine, work, left, workers, address):
             scored_here, bad = scored_here + each.rows, bad + each.bad
+            answered_here += each.rows - each.bad
             classifier_seconds += each.seconds
             elapsed = time.monotonic() - start
             on_progress(Progress(rows, done + scored_here, bad, scored_here, elapsed))
@@ -121,7 +122,7 @@ def score(
     return ScoreReport(
         output=output.url, rows=rows, bad_rows=bad, parts=len(blocks), engine=engine,
         workers=min(workers, max(1, len(left))), scored_here=scored_here, seconds=seconds,
-        classifier_seconds=classifier_seconds,
+        answered_here=answered_here, classifier_seconds=classifier_seconds,
     )  # fmt: skip
 
 

@@ -71,7 +71,8 @@ class ScoreReport(Record):
     """A finished job: all its rows, and the speed of those that this command scored itself.
 
     ``seconds`` begin when the workers are started and include what they need for that.
-    ``classifier_seconds`` are those that all workers together spent on tokenising and inference.
+    ``classifier_seconds`` are those that all workers together spent on tokenising and inference of
+    ``answered_here`` rows, which are all but the bad ones.
     """
 
     output: str
@@ -82,6 +83,7 @@ class ScoreReport(Record):
     workers: int
     scored_here: int
     seconds: float
+    answered_here: int
     classifier_seconds: float
 
     @computed_field  # type: ignore[prop-decorator]
@@ -100,7 +102,7 @@ class ScoreReport(Record):
     @property
     def limit_rows_per_s_per_core(self) -> float:
         """What a worker would do if it neither started, read nor wrote: its classifier alone."""
-        return self.scored_here / self.classifier_seconds if self.scored_here else 0.0
+        return self.answered_here / self.classifier_seconds if self.answered_here else 0.0
 
 
 def _plain(value: object) -> str:

@@ -42,11 +42,12 @@ def summary(report: ScoreReport) -> str:
         return f"{text}; all of them were there already"
     already = report.rows - report.scored_here
     before = f", {already:,} rows were there already" if already else ""
+    limit = report.limit_rows_per_s_per_core
+    alone = f", of {limit:,.0f} that the classifier alone does" if limit else ""
     return (
         f"{text}{before}\n{report.scored_here:,} rows in {report.seconds:.1f} s by "
         f"{report.workers} worker(s): {report.rows_per_s:,.0f} rows/s, "
-        f"{report.rows_per_s_per_core:,.0f} rows/s per core, of "
-        f"{report.limit_rows_per_s_per_core:,.0f} that the classifier alone does"
+        f"{report.rows_per_s_per_core:,.0f} rows/s per core{alone}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bentoml.exceptions import InvalidArgument
 from pydantic import BaseModel, ConfigDict, Field
 
-from ad2kit.classifier import servable_artifact
+from ad2kit.classifier import read_artifact, servable_artifact
 from ad2kit.errors import Ad2kitError
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = None
-    runs_dir: str | None = None
+    model: str | None = Field(None, min_length=1)
+    runs_dir: str | None = Field(None, min_length=1)
     workers: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)
     api_keys_file: str | None = None
-    shadow: str | None = None
+    shadow: str | None = Field(None, min_length=1)
     shadow_share: float = Field(0.01, gt=0, le=1)
     access_log: bool = False
 
@@ -45,17 +45,17 @@ class Arguments(BaseModel):
         Raises:
             InvalidArgument: says why, and what to give instead.
         """
-        try:
-            artifact_folder()
-            if self.shadow is not None:
-                servable_artifact(self.shadow)
-        except Ad2kitError as error:
-            raise InvalidArgument(f"{error.message}; {error.hint}") from error
         if self.shadow is None and "shadow_share" in self.model_fields_set:
             raise InvalidArgument(
                 f"shadow_share={self.shadow_share:g} is the share of texts that a shadow scores, "
                 "and there is no shadow; add `--arg shadow=FOLDER`, or leave shadow_share out"
             )
+        try:
+            read_artifact(artifact_folder())
+            if self.shadow is not None:
+                read_artifact(servable_artifact(self.shadow))
+        except Ad2kitError as error:
+            raise InvalidArgument(f"{error.message}; {error.hint}") from error
 
     def api_keys(self) -> list[str]:
         """Return the keys that clients may use, of the file and of AD2KIT_API_KEYS (with commas).

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
-from ad2kit.run_dir import find_run, open_run
+from ad2kit.run_dir import find_run, named_folder, open_run
 from ad2kit.runtime import is_first_process
 from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
@@ -113,7 +113,7 @@ def use_run(runs_dir: Path, folder: Path | None) -> RunDir:
 def use_servable(runs_dir: Path, folder: Path | None) -> Path:
     """Return the run or variant that was named, or the run that passed last, and say which."""
     if folder is not None:
-        return folder if folder.exists() else runs_dir / folder
+        return named_folder(runs_dir, folder)
     run = latest_passed_run(runs_dir)
     _note(f"run: {run.path} (the most recent that passed its gate)")
     return run.path
@@ -252,13 +252,13 @@ class _Pace:
     """
 
     def __init__(self) -> None:
-        self.last: StepRecord | None = None
+        self.last: tuple[str, int, int] | None = None
         self.start, self.first_step, self.examples = 0.0, 0, 0
 
     def begins(self, record: StepRecord) -> bool:
         """Count an update; tell whether it begins a training."""
-        last, self.last = self.last, record
-        if last is not None and record.phase == last.phase and record.step > last.step:
+        last, self.last = self.last, (record.phase, record.total_steps, record.step)
+        if last is not None and last[:2] == self.last[:2] and last[2] < record.step:
             self.examples += record.examples
             return False
         self.start, self.first_step, self.examples = time.monotonic(), record.step, 0

@@ -121,6 +121,7 @@ def write(
         for position, values in zip(good, added, strict=True):
             # Not parsed and written again: numbers keep their digits, and keys their order.
             row = rows.kept[position].decode().rstrip().removesuffix("}").rstrip()
+            row = row.replace("\r", " ")  # between tokens, where it would end the line for many
             new = json.dumps(dict(zip(answers, values, strict=True)), ensure_ascii=False)
             out.write(f"{row}, {new.removeprefix('{')}\n")
         return out.getvalue().encode()
@@ -167,8 +168,10 @@ def _csv_frames(lines: _Lines) -> Iterator[_Frame]:
         except csv.Error as error:
             # The reader begins anew with the next line, in the survey as in the block.
             reason = f"not CSV: {error}"
-            if lines.line > first:
-                reason += f", up to line {lines.line}: is a quotation mark never closed?"
+            reason += f", up to line {lines.line}" if lines.line > first else ""
+            # The others are ended by it too early: "a quotation" like this.
+            if "expected after" not in str(error):
+                reason += ": is a quotation mark never closed?"
             yield _Frame(first, lines.byte, error=reason)
             continue
         if fields:

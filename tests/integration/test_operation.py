@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from bentoml.exceptions import InvalidArgument
+from pydantic import ValidationError
 
 from ad2kit.campaigns.teacher import export_teacher
 from ad2kit.classifier import OnnxClassifier
@@ -262,3 +264,14 @@ def test_a_share_of_traces_that_is_none_is_refused(
 def test_a_share_of_no_shadow_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"shadow_share=0\.5 .* there is no shadow; add"):
         Arguments.model_validate({"shadow_share": 0.5}).insist_on_models(Path)
+
+
+def test_a_model_whose_files_are_gone_is_refused(finished_run: RunDir, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run.onnx("fp32"), tmp_path / "fp32")
+    given = Arguments.model_validate({"model": str(folder)})
+    given.insist_on_models(lambda: folder)
+    (folder / "model.onnx").unlink()
+    with pytest.raises(InvalidArgument, match=r"fp32/model\.onnx"):
+        given.insist_on_models(lambda: folder)
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        Arguments.model_validate({"model": ""})

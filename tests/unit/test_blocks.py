@@ -59,7 +59,7 @@ def test_csv_is_the_same_in_blocks_of_any_size(tmp_path: Path, block_rows: int) 
     assert places == [(1, 2), (2, 4), (3, 6), (7, 11)]
     assert bad(found) == [
         (4, 7, "expected 2 fields, found 3"), (5, 8, "expected 2 fields, found 3"),
-        (6, 9, "not CSV: ',' expected after '\"'"),
+        (6, 9, "not CSV: ',' expected after '\"', up to line 10"),
     ]  # fmt: skip
 
 
@@ -78,6 +78,14 @@ def test_a_quotation_mark_that_is_never_closed_takes_no_more_than_its_part(tmp_p
     assert second == (second[0], 300_004, "not UTF-8")
 
 
+def test_a_quotation_mark_that_the_end_of_the_file_leaves_open_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_bytes(b'text\n"open')
+    assert bad(read_all(path, 1)) == [
+        (1, 2, "not CSV: unexpected end of data: is a quotation mark never closed?")
+    ]
+
+
 def test_tsv_has_no_quoting(tmp_path: Path) -> None:
     path = tmp_path / "in.tsv"
     path.write_bytes(b'text\tid\r\na "quoted\t1\r\n\r\n\t2\r\nthree\tfields\there\n')
@@ -93,7 +101,7 @@ def test_tsv_has_no_quoting(tmp_path: Path) -> None:
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     lines = [
-        b'{"text": "a\xe2\x80\xa8b", "n": [12345678901234567890, 1e400, 0.10], "x": "\\u00e9" }  ',
+        b'{"text": "a\xe2\x80\xa8b", "n": [1234567890123456789, 1e400, 0.10], \r"x": "\\u00e9" }  ',
         b"", b'{"text": "half', b"[1]", b'{"other": 1}', b'{"text": "\\ud800"}',
         b'{"text": "caf\xe9"}', b'{"text": "twice", "label": 1}', b"[" * 100_000, b'{"text": 3}',
     ]  # fmt: skip
@@ -112,7 +120,7 @@ def test_json_lines(tmp_path: Path) -> None:
     layout = Layout(("text",), ("text",), tuple(ANSWERS))
     written = text_blocks.write(whole[0], [0], layout, ANSWERS)
     answers = b', "label": "good", "score": 0.5, "truncated": false}\n'
-    assert written == lines[0].removesuffix(b" }  ") + answers
+    assert written == lines[0].removesuffix(b" }  ").replace(b"\r", b" ") + answers
 
 
 def test_a_byte_limit_ends_a_block_of_long_rows(
@@ -178,9 +186,10 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
-    block, layout = Block(str(tmp_path / "in.parquet"), 1, 1), Layout(("text",), ("text",), ())
-    with pytest.raises(FileNotFoundError):
-        parquet_blocks.read(block, layout)
+    layout = Layout(("text",), ("text",), ())
+    for url in (str(tmp_path / "in.parquet"), "memory://gone.parquet"):
+        with pytest.raises(FileNotFoundError):
+            parquet_blocks.read(Block(url, 1, 1), layout)
 
 
 def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
