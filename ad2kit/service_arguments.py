@@ -51,9 +51,9 @@ class Arguments(BaseModel):
                 "and there is no shadow; add `--arg shadow=FOLDER`, or leave shadow_share out"
             )
         try:
-            read_artifact(artifact_folder())
             if self.shadow is not None:
                 read_artifact(servable_artifact(self.shadow))
+            read_artifact(artifact_folder())
         except Ad2kitError as error:
             raise InvalidArgument(f"{error.message}; {error.hint}") from error
 

@@ -215,8 +215,8 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-arguments.insist_on_models(artifact_folder)
 KEYS = arguments.api_keys()
+arguments.insist_on_models(artifact_folder)
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
