@@ -225,11 +225,12 @@ def test_a_full_disk_ends_its_trial_alone_and_the_trial_goes_on(
 def test_a_teacher_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
     recipe = load("smoke", [*SPACE, "student.layers=[7]"])
     job = Job(recipe, tmp_path, tmp_path, None, allow_inexact=False)
-    problem = make_teacher(job)
-    assert problem is not None
+    message, hint = make_teacher(job) or ("", "")
+    assert "student.layers names layer 7, but" in message
+    assert hint == "choose from 0 to 3"
     with pytest.raises(UserError, match="are 0 to 3") as caught:
         sweep(recipe, tmp_path)
-    assert (caught.value.message, caught.value.hint) == problem
+    assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
 @dataclass(frozen=True)

@@ -318,7 +318,6 @@ def twenty_steps() -> dict[str, list[dict[str, float]]]:
         RANDOM, data, seed=recipe.seed, finished=False, key="teacher.model"
     )
     split = encode(data.train, teacher.tokenizer, recipe.data.max_length_tokens)
-    assert recipe.teacher.finetune is not None
     curves: dict[str, list[dict[str, float]]] = {}
 
     def follow(phase: Any, model: Any, logits: Any, objective: Any, part: Any) -> None:
