@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -101,6 +102,15 @@ def command(table: Path, output: Path, model: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "ad2kit", "score", *arguments, *more]
 
 
+def children() -> list[tuple[psutil.Process, str]]:
+    """The processes that this one has started, with their command lines."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray's own come and go
+            found.append((process, " ".join(process.cmdline())))
+    return found
+
+
 def kill(arguments: list[str], output: Path, parts: int) -> None:
     """Start a job, and kill its first process alone once there are some parts."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -170,8 +180,7 @@ def test_ray_makes_the_same_bytes_though_a_worker_is_killed(
 
     def kill_one(now: Progress) -> None:
         if now.scored_here and not killed:
-            actors = [p for p in psutil.Process().children(recursive=True)
-                      if "RayScorer" in " ".join(p.cmdline())]  # fmt: skip
+            actors = [process for process, line in children() if "RayScorer" in line]
             killed.append(actors[0])
             actors[0].kill()
 
@@ -223,8 +232,8 @@ def test_no_worker_has_torch(engine: Any, table: Path, model: Path, tmp_path: Pa
 
     def look(now: Progress) -> None:
         if now.scored_here and not seen:
-            for process in psutil.Process().children(recursive=True):
-                if {"RayScorer", "spawn_main"} & set(re.findall(r"\w+", str(process.cmdline()))):
+            for process, line in children():
+                if {"RayScorer", "spawn_main"} & set(re.findall(r"\w+", line)):
                     seen[process.pid] = str(process.memory_maps())
 
     score_it(model, table, tmp_path / "out", engine=engine, workers=2, on_progress=look)
