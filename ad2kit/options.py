@@ -36,6 +36,13 @@ RunOrOverrides = Annotated[
 Service = Annotated[
     str | None, typer.Option(metavar="URL", help="Compare a running service with its run.")
 ]
+ApiKeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its first line is the key for --against-service; else AD2KIT_API_KEYS[_FILE].",
+    ),
+]
 Model = Annotated[
     Path | None, typer.Option(help="Judge this ONNX folder, whoever made it, and no run.")
 ]
