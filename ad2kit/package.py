@@ -128,7 +128,8 @@ def package(
         )  # fmt: skip
         if _published(tag):
             bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
-        bentoml.bentos.import_bento(str(bento), input_format="folder")
+        published = bentoml.bentos.import_bento(str(bento), input_format="folder")
+        _let_others_read(Path(published.path), like=context)
     write_record(run.bento_record, record)
     logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
     return record
@@ -197,6 +198,15 @@ def _build(context: Path, store: Path, tag: str, environment: Mapping[str, str])
             hint="`ad2kit doctor` shows the versions; the run itself is unharmed",
         )
     return bento
+
+
+def _let_others_read(bento: Path, like: Path) -> None:
+    """Give what BentoML made for its own user alone the permissions of any other new folder."""
+    allowed = like.stat().st_mode & 0o555
+    for path in (bento, *bento.rglob("*")):
+        mode = path.stat().st_mode
+        executable = path.is_dir() or mode & 0o100
+        path.chmod(mode | (allowed if executable else allowed & 0o444))
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 TEXTS = 100
 # No connection, an error status, no URL, no JSON.
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError)
-# What http_proxy names cannot see this machine's own addresses.
-_WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
 MAX_SCORE_GAP = 1e-5
 
@@ -154,8 +152,9 @@ def fetch(
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
     if key is not None:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    send = _WITHOUT_PROXY.open if _is_here(url) else urllib.request.urlopen
-    with send(request, timeout=timeout_s) as response:
+    # What http_proxy names cannot see this machine's own addresses.
+    handlers = [urllib.request.ProxyHandler({})] if _is_here(url) else []
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
         return bytes(response.read())
 
 
