@@ -64,7 +64,7 @@ Forced = Annotated[
 ]
 OfTeacher = Annotated[
     bool,
-    typer.Option("--teacher", help="Export the teacher instead, for `--arg shadow=` of a service."),
+    typer.Option("--teacher", help="Export the teacher instead, for AD2KIT_SHADOW of a service."),
 ]
 NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")]
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]

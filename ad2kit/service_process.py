@@ -104,18 +104,18 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
                   shadow=shadow, sha256=sha256)  # fmt: skip
 
 
-def end_with_parent(drain_s: float) -> None:
+def end_with_parent(pid: int, drain_s: float) -> None:
     """Let this worker stop as on SIGTERM when its parent process is gone, after a kill -9 say.
 
     It would keep the port, and no new server could be started.
 
     Args:
+        pid: the parent process.
         drain_s: how long it may take to answer what it has accepted.
     """
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == pid:
             time.sleep(WATCH_S)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(drain_s)

@@ -113,8 +113,8 @@ class Ad2kitClassifier:
 
     def __init__(self) -> None:
         log_as_json()
-        if WORKER is not None:
-            end_with_parent(drain_s=READ_S + DEADLINE_S)
+        if server.pid != os.getpid():
+            end_with_parent(server.pid, drain_s=READ_S + DEADLINE_S)
         sys.setswitchinterval(SWITCH_S)
         folder = server.artifact
         threads = settings.threads or max(1, available_cpus() // WORKERS)

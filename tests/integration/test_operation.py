@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,16 @@ from ad2kit.observability import tracing
 from ad2kit.records import OnnxArtifact
 from ad2kit.shadow import Shadow
 from ad2kit.verdicts import ParityReport
-from tests.http_client import JSON, call, check_error, classify, serving
+from tests.http_client import (
+    JSON,
+    call,
+    check_error,
+    classify,
+    log_of,
+    metrics_of,
+    serving,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,25 +55,6 @@ def operated(finished_run: RunDir, folder: Path) -> Iterator[str]:
     given = (f"model={fp32}", f"shadow={fp32}", "shadow_share=1", "access_log=true", "workers=1")
     with serving(folder, *given) as address:
         yield address
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The records of the worker; the lines of BentoML's parent process are not JSON."""
-    lines = (folder / "server.log").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
-
-
-def metrics_of(address: str) -> dict[str, float]:
-    lines = call(address, "GET", "/metrics").body.decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)
-            if not name.startswith("#")}  # fmt: skip
-
-
-def wait_for(what: Any) -> None:
-    end = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_scores_come_when_they_are_asked_for(operated: str) -> None:

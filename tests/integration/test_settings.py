@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +27,19 @@ from ad2kit.records import OnnxArtifact
 from ad2kit.service_arguments import SERVER
 from ad2kit.service_check import fetch, judge_service
 from ad2kit.service_process import Server, this_server
-from tests.http_client import CHECKOUT, JSON, SERVICE, call, check_error
+from tests.http_client import (
+    CHECKOUT,
+    JSON,
+    SERVICE,
+    call,
+    check_error,
+    log_of,
+    metrics_of,
+    wait_for,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from ad2kit.records import BentoRecord
     from ad2kit.run_dir import RunDir
@@ -76,26 +84,15 @@ def operated(bento: Path, packaged: tuple[RunDir, BentoRecord], folder: Path) ->
         yield address
 
 
-def wait_for(what: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def said_in(folder: Path, message: str) -> list[dict[str, Any]]:
     """The records of the workers that say this."""
-    lines = (folder / "server.log").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.startswith("{")]
-    return [record for record in records if record["message"] == message]
+    return [record for record in log_of(folder) if record["message"] == message]
 
 
 def counted(address: str, name: str) -> float:
     """The sum of a metric over its labels."""
-    rows = (
-        line.rpartition(" ") for line in call(address, "GET", "/metrics").body.decode().split("\n")
-    )
-    return sum(float(value) for row, _, value in rows if row.partition("{")[0] == name)
+    found = metrics_of(address).items()
+    return sum(value for row, value in found if row.partition("{")[0] == name)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -248,8 +245,12 @@ def test_a_worker_that_is_restarted_serves_and_counts_as_its_siblings_do(
     shutil.copytree(finished_run.path, tmp_path / "runs" / "one")
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("USER", "LOGNAME", "LNAME", "USERNAME")}  # fmt: skip
-    environment |= {"TMPDIR": str(temporary), "AD2KIT_WORKERS": "2",
-                    "AD2KIT_RUNS_DIR": str(tmp_path / "runs")}  # fmt: skip
+    environment |= {
+        "TMPDIR": str(temporary),
+        "BENTOML_HOME": str(temporary / "bentoml"),
+        "AD2KIT_WORKERS": "2",
+        "AD2KIT_RUNS_DIR": str(tmp_path / "runs"),
+    }
     arguments = ("--working-dir", str(CHECKOUT))
     with served(SERVICE, tmp_path, *arguments, environment=environment) as address:
         wait_for(lambda: len(said_in(tmp_path, "ready")) == 2)
