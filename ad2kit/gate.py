@@ -31,6 +31,9 @@ Question = Literal["export fidelity", "conversion cost", "distillation quality"]
 # Batch 1, extra padding, padding on the left and reversed order are tried on this many texts; the
 # plain batched comparison covers them all.
 PROBES = 64
+# What keeps less than this share of its weights in 8 bits is a float model by another name.
+LEAST_8_BITS = 0.5
+POINTS_LOST = "points lost to fp32"
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,13 @@ def conversion_cost(
         at_least(
             question, f"{what}, one by one", agreement(reference.task, finite_alone, fp32), least
         ),
-        at_most(question, "points lost to fp32", lost, thresholds.max_points_lost),
+        at_most(question, POINTS_LOST, lost, thresholds.max_points_lost),
     )
+
+
+def mostly_8_bits(share: float) -> Check:
+    """Question 2, for int8: ``share`` of the weights are stored in 8 bits."""
+    return at_least("conversion cost", "share of weights in 8 bits", share, LEAST_8_BITS)
 
 
 def distillation_quality(

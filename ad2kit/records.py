@@ -166,7 +166,9 @@ class OnnxArtifact(Record):
     """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from.
 
     ``provider`` executes it unless told otherwise; ``nodes`` counts the fused kinds of nodes; the
-    logits are divided by ``temperature`` before they become probabilities.
+    logits are divided by ``temperature`` before they become probabilities. Of int8,
+    ``weights_in_8_bits`` is the share of its weights, and ``in_float`` names the nodes that keep
+    theirs in float.
     """
 
     file_name: ClassVar[str] = "manifest.json"
@@ -183,6 +185,8 @@ class OnnxArtifact(Record):
     temperature: float = Field(gt=0, allow_inf_nan=False)
     files: dict[str, str]
     model_bytes: int
+    weights_in_8_bits: float | None = None
+    in_float: tuple[str, ...] = ()
     lineage: dict[str, str]
 
 

@@ -76,6 +76,8 @@ def caption(run: RunDir) -> str:
     )
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
+    if int8 := _int8_words(run):
+        text += f" {int8}"
     latency = measured_latency(run)
     if latency is None:
         return text
@@ -84,6 +86,18 @@ def caption(run: RunDir) -> str:
         f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
         f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
     )
+
+
+def _int8_words(run: RunDir) -> str:
+    """Return in words which weights of the int8 variant are stored in 8 bits; "" without one."""
+    manifest = run.onnx("int8") / OnnxArtifact.file_name
+    if "int8" not in run.recipe.export.variants or not manifest.is_file():
+        return ""
+    artifact = OnnxArtifact.read(manifest)
+    words = f"int8 has {artifact.weights_in_8_bits or 0.0:.0%} of its weights in 8 bits"
+    # The last part of a name is the kind of the node.
+    named = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
+    return f"{words}, and in float {', '.join(named)}." if named else f"{words}."
 
 
 def latency_lines(latency: LatencyReport) -> list[str]:
