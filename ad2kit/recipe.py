@@ -57,6 +57,26 @@ class Recipe(Section):
             raise ValueError(msg)
         return self
 
+    @property
+    def bench_lengths_tokens(self) -> tuple[int, ...]:
+        """The lengths that latency is measured at; see :class:`ad2kit.sections.BenchRecipe`."""
+        longest = self.data.max_length_tokens
+        if self.bench.lengths_tokens is not None:
+            return self.bench.lengths_tokens
+        return tuple(length for length in (16, 32, 128) if length <= longest) or (longest,)
+
+    @model_validator(mode="after")
+    def _measures_what_is_served(self) -> Self:
+        longest = max(self.bench_lengths_tokens)
+        if longest > self.data.max_length_tokens:
+            msg = (
+                f"bench.lengths_tokens: {longest} is longer than data.max_length_tokens, "
+                f"{self.data.max_length_tokens}, to which every text is cut; set "
+                "bench.lengths_tokens=null"
+            )
+            raise ValueError(msg)
+        return self
+
     @model_validator(mode="after")
     def _compares_equal_heads(self) -> Self:
         weights = self.distill.intermediate

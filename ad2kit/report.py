@@ -141,8 +141,9 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
         share = latency.sizes_bytes[variant.variant] / latency.sizes_bytes["teacher (PyTorch)"]
         lines.append(
             f"It has {share:.0%} of the teacher's bytes, answers one text "
-            f"{teacher[0].p50_ms / ours[0].p50_ms:.1f} times as fast, and reads "
-            f"{ours[1].texts_per_s / teacher[1].texts_per_s:.1f} times as many texts in batches."
+            f"{tables.times_as_fast(ours[0], teacher[0])} as fast, and a batch of "
+            f"{ours[1].batch_size} {tables.times_as_fast(ours[1], teacher[1])} as fast."
+            f"{tables.busy_words(latency)}"
         )
     return lines
 

@@ -33,7 +33,7 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
             return ("", "", "", "")
         one, many = smallest_and_largest(latency, system)
         return (
-            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}",
+            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", tail(one),
             f"{many.texts_per_s:,.0f}",
         )  # fmt: skip
 
@@ -85,7 +85,32 @@ def caption(run: RunDir) -> str:
     return (
         f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
         f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
+        f"{busy_words(latency)}"
     )
+
+
+def busy_words(latency: LatencyReport) -> str:
+    """Return a sentence that says how far these figures can be trusted; "" if others were idle."""
+    if not latency.busy:
+        return ""
+    return (
+        f" The machine was busy: rounds of the same calls differ by up to {latency.spread:.1f} "
+        "times. Measure again when it is idle: ad2kit bench."
+    )
+
+
+def tail(cell: LatencyCell) -> str:
+    """Return the p99 in ms, or the slowest call, marked as such, where the calls were too few."""
+    return f"{cell.p99_ms:.2f}" if cell.p99_ms is not None else f"max {cell.tail_ms:.2f}"
+
+
+def times_as_fast(ours: LatencyCell, other: LatencyCell) -> str:
+    """Return in words how much faster one system is than another, with the range of the rounds."""
+    ratio = other.p50_ms / ours.p50_ms
+    rounds = [theirs / mine for mine, theirs in zip(ours.rounds_ms, other.rounds_ms, strict=True)]
+    if not rounds:
+        return f"{ratio:.1f} times"
+    return f"{ratio:.1f} times ({min(rounds):.1f} to {max(rounds):.1f} over {len(rounds)} rounds)"
 
 
 def _int8_words(run: RunDir) -> str:
@@ -104,7 +129,8 @@ def latency_lines(latency: LatencyReport) -> list[str]:
     """Return one line for each cell."""
     return [
         f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
-        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
+        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  "
+        f"{'max' if cell.p99_ms is None else 'p99'} {cell.tail_ms:8.2f} ms  "
         f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
         for cell in latency.cells
     ]

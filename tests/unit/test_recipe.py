@@ -201,3 +201,16 @@ def test_the_sweep_section_decides_no_weights_and_spans_its_lists(tmp_path: Path
         Configuration(batch_size=16, lr=1e-4, radius=1e-2, alpha=alpha),
         Configuration(batch_size=16, lr=2e-4, radius=0.0, alpha=alpha),
     ]
+
+
+def test_latency_is_of_lengths_that_occur() -> None:
+    short = recipes.load("custom", ["data.max_length_tokens=64"])
+    assert short.bench_lengths_tokens == (16, 32)
+    assert recipes.load("custom", ["data.max_length_tokens=8"]).bench_lengths_tokens == (8,)
+    wrong = ["data.max_length_tokens=64", "bench.lengths_tokens=[16,128]"]
+    with pytest.raises(RecipeError, match=r"128 is longer than data\.max_length_tokens, 64"):
+        recipes.load("custom", wrong)
+    assert recipes.load("custom", [*wrong, "bench.lengths_tokens=null"]).bench_lengths_tokens == (
+        16,
+        32,
+    )
