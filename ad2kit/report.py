@@ -74,7 +74,7 @@ def _context(run: RunDir) -> Context:
             "header": tables.HEADER, "rows": tables.rows(run), "caption": tables.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),
-        "gate": [_checks(each) for each in parity.variants],
+        "gate": [(*_checks(each), _failures(each), _recall(each)) for each in parity.variants],
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [
@@ -174,10 +174,26 @@ def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
     if variant.mcnemar_p is not None:
         p = f"{variant.mcnemar_p:.3g}"
         lines.append(("distillation quality", "McNemar's test, p", p, "", "not a check", ""))
-    for name, change in variant.recall_change_by_class.items():
-        points = f"{100 * change:+.1f} points"
-        lines.append(("distillation quality", f"recall of {name}", points, "", "not a check", ""))
     return variant.variant, "passed" if variant.passed else "FAILED", lines
+
+
+def _failures(variant: VariantParity) -> list[str]:
+    """Return in words why a variant did not pass."""
+    return [check.words for check in variant.checks if not check.passed]
+
+
+def _recall(variant: VariantParity) -> list[tuple[str, ...]]:
+    """Return a row for each class: those that lost most first."""
+    classes = sorted(
+        variant.recall_by_class.items(), key=lambda item: item[1].variant - item[1].teacher
+    )
+    return [
+        (
+            name, str(found.rows), f"{found.teacher:.3f}", f"{found.variant:.3f}",
+            f"{100 * (found.variant - found.teacher):+.1f}",
+        )
+        for name, found in classes
+    ]  # fmt: skip
 
 
 def _differ(

@@ -58,6 +58,11 @@ class Check(Part):
             return self.value <= self.threshold
         return self.value >= self.threshold
 
+    @property
+    def words(self) -> str:
+        """The check as a sentence: what was measured, and what was expected."""
+        return f"{self.name} is {self.value:.4g}, expected {self.bound} {self.threshold:g}"
+
 
 class LengthSlice(Part):
     """The validation texts of a range of lengths, and the scores on them."""
@@ -68,12 +73,20 @@ class LengthSlice(Part):
     teacher_score: float
 
 
+class ClassRecall(Part):
+    """The rows of a class (or of a label), and the shares of them that teacher and variant find."""
+
+    rows: int
+    teacher: float
+    variant: float
+
+
 class VariantParity(Part):
     """One variant against the PyTorch student, fp32 and the teacher.
 
     ``score`` is the mean of ``metrics``. McNemar's test and calibration (ECE) are of single-label
     tasks alone; ``ece`` is of the probabilities that are served, ``ece_unscaled`` of those without
-    the temperature. ``slices`` begin with the one that lost most to the teacher.
+    the temperature. ``slices`` begin with the shortest texts.
     """
 
     variant: str
@@ -84,7 +97,7 @@ class VariantParity(Part):
     retained_interval: tuple[float, float]
     smallest_detectable_difference: float
     mcnemar_p: float | None
-    recall_change_by_class: dict[str, float]
+    recall_by_class: dict[str, ClassRecall]
     temperature: float
     ece: float | None
     ece_unscaled: float | None
@@ -128,8 +141,7 @@ class ParityReport(Record):
     def failures(self, variant: str | None = None) -> list[str]:
         """Return a line for each check that failed, of one variant or of all."""
         return [
-            f"{verdict.variant}: {check.name} is {check.value:.4g}, expected {check.bound} "
-            f"{check.threshold:g}"
+            f"{verdict.variant}: {check.words}"
             for verdict in self.variants
             for check in verdict.checks
             if not check.passed and variant in (None, verdict.variant)
