@@ -28,6 +28,7 @@ from ad2kit.records import (
 )
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import available_cpus, environment
+from ad2kit.shipping import passed_variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +62,8 @@ def bench(
 ) -> LatencyReport:
     """Measure every system of a run at every shape of the recipe, write the report, return it.
 
+    Variants that failed the gate are left out; where none has passed yet, all are measured.
+
     Args:
         run: a run with exported variants.
         again: measure even if there is a report for the same artefacts and settings.
@@ -75,6 +78,8 @@ def bench(
     folders = [run.onnx(variant) for variant in recipe.export.variants]
     for folder in folders:
         run.require(folder / OnnxArtifact.file_name, command="export")
+    passed = passed_variants(run)
+    folders = [folder for folder in folders if not passed or folder in passed]
     threads = recipe.compute.threads or available_cpus()
     surroundings = environment(threads)
     artifacts = {folder.name: sha256_of(folder / OnnxArtifact.file_name) for folder in folders}

@@ -133,7 +133,7 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
     low, high = variant.retained_interval
     kept = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
     lines = [f"{kept} (95 % interval {low:.2%} to {high:.2%})."]
-    if latency is not None:
+    if latency is not None and variant.variant in latency.sizes_bytes:
         teacher, ours = (
             tables.smallest_and_largest(latency, system)
             for system in ("teacher (PyTorch)", variant.variant)
@@ -158,6 +158,7 @@ def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
     points = {
         name: (tables.smallest_and_largest(latency, name)[0].p50_ms, value)
         for name, value in known.items()
+        if name in latency.sizes_bytes
     }
     return _markup(plots.latency(points, " and ".join(parity.teacher_metrics)))
 

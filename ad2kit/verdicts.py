@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import computed_field
@@ -12,6 +13,8 @@ from ad2kit.sections import ParityRecipe  # noqa: TC001  (pydantic reads it at r
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 class QuantisationTrial(Part):
@@ -135,8 +138,18 @@ class ParityReport(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """Whether every variant that the recipe asks for passed."""
-        return all(variant.passed for variant in self.variants)
+        """Whether there is a variant to ship: a verdict belongs to a variant."""
+        return any(variant.passed for variant in self.variants)
+
+    def words(self) -> list[str]:
+        """Return a line for each variant: that it passed, or every reason why it did not."""
+        return [
+            f"{verdict.variant}: passed"
+            if verdict.passed
+            else f"{verdict.variant}: FAILED; "
+            + "; ".join(check.words for check in verdict.checks if not check.passed)
+            for verdict in self.variants
+        ]
 
     def failures(self, variant: str | None = None) -> list[str]:
         """Return a line for each check that failed, of one variant or of all."""
@@ -161,12 +174,20 @@ class RowAnswers(Record):
 
 
 def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = None) -> None:
-    """Stop where a gate said no to ``what``; ``report`` is where the whole verdict lies.
+    """Say the verdict on each variant, and stop where none passed.
+
+    Args:
+        verdict: of the gate.
+        what: was judged.
+        report: where the whole verdict lies.
 
     Raises:
         GateFailed: names every check that failed, with its value and its threshold.
     """
-    if not verdict.passed:
+    if verdict.passed:
+        for line in verdict.words():
+            logger.info("parity: %s", line)
+    else:
         raise GateFailed(
             f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()),
             hint=f"the whole report is {report}; train longer, change the student, or leave the "
