@@ -35,7 +35,7 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
     shipped, *others = (folder.name for folder in passed_variants(run))
     more = f" (or --variant {' or '.join(others)})" if others else ""
     _say(
-        f"parity: {shipped} can be shipped; next: ad2kit package {run.path}{more}, "
+        f"parity: passed; {shipped} can be shipped; next: ad2kit package {run.path}{more}, "
         "or serve it now: bentoml serve"
     )
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from ad2kit import doctor
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
+from ad2kit.terminal import next_steps
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:
@@ -300,3 +302,24 @@ def test_what_fit_cannot_take_is_refused(
     assert refused.code == 2
     assert expected in refused.err
     assert list(tmp_path.glob("smoke-*")) == []
+
+
+def test_a_setting_where_a_run_is_expected(ad2kit: Any) -> None:
+    for command in ("export", "bench", "report", "package"):
+        refused = ad2kit(command, "export.search_seconds=20")
+        assert refused.code == 2
+        assert "ad2kit run RECIPE export.search_seconds=20" in refused.err
+
+
+def test_the_next_step_asks_about_a_text_of_the_task(copied_run: RunDir) -> None:
+    lines = copied_run.answers.read_text().split("\n")
+    first = json.loads(lines[0])
+    odd = first | {"texts": ["it's \u2028 'quoted'"]}
+    copied_run.answers.write_text("\n".join([json.dumps(odd), *lines[1:]]))
+    *_, curl = next_steps("demo:1", copied_run).split("\n")
+    words = shlex.split(curl)
+    assert json.loads(words[words.index("-d") + 1]) == {"texts": odd["texts"]}
+    long = first | {"texts": ["x" * 81, "y" * 7]}
+    copied_run.answers.write_text(json.dumps(long))
+    words = shlex.split(next_steps("demo:1", copied_run))
+    assert json.loads(words[words.index("-d") + 1]) == {"texts": [long["texts"]]}

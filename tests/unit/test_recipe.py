@@ -214,3 +214,12 @@ def test_latency_is_of_lengths_that_occur() -> None:
         16,
         32,
     )
+
+
+def test_what_was_typed_is_blamed_and_not_the_file() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load("custom", ["data.text_columns=tweet"])
+    assert "custom.yaml" not in caught.value.message
+    assert "expected a list, such as data.text_columns=[tweet]" in caught.value.message
+    assert "(given as data.text_columns=tweet)" in caught.value.message
+    assert recipes.load("custom", ["data.text_columns=[tweet]"]).data.text_columns == ("tweet",)
