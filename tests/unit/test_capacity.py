@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from ad2kit.bench import cell_of, measure
 from ad2kit.records import LatencyCell, LatencyReport
 from ad2kit.tables import busy_words, capacity_lines, latency_lines, tail, times_as_fast
+
+if TYPE_CHECKING:
+    from ad2kit.bench import Call
 
 
 def cell(system: str, batch: int, length: int, p99_ms: float, texts_per_s: float) -> LatencyCell:
@@ -107,7 +111,11 @@ def test_a_busy_machine_is_called_so() -> None:
 def test_systems_take_turns() -> None:
     turns = list[str]()
     ids = np.zeros((1, 4), dtype=np.int64)
-    systems = {name: lambda _ids, name=name: turns.append(name) for name in ("a", "b")}
+
+    def system(name: str) -> Call:
+        return lambda _ids: turns.append(name)
+
+    systems = {name: system(name) for name in ("a", "b")}
     rounds = measure(systems, ids, seconds=1e-9)
     changes = [name for place, name in enumerate(turns) if place == 0 or turns[place - 1] != name]
     assert changes == ["a", "b"] * len(rounds["a"])
