@@ -268,10 +268,14 @@ class ParityRecipe(Section):
 
 
 class BenchRecipe(Section):
-    """What the latency report measures."""
+    """What the latency report measures.
+
+    ``lengths_tokens`` null takes 16, 32 and 128 as far as ``data.max_length_tokens`` allows; no
+    text is longer than that.
+    """
 
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
-    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16, 32, 128)
+    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     seconds_per_cell: AboveZero = 1.0
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,34 +16,15 @@ import onnxruntime
 import pytest
 
 from ad2kit import doctor
-from ad2kit.__main__ import main
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
+from ad2kit.terminal import next_steps
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ALONE = [sys.executable, "-m", "ad2kit"]
-
-
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def ad2kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command line in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ad2kit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 def test_recipes_and_version(ad2kit: Any) -> None:
@@ -320,3 +302,24 @@ def test_what_fit_cannot_take_is_refused(
     assert refused.code == 2
     assert expected in refused.err
     assert list(tmp_path.glob("smoke-*")) == []
+
+
+def test_a_setting_where_a_run_is_expected(ad2kit: Any) -> None:
+    for command in ("export", "bench", "report", "package"):
+        refused = ad2kit(command, "export.search_seconds=20")
+        assert refused.code == 2
+        assert "ad2kit run RECIPE export.search_seconds=20" in refused.err
+
+
+def test_the_next_step_asks_about_a_text_of_the_task(copied_run: RunDir) -> None:
+    lines = copied_run.answers.read_text().split("\n")
+    first = json.loads(lines[0])
+    odd = first | {"texts": ["it's \u2028 'quoted'"]}
+    copied_run.answers.write_text("\n".join([json.dumps(odd), *lines[1:]]))
+    *_, curl = next_steps("demo:1", copied_run).split("\n")
+    words = shlex.split(curl)
+    assert json.loads(words[words.index("-d") + 1]) == {"texts": odd["texts"]}
+    long = first | {"texts": ["x" * 81, "y" * 7]}
+    copied_run.answers.write_text(json.dumps(long))
+    words = shlex.split(next_steps("demo:1", copied_run))
+    assert json.loads(words[words.index("-d") + 1]) == {"texts": [long["texts"]]}

@@ -292,6 +292,11 @@ def test_a_label_that_does_not_fit_the_task_is_refused(
 def test_an_imbalance_is_said_in_words() -> None:
     assert balance({"a": 60, "b": 40}, 100) == "a 60 (60.0%), b 40 (40.0%)"
     assert balance({"a": 95, "b": 5}, 100).endswith("; rare, and left as they are: b")
+    # Of many labels none is rare that has its share, and nobody reads all of them.
+    many = {f"label {number}": 40 for number in range(77)} | {"most": 60}
+    assert balance(many, 3_140) == "78 labels, from label 0 40 (1.3%) to most 60 (1.9%)"
+    few = many | {f"few {number}": 2 for number in range(12)}
+    assert balance(few, 3_164).endswith("few 8, few 9 and 2 more")
 
 
 def test_a_pair_recipe_on_single_texts_is_refused(tmp_path: Path) -> None:
