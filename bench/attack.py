@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import resource
 import socket
 import subprocess
 import sys
@@ -451,6 +452,8 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, help="what an earlier run has written")
     parser.add_argument("--only", nargs="*", default=[""], help="words of the attacks to make")
     options = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**13)), hard))
     before = read(options.compare) if options.compare else []
     outcomes = []
     with (

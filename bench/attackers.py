@@ -20,7 +20,7 @@ from bench.load import closed_loop, post
 from bench.serve import drive
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 
 HOST, MIB = "127.0.0.1", 2**20
 BODY = MIB - 2**10  # the service reads a body of one MiB
@@ -51,7 +51,7 @@ class Attack:
         sent_away: whether an attacker who is still connected in the end is a fault.
     """
 
-    act: Callable[[Aim], Awaitable[Counter[str]]]
+    act: Callable[[Aim], Coroutine[Any, Any, Counter[str]]]
     seconds: float = 15.0
     allowed: tuple[str, ...] = ()
     refused: bool = False
@@ -124,13 +124,18 @@ def head(*lines: bytes, start: bytes = b"GET /readyz HTTP/1.1") -> bytes:
     return b"\r\n".join([start, b"Host: a", *lines]) + b"\r\n"
 
 
-def large_header(parts: int, *, each: bool = False) -> Iterator[bytes]:
-    """Yield a request with a header of some MiB, or with ``each`` some headers of one MiB."""
-    yield head()
-    for number in range(parts):
-        yield (b"x-%d: " % number if each or not number else b"") + b"a" * MIB
-        yield b"\r\n" if each else b""
-    yield b"\r\n" if each else b"\r\n\r\n"
+def large_header() -> Iterator[bytes]:
+    """Yield a request with a header of 64 MB."""
+    yield head() + b"x: "
+    yield from [b"a" * MIB] * 64
+    yield b"\r\n\r\n"
+
+
+def large_headers() -> Iterator[bytes]:
+    """Yield 64 headers of 1 MB, and the end of the headers."""
+    for number in range(64):
+        yield b"x-%d: " % number + b"a" * MIB + b"\r\n"
+    yield b"\r\n"
 
 
 def many_headers() -> Iterator[bytes]:
@@ -154,10 +159,12 @@ def trailers() -> Iterator[bytes]:
         start=b"POST /classify HTTP/1.1",
     )
     yield b"\r\n%x\r\n%s\r\n0\r\n" % (len(body), body)
-    yield from itertools.islice(large_header(64, each=True), 1, None)
+    yield from large_headers()
 
 
-async def held_open(aim: Aim, *, connections: int, first: bytes, drip: bytes = b"") -> Counter[str]:
+async def held_open(
+    aim: Aim, *, connections: int, first: bytes, drip: bytes = b"", patience_s: float = 5.0
+) -> Counter[str]:
     """Open connections and never finish: a few bytes a second; no answer is read until the end."""
 
     async def one() -> str:
@@ -172,7 +179,7 @@ async def held_open(aim: Aim, *, connections: int, first: bytes, drip: bytes = b
             await asyncio.sleep(1.0)
         line = b""
         try:
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(patience_s):
                 while part := await reader.read(2**16):
                     line = line or part
         except TimeoutError:
@@ -197,8 +204,8 @@ async def lists(aim: Aim) -> Counter[str]:
 
 async def abandoned(aim: Aim) -> Counter[str]:
     """Send lists of 128 long texts, and leave before the answer; 16 at once."""
-    text = "word " * (BODY // 128 // 5 - 4)
-    request = classify([text if aim.columns == 1 else [text[::2]] * aim.columns] * 128)
+    text = words(BODY // aim.columns // 128 - 8 * aim.columns)
+    request = classify([text if aim.columns == 1 else [text] * aim.columns] * 128)
 
     async def one() -> str:
         try:
@@ -239,12 +246,9 @@ def words(size: int) -> str:
     return "film " * (size // 5)
 
 
-_SLOW_BODY = (
-    head(
-        b"Content-Type: application/json", b"Content-Length: 1000", start=b"POST /classify HTTP/1.1"
-    )
-    + b"\r\n"
-)
+_SLOW_HEAD = head() + b"x: "
+_SLOW_BODY = post("/classify", b" " * 999, bool).content.removesuffix(b" " * 999)
+_MANY = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2000
 ATTACKS = {
     "memory: a text of 1 MB of !": Attack(partial(texts, at_once=1, make=bangs)),
     "memory: the same, 24 at once": Attack(partial(texts, at_once=24, make=bangs)),
@@ -259,17 +263,15 @@ ATTACKS = {
     "memory: pairs of 0.5 MB of !, 8 at once": Attack(
         partial(texts, at_once=8, make=bangs, pairs=True)
     ),
-    "headers: one of 64 MB": Attack(partial(heads, make=partial(large_header, 64)), refused=True),
+    "headers: one of 64 MB": Attack(partial(heads, make=large_header), refused=True),
     "headers: 64 of 1 MB": Attack(
-        partial(heads, make=partial(large_header, 64, each=True)), refused=True
+        partial(heads, make=lambda: itertools.chain([head()], large_headers())), refused=True
     ),
     "headers: 10,000": Attack(partial(heads, make=many_headers), refused=True),
     "headers: a path of 10 MB": Attack(partial(heads, make=long_line), refused=True),
     "headers: 64 MB of trailers": Attack(partial(heads, make=trailers), refused=True),
     "slow clients: a header's byte a second, 200 connections": Attack(
-        partial(held_open, connections=200, first=head() + b"x: ", drip=b"a"),
-        SLOW_S,
-        sent_away=True,
+        partial(held_open, connections=200, first=_SLOW_HEAD, drip=b"a"), SLOW_S, sent_away=True
     ),
     "slow clients: a body's byte a second, 200 connections": Attack(
         partial(held_open, connections=200, first=_SLOW_BODY, drip=b" "), SLOW_S, sent_away=True
@@ -278,9 +280,7 @@ ATTACKS = {
         partial(held_open, connections=2000, first=b""), SLOW_S, sent_away=True
     ),
     "slow clients: 50 that ask 2,000 times and read nothing": Attack(
-        partial(held_open, connections=50, first=(head(start=b"GET / HTTP/1.1") + b"\r\n") * 2000),
-        SLOW_S,
-        sent_away=True,
+        partial(held_open, connections=50, first=_MANY), SLOW_S, sent_away=True
     ),
     "lists: 400 connections, 64 texts each": Attack(lists, allowed=("429",)),
     "lists: 128 long texts, and gone": Attack(abandoned, allowed=("429",)),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ from bench.overload import is_worker
 from bench.serve import drive, free_port, process_group
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import (
         AsyncIterator,
         Awaitable,
@@ -53,8 +52,8 @@ class Outcome:
 
     name: str
     got: dict[str, int] = field(default_factory=dict)
-    mb: tuple[float, float, float] | None = None
-    honest_ms: tuple[float, float, float] | None = None  # p50, p99, the slowest
+    mb: list[float] | None = None
+    honest_ms: list[float] | None = None  # p50, p99, the slowest
     honest_errors: dict[str, int] = field(default_factory=dict)
     ready_ms: float | None = None  # the slowest
     ready_errors: dict[str, int] = field(default_factory=dict)
@@ -107,22 +106,8 @@ class Bento:
             "PYTHONPATH": str(self.code),
             **(env or {}),
         }
-        command = [
-            "taskset",
-            "--cpu-list",
-            cores,
-            *prefix,
-            sys.executable,
-            "-m",
-            "bentoml",
-            "serve",
-            self.tag,
-            "--host",
-            HOST,
-            "--port",
-            str(port),
-            *arguments,
-        ]
+        serve = f"-m bentoml serve {self.tag} --host {HOST} --port {port}".split()
+        command = ["taskset", "--cpu-list", cores, *prefix, sys.executable, *serve, *arguments]
         with tempfile.TemporaryDirectory(prefix="ad2kit-attack-") as scratch:
             log = Path(scratch) / "log"
 
@@ -217,8 +202,8 @@ async def honest(server: Server, outcome: Outcome, columns: int) -> AsyncIterato
         over.set()
         await clients
     await asyncio.sleep(SETTLE_S)
-    outcome.mb = before, max(mb), await asyncio.to_thread(server.mb)
-    outcome.honest_ms = asked.quantile(0.5), asked.quantile(0.99), max(asked.ms, default=math.nan)
+    outcome.mb = [before, max(mb), await asyncio.to_thread(server.mb)]
+    outcome.honest_ms = [asked.quantile(0.5), asked.quantile(0.99), max(asked.ms, default=math.nan)]
     outcome.ready_ms = max(ready.ms, default=math.nan)
     outcome.honest_errors, outcome.ready_errors = dict(asked.errors), dict(ready.errors)
 
