@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
@@ -114,11 +116,17 @@ def test_a_way_that_has_to_serve_holds_the_key(tmp_path: Path) -> None:
 def test_an_attacker_takes_down_how_it_ended(reply: bytes, closes: bool, word: str) -> None:
     stays = STILL_THERE if not closes else f"{word if reply else 'no answer'}, then closed"
 
+    handlers = list[Any]()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.append(asyncio.current_task())
         await reader.readline()
         writer.write(reply)
-        if closes:
+        with contextlib.suppress(ConnectionError):
+            if not closes:
+                await reader.read()  # until the attacker leaves
             writer.close()
+            await writer.wait_closed()
 
     async def act() -> None:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -127,6 +135,7 @@ def test_an_attacker_takes_down_how_it_ended(reply: bytes, closes: bool, word: s
         got = await held_open(Aim(port, 1.0, 1), connections=3, first=b"GET\r\n", patience_s=0.2)
         assert got == {stays: 3}
         server.close()
+        await asyncio.gather(*handlers)
 
     asyncio.run(act())
 
