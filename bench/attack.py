@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import re
 import resource
 import socket
 import subprocess
@@ -66,7 +67,8 @@ def faults(load: Attack, outcome: Outcome) -> list[str]:
         found += ["memory is kept"] if not after <= MAX_KEPT * before else []
     got = outcome.got
     found += ["answered with 200"] if load.refused and got.get("200") else []
-    found += [f"{got[STILL_THERE]} {STILL_THERE}"] if load.sent_away and STILL_THERE in got else []
+    there = sum(n for what, n in got.items() if STILL_THERE in what)
+    found += [f"{there} {STILL_THERE}"] if load.sent_away and there else []
     found += [f"{got['500']} x 500"] if "500" in got else []
     return found + hurt(outcome, load.allowed)
 
@@ -185,9 +187,11 @@ def doors(port: int) -> tuple[dict[str, int], list[str]]:
     dodges = [(door, knock(port, door)) for door in DODGES]
     got.update(f"{status} without a key" for *_, status in without)
     unlocked = {door for door, _, status in without if status != "401"}
-    unlocked |= {door for door, status in dodges if status[0] in "23"}
-    if unlocked:
-        broken.append(f"open: {', '.join(sorted(unlocked))}")
+    detours = [door for door, status in dodges if status[0] in "23"]
+    if len(unlocked) == len(CLOSED):
+        broken.append("open to everybody")
+    else:
+        broken += [f"open: {door}" for door in (*sorted(unlocked), *detours)]
     with_key = {door: knock(port, door, f"Authorization: Bearer {KEY}") for door in CLOSED}
     got.update(f"{status} with it" for status in with_key.values())
     broken += [f"{status} with the key: {d}" for d, status in with_key.items() if status != "200"]
@@ -369,9 +373,9 @@ def impossible(prefix: Sequence[str]) -> str:
 
 
 def cause(error: Exception) -> str:
-    """Return the last line of a log that names an error."""
-    lines = [line.strip() for line in str(error).splitlines() if "Error" in line]
-    return lines[-1][-120:] if lines else str(error)[:120]
+    """Return the last error that the end of a log names."""
+    found = re.findall(r"[A-Z]\w*Error: [^\\\n\"]+", str(error))
+    return found[-1] if found else str(error).partition("\n")[0]
 
 
 RESTARTS: dict[str, Callable[[Bento, str], Outcome]] = {

@@ -168,27 +168,27 @@ async def held_open(
     """Open connections and never finish: a few bytes a second; no answer is read until the end."""
 
     async def one() -> str:
-        end = time.monotonic() + aim.seconds
+        over = time.monotonic() + aim.seconds
         try:
             reader, writer = await asyncio.open_connection(HOST, aim.port, limit=2**10)
         except OSError:
             return "not accepted"
         writer.write(first)
-        while time.monotonic() < end and not (reader.at_eof() or writer.is_closing()):
+        while time.monotonic() < over and not (reader.at_eof() or writer.is_closing()):
             writer.write(drip)
             await asyncio.sleep(1.0)
-        line = b""
+        line, end = b"", "closed"
         try:
             async with asyncio.timeout(patience_s):
                 while part := await reader.read(2**16):
                     line = line or part
         except TimeoutError:
-            return STILL_THERE
+            end = STILL_THERE
         except ConnectionError:
             pass
         finally:
             writer.transport.abort()
-        return f"{line[9:12].decode() or 'no answer'}, then closed"
+        return f"{line[9:12].decode() or 'no answer'}, {end}"
 
     return Counter(await asyncio.gather(*(one() for _ in range(connections))))
 

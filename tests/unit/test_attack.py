@@ -36,7 +36,7 @@ LOAD = Attack(nothing, allowed=("429",), refused=True, sent_away=True)
         ({"mb": [160.0, 300.0, 241.0]}, ["memory is kept"]),
         ({"mb": [160.0, float("nan"), 170.0]}, ["a worker above 350 MB"]),
         ({"got": {"200": 1}}, ["answered with 200"]),
-        ({"got": {STILL_THERE: 7}}, [f"7 {STILL_THERE}"]),
+        ({"got": {f"408, {STILL_THERE}": 5, f"no answer, {STILL_THERE}": 2}}, [f"7 {STILL_THERE}"]),
         ({"got": {"500": 2}}, ["2 x 500"]),
         ({"honest_ms": [10.0, 2001.0, 3000.0]}, ["honest p99 above 2000 ms"]),
         ({"honest_ms": [float("nan")] * 3}, ["honest p99 above 2000 ms"]),
@@ -111,10 +111,11 @@ def test_a_way_that_has_to_serve_holds_the_key(tmp_path: Path) -> None:
         (b"HTTP/1.1 431 Too Large\r\n\r\n", True, "431"),
         (b"", True, "connection closed"),
         (b"", False, "no answer in 0.2 s"),
+        (b"HTTP/1.1 408 Too Slow\r\n\r\n", False, "408"),
     ],
 )
 def test_an_attacker_takes_down_how_it_ended(reply: bytes, closes: bool, word: str) -> None:
-    stays = STILL_THERE if not closes else f"{word if reply else 'no answer'}, then closed"
+    stays = f"{word if reply else 'no answer'}, {'closed' if closes else STILL_THERE}"
 
     handlers = list[Any]()
 
