@@ -10,7 +10,8 @@ asks for /readyz every 250 ms.
 
 *memory*, *headers*, *slow clients* and *lists* load the service; *keys* asks by every way to give
 keys whether it stays shut; *restart* kills workers and the parent, fills the folder for temporary
-files, and starts the service as a user without a name. What is held is said by the bounds below.
+files, and starts the service as a user without a name. The bounds below and in victim.py say what
+is held.
 Prints a table, with --compare beside what an earlier run has written to its --json. Exit code 1 if
 something was broken.
 """
@@ -22,6 +23,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import os
 import re
 import resource
 import socket
@@ -31,7 +33,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,13 +48,14 @@ from bench.serve import Ended, drive
 from bench.victim import Bento, Outcome, Server, fetch, get, honest, hurt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 # The other bounds stand in victim.py. A worker holds the model, what is queued, and what is read.
 MAX_WORKER_MB = 350.0
 # Ten seconds after the attack a worker holds at most so many times what it held before.
 MAX_KEPT = 1.5
-BACK_S = 20.0
+# A worker is back when it has stayed so long, and it is so within BACK_S.
+STAY_S, BACK_S = 5.0, 20.0
 PARENT_GONE_S = 10.0
 KEY, NOT_THE_KEY = "the-right-key", "another-key"
 REFUSED = "refused to start"
@@ -103,7 +106,7 @@ CLOSED = (
     "GET /static_content/swagger-ui.css",
 )
 # Nobody has to answer these; without a key nobody may.
-DODGES = (
+DETOURS = (
     "GET /docs",
     "GET /docs/",
     "GET /info/",
@@ -184,14 +187,14 @@ def doors(port: int) -> tuple[dict[str, int], list[str]]:
     got, broken = Counter[str](), list[str]()
     tries = [(door, header) for door in CLOSED for header in STRANGERS]
     without = [(door, header, knock(port, door, header)) for door, header in tries]
-    dodges = [(door, knock(port, door)) for door in DODGES]
+    detours = [(door, knock(port, door)) for door in DETOURS]
     got.update(f"{status} without a key" for *_, status in without)
     unlocked = {door for door, _, status in without if status != "401"}
-    detours = [door for door, status in dodges if status[0] in "23"]
+    ways_in = [door for door, status in detours if status[0] in "23"]
     if len(unlocked) == len(CLOSED):
         broken.append("open to everybody")
     else:
-        broken += [f"open: {door}" for door in (*sorted(unlocked), *detours)]
+        broken += [f"open: {door}" for door in (*sorted(unlocked), *ways_in)]
     with_key = {door: knock(port, door, f"Authorization: Bearer {KEY}") for door in CLOSED}
     got.update(f"{status} with it" for status in with_key.values())
     broken += [f"{status} with the key: {d}" for d, status in with_key.items() if status != "200"]
@@ -246,39 +249,50 @@ async def models(port: int) -> set[str]:
     }
 
 
+async def is_back(server: Server, many: int, watch: Callable[[], Awaitable[None]]) -> bool:
+    """Wait until as many workers have been the same for some seconds, and watch meanwhile."""
+    seen, since, end = set[int](), time.monotonic(), time.monotonic() + BACK_S
+    while time.monotonic() < end:
+        await watch()
+        await asyncio.sleep(0.25)
+        now = {worker.pid for worker in server.workers()}
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif len(now) == many and time.monotonic() > since + STAY_S:
+            return True
+    return False
+
+
 async def kill_workers(server: Server, outcome: Outcome, times: int) -> None:
     """Kill a worker, some times; another must come, serve the same model, and forget nothing."""
-    served, fallen = await models(server.port), set[str]()
+    served, fallen, totals = await models(server.port), set[str](), dict[str, float]()
     columns = json.loads((await fetch(server.port, get("/info")))[1])["text_columns"]
-    totals = counters((await fetch(server.port, get("/metrics")))[1].decode())
     many, back = len(server.workers()), Counter[str]()
+
+    async def watch() -> None:
+        nonlocal totals
+        with contextlib.suppress(OSError):  # a killed worker takes its connections along
+            status, body = await fetch(server.port, get("/metrics"))
+            if status == 200:
+                later = counters(body.decode())
+                fallen.update(fell(totals, later))
+                totals = later
+
     async with honest(server, outcome, columns):
+        await watch()
         for _ in range(times):
-            pids = {worker.pid for worker in server.workers()}
-            server.workers()[0].kill()
-            start, since = time.monotonic(), None
-            # A worker that has been there for five seconds is back.
-            while time.monotonic() < start + BACK_S and not (
-                since and time.monotonic() > since + 5
-            ):
-                await asyncio.sleep(0.25)
-                now = {worker.pid for worker in server.workers()}
-                if now != pids or len(now) < many:
-                    pids, since = now, time.monotonic() if len(now) == many else None
-                with contextlib.suppress(OSError):
-                    status, body = await fetch(server.port, get("/metrics"))
-                    if status == 200:
-                        later = counters(body.decode())
-                        fallen |= set(fell(totals, later))
-                        totals = later
-            back["back" if since else "not back"] += 1
+            for victim in server.workers()[:1]:
+                victim.kill()
+            back["back" if await is_back(server, many, watch) else "not back"] += 1
         served |= await models(server.port)
     outcome.got = dict(back)
-    broken = hurt(outcome, BROKEN)
-    broken += [f"a worker is not back after {BACK_S:g} s"] if back["not back"] else []
-    broken += [f"{len(served)} models: {', '.join(sorted(served))}"] if len(served) > 1 else []
-    broken += [f"{len(fallen)} counters fell, such as {min(fallen)}"] if fallen else []
-    outcome.broken = broken
+    outcome.broken = hurt(outcome, BROKEN)
+    if back["not back"]:
+        outcome.broken.append(f"a worker is not back after {BACK_S:g} s")
+    if len(served) > 1:
+        outcome.broken.append(f"{len(served)} models: {', '.join(sorted(served))}")
+    if fallen:
+        outcome.broken.append(f"{len(fallen)} counters fell, such as {min(fallen)}")
 
 
 def worker_killed(bento: Bento, name: str) -> Outcome:
@@ -309,8 +323,8 @@ def without_room(bento: Bento, name: str) -> Outcome:
         with bento.served(workers=2, env={"TMPDIR": temporary}, prefix=mount) as server:
             drive(models(server.port))
             seen = Path(f"/proc/{server.process.pid}/root{temporary}")
-            with (seen / "full").open("wb", buffering=0) as full, contextlib.suppress(OSError):
-                while True:
+            with (seen / "full").open("wb", buffering=0) as full:
+                while os.statvfs(seen).f_bavail:
                     full.write(bytes(2**12))
             drive(kill_workers(server, outcome, times=1))
     return outcome
@@ -330,6 +344,8 @@ def parent_killed(bento: Bento, name: str) -> Outcome:
                 probe.bind((HOST, server.port))
             except OSError:
                 outcome.broken.append("the port is not free")
+        for worker in alive:
+            worker.kill()
     if alive:
         outcome.broken.append(f"{len(alive)} workers left after {PARENT_GONE_S:g} s")
     outcome.got = {f"workers gone after {seconds:.1f} s": len(workers) - len(alive)}
@@ -471,14 +487,18 @@ def main() -> None:
         }
         trials |= {f"keys: {way.name}": partial(locked, bento, way) for way in ways(scratch)}
         trials |= {name: partial(trial, bento, name) for name, trial in RESTARTS.items()}
-        for name, trial in trials.items():
-            if any(word in name for word in options.only):
-                try:
-                    outcome = trial()
-                except RuntimeError as error:
-                    outcome = Outcome(name, broken=[f"does not serve ({cause(error)})"])
-                outcomes.append(outcome)
-                print(" | ".join(cells(outcome)), flush=True)
+        chosen = [name for name in trials if any(word in name for word in options.only)]
+        if not chosen:
+            parser.error(f"no attack has any of {options.only} in its name: {', '.join(trials)}")
+        for name in chosen:
+            try:
+                outcome = trials[name]()
+            except BrokenExecutor:
+                raise  # ours, and not the service's
+            except (RuntimeError, OSError) as error:
+                outcome = Outcome(name, broken=[f"does not serve ({cause(error)})"])
+            outcomes.append(outcome)
+            print(" | ".join(cells(outcome)), flush=True)
     print(f"\n{table(outcomes, before)}\n")
     facts = {
         "tag": options.tag,

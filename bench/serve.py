@@ -21,7 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -108,20 +107,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process_group(
+def started(
     command: Sequence[str],
     env: Mapping[str, str],
     log: Path,
     is_ready: Callable[[], bool],
     patience_s: float = 120.0,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server in a process group of its own; in the end none of the group is left.
+    """Start a server, in a session of its own; in the end neither it nor its children are left.
 
     Raises:
         Ended: before it was ready; with the end of its log.
         RuntimeError: it was not ready in time.
     """
-    start = time.monotonic()
+    start, family = time.monotonic(), list[psutil.Process]()
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, env=env, stdout=file, stderr=file, start_new_session=True
@@ -135,11 +134,15 @@ def process_group(
                 time.sleep(0.02)
             yield process
         finally:
-            for last in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, last)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            for left in (process, *family):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.wait()
 
 
 def _end_of(log: Path) -> str:
@@ -157,7 +160,7 @@ def serving(name: str, tag: str, folder: Path, workers: int) -> Iterator[tuple[i
         if name == OURS:
             command = [sys.executable, "-m", "bentoml", "serve", tag, "--port"]
         log = Path(scratch) / "log"
-        with process_group([*command, str(port)], env, log, lambda: listening(port, name)):
+        with started([*command, str(port)], env, log, lambda: listening(port, name)):
             yield port, time.monotonic() - start
 
 

@@ -18,7 +18,7 @@ import psutil
 from bench.attackers import HOST, READY, answer, classify
 from bench.load import Load, connect
 from bench.overload import is_worker
-from bench.serve import drive, free_port, process_group
+from bench.serve import drive, free_port, started
 
 if TYPE_CHECKING:
     import subprocess
@@ -114,7 +114,7 @@ class Bento:
             def is_ready() -> bool:
                 return drive(answer(port, [READY], 2.0)) == "200"
 
-            with process_group(command, ours, log, is_ready, patience_s) as process:
+            with started(command, ours, log, is_ready, patience_s) as process:
                 yield Server(port, process)
 
 

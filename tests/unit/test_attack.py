@@ -6,18 +6,23 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 from collections import Counter
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as Counted
 
-from bench.attack import KEY, counters, faults, fell, read, table, ways
+from bench.attack import CLOSED, KEY, PUBLIC, counters, doors, faults, fell, read, table, ways
 from bench.attackers import STILL_THERE, Aim, Attack, answer, held_open
 from bench.victim import Outcome, hurt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 async def nothing(_aim: Aim) -> Counter[str]:
@@ -146,3 +151,53 @@ def test_nobody_there_is_no_error() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         assert asyncio.run(answer(port, [b""], 0.2)) == "connection closed"
+
+
+def key_or(elsewhere: Callable[[str], int]) -> Callable[[str, str], int]:
+    """The status of a path with a header: 200 with the key and of public paths."""
+    public = {door.split()[1] for door in PUBLIC}
+    shut = f"Bearer {KEY}"
+    return lambda path, key: 200 if key == shut or path in public else elsewhere(path)
+
+
+@pytest.mark.parametrize(
+    ("status", "broken"),
+    [
+        (key_or(lambda _path: 401), []),
+        (key_or(lambda _path: 200), ["open to everybody"]),
+        (key_or(lambda path: 200 if path == "/%69nfo" else 401), ["open: GET /%69nfo"]),
+        (key_or(lambda path: 404 if path == "/info" else 401), ["open: GET /info"]),
+        (
+            key_or(lambda path: 307 if path == "/classify/" else 401),
+            ["open: POST /classify/"],
+        ),
+        (
+            lambda path, key: 200 if KEY in key or path == "/" else 401,
+            ["open to everybody"] + [f"401 of the public {door}" for door in PUBLIC[:-1]],
+        ),
+        (
+            lambda path, _key: 200 if f"GET {path}" in PUBLIC else 401,
+            [f"401 with the key: {door}" for door in CLOSED],
+        ),
+    ],
+)
+def test_an_open_door_is_found(status: Callable[[str, str], int], broken: list[str]) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status(self.path, self.headers.get("Authorization", "")))
+            self.end_headers()
+
+        do_GET = do_POST = do_HEAD = do_OPTIONS = answer  # noqa: N815  (the base class asks so)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            assert doors(server.server_port)[1] == broken
+        finally:
+            server.shutdown()
+            thread.join()
