@@ -39,6 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import bentoml
 import psutil
 
 from ad2kit.runtime import environment
@@ -348,7 +349,8 @@ def parent_killed(bento: Bento, name: str) -> Outcome:
             worker.kill()
     if alive:
         outcome.broken.append(f"{len(alive)} workers left after {PARENT_GONE_S:g} s")
-    outcome.got = {f"workers gone after {seconds:.1f} s": len(workers) - len(alive)}
+    else:
+        outcome.got = {f"workers gone after {seconds:.1f} s": len(workers)}
     return outcome
 
 
@@ -455,8 +457,6 @@ def read(path: Path) -> list[Outcome]:
 
 def opened(tag: str, scratch: Path) -> Bento:
     """Find a Bento, and unpack the ad2kit that it was built with."""
-    import bentoml
-
     folder = Path(bentoml.bentos.get(tag).path)
     (wheel,) = folder.glob("env/python/wheels/ad2kit-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -481,7 +481,10 @@ def main() -> None:
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as attackers,
     ):
         scratch = Path(temporary)
-        bento = opened(options.tag, scratch)
+        try:
+            bento = opened(options.tag, scratch)
+        except bentoml.exceptions.NotFound as error:
+            parser.error(str(error))
         trials: dict[str, Callable[[], Outcome]] = {
             name: partial(loaded, bento, name, attackers) for name in ATTACKS
         }
