@@ -103,6 +103,7 @@ class Bento:
             "AD2KIT_WORKERS": str(workers),
             "AD2KIT_THREADS": "1",
             "OMP_NUM_THREADS": "1",
+            "BENTOML_DO_NOT_TRACK": "true",
             "PYTHONPATH": str(self.code),
             **(env or {}),
         }
