@@ -204,6 +204,17 @@ def doors(port: int) -> tuple[dict[str, int], list[str]]:
     return dict(got), broken
 
 
+def refusal_faults(log: str, *, serves: bool) -> list[str]:
+    """Return what is wrong with a server that did not start; ``log`` is the end of what it said."""
+    found = [f"{REFUSED} with a key"] if serves else []
+    if "Traceback" in log:
+        found.append("refused with a traceback")
+    # What fails for another reason is no refusal of keys.
+    if not re.search(r"\bkeys?\b|api_keys", log, re.IGNORECASE):
+        found.append(f"says nothing of keys ({cause(log)})")
+    return found
+
+
 def locked(bento: Bento, way: Way) -> Outcome:
     """Serve with keys that are given in some way: it is shut, or it does not start."""
     outcome = Outcome(f"keys: {way.name}")
@@ -212,10 +223,7 @@ def locked(bento: Bento, way: Way) -> Outcome:
             outcome.got, outcome.broken = doors(server.port)
     except Ended as ended:
         outcome.got = {REFUSED: 1}
-        if "Traceback" in str(ended):
-            outcome.broken.append("refused with a traceback")
-        if way.serves:
-            outcome.broken.append(f"{REFUSED} with a key")
+        outcome.broken = refusal_faults(str(ended), serves=way.serves)
     except RuntimeError:
         outcome.broken = ["neither ready nor ended after 30 s"]
     return outcome
@@ -370,7 +378,7 @@ def user_without_name(bento: Bento, name: str) -> Outcome:
                 if server.workers() != workers or "200" not in outcome.got:
                     outcome.broken.append("its workers do not stay")
         except RuntimeError as error:
-            outcome.broken.append(f"does not serve ({cause(error)})")
+            outcome.broken.append(f"does not serve ({cause(str(error))})")
     return outcome
 
 
@@ -390,10 +398,10 @@ def impossible(prefix: Sequence[str]) -> str:
     return found.stderr.strip()
 
 
-def cause(error: Exception) -> str:
-    """Return the last error that the end of a log names."""
-    found = re.findall(r"[A-Z]\w*Error: [^\\\n\"]+", str(error))
-    return found[-1] if found else str(error).partition("\n")[0]
+def cause(log: str) -> str:
+    """Return the last error that the end of a log names, or else its last line."""
+    found = re.findall(r"[A-Z]\w*Error: [^\\\n\"]+", log) or log.strip().splitlines()
+    return found[-1] if found else "no word"
 
 
 RESTARTS: dict[str, Callable[[Bento, str], Outcome]] = {
@@ -490,6 +498,11 @@ def main() -> None:
         }
         trials |= {f"keys: {way.name}": partial(locked, bento, way) for way in ways(scratch)}
         trials |= {name: partial(trial, bento, name) for name, trial in RESTARTS.items()}
+        try:
+            with bento.served():
+                print(f"{bento.tag} serves; now the attacks", flush=True)
+        except RuntimeError as error:
+            sys.exit(f"{bento.tag} does not serve at all: {error}")
         chosen = [name for name in trials if any(word in name for word in options.only)]
         if not chosen:
             parser.error(f"no attack has any of {options.only} in its name: {', '.join(trials)}")
@@ -499,7 +512,7 @@ def main() -> None:
             except BrokenExecutor:
                 raise  # ours, and not the service's
             except (RuntimeError, OSError) as error:
-                outcome = Outcome(name, broken=[f"does not serve ({cause(error)})"])
+                outcome = Outcome(name, broken=[f"does not serve ({cause(str(error))})"])
             outcomes.append(outcome)
             print(" | ".join(cells(outcome)), flush=True)
     print(f"\n{table(outcomes, before)}\n")

@@ -112,6 +112,8 @@ def started(
     env: Mapping[str, str],
     log: Path,
     is_ready: Callable[[], bool],
+    *,
+    cwd: Path | None = None,
     patience_s: float = 120.0,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, in a session of its own; in the end neither it nor its children are left.
@@ -123,7 +125,7 @@ def started(
     start, family = time.monotonic(), list[psutil.Process]()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=env, stdout=file, stderr=file, start_new_session=True
+            command, cwd=cwd, env=env, stdout=file, stderr=file, start_new_session=True
         )
         try:
             while not is_ready():

@@ -109,13 +109,16 @@ class Bento:
         }
         serve = f"-m bentoml serve {self.tag} --host {HOST} --port {port}".split()
         command = ["taskset", "--cpu-list", cores, *prefix, sys.executable, *serve, *arguments]
-        with tempfile.TemporaryDirectory(prefix="ad2kit-attack-") as scratch:
-            log = Path(scratch) / "log"
+        with tempfile.TemporaryDirectory(prefix="ad2kit-attack-") as temporary:
+            # Python looks into the working directory first: a checkout's ad2kit must not be there.
+            cwd = Path(temporary)
 
             def is_ready() -> bool:
                 return drive(answer(port, [READY], 2.0)) == "200"
 
-            with started(command, ours, log, is_ready, patience_s) as process:
+            with started(
+                command, ours, cwd / "log", is_ready, cwd=cwd, patience_s=patience_s
+            ) as process:
                 yield Server(port, process)
 
 

@@ -17,7 +17,19 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as Counted
 
-from bench.attack import CLOSED, KEY, PUBLIC, counters, doors, faults, fell, read, table, ways
+from bench.attack import (
+    CLOSED,
+    KEY,
+    PUBLIC,
+    counters,
+    doors,
+    faults,
+    fell,
+    read,
+    refusal_faults,
+    table,
+    ways,
+)
 from bench.attackers import STILL_THERE, Aim, Attack, answer, held_open
 from bench.victim import Outcome, hurt
 
@@ -201,3 +213,22 @@ def test_an_open_door_is_found(status: Callable[[str, str], int], broken: list[s
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("log", "serves", "broken"),
+    [
+        ("Error: cannot read the API keys in x: give a text file with one key a line", False, []),
+        ("Error: no keys", True, ["refused to start with a key"]),
+        ("Traceback (most recent call last):\nE: api_keys", False, ["refused with a traceback"]),
+        (
+            "Error: failed to load\nKeyError: 'x'\n",
+            False,
+            ["says nothing of keys (KeyError: 'x')"],
+        ),
+        ("Error: failed to load", False, ["says nothing of keys (Error: failed to load)"]),
+        ("", False, ["says nothing of keys (no word)"]),
+    ],
+)
+def test_a_refusal_has_to_be_one_of_keys(log: str, serves: bool, broken: list[str]) -> None:
+    assert refusal_faults(log, serves=serves) == broken
