@@ -106,7 +106,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
 
 
 def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """Read the tokenizer, which has to be a fast one: serving reads tokenizer.json and nothing else.
+    """Read the tokenizer, which has to be a fast one: a service reads tokenizer.json alone.
 
     Raises:
         ModelError: there is none, it has no fast form, a package is missing to make that, it has
