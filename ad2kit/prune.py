@@ -58,11 +58,13 @@ FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "camembert": _BERT,
     "electra": _BERT,
     "distilbert": _Names("attention.out_lin", "ffn.lin1", "ffn.lin2", "hidden_dim"),
     "albert": _Names("attention.dense", "ffn", "ffn_output"),
     # Their positions are relative, with a bias or a table for each head that stays whole.
     "mpnet": _NO_HEADS,
+    "deberta": _NO_HEADS,
     "deberta-v2": _NO_HEADS,
     "modernbert": _Names(None, "mlp.Wi", "mlp.Wo"),
 }

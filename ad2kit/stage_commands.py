@@ -33,14 +33,11 @@ def check(
     from ad2kit.data import load_data
     from ad2kit.labels import balance, counts
     from ad2kit.recipe import load
-    from ad2kit.references import RANDOM, find_model
     from ad2kit.terminal import print_json
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    for key, model in {"teacher": recipe.teacher.model, "student": recipe.student.model}.items():
-        if model not in (None, RANDOM):
-            find_model(model, key=f"{key}.model")
+    stage("ad2kit.distill", "open_models")(recipe, data)
     sizes = {name: len(split) for name, split in data.splits().items()}
     if as_json:
         print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
