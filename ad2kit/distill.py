@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -160,10 +161,10 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
             beyond its positions, layers or widths that it lacks, a term that teacher and student
             cannot have, or what ``compute`` asks for and the family lacks.
     """
+    finished, seed = recipe.teacher.finetune is None, recipe.seed
     teacher = models.load_reference(
-        recipe.teacher.model, data, seed=recipe.seed, finished=recipe.teacher.finetune is None,
-        key="teacher.model",
-    )  # fmt: skip
+        recipe.teacher.model, data, seed=seed, finished=finished, key="teacher.model"
+    )
     student = _before_training(teacher, recipe, data)
     check_widths(teacher, recipe.student)
     check_terms(teacher, student, recipe.distill.intermediate)
@@ -307,10 +308,8 @@ class _Stage:
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""
         student, train = _before_training(teacher, self.recipe, self.data), self.data.train
-        narrow(
-            student, teacher, self.recipe.student, lambda: self.encode(teacher, train),
-            self.accelerator,
-        )  # fmt: skip
+        encode = functools.partial(self.encode, teacher, train)
+        narrow(student, teacher, self.recipe.student, encode, self.accelerator)
         return student
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:

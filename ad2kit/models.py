@@ -108,9 +108,13 @@ def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, 
 
 
 def _load_module(
-    folder: Path, config: transformers.PretrainedConfig, head: dict[str, Any], *, seed: int,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    head: dict[str, Any],
+    *,
+    seed: int,
     finished: bool,
-) -> PreTrainedModel:  # fmt: skip
+) -> PreTrainedModel:
     """Load the weights into a classifier whose outputs are those of ``head``."""
     for key, value in head.items():
         setattr(config, key, value)

@@ -19,13 +19,21 @@ from ad2kit.errors import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Whose whole chain is tested, by their `model_type` (tests/families.py). Of the other encoders that
-# load, MobileBERT reads the padding behind a text, and BigBird's attention depends on the longest
-# text of a batch: their answers depend on the company.
+# By `model_type`: those whose whole chain is tested (tests/families.py). Others load, but: MobileBERT
+# reads the padding behind a text, and BigBird's attention depends on the longest text of a batch, so
+# that an answer depends on its company; and the graph of the first DeBERTa cannot be fused.
 FAMILIES = (
-    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert",
-    "mpnet", "roberta", "xlm-roberta",
-)  # fmt: skip
+    "albert",
+    "bert",
+    "camembert",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
 _SUPPORTED = f"supported: {', '.join(FAMILIES)}"
 _CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 # What a tokenizer can be made from, in all families.
@@ -182,14 +190,15 @@ def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
             f"{folder / _CONFIG} and write this model_type there; {_SUPPORTED}",
         )
     if tokenizer_config.is_file() and "auto_map" in _read_json(tokenizer_config):
+        file, first = folder / _TOKENIZER, ""
+        if not file.is_file():
+            first = f"; write that first, with tokenizer.backend_tokenizer.save({str(file)!r})"
         raise ModelError(
             f"{folder} holds custom code (auto_map in {_TOKENIZER_CONFIG}), which ad2kit does not "
             "run",
             hint=f"delete auto_map from {tokenizer_config} and set its tokenizer_class to "
-            f"PreTrainedTokenizerFast, so that {_TOKENIZER} is read"
-            + ("" if (folder / _TOKENIZER).is_file() else f"; write that file first, with "
-               f"tokenizer.backend_tokenizer.save({str(folder / _TOKENIZER)!r})"),
-        )  # fmt: skip
+            f"PreTrainedTokenizerFast, so that {_TOKENIZER} is read{first}",
+        )
 
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:

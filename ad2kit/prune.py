@@ -64,7 +64,6 @@ FAMILIES = {
     "albert": _Names("attention.dense", "ffn", "ffn_output"),
     # Their positions are relative, with a bias or a table for each head that stays whole.
     "mpnet": _NO_HEADS,
-    "deberta": _NO_HEADS,
     "deberta-v2": _NO_HEADS,
     "modernbert": _Names(None, "mlp.Wi", "mlp.Wo"),
 }

@@ -43,7 +43,6 @@ ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 MPNET = ("<s>", "<pad>", "</s>", "[UNK]", "<mask>")
 ALBERT = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
 DEBERTA = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
-DEBERTA_V1 = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 MODERNBERT = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 
 
@@ -81,10 +80,6 @@ FAMILIES = {
     "camembert": Family(
         "Camembert", "unigram", ROBERTA, config=_sizes(LONGEST + 2, type_vocab_size=1)
     ),
-    "deberta": Family("Deberta", "bytes", DEBERTA_V1, config=_sizes(
-        relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
-        type_vocab_size=0,
-    )),
     # As the published v3: positions are relative alone, in buckets.
     "deberta-v2": Family("DebertaV2", "unigram", DEBERTA, config=_sizes(
         relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
