@@ -7,6 +7,7 @@ otherwise) makes every choice, and ``validation`` is read by the gate alone.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,6 +61,7 @@ class Split:
 class Data:
     """The splits, the kind of task, and the names of the label ids.
 
+    ``ordered`` says that somebody gave the order of the names, and not the rows alone.
     ``unlabelled`` holds texts for the student alone; its labels say that there are none.
     """
 
@@ -69,6 +71,7 @@ class Data:
     select: Split
     validation: Split
     unlabelled: Split
+    ordered: bool = True
 
     def splits(self) -> dict[str, Split]:
         """Return the splits that hold anything, by name."""
@@ -129,6 +132,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         select=validation if own else train.take(order[:select_rows]),
         validation=validation,
         unlabelled=Split(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
+        ordered=bool(recipe.labels or names),
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
         _insist_on_variety(split, recipe.task, labels, name)
@@ -136,10 +140,14 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         {*data.select.texts} if not own else set()
     )
     known = sum(text in seen for text in data.validation.texts)
-    if known == len(data.validation):
+    share = known / len(data.validation)
+    if share > recipe.max_leakage:
         raise DataError(
-            f"all {known} validation texts are also training texts: a gate on them proves nothing",
-            hint="give a validation file that training does not see",
+            f"{known} of {len(data.validation)} validation texts ({share:.1%}) are also training "
+            f"texts; expected at most {recipe.max_leakage:.1%}, data.max_leakage: a gate on texts "
+            "that were learned by heart proves nothing",
+            hint="give a validation file that training does not see, or accept it with "
+            f"data.max_leakage={math.ceil(100 * share) / 100:g}",
         )
     if known:
         logger.warning("%d of %d validation texts are also training texts", known,

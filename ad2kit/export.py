@@ -219,6 +219,7 @@ def export_fp32(student: Path, folder: Path) -> None:
             device="cpu",
             do_validation=False,
             no_post_process=True,
+            trust_remote_code=False,
         )
 
 

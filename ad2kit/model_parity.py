@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from ad2kit.verdicts import Check
 
 BATCH = 32
+_DYNAMIC = (
+    "export it with dynamic axes: `optimum-cli export onnx` does, and torch.onnx.export with "
+    "dynamic_axes={'input_ids': {0: 'batch', 1: 'tokens'}, ...} for each input"
+)
 
 
 def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe) -> ParityReport:
@@ -190,6 +194,14 @@ def _open(adopted: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
 
 def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
     """Refuse a graph that we cannot feed, or whose outputs are not one for each label."""
+    for item in classifier.session.get_inputs():
+        if any(isinstance(axis, int) for axis in item.shape):
+            raise ModelError(
+                f"{folder / MODEL_FILE}: the axes of {item.name} are fixed to "
+                f"{' x '.join(map(str, item.shape))}, but batches have any number of texts, and "
+                "texts any number of tokens",
+                hint=_DYNAMIC,
+            )
     known = {"input_ids", "attention_mask", "token_type_ids"}
     outputs = {item.name: item.shape[-1] for item in classifier.session.get_outputs()}
     wanted = len(classifier.labels)
@@ -204,6 +216,23 @@ def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> N
             f"output 'logits' of {wanted} columns, found {', '.join(classifier.input_names)} and "
             f"{outputs}",
             hint="export it with optimum for the task text-classification, and look at id2label",
+        )
+    # Axes may be fixed inside of the graph, too, whatever its inputs say.
+    columns = classifier.artifact.text_columns
+    texts: Any = [(text, text) if columns == 2 else text for text in ("a", "a b c d e")]
+    try:
+        shape = classifier.run(classifier.encode(texts)).shape
+    except Exception as error:
+        # onnxruntime's exceptions share no base class of their own.
+        raise ModelError(
+            f"{folder / MODEL_FILE} cannot read two texts of different lengths: {error}",
+            hint=_DYNAMIC,
+        ) from error
+    if shape != (len(texts), wanted):
+        raise ModelError(
+            f"{folder / MODEL_FILE}: expected logits of shape {(len(texts), wanted)} for two "
+            f"texts, found {shape}",
+            hint=_DYNAMIC,
         )
 
 

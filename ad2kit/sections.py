@@ -44,7 +44,8 @@ class DataRecipe(Section):
     where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
     Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
     from the training rows, or, as many papers do, those of ``validation``, which flatters the
-    scores on them.
+    scores on them. ``max_leakage`` is the largest share of the validation texts that may be
+    training texts too.
     """
 
     source: str | None = None
@@ -59,6 +60,7 @@ class DataRecipe(Section):
     max_length_tokens: Annotated[int, Field(ge=8)]
     max_train_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
+    max_leakage: Fraction = 0.1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

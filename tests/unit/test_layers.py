@@ -32,8 +32,8 @@ LAYERS = {
         "tasks", "text_blocks", "training", "tuning", "workers",
     },
     3: {
-        "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
-        "report", "score",
+        "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
+        "push", "report", "score",
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {
