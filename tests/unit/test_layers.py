@@ -15,7 +15,7 @@ PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
 LAYERS = {
-    0: {"errors", "markdown", "yaml_core"},
+    0: {"errors", "markdown", "texts", "yaml_core"},
     1: {
         "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
         "search_space", "sections", "shipping", "verdicts",
