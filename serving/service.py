@@ -1,8 +1,9 @@
 """The BentoML service of an ad2kit student: ``bentoml serve``.
 
 It serves the artefact that is packed beside this file in a Bento; in a checkout, the most recent
-run that passed its parity gate, or what ``--arg model=FOLDER`` names. Neither torch nor
-transformers is imported.
+run that passed its parity gate, or what ``AD2KIT_MODEL`` or ``--arg model=FOLDER`` names. Its
+settings are those of :class:`ad2kit.service_arguments.Settings`. Neither torch nor transformers is
+imported.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import bentoml
+from bentoml.exceptions import InvalidArgument
 from starlette.applications import Starlette
 from starlette.requests import Request  # noqa: TC002  (Starlette reads the annotation)
 from starlette.responses import JSONResponse, Response
@@ -32,6 +34,7 @@ from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier, servable_artifact
 from ad2kit.error_contract import ErrorContract
+from ad2kit.errors import Ad2kitError
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.observability import log_as_json, tracing
@@ -44,7 +47,7 @@ from ad2kit.openapi import (
     document,
 )
 from ad2kit.runtime import available_cpus
-from ad2kit.service_arguments import Arguments
+from ad2kit.service_arguments import read_settings
 from ad2kit.service_metrics import ServiceMetrics, exposition
 from ad2kit.shadow import Shadow
 from ad2kit.shipping import latest_passed_run
@@ -67,21 +70,31 @@ EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not 
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
-arguments = bentoml.use_arguments(Arguments)
-WORKERS = arguments.workers or max(1, available_cpus() // (arguments.threads or 1))
+PACKED = Path(__file__).parent / "artifact"  # in a Bento
 
 
 def artifact_folder() -> Path:
     """Return the folder of the artefact to serve; see the module's docstring."""
-    packed = Path(__file__).parent / "artifact"
-    if arguments.model is not None:
-        return servable_artifact(arguments.model)
-    if packed.is_dir():
-        return packed
-    here = Path(arguments.runs_dir or "runs")
-    if arguments.runs_dir is None and not here.is_dir():
+    if PACKED.is_dir():
+        return PACKED
+    if settings.model is not None:
+        return servable_artifact(settings.model)
+    here = Path(settings.runs_dir or "runs")
+    if settings.runs_dir is None and not here.is_dir():
         here = Path(__file__).parent.parent / "runs"
     return servable_artifact(latest_passed_run(here).path)
+
+
+try:
+    settings = read_settings(
+        vars(bentoml.use_arguments()), os.environ, sys.argv, packed=PACKED.is_dir()
+    )
+    KEYS = settings.keys()
+    settings.insist_on_models(artifact_folder)
+except Ad2kitError as error:
+    # BentoML's command prints this one without a traceback.
+    raise InvalidArgument(f"{error.message}; {error.hint}") from error
+WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
 
 async def info(_request: Request) -> JSONResponse:
@@ -122,7 +135,7 @@ class Ad2kitClassifier:
         log_as_json()
         sys.setswitchinterval(SWITCH_S)
         folder = artifact_folder()
-        threads = arguments.threads or max(1, available_cpus() // WORKERS)
+        threads = settings.threads or max(1, available_cpus() // WORKERS)
         self.classifier = OnnxClassifier(folder, threads=threads)
         lineage = Path(__file__).with_name("lineage.json")  # in a Bento
         report = folder / ParityReport.file_name
@@ -142,13 +155,13 @@ class Ad2kitClassifier:
             observe=self.observe,
         )  # fmt: skip
         self.shadow = None
-        if arguments.shadow is not None:
-            teacher = OnnxClassifier(servable_artifact(arguments.shadow), threads=1)
-            share, observe = arguments.shadow_share, self.metrics.shadowed
+        if settings.shadow is not None:
+            teacher = OnnxClassifier(servable_artifact(settings.shadow), threads=1)
+            share, observe = settings.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
             self.classifier, self.batcher, deadline_s=DEADLINE_S,
-            metrics=self.metrics, shadow=self.shadow, access_log=arguments.access_log,
+            metrics=self.metrics, shadow=self.shadow, access_log=settings.access_log,
         )  # fmt: skip
         facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
                  "threads": threads, "golden_answers": compared,
@@ -205,7 +218,7 @@ class Ad2kitClassifier:
 def reject(status: int, reason: str) -> None:
     """Count an error."""
     bentoml.get_current_service().metrics.rejected(status, reason)
-    if arguments.access_log:
+    if settings.access_log:
         logger.info("refused", extra={"status": status, "reason": reason})
 
 
@@ -215,8 +228,6 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-KEYS = arguments.api_keys()
-arguments.insist_on_models(artifact_folder)
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
