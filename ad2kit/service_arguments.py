@@ -46,6 +46,11 @@ class Settings(BaseModel):
     commas between them, ``api_keys_file`` one key a line. ``shadow`` is a run or an artefact of the
     teacher, which scores ``shadow_share`` of the texts in the background. ``access_log`` writes a
     line for each request.
+
+    The others bound what clients can make a worker hold: bytes of a body, bytes of the bodies of
+    all requests beside the first 4096 of each, bytes (address, chunk sizes and trailers included)
+    and number of the headers of a request, seconds until its headers and then its body are here and
+    until a client has read its answer, and connections.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,6 +64,14 @@ class Settings(BaseModel):
     shadow: str | None = Field(None, min_length=1)
     shadow_share: float = Field(0.01, gt=0, le=1)
     access_log: bool = False
+    max_body_bytes: int = Field(2**20, ge=2**10, le=2**26)
+    max_held_bytes: int = Field(2**24, ge=2**10, le=2**32)
+    max_header_bytes: int = Field(2**14, ge=2**10, le=2**20)
+    max_headers: int = Field(100, ge=8, le=10_000)
+    header_timeout_s: float = Field(10.0, ge=0.1, le=3600)
+    body_timeout_s: float = Field(30.0, ge=0.1, le=3600)
+    write_timeout_s: float = Field(30.0, ge=0.1, le=3600)
+    max_connections: int = Field(4096, ge=1, le=2**16)
 
     def insist_on_models(self, artifact_folder: Callable[[], Path]) -> None:
         """Refuse a model or a shadow that cannot be served, or a share of no shadow.
@@ -148,7 +161,14 @@ def read_settings(
             )
         if name in PATHS and name in values:
             values[name] = str(_absolute(name, values[name], packed=packed))
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.max_held_bytes < settings.max_body_bytes:
+        raise UserError(
+            f"one request may have {settings.max_body_bytes} bytes (max_body_bytes), and all "
+            f"together {settings.max_held_bytes} (max_held_bytes)",
+            hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
+        )
+    return settings
 
 
 def keys_of(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ LAYERS = {
     },
     2: {
         "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
-        "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
+        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
         "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
         "observability", "openapi", "parquet_blocks", "parts", "plots", "prospects", "prune",
