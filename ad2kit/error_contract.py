@@ -47,7 +47,7 @@ ERRORS: dict[int, tuple[str, str, str]] = {
         "the body does not fit",
         "see /docs.json for what is expected",
     ),
-    429: ("overloaded", "too many texts are waiting", "retry after the time in Retry-After"),
+    429: ("overloaded", "too much is waiting", "retry after the time in Retry-After"),
     431: (
         "headers_too_large",
         "the headers are more than the service reads",

@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import json
 import logging
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ad2kit.errors import UserError, nearest
 from ad2kit.openapi import MAX_TEXTS, TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection
 
     from tokenizers import Encoding
 
@@ -60,21 +61,52 @@ class _Lane:
 
     For a request that waits for its turn nothing has been done yet, and one that is given up costs
     no more than the piece that is under way.
+
+    Args:
+        threads: how many requests have their turn at once.
+        max_wait_s: no request is taken while those before it need longer, at the rate of late.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, max_wait_s: float) -> None:
         self.threads = ThreadPoolExecutor(threads, "ad2kit-read")
-        self.turn = asyncio.Semaphore(threads)
+        self._free, self._max_wait_s = asyncio.Semaphore(threads), max_wait_s
+        self._waiting_bytes, self._bytes_per_s = 0, math.nan
+
+    @contextlib.asynccontextmanager
+    async def turn(self, size_bytes: int) -> AsyncIterator[None]:
+        """Wait for a turn, and have it.
+
+        Raises:
+            QueueFull: it would take too long.
+        """
+        wait_s = self._waiting_bytes / self._bytes_per_s  # NaN, and so never too long, at first
+        if wait_s > self._max_wait_s:
+            raise QueueFull(math.ceil(wait_s))
+        self._waiting_bytes += size_bytes
+        try:
+            async with self._free:
+                start = time.perf_counter()
+                yield
+                rate = size_bytes / (time.perf_counter() - start)
+                known = not math.isnan(self._bytes_per_s)
+                self._bytes_per_s = (self._bytes_per_s + rate) / 2 if known else rate
+        finally:
+            self._waiting_bytes -= size_bytes
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what some work returns, done in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
 
+_AT_ONCE = contextlib.nullcontext()
+
+
 class _Here:
     """In place of a lane for what is small: at once, in the event loop's own thread."""
 
-    turn: Any = contextlib.nullcontext()
+    def turn(self, _size_bytes: int) -> contextlib.AbstractAsyncContextManager[None]:
+        """Have a turn at once."""
+        return _AT_ONCE
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what some work returns."""
@@ -88,6 +120,7 @@ class Classify:
         classifier: tokenises, and turns logits into predictions.
         batcher: computes logits.
         deadline_s: after how long a request is given up.
+        max_wait_s: how long a large request may wait until it is read.
         metrics: are told of all that happens.
         shadow: is offered what was answered, to compare it with the teacher.
         access_log: write a line for each answer; of numbers, never of texts.
@@ -95,11 +128,13 @@ class Classify:
 
     def __init__(
         self, classifier: OnnxClassifier, batcher: Batcher, *, deadline_s: float,
+        max_wait_s: float = math.inf,
         metrics: ServiceMetrics, shadow: Shadow | None = None, access_log: bool = False,
     ) -> None:  # fmt: skip
         self.classifier, self.batcher, self.metrics = classifier, batcher, metrics
         self.deadline_s, self.shadow, self.access_log = deadline_s, shadow, access_log
-        self._here, self._large, self._huge = _Here(), _Lane(2), _Lane(1)
+        self._here = _Here()
+        self._large, self._huge = _Lane(2, max_wait_s), _Lane(1, max_wait_s)
 
     def close(self) -> None:
         """Let go of the threads."""
@@ -123,10 +158,8 @@ class Classify:
         Raises:
             Problem: what the client is told instead.
         """
-        stages, lane = Stages(), self._here
-        if len(body) > _LARGE_BYTES:
-            lane = self._large if len(body) <= _HUGE_BYTES else self._huge
-        predictions = await self._answer(lane, body, stages)
+        stages = Stages()
+        predictions = await self._answer(body, stages)
         content = to_json({"predictions": predictions})
         stages.total_s = time.perf_counter() - stages.start
         self.metrics.answered(stages.total_s)
@@ -142,14 +175,12 @@ class Classify:
         Raises:
             Problem: a text that cannot be read, a full queue, or a deadline that passed.
         """
-        return await self._answer(self._huge, (request.as_list(), request.scores), stages)
+        return await self._answer(request.model_dump_json().encode(), stages)
 
-    async def _answer(
-        self, lane: _Lane | _Here, given: bytes | tuple[list[Any], bool], stages: Stages
-    ) -> list[dict[str, Any]]:
+    async def _answer(self, body: bytes, stages: Stages) -> list[dict[str, Any]]:
         try:
             async with asyncio.timeout(self.deadline_s):
-                encodings, texts, scores = await self._read(lane, given)
+                encodings, texts, scores = await self._read(body)
                 stages.tokenise_s = time.perf_counter() - stages.start
                 self.metrics.tokenised(stages.tokenise_s)
                 logits = await self.batcher.submit(encodings, stages.timing)
@@ -172,20 +203,19 @@ class Classify:
                 answer.pop("scores", None)
         return answers
 
-    async def _read(
-        self, lane: _Lane | _Here, given: bytes | tuple[list[Any], bool]
-    ) -> tuple[list[Encoding], list[Any], bool]:
+    async def _read(self, body: bytes) -> tuple[list[Encoding], list[Any], bool]:
         """Return the tokens of a request, its texts for a shadow, and whether scores are wanted."""
-        async with lane.turn:
-            if isinstance(given, bytes):
-                columns = self.classifier.artifact.text_columns
-                given = await lane.run(parse, given, columns)
-            (texts, scores), encodings = given, list["Encoding"]()
+        lane: _Lane | _Here = self._here
+        if len(body) > _LARGE_BYTES:
+            lane = self._large if len(body) <= _HUGE_BYTES else self._huge
+        async with lane.turn(len(body)):
+            texts, scores = await lane.run(parse, body, self.classifier.artifact.text_columns)
+            encodings = list["Encoding"]()
             with self.batcher.room(len(texts)):
                 for first in range(0, len(texts), _PIECE_TEXTS):
                     piece = texts[first : first + _PIECE_TEXTS]
                     encodings += await lane.run(self.classifier.encode, piece, first)
-        # Texts may be many times larger than their tokens, and wait with them.
+        # Texts may be many times larger than their tokens, and would wait with them.
         return encodings, [] if self.shadow is None else texts, scores
 
 

@@ -166,7 +166,7 @@ class Ad2kitClassifier:
             share, observe = settings.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
-            self.classifier, self.batcher, deadline_s=DEADLINE_S,
+            self.classifier, self.batcher, deadline_s=DEADLINE_S, max_wait_s=MAX_WAIT_S,
             metrics=self.metrics, shadow=self.shadow, access_log=settings.access_log,
         )  # fmt: skip
         facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
@@ -235,8 +235,8 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-# BentoML builds uvicorn's configuration itself and lets nobody choose a protocol; this table is what
-# that configuration looks its default up in, and it takes a class in place of a class's name.
+# BentoML builds uvicorn's configuration itself and lets nobody choose a protocol. In this table
+# that configuration looks its default up; it takes a class in place of the name of one.
 HTTP_PROTOCOLS["auto"] = bounded(settings, reject)  # type: ignore[assignment]
 TRACING = tracing()
 # From the outside to the inside.
