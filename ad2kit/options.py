@@ -36,6 +36,13 @@ RunOrOverrides = Annotated[
 Service = Annotated[
     str | None, typer.Option(metavar="URL", help="Compare a running service with its run.")
 ]
+ApiKeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its first line is the key for --against-service; else AD2KIT_API_KEYS[_FILE].",
+    ),
+]
 Model = Annotated[
     Path | None, typer.Option(help="Judge this ONNX folder, whoever made it, and no run.")
 ]
@@ -57,7 +64,7 @@ Forced = Annotated[
 ]
 OfTeacher = Annotated[
     bool,
-    typer.Option("--teacher", help="Export the teacher instead, for `--arg shadow=` of a service."),
+    typer.Option("--teacher", help="Export the teacher instead, for AD2KIT_SHADOW of a service."),
 ]
 NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")]
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ad2kit.classifier import read_artifact, servable_artifact
 from ad2kit.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PREFIX = "AD2KIT_"
 # What the parent process of a server hands to its workers (service_process.py).
@@ -55,14 +54,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str | None = Field(None, min_length=1)
-    runs_dir: str | None = Field(None, min_length=1)
-    workers: int | None = Field(None, ge=1, le=1024)
-    threads: int | None = Field(None, ge=1, le=1024)
-    api_keys: str | None = Field(None, repr=False)
-    api_keys_file: str | None = Field(None, min_length=1)
-    shadow: str | None = Field(None, min_length=1)
-    shadow_share: float = Field(0.01, gt=0, le=1)
+    model: str | None = Field(default=None, min_length=1)
+    runs_dir: str | None = Field(default=None, min_length=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    api_keys: str | None = Field(default=None, repr=False)
+    api_keys_file: str | None = Field(default=None, min_length=1)
+    shadow: str | None = Field(default=None, min_length=1)
+    shadow_share: float = Field(default=0.01, gt=0, le=1)
     access_log: bool = False
     max_body_bytes: int = Field(2**20, ge=2**10, le=2**26)
     max_held_bytes: int = Field(2**25, ge=2**10, le=2**32)
@@ -73,11 +72,11 @@ class Settings(BaseModel):
     write_timeout_s: float = Field(30.0, ge=0.1, le=3600)
     max_connections: int = Field(4096, ge=1, le=2**16)
 
-    def insist_on_models(self, artifact_folder: Callable[[], Path]) -> None:
-        """Refuse a model or a shadow that cannot be served, or a share of no shadow.
+    def insist_that_they_fit(self) -> None:
+        """Refuse two names of what is served, a share of no shadow, and a bound above another.
 
         Raises:
-            UserError: says why, and what to give instead.
+            UserError: says what to leave out.
         """
         if self.model is not None and self.runs_dir is not None:
             raise UserError(
@@ -91,9 +90,12 @@ class Settings(BaseModel):
                 "and there is no shadow",
                 hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
             )
-        if self.shadow is not None:
-            read_artifact(servable_artifact(self.shadow))
-        read_artifact(artifact_folder())
+        if self.max_held_bytes < self.max_body_bytes:
+            raise UserError(
+                f"one request may have {self.max_body_bytes} bytes (max_body_bytes), and all of a "
+                f"worker together {self.max_held_bytes} (max_held_bytes)",
+                hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
+            )
 
     def keys(self) -> list[str]:
         """Return the keys that clients may use, of ``api_keys`` and of ``api_keys_file``.
@@ -161,14 +163,19 @@ def read_settings(
             )
         if name in PATHS and name in values:
             values[name] = str(_absolute(name, values[name], packed=packed))
-    settings = Settings(**values)
-    if settings.max_held_bytes < settings.max_body_bytes:
-        raise UserError(
-            f"one request may have {settings.max_body_bytes} bytes (max_body_bytes), and all "
-            f"together {settings.max_held_bytes} (max_held_bytes)",
-            hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
-        )
-    return settings
+    return Settings(**values)
+
+
+def client_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
+    """Return the key that a client sends: the first in ``file``, else in the environment, or None.
+
+    Raises:
+        UserError: the file, or what the environment names, holds no key.
+    """
+    names = ("api_keys", "api_keys_file")
+    given = {name: environment[_variable(name)] for name in names if _variable(name) in environment}
+    keys = Settings.model_validate({"api_keys_file": str(file)} if file else given).keys()
+    return keys[0] if keys else None
 
 
 def keys_of(path: Path) -> list[str]:

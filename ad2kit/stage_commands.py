@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from ad2kit import options
+from ad2kit.errors import UserError
 from ad2kit.runtime import stage
 
 
@@ -105,7 +107,8 @@ def export(
     if teacher:
         folder = stage("ad2kit.campaigns.teacher", "export_teacher")(folder)
         judge_run(folder, as_json=as_json)
-        typer.echo(f"as a shadow: bentoml serve --arg shadow={folder.path}", err=True)
+        shadow = shlex.quote(str(folder.path.resolve()))
+        typer.echo(f"as a shadow: AD2KIT_SHADOW={shadow} bentoml serve", err=True)
         return
     artifacts = stage("ad2kit.export", "export")(folder)
     if not no_parity:
@@ -118,6 +121,7 @@ def export(
 def parity(
     arguments: options.RunOrOverrides = None,
     against_service: options.Service = None,
+    api_keys_file: options.ApiKeysFile = None,
     model: options.Model = None,
     teacher: options.Teacher = None,
     data: options.DataFile = None,
@@ -129,13 +133,18 @@ def parity(
     from ad2kit.parity_terminal import judge_model, judge_run, judge_service, one_run
     from ad2kit.terminal import use_run
 
+    if api_keys_file is not None and against_service is None:
+        raise UserError(
+            "expected --against-service beside --api-keys-file, which nothing else reads",
+            hint="ad2kit parity RUN --against-service URL --api-keys-file FILE",
+        )
     if model is not None and against_service is None:
         judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
         return
     lost = {"--model": model, "--teacher": teacher, "--data": data, "--recipe": recipe_name}
     folder = use_run(runs_dir, one_run(arguments, lost))
     if against_service is not None:
-        judge_service(folder, against_service, as_json=as_json)
+        judge_service(folder, against_service, api_keys_file, as_json=as_json)
         return
     judge_run(folder, as_json=as_json)
 

@@ -202,8 +202,10 @@ def next_steps(tag: str, folder: RunDir) -> str:
         if pair
         else ["I expected a dull film and was proven wrong"]
     )
+    asked = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
+    key = "-H 'Authorization: Bearer KEY' " if asked else ""
     curl = (
-        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
+        f"curl -s localhost:3000/classify {key}-H 'Content-Type: application/json' "
         f"-d '{json.dumps({'texts': texts})}'"
     )
     # `make` does not activate the environment, so that its programs may not be on the path.

@@ -24,7 +24,6 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import bentoml
-from bentoml.exceptions import InvalidArgument
 from starlette.applications import Starlette
 from starlette.requests import Request  # noqa: TC002  (Starlette reads the annotation)
 from starlette.responses import JSONResponse, Response
@@ -33,10 +32,9 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
-from ad2kit.classifier import OnnxClassifier, servable_artifact
+from ad2kit.classifier import OnnxClassifier
 from ad2kit.connections import bounded, insist_on_files
 from ad2kit.error_contract import ErrorContract
-from ad2kit.errors import Ad2kitError
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.observability import log_as_json, tracing
@@ -49,10 +47,9 @@ from ad2kit.openapi import (
     document,
 )
 from ad2kit.runtime import available_cpus
-from ad2kit.service_arguments import read_settings
-from ad2kit.service_metrics import ServiceMetrics, exposition
+from ad2kit.service_metrics import ServiceMetrics, metrics_folder
+from ad2kit.service_process import end_with_parent, refusals, this_server
 from ad2kit.shadow import Shadow
-from ad2kit.shipping import latest_passed_run
 from ad2kit.verdicts import ParityReport
 
 logger = logging.getLogger("ad2kit.service")
@@ -72,31 +69,13 @@ LIMITS = (
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
-PACKED = Path(__file__).parent / "artifact"  # in a Bento
-
-
-def artifact_folder() -> Path:
-    """Return the folder of the artefact to serve; see the module's docstring."""
-    if PACKED.is_dir():
-        return PACKED
-    if settings.model is not None:
-        return servable_artifact(settings.model)
-    here = Path(settings.runs_dir or "runs")
-    if settings.runs_dir is None and not here.is_dir():
-        here = Path(__file__).parent.parent / "runs"
-    return servable_artifact(latest_passed_run(here).path)
-
-
-try:
-    settings = read_settings(
-        vars(bentoml.use_arguments()), os.environ, sys.argv, packed=PACKED.is_dir()
+WORKER: int | None = bentoml.server_context.worker_index  # None in the parent process
+with refusals():
+    server = this_server(
+        Path(__file__).parent, vars(bentoml.use_arguments()), worker=WORKER is not None
     )
-    KEYS = settings.keys()
-    settings.insist_on_models(artifact_folder)
+    settings, KEYS = server.settings, server.settings.keys()
     insist_on_files(settings.max_connections)
-except Ad2kitError as error:
-    # BentoML's command prints this one without a traceback.
-    raise InvalidArgument(f"{error.message}; {error.hint}") from error
 WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
 
@@ -118,7 +97,8 @@ async def page(_request: Request) -> Response:
 
 async def metrics(_request: Request) -> Response:
     """Answer GET /metrics with what all workers have counted."""
-    return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    found = bentoml.get_current_service().metrics.exposition()
+    return Response(found, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @bentoml.service(
@@ -139,8 +119,10 @@ class Ad2kitClassifier:
 
     def __init__(self) -> None:
         log_as_json()
+        if server.pid != os.getpid():
+            end_with_parent(server.pid, drain_s=settings.body_timeout_s + DEADLINE_S)
         sys.setswitchinterval(SWITCH_S)
-        folder = artifact_folder()
+        folder = server.artifact
         threads = settings.threads or max(1, available_cpus() // WORKERS)
         self.classifier = OnnxClassifier(folder, threads=threads)
         lineage = Path(__file__).with_name("lineage.json")  # in a Bento
@@ -153,7 +135,7 @@ class Ad2kitClassifier:
         start = time.perf_counter()
         compared = warm_up(self.classifier)
         seconds = time.perf_counter() - start
-        self.metrics = ServiceMetrics()
+        self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
         self.batcher = Batcher(
             self.classifier.run, max_batch_tokens=MAX_BATCH_TOKENS,
             max_queue_texts=MAX_QUEUE_TEXTS, max_queue_tokens=MAX_QUEUE_TOKENS,
@@ -161,8 +143,8 @@ class Ad2kitClassifier:
             observe=self.observe,
         )  # fmt: skip
         self.shadow = None
-        if settings.shadow is not None:
-            teacher = OnnxClassifier(servable_artifact(settings.shadow), threads=1)
+        if server.shadow is not None:
+            teacher = OnnxClassifier(server.shadow, threads=1)
             share, observe = settings.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
@@ -176,6 +158,12 @@ class Ad2kitClassifier:
         gc.collect()
         gc.freeze()
         logger.info("ready", extra=facts)
+
+    @bentoml.on_deployment
+    def hand_on() -> None:
+        """Tell the workers what the parent process has decided, before it starts them."""
+        with refusals():
+            server.hand_on()
 
     def observe(self, facts: BatchFacts) -> None:
         """Record a batch, and what waits behind it."""

@@ -29,27 +29,17 @@ from ad2kit.files import sha256_of, sha256_of_folder, write_record
 from ad2kit.golden import GOLDEN_FILE
 from ad2kit.package import package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
-from ad2kit.run_dir import RunDir
 from ad2kit.service_check import ask
 from tests.conftest import RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ad2kit.run_dir import RunDir
+
 pytestmark = pytest.mark.slow
 
 HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "scikit-learn")
-
-
-@pytest.fixture(scope="module")
-def packaged(
-    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunDir, BentoRecord]:
-    """A run of this module's own and the record of its Bento. Do not change them."""
-    folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
-    shutil.copytree(finished_run.path, folder)
-    run = RunDir(folder)
-    return run, package(run)
 
 
 def bento_folder(tag: str) -> Path:
@@ -145,7 +135,7 @@ def test_other_code_makes_another_bento(
             archive.writestr("ad2kit/fixed.py", "")
         return wheel
 
-    def stop(_context: Path, _store: Path, tag: str) -> Path:
+    def stop(_context: Path, _store: Path, tag: str, _environment: object) -> Path:
         raise RunError(tag, hint="")
 
     monkeypatch.setattr(stage, "own_wheel", wheel_of_other_code)
@@ -219,6 +209,23 @@ def test_an_artefact_that_is_not_the_one_that_was_judged_is_refused(
     assert not copied_run.bento_record.exists()
 
 
+def test_what_is_set_for_another_service_does_not_reach_the_one_that_is_tried(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AD2KIT_API_KEYS", "of-another-service")
+    monkeypatch.setenv("AD2KIT_SHADOW", "/nowhere")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    record = package(copied_run)
+    assert (record.service_texts, record.service_label_flips) == (100, 0)
+    # BentoML makes its folder for its own user alone.
+    like = copied_run.path.stat().st_mode
+    bento = bento_folder(record.tag)
+    for path in (bento, *bento.rglob("*")):
+        mode = path.stat().st_mode
+        assert (mode | like & (0o555 if path.is_dir() else 0o444)) == mode, path
+
+
 def test_force_does_not_reach_a_damaged_file(copied_run: RunDir) -> None:
     fail_parity(copied_run)
     flip_a_bit(copied_run.onnx("int8") / "model.onnx")
@@ -231,10 +238,10 @@ def test_a_service_that_answers_something_else_is_not_published(
 ) -> None:
     asked = 0
 
-    def ask_another(address: str, texts: list[Any]) -> list[dict[str, Any]]:
+    def ask_another(address: str, texts: list[Any], key: str | None) -> list[dict[str, Any]]:
         nonlocal asked
         asked += 1
-        (answer,) = ask(address, texts)
+        (answer,) = ask(address, texts, key)
         if asked == 50:  # one score of one text out of a hundred
             answer["scores"]["negative"] += 1e-4
         return [answer]

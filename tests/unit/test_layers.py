@@ -27,9 +27,9 @@ LAYERS = {
         "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
         "observability", "openapi", "parquet_blocks", "parts", "plots", "prospects", "prune",
         "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
-        "service_arguments", "service_check", "service_metrics", "shadow", "shapes", "sources",
-        "stopwatch", "store", "students", "sweep_report", "tables", "tasks", "text_blocks",
-        "training", "tuning", "workers",
+        "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
+        "shapes", "sources", "stopwatch", "store", "students", "sweep_report", "tables",
+        "tasks", "text_blocks", "training", "tuning", "workers",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",

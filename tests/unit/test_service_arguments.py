@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ad2kit.errors import UserError
-from ad2kit.service_arguments import Settings, keys_of, read_settings
+from ad2kit.service_arguments import Settings, client_key, keys_of, read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 BENTOML = "/usr/bin/bentoml"
@@ -30,14 +30,18 @@ ALL = {
 
 
 def read(
-    arguments: dict[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
     command: Sequence[str] = (),
     *,
     packed: bool = False,
-    **environment: str,
 ) -> Settings:
-    """Read settings as a service does whose command line agrees with what BentoML hands on."""
-    return read_settings(arguments or {}, environment, [BENTOML, *command], packed=packed)
+    """Read settings as the parent process of a service does."""
+    return read_settings(arguments or {}, environment or {}, [BENTOML, *command], packed=packed)
+
+
+def settings_of(**values: Any) -> Settings:
+    return Settings.model_validate(values)
 
 
 def refusal(*given: Any, **more: Any) -> str:
@@ -49,7 +53,7 @@ def refusal(*given: Any, **more: Any) -> str:
 def test_every_setting_can_be_set_by_the_environment() -> None:
     assert set(ALL) == set(Settings.model_fields)
     for name, (text, value) in ALL.items():
-        assert read(**{f"AD2KIT_{name.upper()}": text}) == Settings(**{name: value})
+        assert read({f"AD2KIT_{name.upper()}": text}) == settings_of(**{name: value})
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"api_keys"}))
@@ -64,17 +68,17 @@ def test_a_checkout_can_be_set_by_arguments_too(name: str, tmp_path: Path) -> No
         (["serve", f"--arg-file={file}"], value),
         (["serve", "--", f"--arg={name}=other"], text),
     ):
-        assert read({name: handed_on}, command) == Settings(**{name: value})
+        assert read({}, {name: handed_on}, command) == settings_of(**{name: value})
     # Whoever says the same twice is understood.
-    assert read({name: value}, **{f"AD2KIT_{name.upper()}": text}) == Settings(**{name: value})
+    assert read({f"AD2KIT_{name.upper()}": text}, {name: value}) == settings_of(**{name: value})
 
 
 def test_a_key_on_the_command_line_is_refused_and_not_repeated() -> None:
-    said = refusal({"api_keys": "hunter2"}, ["serve", "--arg", "api_keys=hunter2"])
+    said = refusal({}, {"api_keys": "hunter2"}, ["serve", "--arg", "api_keys=hunter2"])
     assert "other users of the machine can read it" in said
     assert "AD2KIT_API_KEYS" in said
     assert "hunter2" not in said
-    lost = refusal({}, ["serve", "--arg=api_keys=hunter2"], packed=True)
+    lost = refusal({}, {}, ["serve", "--arg=api_keys=hunter2"], packed=True)
     assert "AD2KIT_API_KEYS=…" in lost
     assert "hunter2" not in lost
 
@@ -103,25 +107,27 @@ def test_an_argument_that_was_lost_is_refused(name: str, spelling: str, tmp_path
 
 
 def test_a_lost_path_is_shown_as_it_has_to_be_typed() -> None:
-    said = refusal({}, ["serve", "--arg", "api_keys_file=my keys"], packed=True)
+    said = refusal({}, {}, ["serve", "--arg", "api_keys_file=my keys"], packed=True)
     assert """AD2KIT_API_KEYS_FILE="$PWD"/'my keys' in""" in said
 
 
 def test_a_lost_file_that_cannot_be_found_again_is_refused() -> None:
-    said = refusal({}, ["serve", "--arg-file", "elsewhere.yaml"], packed=True)
+    said = refusal({}, {}, ["serve", "--arg-file", "elsewhere.yaml"], packed=True)
     assert "`--arg-file elsewhere.yaml` was given, and BentoML drops it" in said
-    assert read({"workers": "2"}, ["serve", "--arg-file", "elsewhere.yaml"]) == Settings(workers=2)
+    assert read({}, {"workers": "2"}, ["serve", "--arg-file", "elsewhere.yaml"]) == Settings(
+        workers=2
+    )
 
 
 def test_an_argument_that_was_given_twice_is_refused() -> None:
     command = ["serve", "--arg", "workers=2", "--arg", "workers=3"]
-    assert "BentoML hands on '3': it was given twice" in refusal({"workers": "3"}, command)
+    assert "BentoML hands on '3': it was given twice" in refusal({}, {"workers": "3"}, command)
 
 
 def test_argument_and_variable_that_differ_are_refused() -> None:
-    said = refusal({"workers": "2"}, AD2KIT_WORKERS="3")
+    said = refusal({"AD2KIT_WORKERS": "3"}, {"workers": "2"})
     assert "as '2' by --arg and as '3' by AD2KIT_WORKERS" in said
-    assert read({"shadow_share": "0.50"}, AD2KIT_SHADOW_SHARE=".5").shadow_share == 0.5
+    assert read({"AD2KIT_SHADOW_SHARE": ".5"}, {"shadow_share": "0.50"}).shadow_share == 0.5
 
 
 @pytest.mark.parametrize(
@@ -142,14 +148,14 @@ def test_argument_and_variable_that_differ_are_refused() -> None:
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_right(name: str, text: str, expected: str) -> None:
-    said = refusal(**{f"AD2KIT_{name.upper()}": text})
+    said = refusal({f"AD2KIT_{name.upper()}": text})
     assert f"AD2KIT_{name.upper()}: expected {expected}" in said
     assert f"found {text!r}" in said
-    assert f"--arg {name}: expected {expected}" in refusal({name: text})
+    assert f"--arg {name}: expected {expected}" in refusal({}, {name: text})
 
 
 def test_a_truth_in_a_file_is_no_number() -> None:
-    assert "found 'True'" in refusal({"workers": True})
+    assert "found 'True'" in refusal({}, {"workers": True})
 
 
 @pytest.mark.parametrize(
@@ -164,14 +170,14 @@ def test_a_truth_in_a_file_is_no_number() -> None:
 )
 def test_a_misspelt_setting_is_refused_and_the_nearest_named(variable: str, meant: str) -> None:
     assert f"has {variable}, and there is no such setting (did you mean '{meant}'?)" in refusal(
-        **{variable: "1"}
+        {variable: "1"}
     )
     name = variable.upper().removeprefix("AD2KIT_").lower()
     if name not in Settings.model_fields:
         nearest = meant.removeprefix("AD2KIT_").lower()
-        said = refusal({name: "1"}, ["serve", f"--arg={name}=1"])
+        said = refusal({}, {name: "1"}, ["serve", f"--arg={name}=1"])
         assert f"no argument '{name}' (did you mean '{nearest}'?)" in said
-        assert f"no argument '{name}'" in refusal({}, ["serve", f"--arg={name}=1"], packed=True)
+        assert f"no argument '{name}'" in refusal({}, {}, ["serve", f"--arg={name}=1"], packed=True)
 
 
 def test_variables_of_others_are_left_alone() -> None:
@@ -190,21 +196,30 @@ def test_variables_of_others_are_left_alone() -> None:
         "AD2KIT_DEMO_PORT": "tcp://10.0.0.1:80",
         "AD2KIT_DEMO_PORT_80_TCP_ADDR": "10.0.0.1",
     }
-    assert read(**others) == Settings()
-    assert "has AD2KIT_PORT," in refusal(AD2KIT_PORT="3000")
+    assert read(others) == Settings()
+    assert "has AD2KIT_PORT," in refusal({"AD2KIT_PORT": "3000"})
 
 
 def test_a_bento_serves_the_model_that_it_holds() -> None:
     for name in ("model", "runs_dir"):
-        said = refusal(packed=True, **{f"AD2KIT_{name.upper()}": "/elsewhere"})
+        said = refusal({f"AD2KIT_{name.upper()}": "/elsewhere"}, packed=True)
         assert "serves the model that it holds" in said
         assert f"unset AD2KIT_{name.upper()}" in said
 
 
+def test_settings_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(UserError, match=r"shadow_share=0\.5 .* there is no shadow") as refused:
+        Settings(shadow_share=0.5).insist_that_they_fit()
+    assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
+    with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
+        Settings(model="a", runs_dir="b").insist_that_they_fit()
+    Settings(shadow="a", shadow_share=0.5, model="b").insist_that_they_fit()
+
+
 def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert read(AD2KIT_SHADOW="here").shadow == str(tmp_path / "here")
-    said = refusal(packed=True, AD2KIT_SHADOW="my folder")
+    assert read({"AD2KIT_SHADOW": "here"}).shadow == str(tmp_path / "here")
+    said = refusal({"AD2KIT_SHADOW": "my folder"}, packed=True)
     assert "expected an absolute path" in said
     assert """AD2KIT_SHADOW="$PWD"/'my folder'""" in said
 
@@ -267,3 +282,16 @@ def test_keys_in_the_environment() -> None:
         with pytest.raises(UserError, match=r"AD2KIT_API_KEYS, key [12]: an API key consists"):
             Settings(api_keys=text).keys()
     assert "hunter2" not in repr(Settings(api_keys="hunter2"))
+
+
+def test_a_client_sends_the_first_key_that_it_finds(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# old\none\ntwo\n")
+    assert client_key(None, {}) is None
+    assert client_key(None, {"AD2KIT_API_KEYS": "three,four"}) == "three"
+    assert client_key(None, {"AD2KIT_API_KEYS_FILE": str(file)}) == "one"
+    assert client_key(file, {"AD2KIT_API_KEYS": "three"}) == "one"
+    with pytest.raises(UserError, match="there is none"):
+        client_key(None, {"AD2KIT_API_KEYS": ""})
+    with pytest.raises(UserError, match="it is absent"):
+        client_key(tmp_path / "none", {})
