@@ -221,7 +221,9 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
     assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
     with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
         Settings(model="a", runs_dir="b").insist_that_they_fit()
-    with pytest.raises(UserError, match=r"may have 1048576 bytes .* worker together 2048") as refused:
+    with pytest.raises(
+        UserError, match=r"may have 1048576 bytes .* worker together 2048"
+    ) as refused:
         Settings(max_held_bytes=2048).insist_that_they_fit()
     assert "raise AD2KIT_MAX_HELD_BYTES" in refused.value.hint
     Settings(shadow="a", shadow_share=0.5, model="b").insist_that_they_fit()
