@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from ad2kit.files import fingerprint
 from ad2kit.labels import counts, label_names, no_labels, read_labels
 from ad2kit.records import SplitFacts
 from ad2kit.sources import Row, read_file, read_rows, read_unlabelled
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,8 +34,6 @@ _SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
-# Half a surrogate pair, which JSON lets through, is no character.
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
     for where, row in rows:
         for column in recipe.text_columns:
             text = row.get(column)
-            if not isinstance(text, str) or not text.strip() or _HALF_PAIR.search(text):
+            if not is_text(text):
                 raise DataError(
                     f"{where}: '{column}' must be a text with at least one visible character, "
                     f"found {text!r:.80}",

@@ -45,6 +45,11 @@ class Settings(BaseModel):
     commas between them, ``api_keys_file`` one key a line. ``shadow`` is a run or an artefact of the
     teacher, which scores ``shadow_share`` of the texts in the background. ``access_log`` writes a
     line for each request.
+
+    The others bound what clients can make a worker hold: bytes of a body, bytes of the bodies of
+    all requests beside the first 4096 of each, bytes (address, chunk sizes and trailers included)
+    and number of the headers of a request, seconds until its headers and then its body are here and
+    until a client has read its answer, and connections.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,9 +63,17 @@ class Settings(BaseModel):
     shadow: str | None = Field(default=None, min_length=1)
     shadow_share: float = Field(default=0.01, gt=0, le=1)
     access_log: bool = False
+    max_body_bytes: int = Field(2**20, ge=2**10, le=2**26)
+    max_held_bytes: int = Field(2**25, ge=2**10, le=2**32)
+    max_header_bytes: int = Field(2**14, ge=2**10, le=2**20)
+    max_headers: int = Field(100, ge=8, le=10_000)
+    header_timeout_s: float = Field(10.0, ge=0.1, le=3600)
+    body_timeout_s: float = Field(30.0, ge=0.1, le=3600)
+    write_timeout_s: float = Field(30.0, ge=0.1, le=3600)
+    max_connections: int = Field(4096, ge=1, le=2**16)
 
     def insist_that_they_fit(self) -> None:
-        """Refuse two names of what is served, and a share of no shadow.
+        """Refuse two names of what is served, a share of no shadow, and a bound above another.
 
         Raises:
             UserError: says what to leave out.
@@ -76,6 +89,12 @@ class Settings(BaseModel):
                 f"shadow_share={self.shadow_share:g} is the share of texts that a shadow scores, "
                 "and there is no shadow",
                 hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
+            )
+        if self.max_held_bytes < self.max_body_bytes:
+            raise UserError(
+                f"one request may have {self.max_body_bytes} bytes (max_body_bytes), and all of a "
+                f"worker together {self.max_held_bytes} (max_held_bytes)",
+                hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
             )
 
     def keys(self) -> list[str]:

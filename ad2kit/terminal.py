@@ -29,6 +29,7 @@ from ad2kit.run_dir import find_run, named_folder, open_run
 from ad2kit.runtime import is_first_process
 from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
+from ad2kit.texts import is_text
 from ad2kit.verdicts import RowAnswers
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def read_lines(file: Path | None) -> Iterator[str]:
                     f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
                     hint="convert it, for example: iconv -f latin1 -t utf-8",
                 ) from error
-            if not text.strip():
+            if not is_text(text):
                 raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
             yield text
 

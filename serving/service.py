@@ -28,10 +28,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request  # noqa: TC002  (Starlette reads the annotation)
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.config import HTTP_PROTOCOLS
 
 from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier
+from ad2kit.connections import bounded, insist_on_files
 from ad2kit.error_contract import ErrorContract
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
@@ -52,18 +54,18 @@ from ad2kit.verdicts import ParityReport
 
 logger = logging.getLogger("ad2kit.service")
 
-MAX_BODY_BYTES = 2**20
 MAX_QUEUE_TEXTS = 1024
 MAX_QUEUE_TOKENS = 2**17
 MAX_BATCH_TOKENS = 1024
 DEADLINE_S = 10.0
 # What is accepted must be answered in time, also when the machine gets slower meanwhile.
 MAX_WAIT_S = DEADLINE_S / 4
-# A client that sends its body a byte at a time must not stay for ever.
-READ_S = 30.0
 # How long Python lets the event loop run on when the engine's thread has a result (default 5 ms).
 SWITCH_S = 0.0005
-EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty'
+LIMITS = (
+    "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_headers", "max_connections",
+    "header_timeout_s", "body_timeout_s", "write_timeout_s",
+)  # fmt: skip
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
@@ -73,6 +75,7 @@ with refusals():
         Path(__file__).parent, vars(bentoml.use_arguments()), worker=WORKER is not None
     )
     settings, KEYS = server.settings, server.settings.keys()
+    insist_on_files(settings.max_connections)
 WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
 
@@ -85,7 +88,10 @@ async def page(_request: Request) -> Response:
     """Answer GET / for people; it asks nobody but this service."""
     content = (Path(__file__).parent / "page.html").read_bytes()
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    headers = {"Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'"}
+    headers = {
+        "Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'",
+        "Referrer-Policy": "no-referrer",  # its address may hold texts
+    }
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
@@ -114,7 +120,7 @@ class Ad2kitClassifier:
     def __init__(self) -> None:
         log_as_json()
         if server.pid != os.getpid():
-            end_with_parent(server.pid, drain_s=READ_S + DEADLINE_S)
+            end_with_parent(server.pid, drain_s=settings.body_timeout_s + DEADLINE_S)
         sys.setswitchinterval(SWITCH_S)
         folder = server.artifact
         threads = settings.threads or max(1, available_cpus() // WORKERS)
@@ -142,7 +148,7 @@ class Ad2kitClassifier:
             share, observe = settings.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
-            self.classifier, self.batcher, deadline_s=DEADLINE_S,
+            self.classifier, self.batcher, deadline_s=DEADLINE_S, max_wait_s=MAX_WAIT_S,
             metrics=self.metrics, shadow=self.shadow, access_log=settings.access_log,
         )  # fmt: skip
         facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
@@ -184,10 +190,10 @@ class Ad2kitClassifier:
             "model_sha256": artifact.files["model.onnx"],
             "limits": {
                 "texts": MAX_TEXTS,
-                "body_bytes": MAX_BODY_BYTES,
                 "queue_texts": MAX_QUEUE_TEXTS,
                 "queue_tokens": MAX_QUEUE_TOKENS,
                 "deadline_s": DEADLINE_S,
+                **{name.removeprefix("max_"): getattr(settings, name) for name in LIMITS},
             },
             "lineage": artifact.lineage,
             "parity": self.parity,
@@ -199,6 +205,7 @@ class Ad2kitClassifier:
         texts, _ = self.batcher.waiting
         logger.info("draining", extra={"waiting_texts": texts})
         await self.batcher.close()
+        self.api.close()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
 
@@ -216,6 +223,9 @@ def openapi() -> dict[str, Any]:
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
+# BentoML builds uvicorn's configuration itself and lets nobody choose a protocol. In this table
+# that configuration looks its default up; it takes a class in place of the name of one.
+HTTP_PROTOCOLS["auto"] = bounded(settings, reject)  # type: ignore[assignment]
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
@@ -225,12 +235,10 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
-    max_body_bytes=MAX_BODY_BYTES,
+    max_body_bytes=settings.max_body_bytes,
     observe=reject,
     hints={
         413: f"send at most {MAX_TEXTS} texts per request",
-        422: EXPECTED,
-        400: EXPECTED,
         504: f"the deadline is {DEADLINE_S:g} s; retry, or send fewer texts",
     },
 )
@@ -241,5 +249,5 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    Direct, path="/classify", handler=lambda: bentoml.get_current_service().api, read_s=READ_S
+    Direct, path="/classify", handler=lambda: bentoml.get_current_service().api
 )

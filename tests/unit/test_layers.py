@@ -15,14 +15,14 @@ PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
 LAYERS = {
-    0: {"errors", "markdown", "yaml_core"},
+    0: {"errors", "markdown", "texts", "yaml_core"},
     1: {
         "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
         "search_space", "sections", "shipping", "verdicts",
     },
     2: {
         "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
-        "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
+        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
         "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
         "observability", "openapi", "parquet_blocks", "parts", "plots", "prospects", "prune",

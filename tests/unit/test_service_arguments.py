@@ -26,6 +26,14 @@ ALL = {
     "shadow": ("/teacher", "/teacher"),
     "shadow_share": ("0.5", 0.5),
     "access_log": ("true", True),
+    "max_body_bytes": ("2048", 2048),
+    "max_held_bytes": ("4096", 4096),
+    "max_header_bytes": ("1024", 1024),
+    "max_headers": ("9", 9),
+    "header_timeout_s": ("0.5", 0.5),
+    "body_timeout_s": ("1.5", 1.5),
+    "write_timeout_s": ("2.5", 2.5),
+    "max_connections": ("7", 7),
 }
 
 
@@ -213,6 +221,11 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
     assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
     with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
         Settings(model="a", runs_dir="b").insist_that_they_fit()
+    with pytest.raises(
+        UserError, match=r"may have 1048576 bytes .* worker together 2048"
+    ) as refused:
+        Settings(max_held_bytes=2048).insist_that_they_fit()
+    assert "raise AD2KIT_MAX_HELD_BYTES" in refused.value.hint
     Settings(shadow="a", shadow_share=0.5, model="b").insist_that_they_fit()
 
 
