@@ -171,13 +171,14 @@ def _check_loaded(
             if finished
             else "give an encoder checkpoint of the architecture that its config.json names",
         )
-    for key, found, expected in sorted(info["mismatched_keys"]):
-        if finished or key.startswith(prefix):
-            raise ModelError(
-                f"{folder} does not hold the '{family}' that its config.json describes: {key} has "
-                f"shape {list(found)}, expected {list(expected)}",
-                hint="give config.json and model.safetensors of the same model",
-            )
+    wrong = [key for key in info["mismatched_keys"] if finished or key.startswith(prefix)]
+    if wrong:
+        key = min(wrong)
+        raise ModelError(
+            f"{folder} does not hold the '{family}' that its config.json describes: expected {key} "
+            f"of shape {list(module.state_dict()[key].shape)}, found another",
+            hint="give config.json and model.safetensors of the same model",
+        )
     unread = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
     if unread:
         raise ModelError(
@@ -355,7 +356,8 @@ def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_tw
         return
     raise ModelError(
         f"{folder / 'config.json'} says problem_type {problem_type}, but data.task is {task}",
-        hint=f"set data.task={theirs}; if config.json is wrong, delete problem_type there",
+        hint=f"set data.task={theirs} if the rows are labelled so, or teacher.finetune to train a "
+        "new head; if config.json is wrong, delete problem_type there",
     )
 
 

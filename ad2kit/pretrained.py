@@ -19,9 +19,9 @@ from ad2kit.errors import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# By `model_type`: those whose whole chain is tested (tests/families.py). Others load, but: MobileBERT
-# reads the padding behind a text, and BigBird's attention depends on the longest text of a batch, so
-# that an answer depends on its company; and the graph of the first DeBERTa cannot be fused.
+# By `model_type`: those whose whole chain is tested (tests/families.py). Of the others that load,
+# MobileBERT reads the padding behind a text, and BigBird's attention depends on the longest text of
+# a batch, so that answers depend on their company; the graph of the first DeBERTa cannot be fused.
 FAMILIES = (
     "albert",
     "bert",
