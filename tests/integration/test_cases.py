@@ -2,7 +2,7 @@
 
 They lie beside the checkout, and these tests skip where they are absent; the kind of each fault has
 a test of its own elsewhere, which makes its input by code. A number is the one of the folder.
-What is asked of a service (27) stands in test_service.py, what is asked of teachers in test_checkpoints.py.
+What is asked of a service (27) stands in test_service.py, and of teachers in test_opening.py.
 """
 
 from __future__ import annotations
