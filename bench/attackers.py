@@ -165,7 +165,7 @@ def trailers() -> Iterator[bytes]:
 async def held_open(
     aim: Aim, *, connections: int, first: bytes, drip: bytes = b"", patience_s: float = 5.0
 ) -> Counter[str]:
-    """Open connections and never finish: a few bytes a second; no answer is read until the end."""
+    """Open connections and never finish; of an answer only the status is read until the end."""
 
     async def one() -> str:
         over = time.monotonic() + aim.seconds
@@ -173,6 +173,7 @@ async def held_open(
             reader, writer = await asyncio.open_connection(HOST, aim.port, limit=2**10)
         except OSError:
             return "not accepted"
+        status = asyncio.ensure_future(reader.read(12))
         writer.write(first)
         while time.monotonic() < over and not (reader.at_eof() or writer.is_closing()):
             writer.write(drip)
@@ -180,15 +181,16 @@ async def held_open(
         line, end = b"", "closed"
         try:
             async with asyncio.timeout(patience_s):
-                while part := await reader.read(2**16):
-                    line = line or part
+                line = await status
+                while await reader.read(2**16):
+                    pass
         except TimeoutError:
             end = STILL_THERE
         except ConnectionError:
             pass
         finally:
             writer.transport.abort()
-        return f"{line[9:12].decode() or 'no answer'}, {end}"
+        return f"{line[9:].decode() or 'no answer'}, {end}"
 
     return Counter(await asyncio.gather(*(one() for _ in range(connections))))
 
