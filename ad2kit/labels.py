@@ -142,7 +142,7 @@ def _given_labels(
             hint="give data.labels a name for each of them, or names that are among them",
         )
     by_id = {str(number): output for number, output in enumerate(ids) if output is not None}
-    columns = tuple(output for output in ids if output is not None)
+    columns = tuple(by_id.values()) if None not in ids else ()
     if only_ids:
         return LabelSet(names, True, by_id, columns)
     if source is not None:
@@ -177,7 +177,7 @@ def read_labels(rows: Sequence[Row], recipe: DataRecipe, labels: LabelSet) -> ND
         if width != len(labels.columns):
             raise DataError(
                 f"{rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, expected "
-                f"one for each of the {len(labels.columns)} labels ({', '.join(labels.names)})",
+                f"one for each label ({', '.join(labels.names)})",
                 hint="give data.labels a name for each cell, in their order",
             )
         found[:, labels.columns] = [[_CELLS[str(cell)] for cell in cells] for cells in several]

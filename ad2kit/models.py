@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from ad2kit.errors import ModelError
 from ad2kit.files import check_sha256, sha256_of_folder, whole_folder, write_record
+from ad2kit.label_order import insist_on_given_order, numbers_of
 from ad2kit.random_bert import random_bert
 from ad2kit.records import ModelManifest
 from ad2kit.references import RANDOM, find_model
@@ -66,11 +67,12 @@ def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
         return TextModel(*parts, data.labels, data.task)
     folder = find_model(reference, key=key)
-    return load(folder, data.labels, data.task, seed=seed, finished=finished)
+    return load(folder, data.labels, data.task, seed=seed, finished=finished,
+                order_given=data.order_given)  # fmt: skip
 
 
 def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, seed: int = 0,
-         finished: bool = True) -> TextModel:  # fmt: skip
+         finished: bool = True, order_given: bool = False) -> TextModel:  # fmt: skip
     """Load a model from a folder; see :func:`load_reference`.
 
     A folder that :func:`save` wrote is compared with its sha256 manifest first.
@@ -79,7 +81,7 @@ def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if finished:
-            _check_labels(folder, config, labels, task)
+            _check_labels(folder, config, labels, task, order_given=order_given)
         for key, value in head_config(labels, task).items():
             setattr(config, key, value)
         kernel = None
@@ -198,13 +200,17 @@ def check_files(folder: Path) -> None:
 
 
 def _check_labels(
-    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task
-) -> None:
+    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task, *,
+    order_given: bool,
+) -> None:  # fmt: skip
     id2label = config.id2label or {}
     theirs = tuple(id2label[index] for index in sorted(id2label))
-    generic = tuple(f"LABEL_{index}" for index in range(len(labels)))
+    numbered = numbers_of(theirs) is not None and len(theirs) == len(labels)
     # A regression has one output, and nobody agrees on its name.
-    fits = len(theirs) == 1 if task == "regression" else theirs in (labels, generic)
+    fits = len(theirs) == 1 if task == "regression" else theirs == labels
+    if not fits and numbered and set(theirs) != set(labels):
+        insist_on_given_order(folder, theirs, labels, order_given=order_given)
+        fits = True
     if not fits:
         raise ModelError(
             f"the teacher's labels differ from the data's:\n"

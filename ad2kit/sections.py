@@ -45,9 +45,9 @@ class DataRecipe(Section):
     its files (without suffix) or splits, and null stands for "train" and "validation". Without a
     source both are paths of files. ``unlabelled`` lists files (also .txt, a text a line) or
     ``hub://owner/name[/config]#split``: texts that the student learns from through its teacher
-    alone. ``labels`` lists the names in the order of the teacher's outputs, which is the order of their
-    ids too unless the source names these; if null they come from the source, or else from the rows,
-    sorted.
+    alone. ``labels`` lists the names in the order of the teacher's outputs, which is the order of
+    their ids too unless the source names these; if null they come from the source, or else from the
+    rows, sorted.
 
     ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
     a list, names separated by commas, or 0 or 1 for each of ``labels``) or ``regression`` (a

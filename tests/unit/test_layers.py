@@ -24,7 +24,7 @@ LAYERS = {
         "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
         "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
-        "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
+        "intermediate", "judge", "label_order", "labels", "losses", "metrics", "mirror", "models", "objectives",
         "observability", "openapi", "parquet_blocks", "parts", "plots", "prospects", "prune",
         "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
         "service_arguments", "service_check", "service_metrics", "shadow", "shapes", "sources",
