@@ -109,7 +109,7 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
     return CheckReport(
         task=data.task,
         labels=data.labels,
-        ordered=data.ordered,
+        ordered=data.order_given,
         splits=splits,
         max_length_tokens=recipe.data.max_length_tokens,
         half_width=width / math.sqrt(rows),

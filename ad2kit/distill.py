@@ -16,6 +16,7 @@ from ad2kit.curve import read_curve, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
 from ad2kit.intermediate import check_terms, comparison
+from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
 from ad2kit.losses import soft_targets
 from ad2kit.metrics import score
@@ -90,8 +91,8 @@ def distill(
     reading, select = data.distillation(), stage.encode(student, data.select)
     encoded = stage.encode(student, reading)
     teacher.module.to(accelerator.device)
+    told = stage.select_logits(teacher)
     teacher_logits = stage.teacher_logits(teacher, reading)
-    told = stage.logits(teacher, stage.encode(teacher, data.select))
     prepare(student, recipe.compute)
     state = trainer.train(
         student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
@@ -145,6 +146,7 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
     stage = _Stage.of(run, lambda _record: None, allow_inexact)
     teacher = stage.teacher()
     teacher.module.to(stage.accelerator.device)
+    stage.select_logits(teacher)
     stage.teacher_logits(teacher, stage.data.distillation())
 
 
@@ -311,6 +313,16 @@ class _Stage:
         encode = functools.partial(self.encode, teacher, train)
         narrow(student, teacher, self.recipe.student, encode, self.accelerator)
         return student
+
+    def select_logits(self, teacher: TextModel) -> torch.Tensor:
+        """Return the teacher's logits on ``select``, or refuse one with its labels in disorder."""
+        data = self.data
+        logits = self.logits(teacher, self.encode(teacher, data.select))
+        insist_on_order(
+            data.task, answers(data.task, logits.numpy()), data.select.labels, data.labels,
+            finished=self.recipe.teacher.finetune is None,
+        )  # fmt: skip
+        return logits
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on what the student reads, computed once for all runs.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ad2kit import metrics
+from ad2kit.label_order import better_order
 from ad2kit.labels import counts
 from ad2kit.tasks import answers, softmax
 from ad2kit.verdicts import Check, ClassRecall, LengthSlice, VariantParity
@@ -199,6 +200,7 @@ def distillation_quality(
         checks=(
             *earlier,
             *_teacher_knows(task, teacher, labels),
+            *_order_of_labels(task, teacher, labels, names),
             *_variety(task, ours, teacher),
             at_least(
                 question, f"{reference_name(reference)} retained", retained,
@@ -242,10 +244,7 @@ def reference_name(reference: Reference) -> str:
 
 
 def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> tuple[Check, ...]:
-    """Insist that the teacher is worth imitating: the student of a bad one keeps all of it.
-
-    A teacher whose outputs were permuted is the usual case, and falls below a constant answer.
-    """
+    """Insist that the teacher is worth imitating: the student of a bad one keeps all of it."""
     if task != "single_label":
         return ()
     most_frequent = np.bincount(labels).max() / len(labels)
@@ -255,6 +254,20 @@ def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> t
             float((teacher == labels).mean()), float(most_frequent),
         ),
     )  # fmt: skip
+
+
+def _order_of_labels(
+    task: Task, teacher: NDArray[Any], labels: NDArray[Any], names: tuple[str, ...]
+) -> tuple[Check, ...]:
+    """Insist that no other assignment of the teacher's outputs to the labels fits far better."""
+    if task == "regression":
+        return ()
+    found = better_order(task, teacher, labels, len(names))
+    gain = 0.0 if found is None else found.then - found.now
+    check = at_most(
+        "distillation quality", "teacher's right answers gained by another order of labels", gain, 0
+    )
+    return (check.model_copy(update={"note": None if found is None else found.words(names)}),)
 
 
 def _variety(task: Task, ours: NDArray[Any], teacher: NDArray[Any]) -> tuple[Check, ...]:

@@ -17,6 +17,7 @@ import transformers
 from ad2kit import data as datasets
 from ad2kit.errors import ModelError
 from ad2kit.files import check_sha256, sha256_of_folder, whole_folder, write_record
+from ad2kit.label_order import insist_on_given_order, numbers_of
 from ad2kit.pretrained import check_weights, read_config, read_tokenizer, refuse_adapter
 from ad2kit.random_bert import random_bert
 from ad2kit.records import ModelManifest
@@ -75,11 +76,12 @@ def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
         return TextModel(*parts, data.labels, data.task)
     folder = find_model(reference, key=key)
-    return load(folder, data.labels, data.task, seed=seed, finished=finished)
+    return load(folder, data.labels, data.task, seed=seed, finished=finished,
+                order_given=data.order_given)  # fmt: skip
 
 
 def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, seed: int = 0,
-         finished: bool = True) -> TextModel:  # fmt: skip
+         finished: bool = True, order_given: bool = False) -> TextModel:  # fmt: skip
     """Load a model from a folder; see :func:`load_reference`.
 
     A folder that :func:`save` wrote is compared with its sha256 manifest first. A finished
@@ -89,7 +91,9 @@ def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, 
     refuse_adapter(folder, len(labels))
     check_files(folder)
     config, tokenizer = read_config(folder), read_tokenizer(folder)
-    sigmoid_of = _check_labels(folder, config, labels, task) if finished else None
+    sigmoid_of = (
+        _check_labels(folder, config, labels, task, order_given=order_given) if finished else None
+    )
     head = head_config(labels, task)
     if sigmoid_of is not None:
         head = head_config((labels[sigmoid_of],), task)
@@ -313,8 +317,9 @@ def check_files(folder: Path) -> None:
 
 
 def _check_labels(
-    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task
-) -> int | None:
+    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task, *,
+    order_given: bool,
+) -> int | None:  # fmt: skip
     """Refuse a finished classifier of another task or of other labels than the data's.
 
     Names are compared without regard to case.
@@ -329,10 +334,13 @@ def _check_labels(
     if task == "regression":  # it has one output, and nobody agrees on its name
         fits = len(theirs) == 1
     elif one_of_two:
-        fits = theirs == ("LABEL_0",) or _plain(theirs)[0] in _plain(labels)
+        fits = _plain(theirs)[0] in _plain(labels)
     else:
-        generic = tuple(f"LABEL_{index}" for index in range(len(labels)))
-        fits = theirs == generic or _plain(theirs) == _plain(labels)
+        fits = _plain(theirs) == _plain(labels)
+    numbered = numbers_of(theirs) is not None and (one_of_two or len(theirs) == len(labels))
+    if not fits and numbered and task != "regression" and set(theirs) != set(labels):
+        insist_on_given_order(folder, theirs, labels, order_given=order_given)
+        fits = True
     if not fits:
         raise ModelError(
             f"the teacher's labels differ from the data's:\n"
@@ -343,7 +351,8 @@ def _check_labels(
     if not one_of_two:
         return None
     # A sigmoid that has no name is the probability of class 1.
-    return 1 if theirs == ("LABEL_0",) else _plain(labels).index(_plain(theirs)[0])
+    name = _plain(theirs)[0]
+    return _plain(labels).index(name) if name in _plain(labels) else 1
 
 
 def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_two: bool) -> None:

@@ -44,7 +44,7 @@ class QuantisationSearch(Record):
 
 
 class Check(Part):
-    """One threshold of the gate beside the value that was measured."""
+    """One threshold of the gate beside the value that was measured, and what it may be due to."""
 
     question: Literal["export fidelity", "conversion cost", "distillation quality"]
     name: str
@@ -52,6 +52,7 @@ class Check(Part):
     bound: Literal["at most", "at least"]
     threshold: float
     interval: tuple[float, float] | None = None
+    note: str | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -64,7 +65,8 @@ class Check(Part):
     @property
     def words(self) -> str:
         """The check as a sentence: what was measured, and what was expected."""
-        return f"{self.name} is {self.value:.4g}, expected {self.bound} {self.threshold:g}"
+        note = "" if self.note is None else f"; {self.note}"
+        return f"{self.name} is {self.value:.4g}, expected {self.bound} {self.threshold:g}{note}"
 
 
 class LengthSlice(Part):
