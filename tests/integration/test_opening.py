@@ -292,7 +292,8 @@ REFUSED = {
         lambda folder, _hint: edit(folder / "config.json", num_hidden_layers=4) or [],
     ),
     "another width": Kind(
-        config(intermediate_size=32), "expected bert.encoder.layer.0.intermediate.dense.bias of shape [32], found another",
+        config(intermediate_size=32),
+        "expected bert.encoder.layer.0.intermediate.dense.bias of shape [32], found another",
         lambda folder, _hint: edit(folder / "config.json", intermediate_size=64) or [],
     ),
     "a logit that is no number": Kind(
