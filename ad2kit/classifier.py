@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
 from ad2kit.shipping import passed_variants
 from ad2kit.tasks import answers, scores
+from ad2kit.texts import is_text
 
 try:
     import onnxruntime
@@ -40,7 +40,6 @@ PROVIDERS: dict[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +106,6 @@ def read_artifact(folder: Path) -> OnnxArtifact:
     again = f"restore the file, or delete {folder} and run `ad2kit export` again"
     check_sha256(folder, artifact.files, hint=again)
     return artifact
-
-
-def is_text(column: object) -> bool:
-    """Tell whether this is a text to classify; no tokenizer takes a lone surrogate.
-
-    Callers in Python and over HTTP, and rows of files, can hold anything.
-    """
-    return isinstance(column, str) and bool(column.strip()) and not _SURROGATE.search(column)
 
 
 def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
@@ -189,8 +180,12 @@ class OnnxClassifier:
         self.tokenizer.enable_truncation(self.artifact.max_length_tokens)
         self.tokenizer.no_padding()
 
-    def encode(self, texts: Sequence[Text]) -> list[Encoding]:
+    def encode(self, texts: Sequence[Text], first: int = 0) -> list[Encoding]:
         """Tokenise texts, cut to the model's maximum length.
+
+        Args:
+            texts: the texts, or the pairs of them.
+            first: the number of the first text, for what is said of one that is refused.
 
         Raises:
             UserError: not a list of texts, an empty text, or one text where the model needs two.
@@ -198,7 +193,7 @@ class OnnxClassifier:
         if isinstance(texts, str):
             raise UserError("expected a list of texts, found one str", hint="pass [text]")
         examples: list[Text] = []
-        for position, text in enumerate(texts):
+        for position, text in enumerate(texts, first):
             columns = tuple(text) if isinstance(text, (tuple, list)) else (text,)
             if len(columns) != self.artifact.text_columns:
                 raise UserError(

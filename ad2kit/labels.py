@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 # What a row without a label holds: PyTorch's ignore_index for class ids, NaN for the others.
 NO_CLASS = -100
-# Below this share of the rows a label is called rare.
-_RARE = 0.1
+# A label with less than this part of an equal share of the rows is called rare.
+_RARE = 0.2
+# So many labels are named one by one; of more, the least and the most frequent.
+_NAMED = 10
 
 
 def label_names(
@@ -96,11 +98,20 @@ def counts(task: Task, labels: NDArray[Any], names: tuple[str, ...]) -> dict[str
 
 def balance(found: dict[str, int], rows: int) -> str:
     """Return in words how the labels are shared out over the rows, and who comes short."""
-    shares = ", ".join(f"{name} {count} ({count / rows:.1%})" for name, count in found.items())
-    rare = [name for name, count in found.items() if count < _RARE * rows]
+
+    def share(name: str) -> str:
+        return f"{name} {found[name]} ({found[name] / rows:.1%})"
+
+    names = sorted(found, key=lambda name: found[name])
+    if len(found) <= _NAMED:
+        words = ", ".join(map(share, found))
+    else:
+        words = f"{len(found)} labels, from {share(names[0])} to {share(names[-1])}"
+    rare = [name for name in names if found[name] < _RARE * sum(found.values()) / len(found)]
     if not rare:
-        return shares
-    return f"{shares}; rare, and left as they are: {', '.join(rare)}"
+        return words
+    more = f" and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""
+    return f"{words}; rare, and left as they are: {', '.join(rare[:_NAMED])}{more}"
 
 
 def _class(where: str, row: dict[str, Any], column: str) -> str:

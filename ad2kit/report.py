@@ -74,7 +74,7 @@ def _context(run: RunDir) -> Context:
             "header": tables.HEADER, "rows": tables.rows(run), "caption": tables.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),
-        "gate": [_checks(each) for each in parity.variants],
+        "gate": [(*_checks(each), _failures(each), _recall(each)) for each in parity.variants],
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [
@@ -133,7 +133,7 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
     low, high = variant.retained_interval
     kept = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
     lines = [f"{kept} (95 % interval {low:.2%} to {high:.2%})."]
-    if latency is not None:
+    if latency is not None and variant.variant in latency.sizes_bytes:
         teacher, ours = (
             tables.smallest_and_largest(latency, system)
             for system in ("teacher (PyTorch)", variant.variant)
@@ -141,8 +141,9 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
         share = latency.sizes_bytes[variant.variant] / latency.sizes_bytes["teacher (PyTorch)"]
         lines.append(
             f"It has {share:.0%} of the teacher's bytes, answers one text "
-            f"{teacher[0].p50_ms / ours[0].p50_ms:.1f} times as fast, and reads "
-            f"{ours[1].texts_per_s / teacher[1].texts_per_s:.1f} times as many texts in batches."
+            f"{tables.times_as_fast(ours[0], teacher[0])} as fast, and a batch of "
+            f"{ours[1].batch_size} {tables.times_as_fast(ours[1], teacher[1])} as fast."
+            f"{tables.busy_words(latency)}"
         )
     return lines
 
@@ -157,6 +158,7 @@ def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
     points = {
         name: (tables.smallest_and_largest(latency, name)[0].p50_ms, value)
         for name, value in known.items()
+        if name in latency.sizes_bytes
     }
     return _markup(plots.latency(points, " and ".join(parity.teacher_metrics)))
 
@@ -173,10 +175,26 @@ def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
     if variant.mcnemar_p is not None:
         p = f"{variant.mcnemar_p:.3g}"
         lines.append(("distillation quality", "McNemar's test, p", p, "", "not a check", ""))
-    for name, change in variant.recall_change_by_class.items():
-        points = f"{100 * change:+.1f} points"
-        lines.append(("distillation quality", f"recall of {name}", points, "", "not a check", ""))
     return variant.variant, "passed" if variant.passed else "FAILED", lines
+
+
+def _failures(variant: VariantParity) -> list[str]:
+    """Return in words why a variant did not pass."""
+    return [check.words for check in variant.checks if not check.passed]
+
+
+def _recall(variant: VariantParity) -> list[tuple[str, ...]]:
+    """Return a row for each class: those that lost most first."""
+    classes = sorted(
+        variant.recall_by_class.items(), key=lambda item: item[1].variant - item[1].teacher
+    )
+    return [
+        (
+            name, str(found.rows), f"{found.teacher:.3f}", f"{found.variant:.3f}",
+            f"{100 * (found.variant - found.teacher):+.1f}",
+        )
+        for name, found in classes
+    ]  # fmt: skip
 
 
 def _differ(

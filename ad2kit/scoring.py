@@ -14,10 +14,11 @@ import numpy as np
 
 from ad2kit import text_blocks
 from ad2kit.blocks import suffix_of
-from ad2kit.classifier import OnnxClassifier, is_text
+from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import DataError
 from ad2kit.parts import OutputFolder, part_name
 from ad2kit.tasks import answers, scores
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -44,7 +44,8 @@ class DataRecipe(Section):
     where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
     Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
     from the training rows, or, as many papers do, those of ``validation``, which flatters the
-    scores on them.
+    scores on them. ``max_leakage`` is the largest share of the validation texts that may be
+    training texts too.
     """
 
     source: str | None = None
@@ -59,6 +60,7 @@ class DataRecipe(Section):
     max_length_tokens: Annotated[int, Field(ge=8)]
     max_train_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
+    max_leakage: Fraction = 0.1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -268,10 +270,14 @@ class ParityRecipe(Section):
 
 
 class BenchRecipe(Section):
-    """What the latency report measures."""
+    """What the latency report measures.
+
+    ``lengths_tokens`` null takes 16, 32 and 128 as far as ``data.max_length_tokens`` allows; no
+    text is longer than that.
+    """
 
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
-    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16, 32, 128)
+    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     seconds_per_cell: AboveZero = 1.0
 
 

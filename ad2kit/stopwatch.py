@@ -38,7 +38,7 @@ class Stopwatch:
 
     def __init__(
         self, recipe: Recipe, target: Target, file: Path,
-        clock: Callable[[dict[str, Call], NDArray[np.int64], float], dict[str, list[float]]],
+        clock: Callable[[dict[str, Call], NDArray[np.int64], float], dict[str, list[list[float]]]],
         vocabulary: int,
     ) -> None:  # fmt: skip
         self.threads = recipe.compute.threads or available_cpus()
@@ -67,14 +67,14 @@ class Stopwatch:
             calls = {name: call for name, (call, _) in systems.items()}
             seconds = self._clock(calls, self._ids, self._seconds)
             ms = {
-                name: tuple(np.percentile(np.asarray(times) * 1e3, [50, 99]).tolist())
-                for name, times in seconds.items()
+                name: tuple(np.percentile(np.concatenate(rounds) * 1e3, [50, 99]).tolist())
+                for name, rounds in seconds.items()
             }
             fastest = min(ms[name][0] for name in baselines or systems)
             costs = tuple(
                 Cost(
                     variant=name, size_bytes=size, p50_ms=ms[name][0], p99_ms=ms[name][1],
-                    calls=len(seconds[name]), speedup=fastest / ms[name][0],
+                    calls=sum(map(len, seconds[name])), speedup=fastest / ms[name][0],
                 )
                 for name, (_, size) in systems.items()
             )  # fmt: skip

@@ -29,10 +29,11 @@ def run_all(
 ) -> BentoRecord:
     """Take a run from its recipe to a published Bento.
 
-    Latency is measured and the report written even where the gate says no.
+    The verdict comes first: only what passed is measured and packaged. The report is written even
+    where nothing passed.
 
     Raises:
-        GateFailed: a variant did not pass, or the service differs from its artefact.
+        GateFailed: no variant passed, or the service differs from its artefact.
         UserError: see the stages.
     """
     if processes() > 1:
@@ -44,9 +45,9 @@ def run_all(
     distill(run, on_step=on_step, allow_inexact=allow_inexact)
     export(run)
     verdict = parity(run)
-    bench(run, again=False)
     report(run)
     insist_passed(verdict, run.path, report=run.parity_report)
+    bench(run, again=False)
     record = package(run)
     report(run)
     return record

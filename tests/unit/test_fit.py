@@ -266,11 +266,13 @@ def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
 ) -> None:
     recipe, made = load("smoke"), list[str]()
 
-    def clock(calls: dict[str, Call], ids: np.ndarray, seconds: float) -> dict[str, list[float]]:
+    def clock(
+        calls: dict[str, Call], ids: np.ndarray, seconds: float
+    ) -> dict[str, list[list[float]]]:
         assert ids.shape == (1, 64)
         assert seconds == recipe.bench.seconds_per_cell
         made.append("measured")
-        return {name: [0.001 * (place + 1)] * 10 for place, name in enumerate(calls)}
+        return {name: [[0.001 * (place + 1)] * 5] * 2 for place, name in enumerate(calls)}
 
     def systems() -> dict[str, System]:
         return {"teacher": (lambda _ids: None, 4), "fused": (lambda _ids: None, 2)}

@@ -16,25 +16,25 @@ PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
 LAYERS = {
-    0: {"errors", "markdown", "yaml_core"},
+    0: {"errors", "markdown", "texts", "yaml_core"},
     1: {
         "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
         "search_space", "sections", "shipping", "verdicts",
     },
     2: {
         "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
-        "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
+        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
         "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
         "observability", "openapi", "parquet_blocks", "parts", "plots", "pretrained", "prospects",
         "prune", "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
-        "service_arguments", "service_check", "service_metrics", "shadow", "shapes", "sources",
-        "stopwatch", "store", "students", "sweep_report", "tables", "tasks", "text_blocks",
-        "training", "tuning", "workers",
+        "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
+        "shapes", "sources", "stopwatch", "store", "students", "sweep_report", "tables",
+        "tasks", "text_blocks", "training", "tuning", "workers",
     },
     3: {
-        "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
-        "report", "score",
+        "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
+        "push", "report", "score",
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {
