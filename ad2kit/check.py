@@ -205,7 +205,7 @@ def _memory_bytes(recipe: Recipe, teacher: TextModel, train: SplitCheck) -> floa
     width, heads = config.hidden_size, config.num_attention_heads
     layer = 2 * tokens * texts * width * (34 + 5 * heads * tokens / width)
     trained = _TRAINED_BYTES if recipe.teacher.finetune else _READ_BYTES
-    return _PYTORCH_BYTES + trained * teacher.parameters() + layer * config.num_hidden_layers
+    return float(_PYTORCH_BYTES + trained * teacher.parameters() + layer * config.num_hidden_layers)
 
 
 def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, int]) -> float:

@@ -235,7 +235,9 @@ def most_tokens(model: TextModel) -> int | None:
     config = model.module.config
     positions: int | None = getattr(config, "max_position_embeddings", None)
     # These start counting positions after the padding id, which is always 1 in MPNet.
-    padding = {"mpnet": 1} | dict.fromkeys(("roberta", "xlm-roberta", "camembert"), config.pad_token_id)
+    padding = {"mpnet": 1} | dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert"), config.pad_token_id
+    )
     offset = padding.get(config.model_type, -1) + 1
     return None if positions is None else positions - offset
 

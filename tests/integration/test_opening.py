@@ -506,7 +506,10 @@ def test_the_code_of_a_folder_is_never_run(
         "class MyTokenizer(transformers.BertTokenizerFast): pass\n"
     )
     if place == "config.json":
-        auto = {"AutoConfig": "my.MyConfig", "AutoModelForSequenceClassification": "my.MyModel"}
+        auto: dict[str, object] = {
+            "AutoConfig": "my.MyConfig",
+            "AutoModelForSequenceClassification": "my.MyModel",
+        }
         edit(folder / place, model_type="mine", auto_map=auto)
     else:
         auto = {"AutoTokenizer": [None, "my.MyTokenizer"]}
