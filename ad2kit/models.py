@@ -207,7 +207,7 @@ def _give_two_outputs(module: PreTrainedModel, sigmoid_of: int) -> None:
         two[sigmoid_of] = value.data[0]
         setattr(head, name, torch.nn.Parameter(two))
     head.out_features = 2
-    module.num_labels = 2
+    setattr(module, "num_labels", 2)  # noqa: B010  (torch types what a module holds as tensors)
 
 
 def _check_embeddings(folder: Path, model: TextModel) -> None:
@@ -239,9 +239,10 @@ def most_tokens(model: TextModel) -> int | None:
     config = model.module.config
     positions: int | None = getattr(config, "max_position_embeddings", None)
     # These start counting positions after the padding id, which is always 1 in MPNet.
-    counted_from = {"roberta": config.pad_token_id, "mpnet": 1}
-    counted_from["xlm-roberta"] = counted_from["camembert"] = config.pad_token_id
-    offset = counted_from.get(config.model_type, -1) + 1
+    padding = {"mpnet": 1} | dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert"), config.pad_token_id
+    )
+    offset = padding.get(config.model_type, -1) + 1
     return None if positions is None else positions - offset
 
 

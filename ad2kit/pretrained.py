@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import transformers
 from safetensors import safe_open
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from ad2kit.errors import ModelError
 
@@ -102,7 +102,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         )
     _check_numbers(folder / _CONFIG, raw)
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
@@ -111,6 +111,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
             f"{folder / _CONFIG}: {_words(error)}",
             hint="correct the value, or save the model again with save_pretrained()",
         ) from error
+    return cast(transformers.PretrainedConfig, config)
 
 
 def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
@@ -169,10 +170,11 @@ def _check_tokenizer_files(folder: Path) -> None:
         )
     available = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
     lacking = [package for package, there in available.items() if not there]
-    if lacking and not serialised and list(folder.glob("*.model")):
+    pieces = next(folder.glob("*.model"), None)
+    if lacking and pieces is not None and not serialised:
         raise ModelError(
             f"{folder} has no {_TOKENIZER}, and {' and '.join(lacking)} to make it from "
-            f"{next(folder.glob('*.model')).name} is not installed",
+            f"{pieces.name} is not installed",
             hint=f"pip install {' '.join(lacking)}",
         )
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ad2kit import models, pretrained
 from ad2kit.corpus import opinions
+from ad2kit.errors import ModelError
 from ad2kit.prune import FAMILIES as CUTTABLE
 from ad2kit.references import RANDOM
 from tests import families
@@ -84,6 +85,10 @@ def edit(file: Path, **values: object) -> None:
 def without_tokenizer(folder: Path) -> None:
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def damaged_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
 
 
 def without_vocabulary(folder: Path) -> None:
@@ -201,6 +206,12 @@ def rename(folder: Path, hint: str) -> list[str]:
     return []
 
 
+def config_of_the_weights(folder: Path, hint: str) -> list[str]:
+    assert "give config.json and model.safetensors of the same model" in hint
+    families.tiny("bert").module.config.save_pretrained(folder)
+    return []
+
+
 def train_a_head(_folder: Path, hint: str) -> list[str]:
     assert "teacher.finetune" in hint
     return [TRAINED]
@@ -254,7 +265,7 @@ REFUSED = {
         save_the_tokenizer,
     ),
     "damaged tokenizer": Kind(
-        lambda folder: (folder / "tokenizer.json").write_text("{}") and None,
+        damaged_tokenizer,
         "holds no tokenizer that transformers can read",
         save_the_tokenizer,
     ),
@@ -289,11 +300,12 @@ REFUSED = {
     ),
     "fewer layers than weights": Kind(
         config(num_hidden_layers=2), "tensors of layers that the 'bert' of its config.json does",
-        lambda folder, _hint: edit(folder / "config.json", num_hidden_layers=4) or [],
+        config_of_the_weights,
     ),
     "another width": Kind(
-        config(intermediate_size=32), "expected bert.encoder.layer.0.intermediate.dense.bias of shape [32], found another",
-        lambda folder, _hint: edit(folder / "config.json", intermediate_size=64) or [],
+        config(intermediate_size=32),
+        "expected bert.encoder.layer.0.intermediate.dense.bias of shape [32], found another",
+        config_of_the_weights,
     ),
     "a logit that is no number": Kind(
         not_a_number, "teacher.model: expected 2 finite logits for each text", None
@@ -402,7 +414,7 @@ def test_names_are_compared_without_regard_to_case(
     assert both(FINISHED).code == 0
     loaded = models.load(tmp_path / "teacher", LABELS)
     assert loaded.module.config.id2label == dict(enumerate(LABELS))
-    with pytest.raises(models.ModelError, match="labels differ"):  # two differ in nothing else
+    with pytest.raises(ModelError, match="labels differ"):  # two differ in nothing else
         models.load(tmp_path / "teacher", ("negative", "NEGATIVE"))
 
 
@@ -494,7 +506,10 @@ def test_the_code_of_a_folder_is_never_run(
         "class MyTokenizer(transformers.BertTokenizerFast): pass\n"
     )
     if place == "config.json":
-        auto = {"AutoConfig": "my.MyConfig", "AutoModelForSequenceClassification": "my.MyModel"}
+        auto: dict[str, object] = {
+            "AutoConfig": "my.MyConfig",
+            "AutoModelForSequenceClassification": "my.MyModel",
+        }
         edit(folder / place, model_type="mine", auto_map=auto)
     else:
         auto = {"AutoTokenizer": [None, "my.MyTokenizer"]}
@@ -608,7 +623,7 @@ def test_segments_that_the_model_does_not_have_are_named_before_training(tmp_pat
     model.module.train()
     models.try_out(model, [(text,) for text in TEXTS[:2]], 48, key="teacher.model")
     assert model.module.training
-    with pytest.raises(models.ModelError, match="cannot read the first training texts: IndexError"):
+    with pytest.raises(ModelError, match="cannot read the first training texts: IndexError"):
         models.try_out(model, [(text, text) for text in TEXTS[:2]], 48, key="teacher.model")
 
 
