@@ -231,8 +231,12 @@ def test_spans_go_to_the_collector_that_is_named_and_hold_no_text(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms
     with serving(tmp_path, f"model={finished_run.onnx('fp32')}", "workers=1") as address:
         assert classify(address, SECRET).status == 200
-        wait_for(lambda: any(b"POST /classify" in body for body in received))
-    assert SECRET.encode() not in b"".join(received)
+        assert call(address, "GET", f"/?text={SECRET.replace(' ', '%20')}").status == 200
+        wait_for(lambda: all(any(name in body for body in received)
+                             for name in (b"POST /classify", b"GET /")))  # fmt: skip
+    spans = b"".join(received)
+    assert SECRET.encode() not in spans
+    assert b"unmistakable" not in spans
 
 
 @pytest.mark.parametrize("share", ["2", "half"])
