@@ -14,6 +14,7 @@ from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.runtime import stage
 from ad2kit.service_check import MAX_SCORE_GAP, ServiceAnswers
+from ad2kit.shipping import choose_variant
 from ad2kit.terminal import print_json, print_table
 from ad2kit.verdicts import ParityReport, insist_passed
 
@@ -31,6 +32,10 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
     else:
         print_table(run)
     insist_passed(verdict, run.path, report=run.parity_report)
+    choose_variant(run, None)  # a campaign may have refused what the gate has passed
+    if run.campaign_record.is_file():
+        _say(f"parity: passed; next: ad2kit package {run.path}")
+        return
     _say("parity: passed; next: ad2kit package, or serve it now: bentoml serve")
 
 

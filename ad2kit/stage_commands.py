@@ -107,10 +107,11 @@ def export(
         judge_run(folder, as_json=as_json)
         typer.echo(f"as a shadow: bentoml serve --arg shadow={folder.path}", err=True)
         return
-    artifacts = stage("ad2kit.export", "export")(folder)
-    if not no_parity:
-        judge_run(folder, as_json=as_json)
-        return
+    with folder.locked() as held:
+        artifacts = stage("ad2kit.export", "export")(held)
+        if not no_parity:
+            judge_run(held, as_json=as_json)
+            return
     if as_json:
         print_json([artifact.model_dump(mode="json") for artifact in artifacts])
 

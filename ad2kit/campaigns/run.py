@@ -41,12 +41,13 @@ def run_all(
             hint="`accelerate launch -m ad2kit distill ...` first; then `ad2kit run` with the "
             "same settings goes on from there",
         )
-    distill(run, on_step=on_step, allow_inexact=allow_inexact)
-    export(run)
-    verdict = parity(run)
-    bench(run, again=False)
-    report(run)
-    insist_passed(verdict, run.path, report=run.parity_report)
-    record = package(run)
-    report(run)
+    with run.locked() as held:
+        distill(held, on_step=on_step, allow_inexact=allow_inexact)
+        export(held)
+        verdict = parity(held)
+        bench(held, again=False)
+        report(held)
+        insist_passed(verdict, run.path, report=run.parity_report)
+        record = package(held)
+        report(held)
     return record
