@@ -15,7 +15,6 @@ import onnxruntime
 import pytest
 
 from ad2kit import doctor
-from ad2kit.__main__ import main
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
 from tests.conftest import QUICK, RECIPES
@@ -24,25 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ALONE = [sys.executable, "-m", "ad2kit"]
-
-
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def ad2kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command line in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ad2kit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 def test_recipes_and_version(ad2kit: Any) -> None:
