@@ -177,7 +177,7 @@ class CampaignRecord(Record):
         for verdict in self.verdicts:
             if (verdict.variant, verdict.manifest_sha256) == (variant, manifest_sha256):
                 return [f"{failure}, {rule}" for failure in verdict.failures]
-        return [f"{variant}: not passed {rule}: it was not judged"]
+        return [f"{variant}: not passed {rule}: it was not judged as it lies there"]
 
 
 class RowAnswers(Record):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from filelock import FileLock, Timeout
 
-import ad2kit
+from ad2kit import load
 from ad2kit.campaigns import run as chain
 from ad2kit.data import load_data
 from ad2kit.distill import distill
@@ -182,25 +182,32 @@ def test_what_fit_refuses_is_not_shipped_though_the_gate_has_passed_it(narrow: R
     with pytest.raises(GateFailed, match=words) as caught:
         choose_variant(narrow, "int8")
     assert f"ad2kit package {narrow.path} --variant int8 --allow-failed-parity" in caught.value.hint
-    with pytest.raises(GateFailed, match=r"fp32: not passed by the rule .*: it was not judged"):
+    with pytest.raises(
+        GateFailed, match=r"fp32: not passed by the rule .*: it was not judged as it lies"
+    ):
         choose_variant(narrow, None)
     with pytest.raises(RunError, match=words):
-        ad2kit.load(narrow.path)
+        load(narrow.path)
     assert choose_variant(narrow, "int8", allow_failed_parity=True) == (narrow.onnx("int8"), True)
-    assert ad2kit.load(narrow.onnx("int8")).predict(["fine"])
+    assert load(narrow.onnx("int8")).predict(["fine"])
 
 
-def test_the_command_line_tells_of_the_refusal(narrow: RunDir) -> None:
+def test_the_command_line_tells_of_the_refusal(ad2kit: Any, narrow: RunDir) -> None:
     judged_at(narrow, 9)
-    for command in (["parity"], ["export"], ["package", "--variant", "int8"]):
-        refused = ad2kit_alone(command[0], narrow.path, *command[1:])
-        assert refused.returncode == 1, refused.stderr
-        assert "by the rule of `ad2kit fit` (retain 97 %)" in refused.stderr
-        assert "next:" not in refused.stderr
-    assert ad2kit_alone("report", narrow.path).stdout.count(" refused") == 3
+    for command in (["parity"], ["package", "--variant", "int8"]):
+        refused = ad2kit(command[0], narrow.path, *command[1:])
+        assert refused.code == 1
+        assert "by the rule of `ad2kit fit` (retain 97 %)" in refused.err
+        assert "next:" not in refused.err
+    assert ad2kit("report", narrow.path).out.count(" refused") == 3
     page = narrow.report.read_text()
     assert "<title>smoke: failed</title>" in page
     assert "at look 9" in page
+    named = ad2kit("predict", "--run", narrow.path, "fine")
+    assert (named.code, "at look 9" in named.err) == (2, True)
+    judged_at(narrow, 1)
+    passed = ad2kit("parity", narrow.path)
+    assert (passed.code, f"next: ad2kit package {narrow.path}\n" in passed.err) == (0, True)
 
 
 def test_a_verdict_of_a_campaign_is_of_one_artefact(narrow: RunDir) -> None:
