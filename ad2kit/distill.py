@@ -205,7 +205,10 @@ class _Stage:
         accelerator = make_accelerator(recipe.compute)
         surroundings = environment(
             torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
-        ) | {"compile": str(recipe.compute.compile)}
+        ) | {
+            "compile": str(recipe.compute.compile),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
         data = datasets.load_data(recipe.data, recipe.seed)
         if data.task != "regression":
             train = data.train

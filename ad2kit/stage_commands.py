@@ -106,10 +106,11 @@ def export(
         shadow = shlex.quote(str(folder.path.resolve()))
         typer.echo(f"as a shadow: AD2KIT_SHADOW={shadow} bentoml serve", err=True)
         return
-    artifacts = stage("ad2kit.export", "export")(folder)
-    if not no_parity:
-        judge_run(folder, as_json=as_json)
-        return
+    with folder.locked() as held:
+        artifacts = stage("ad2kit.export", "export")(held)
+        if not no_parity:
+            judge_run(held, as_json=as_json)
+            return
     if as_json:
         print_json([artifact.model_dump(mode="json") for artifact in artifacts])
 

@@ -163,6 +163,50 @@ class ParityReport(Record):
         ]
 
 
+class CampaignVerdict(Part):
+    """What the rule of a campaign said of a variant, at the ``look``-th look at validation rows.
+
+    The ``interval`` of what the variant retains misses the truth with the chance ``error``.
+    """
+
+    variant: str
+    manifest_sha256: str
+    look: int
+    error: float
+    interval: tuple[float, float]
+    failures: tuple[str, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against the variant."""
+        return not self.failures
+
+
+class CampaignRecord(Record):
+    """``campaign.json``: which campaign made a run, and what its own rule said of the variants.
+
+    A command takes the run of a campaign only if it is named. Where the campaign has a ``rule``,
+    a variant may be shipped if this rule and the gate have passed it.
+    """
+
+    file_name: ClassVar[str] = "campaign.json"
+
+    command: str
+    rule: str | None = None
+    verdicts: tuple[CampaignVerdict, ...] = ()
+
+    def refusals(self, variant: str, manifest_sha256: str) -> list[str]:
+        """Return what the rule has against shipping a variant; nothing if it has passed."""
+        if self.rule is None:
+            return []
+        rule = f"by the rule of `{self.command}` ({self.rule})"
+        for verdict in self.verdicts:
+            if (verdict.variant, verdict.manifest_sha256) == (variant, manifest_sha256):
+                return [f"{failure}, {rule}" for failure in verdict.failures]
+        return [f"{variant}: not passed {rule}: it was not judged as it lies there"]
+
+
 class RowAnswers(Record):
     """One line of ``answers.jsonl``: a validation row, and the logits that each model gave it.
 
