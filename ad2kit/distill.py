@@ -265,13 +265,13 @@ class _Stage:
         )
         if self._missing(run.teacher / models.MANIFEST):
             self._make_teacher(inputs)
-        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
-        teacher = models.load(run.teacher, data.labels, data.task)
         if models.saved_inputs(run.teacher) != inputs:
             raise RunError(
                 f"{run.teacher} was made from other data than this run reads now",
                 hint=f"restore the data, or delete {run.path} to start again",
             )
+        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
+        teacher = models.load(run.teacher, data.labels, data.task)
         logger.info("teacher: %s", run.teacher)
         return teacher
 

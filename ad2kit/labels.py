@@ -317,7 +317,7 @@ def _index(where: str, name: str, labels: LabelSet) -> int:
         hint = f"write {alike[0]!a} in place of {name!a}; or list all labels in data.labels"
     elif _WHOLE.fullmatch(name) and int(name) < 0:
         hint = "some sets mark rows without a label so: remove them, or name a split with labels"
-    elif _WHOLE.fullmatch(name) and not labels.given:
+    elif _WHOLE.fullmatch(name) and not any(map(_NUMBER.fullmatch, labels.names)):
         hint = "list the labels in the order of their ids in data.labels, or write names everywhere"
     raise DataError(
         f"{where}: label {name!r} is not in the label set ({', '.join(labels.names)})", hint=hint
