@@ -29,7 +29,7 @@ LAYERS = {
         "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
         "service_arguments", "service_check", "service_metrics", "shadow", "shapes", "sources",
         "stopwatch", "store", "students", "sweep_report", "tables", "tasks", "text_blocks",
-        "training", "tuning", "workers",
+        "tokenise", "training", "tuning", "workers",
     },
     3: {
         "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
