@@ -159,7 +159,8 @@ def longer_texts(encoded: Encoded, texts: Sequence[Texts], max_length_tokens: in
     made: list[Texts] = []
     for first in range(min(_LONGER, len(texts))):
         for wanted in (max_length_tokens, 4 * max_length_tokens):
-            row, tokens, parts = first, 0, list[Texts]()
+            row, tokens = first, 0
+            parts: list[Texts] = []
             while tokens <= wanted:
                 parts.append(texts[row])
                 # Whatever special tokens there are, and one at least.
