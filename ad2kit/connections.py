@@ -250,7 +250,8 @@ class Bounded(HttpToolsProtocol):
             self.loop.call_later(_FORGET_S / 20, self._let_go)  # it was only reading
             self._leave(problem)
             return
-        if self.cycle is None or (self.cycle.response_complete and not self.pipeline):
+        cycle: Any = self.cycle  # None before the first request
+        if cycle is None or (cycle.response_complete and not self.pipeline):
             self._leave(problem)
         # Else when those before it are answered.
 

@@ -275,7 +275,7 @@ class Direct:
             parts.append(message.get("body", b""))
             more = message.get("more_body", False)
         body = b"".join(parts)
-        del parts, message
+        del parts
         task, gone = asyncio.current_task(), None
 
         async def watch() -> None:
@@ -362,6 +362,7 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     Raises:
         Problem: it is no JSON, or not the right one for a model of one or two ``text_columns``.
     """
+    found: Any = None
     try:
         found = from_json(body, cache_strings="none")
     except ValueError as error:
@@ -422,4 +423,5 @@ def _kind(value: Any) -> str:
     """Return what JSON calls a value."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {str: "a text", list: "a list", dict: "an object"}.get(type(value), "a number")
+    kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")

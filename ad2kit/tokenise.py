@@ -230,7 +230,8 @@ class Tokenise:
         return Tokens(ids, types if self.settings.segment_ids else [0] * len(ids), truncated)
 
 
-class _Column(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Column:
     """The tokens of one text: the ids that may be kept, and how many tokens it has.
 
     Unless it is ``whole`` it has at least ``count`` of them.
