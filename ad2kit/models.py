@@ -234,11 +234,11 @@ def most_tokens(model: TextModel) -> int | None:
     """Return for how many tokens the model has positions; None if for any number."""
     config = model.module.config
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    # These start counting positions after the padding id, which is always 1 in MPNet.
-    padding = {"mpnet": 1} | dict.fromkeys(
-        ("roberta", "xlm-roberta", "camembert"), config.pad_token_id
-    )
-    offset = padding.get(config.model_type, -1) + 1
+    offset = 0
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        offset = cast(int, config.pad_token_id) + 1  # they count positions from there
+    elif config.model_type == "mpnet":
+        offset = 2  # the same, of a padding id that is always 1
     return None if positions is None else positions - offset
 
 
