@@ -13,7 +13,7 @@ from ad2kit.files import check_sha256
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
-from ad2kit.shipping import passed_variants
+from ad2kit.shipping import passed_variants, refusals
 from ad2kit.tasks import answers, scores
 from ad2kit.texts import is_text
 
@@ -84,8 +84,9 @@ def servable_artifact(folder: str | Path) -> Path:
         )
     variants = passed_variants(run)
     if not variants:
+        reasons = [f"\n  {reason}" for found in refusals(run).values() for reason in found]
         raise RunError(
-            f"{path} has no variant that passed the parity gate",
+            f"{path} has no variant that passed the parity gate" + "".join(reasons),
             hint=f"run `ad2kit export {path}`, or give the folder of one variant, {path}/onnx/fp32",
         )
     return variants[0]

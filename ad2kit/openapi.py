@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from ad2kit import __version__
 from ad2kit.error_contract import ERRORS, send_json
+from ad2kit.golden import TEXTS
 from ad2kit.texts import VISIBLE
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     schemas["ClassifyRequest"]["properties"]["texts"] = (
         {"anyOf": [one, many]} if text_columns == 1 else many
     )
-    example: Any = "never dull" if text_columns == 1 else ["it is late", "the hour is late"]
+    example: Any = TEXTS[0] if text_columns == 1 else [TEXTS[1], TEXTS[0]]
     bodies: dict[str, Any] = {
         "several": {"value": {"texts": [example, example]}},
         "with the scores of all labels": {"value": {"texts": [example], "scores": True}},

@@ -15,6 +15,7 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="E.g. distill.lr=5e-5.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print the resolved recipe too.")]
 RunArgument = Annotated[
     Path | None,
     typer.Argument(metavar="RUN", help="A run folder; the most recent run if left out."),

@@ -29,7 +29,7 @@ from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
 from ad2kit.service_arguments import PREFIX
 from ad2kit.service_check import compare_service, fetch
-from ad2kit.shipping import choose_variant
+from ad2kit.shipping import campaign_of, choose_variant
 from ad2kit.verdicts import ParityReport
 
 # Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
@@ -73,7 +73,7 @@ def package(
         GateFailed: no variant passed, or the service answers something else than the artefact.
     """
     folder, forced = choose_variant(run, variant, allow_failed_parity=allow_failed_parity)
-    recipe, report = run.recipe, ParityReport.read(run.parity_report)
+    recipe, report, campaign = run.recipe, ParityReport.read(run.parity_report), campaign_of(run)
     artifact = read_artifact(folder)
     requirements = pinned_requirements()
     lineage = {
@@ -82,6 +82,8 @@ def package(
         "parity": {"forced": forced, **report.model_dump(mode="json")},
         "requirements": requirements,
     }
+    if campaign is not None:
+        lineage["campaign"] = campaign.model_dump(mode="json")
     # Not in the run folder: BentoML refuses to build below any folder whose name is hidden.
     with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
         context = Path(temporary) / "context"

@@ -63,14 +63,14 @@ class Settings(BaseModel):
     shadow: str | None = Field(default=None, min_length=1)
     shadow_share: float = Field(default=0.01, gt=0, le=1)
     access_log: bool = False
-    max_body_bytes: int = Field(2**20, ge=2**10, le=2**26)
-    max_held_bytes: int = Field(24 * 2**20, ge=2**10, le=2**32)
-    max_header_bytes: int = Field(2**14, ge=2**10, le=2**20)
-    max_headers: int = Field(100, ge=8, le=10_000)
-    header_timeout_s: float = Field(10.0, ge=0.1, le=3600)
-    body_timeout_s: float = Field(30.0, ge=0.1, le=3600)
-    write_timeout_s: float = Field(30.0, ge=0.1, le=3600)
-    max_connections: int = Field(4096, ge=1, le=2**16)
+    max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
+    max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
+    max_header_bytes: int = Field(default=2**14, ge=2**10, le=2**20)
+    max_headers: int = Field(default=100, ge=8, le=10_000)
+    header_timeout_s: float = Field(default=10.0, ge=0.1, le=3600)
+    body_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
+    write_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
+    max_connections: int = Field(default=4096, ge=1, le=2**16)
 
     def insist_that_they_fit(self) -> None:
         """Refuse two names of what is served, a share of no shadow, and a bound above another.

@@ -29,29 +29,25 @@ def recipes(as_json: options.Json = False) -> None:
 def check(
     recipe_name: options.RecipeName,
     overrides: options.Overrides = None,
+    verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a recipe, its data and its teacher; train nothing."""
+    """Check a recipe, its data and its models: what they hold, prove and cost; train nothing."""
     from ad2kit.data import load_data
-    from ad2kit.labels import balance, counts
     from ad2kit.recipe import load
-    from ad2kit.references import RANDOM, find_model
     from ad2kit.terminal import print_json
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    for key, model in {"teacher": recipe.teacher.model, "student": recipe.student.model}.items():
-        if model not in (None, RANDOM):
-            find_model(model, key=f"{key}.model")
-    sizes = {name: len(split) for name, split in data.splits().items()}
+    teacher = stage("ad2kit.distill", "open_models")(recipe, data)
+    report = stage("ad2kit.check", "check")(recipe, data, teacher)
     if as_json:
-        print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
+        plain = recipe.model_dump(mode="json")
+        print_json({"recipe": plain, **report.model_dump(mode="json")})
         return
-    typer.echo(recipe.model_dump_json(indent=2))
-    rows = ", ".join(f"{name} {count}" for name, count in sizes.items())
-    found = counts(data.task, data.train.labels, data.labels)
-    typer.echo(f"labels in train: {balance(found, len(data.train)) or 'numbers'}")
-    typer.echo(f"ok: {data.task}; rows {rows}; teacher {recipe.teacher.model}")
+    if verbose:
+        typer.echo(recipe.model_dump_json(indent=2))
+    typer.echo(stage("ad2kit.check", "words")(report))
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -110,10 +106,11 @@ def export(
         shadow = shlex.quote(str(folder.path.resolve()))
         typer.echo(f"as a shadow: AD2KIT_SHADOW={shadow} bentoml serve", err=True)
         return
-    artifacts = stage("ad2kit.export", "export")(folder)
-    if not no_parity:
-        judge_run(folder, as_json=as_json)
-        return
+    with folder.locked() as held:
+        artifacts = stage("ad2kit.export", "export")(held)
+        if not no_parity:
+            judge_run(held, as_json=as_json)
+            return
     if as_json:
         print_json([artifact.model_dump(mode="json") for artifact in artifacts])
 

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,9 @@ from ad2kit.files import sha256_of, sha256_of_folder, write_record
 from ad2kit.golden import GOLDEN_FILE
 from ad2kit.package import package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
-from ad2kit.service_check import ask
+from ad2kit.service_check import ask, fetch
 from tests.conftest import RECIPES
+from tests.http_client import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,12 +104,13 @@ def test_a_worker_that_does_not_give_the_golden_answers_never_gets_ready(
     facts = OnnxArtifact.read(manifest)
     files = facts.files | {GOLDEN_FILE: sha256_of(golden)}
     write_record(manifest, facts.model_copy(update={"files": files}))
-    monkeypatch.setattr(stage, "START_TIMEOUT_S", 12.0)
-    with (
-        pytest.raises(RunError, match=r"the golden text .* is answered"),
-        served(tmp_path / "bento", tmp_path),
-    ):
-        pytest.fail("it got ready")
+
+    def wait_until_refused(_process: object, _address: str, log: Path) -> None:
+        wait_for(lambda: re.search(r"the golden text .* is answered", log.read_text()))
+
+    monkeypatch.setattr(stage, "_wait_until_ready", wait_until_refused)
+    with served(tmp_path / "bento", tmp_path) as address, pytest.raises(OSError):  # noqa: PT011
+        fetch(f"{address}/readyz", timeout_s=2)
 
 
 def test_packaging_again_builds_nothing(
