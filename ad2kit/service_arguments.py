@@ -64,7 +64,7 @@ class Settings(BaseModel):
     shadow_share: float = Field(default=0.01, gt=0, le=1)
     access_log: bool = False
     max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
-    max_held_bytes: int = Field(default=2**25, ge=2**10, le=2**32)
+    max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
     max_header_bytes: int = Field(default=2**14, ge=2**10, le=2**20)
     max_headers: int = Field(default=100, ge=8, le=10_000)
     header_timeout_s: float = Field(default=10.0, ge=0.1, le=3600)

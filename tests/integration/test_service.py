@@ -207,7 +207,7 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
     assert info["max_length_tokens"] == fp32.artifact.max_length_tokens
     assert info["limits"] == {
         "texts": 128, "queue_texts": 1024, "queue_tokens": 2**17, "deadline_s": 10.0,
-        "body_bytes": MEBIBYTE, "held_bytes": 32 * MEBIBYTE, "header_bytes": 2**14, "headers": 100,
+        "body_bytes": MEBIBYTE, "held_bytes": 24 * MEBIBYTE, "header_bytes": 2**14, "headers": 100,
         "connections": 4096, "header_timeout_s": 10.0, "body_timeout_s": 30.0,
         "write_timeout_s": 30.0,
     }  # fmt: skip
