@@ -266,16 +266,9 @@ class Direct:
             return
         handler = self.handler()
         handler.insist_on_room()
-        # How long this may take, and how much may come, is bounded by ad2kit.connections.
-        parts, more = list[bytes](), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        body = b"".join(parts)
-        del parts
+        body = await _whole(receive)
+        if body is None:
+            return
         task, gone = asyncio.current_task(), None
 
         async def watch() -> None:
@@ -300,6 +293,21 @@ class Direct:
                 gone.cancel()
         asked = any(name == _TIMING for name, _ in scope["headers"])
         await send_json(send, 200, content, [(b"server-timing", stages.header())] if asked else [])
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """Return the body of a request; None if its client left before all of it was here.
+
+    How long this may take, and how much may come, is bounded by :mod:`ad2kit.connections`.
+    """
+    parts, more = list[bytes](), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 class Unlink:
@@ -368,7 +376,8 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     except ValueError as error:
         mark = next((f"; it begins with {name}" for mark, name in _MARKS.items()
                      if body.startswith(mark)), "")  # fmt: skip
-        status, fault = 400, f"the body is not valid JSON: {error}{mark}"
+        found, status = None, 400
+        fault = f"the body is not valid JSON: {error}{mark}"
     else:
         status, fault = _fault(found)
     if fault:
