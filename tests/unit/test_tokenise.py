@@ -17,15 +17,12 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
-    models,
     normalizers,
     pre_tokenizers,
     processors,
 )
 
-from ad2kit.errors import ModelError
-from ad2kit.references import find_model
-from ad2kit.tokenise import CHUNK_CHARACTERS, Tokenise, tokenisation
+from ad2kit.tokenise import Tokenise, tokenisation
 from tests import families
 
 if TYPE_CHECKING:
@@ -167,9 +164,9 @@ def ours(kind: str, side: str, length: int, columns: int) -> Tokenise:
 
 def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
     """What transformers makes of the whole text."""
-    (encoding,) = tokenizer(
-        *[[text] for text in example], truncation=True, max_length=length
-    ).encodings or ()
+    (encoding,) = (
+        tokenizer(*[[text] for text in example], truncation=True, max_length=length).encodings or ()
+    )
     types = encoding.type_ids if "token_type_ids" in tokenizer.model_input_names else None
     return encoding.ids, types or [0] * len(encoding.ids), bool(encoding.overflowing)  # type: ignore[return-value]
 
@@ -190,8 +187,6 @@ def texts(most: int) -> st.SearchStrategy[str]:
     piece = st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
     parts = st.lists(st.tuples(piece, st.sampled_from((1, 1, 2, 25, 200))), min_size=1, max_size=12)
     return parts.map(lambda found: "".join(p * n for p, n in found)[:most]).filter(str.strip)
-
-
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
