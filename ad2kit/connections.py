@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-
     from ad2kit.service_arguments import Settings
 
 # How often late connections are looked for: one look at all costs less than a timer for each.
@@ -252,8 +250,8 @@ class Bounded(HttpToolsProtocol):
             self.loop.call_later(_FORGET_S / 20, self._let_go)  # it was only reading
             self._leave(problem)
             return
-        before: RequestResponseCycle | None = self.cycle  # None at first, whatever its type says
-        if before is None or (before.response_complete and not self.pipeline):
+        cycle: Any = self.cycle  # None before the first request
+        if cycle is None or (cycle.response_complete and not self.pipeline):
             self._leave(problem)
         # Else when those before it are answered.
 

@@ -28,13 +28,12 @@ from ad2kit.openapi import MAX_TEXTS, TIMING, ClassifyRequest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection
 
-    from tokenizers import Encoding
-
     from ad2kit.batcher import Batcher
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.error_contract import App, Message, Receive, Send
     from ad2kit.service_metrics import ServiceMetrics
     from ad2kit.shadow import Shadow
+    from ad2kit.tokenise import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -203,14 +202,14 @@ class Classify:
                 answer.pop("scores", None)
         return answers
 
-    async def _read(self, body: bytes) -> tuple[list[Encoding], list[Any], bool]:
+    async def _read(self, body: bytes) -> tuple[list[Tokens], list[Any], bool]:
         """Return the tokens of a request, its texts for a shadow, and whether scores are wanted."""
         lane: _Lane | _Here = self._here
         if len(body) > _LARGE_BYTES:
             lane = self._large if len(body) <= _HUGE_BYTES else self._huge
         async with lane.turn(len(body)):
             texts, scores = await lane.run(parse, body, self.classifier.artifact.text_columns)
-            encodings = list["Encoding"]()
+            encodings = list["Tokens"]()
             with self.batcher.room(len(texts)):
                 for first in range(0, len(texts), _PIECE_TEXTS):
                     piece = texts[first : first + _PIECE_TEXTS]
@@ -371,6 +370,7 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     Raises:
         Problem: it is no JSON, or not the right one for a model of one or two ``text_columns``.
     """
+    found: Any = None
     try:
         found = from_json(body, cache_strings="none")
     except ValueError as error:

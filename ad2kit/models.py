@@ -239,10 +239,12 @@ def most_tokens(model: TextModel) -> int | None:
     config = model.module.config
     positions: int | None = getattr(config, "max_position_embeddings", None)
     # These start counting positions after the padding id, which is always 1 in MPNet.
-    padding = {"mpnet": 1} | dict.fromkeys(
-        ("roberta", "xlm-roberta", "camembert"), config.pad_token_id
-    )
-    offset = padding.get(config.model_type, -1) + 1
+    padding = -1
+    if config.model_type == "mpnet":
+        padding = 1
+    elif config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        padding = cast(int, config.pad_token_id)
+    offset = padding + 1
     return None if positions is None else positions - offset
 
 

@@ -87,11 +87,12 @@ class DataRecipe(Section):
             if metric not in known:
                 msg = f"metric '{metric}' does not fit a {self.task} task: {', '.join(known)}"
                 raise ValueError(msg)
-        for name in self.labels or ():
+        names = self.labels or ()
+        for name in names:
             if name != name.strip() or not name:
                 msg = f"labels: {name!r} is empty, or has blanks around it"
                 raise ValueError(msg)
-            if self.labels.count(name) > 1:
+            if names.count(name) > 1:
                 msg = f"labels: {name!r} is there twice"
                 raise ValueError(msg)
         if self.task == "regression" and self.labels is not None:

@@ -233,11 +233,24 @@ def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = No
     if verdict.passed:
         for line in verdict.words():
             logger.info("parity: %s", line)
-    else:
-        raise GateFailed(
-            f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()),
-            hint=f"the whole report is {report}; train longer, change the student, or leave the "
-            "variant out (export.variants)"
-            if report
-            else "look at tokenizer, labels and export; --json shows all checks",
+        return
+    if report is None:
+        hint = "look at tokenizer, labels and export; --json shows all checks"
+    elif any(_is_unfaithful(check) for found in verdict.variants for check in found.checks):
+        hint = (
+            f"the whole report is {report}; the artefact computes something else than the student "
+            "that was trained, which no training mends: look at the first of these checks, and "
+            f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
         )
+    else:
+        hint = (
+            f"the whole report is {report}; train longer, change the student, or leave the variant "
+            "out (export.variants)"
+        )
+    raise GateFailed(
+        f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()), hint=hint
+    )
+
+
+def _is_unfaithful(check: Check) -> bool:
+    return check.question == "export fidelity" and not check.passed

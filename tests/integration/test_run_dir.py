@@ -104,6 +104,7 @@ def test_a_chain_holds_its_run_from_the_first_stage_to_the_last(
         stage = getattr(chain, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
+            result = None
             for _ in ("before", "after"):
                 try:
                     with FileLock(copied_run.path / ".lock", timeout=0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import resource
 import socket
 import threading
 import time
@@ -366,8 +365,8 @@ def test_what_a_client_that_left_had_sent_is_let_go() -> None:
 
 def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     limits, changed = [(1024, 2000)], list[Any]()
-    monkeypatch.setattr(resource, "getrlimit", lambda _what: limits[0])
-    monkeypatch.setattr(resource, "setrlimit", lambda _what, given: changed.append(given))
+    monkeypatch.setattr("resource.getrlimit", lambda _what: limits[0])
+    monkeypatch.setattr("resource.setrlimit", lambda _what, given: changed.append(given))
     insist_on_files(500)
     assert changed == []  # there is room for them
     insist_on_files(1500)

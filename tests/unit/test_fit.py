@@ -294,9 +294,11 @@ def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -
     file = tmp_path / ".shared" / "measured.json"
     measured = list[int]()
 
-    def clock(calls: dict[str, Call], _ids: np.ndarray, _seconds: float) -> dict[str, list[float]]:
+    def clock(
+        calls: dict[str, Call], _ids: np.ndarray, _seconds: float
+    ) -> dict[str, list[list[float]]]:
         measured.append(1)
-        return {name: [0.001] * 10 for name in calls}
+        return {name: [[0.001] * 10] for name in calls}
 
     def systems() -> dict[str, System]:
         return {"fused": (lambda _ids: None, 2)}

@@ -31,7 +31,7 @@ LAYERS = {
         "scoring",
         "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
         "shapes", "sources", "stopwatch", "store", "students", "sweep_report", "tables",
-        "tasks", "text_blocks", "training", "tuning", "workers",
+        "tasks", "text_blocks", "tokenise", "training", "tuning", "workers",
     },
     3: {
         "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
