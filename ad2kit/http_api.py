@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Clients are watched for leaving only when their answer takes longer than this: it costs a task for
-# each request, and a busy service keeps all of them waiting for a while.
+# Clients of small requests are watched for leaving only when their answer takes longer than this:
+# it costs a task for each request, and a busy service keeps all of them waiting for a while.
 _PATIENCE_S = 0.25
 # A body is read in another thread if it is larger: at about a millisecond the loop, which everybody
 # waits for, costs more than the changes of thread.
@@ -265,7 +265,6 @@ class Direct:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
-        handler.insist_on_room()
         body = await _whole(receive)
         if body is None:
             return
@@ -279,7 +278,8 @@ class Direct:
             nonlocal gone
             gone = asyncio.ensure_future(watch())
 
-        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, start_watching)
+        patience_s = 0.0 if len(body) > _LARGE_BYTES else _PATIENCE_S
+        timer = asyncio.get_running_loop().call_later(patience_s, start_watching)
         try:
             content, stages = await handler.answer(body)
         except asyncio.CancelledError:
