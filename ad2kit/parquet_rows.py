@@ -1,0 +1,73 @@
+"""Parquet files and their columns of text: what training and scoring read alike."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.errors import DataError, MissingExtra
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "pyarrow", extra="scale") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Read through a buffer of this size for each column, not by whole column chunks.
+_BUFFER_BYTES = 2**20
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turn what Arrow cannot read of a file into an error of the user's.
+
+    Raises:
+        DataError: the file is damaged, or no Parquet file.
+        OSError: it cannot be read at all.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        # For a damaged page Arrow raises OSError too: itself, and without a number.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+            raise
+        raise DataError(
+            f"{name} is not a readable Parquet file: {error}", hint="write it again"
+        ) from error
+
+
+def open_parquet(stream: Any, name: str) -> Any:
+    """Return an open file as Arrow's ``ParquetFile``; see :func:`readable`.
+
+    Raises:
+        DataError: it is none, or two of its columns have one name.
+    """
+    with readable(name):
+        file = parquet.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+    names = file.schema_arrow.names
+    twice = [each for each in names if names.count(each) > 1]
+    if twice:
+        raise DataError(f"{name}: the column '{twice[0]}' appears twice", hint="rename one of them")
+    return file
+
+
+def is_text(kind: Any) -> bool:
+    """Tell whether a column of this type holds texts."""
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(
+        pa.types.is_string(value)
+        or pa.types.is_large_string(value)
+        or pa.types.is_string_view(value)
+    )
+
+
+def texts(column: Any) -> list[str | None]:
+    """Return a column of texts; bytes that are not UTF-8, which Arrow lets be, as surrogates."""
+    binary = column.cast(pa.large_string()).cast(pa.large_binary())
+    return [
+        None if value is None else value.decode("utf-8", "surrogateescape")
+        for value in binary.to_pylist()
+    ]
