@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ad2kit.errors import DataError, nearest
+from ad2kit.errors import DataError, no_column
 from ad2kit.files import fingerprint
 from ad2kit.labels import counts, label_names, no_labels, read_labels
 from ad2kit.records import SplitFacts
@@ -153,8 +153,9 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
     Raises:
         DataError: see :func:`load_data`.
     """
-    rows = read_file(path)
-    _check_columns(rows, (*recipe.text_columns, recipe.label_column), path.name)
+    columns = (*recipe.text_columns, recipe.label_column)
+    rows = read_file(path, columns)
+    _check_columns(rows, columns, path.name)
     split = Split(_texts(rows, recipe), read_labels(rows, recipe, labels))
     _insist_on_variety(split, recipe.task, labels, path.name)
     return split
@@ -262,11 +263,7 @@ def _check_columns(rows: list[Row], columns: tuple[str, ...], name: str) -> None
     where, first = rows[0]
     for column in columns:
         if column not in first:
-            raise DataError(
-                f"{where}: no column '{column}'{nearest(column, first)}; "
-                f"columns: {', '.join(map(str, first))}",
-                hint="set data.text_columns and data.label_column",
-            )
+            raise no_column(where, column, first)
 
 
 def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
@@ -286,6 +283,11 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
 
 
 def _insist_on_variety(split: Split, task: Task, labels: tuple[str, ...], name: str) -> None:
+    if not len(split):
+        raise DataError(
+            f"the {name} split has no row left beside those that are set aside for `select`",
+            hint="give more rows, raise data.max_train_rows, or set data.select_from=validation",
+        )
     if len(np.unique(split.labels)) < 2:
         what = {
             "single_label": "one class only",

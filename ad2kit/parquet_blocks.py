@@ -7,7 +7,14 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.blocks import Block, Rows, Survey, filesystem
-from ad2kit.parquet_rows import is_text, open_parquet, pa, parquet, readable, texts
+from ad2kit.errors import MissingExtra
+from ad2kit.parquet_rows import is_text, open_parquet, readable, texts
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "pyarrow", extra="scale") from error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

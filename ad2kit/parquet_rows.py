@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.errors import DataError, MissingExtra
+from ad2kit.errors import DataError, MissingExtra, no_column
 
 try:
     import pyarrow as pa
@@ -14,7 +14,8 @@ except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "pyarrow", extra="scale") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 # Read through a buffer of this size for each column, not by whole column chunks.
 _BUFFER_BYTES = 2**20
@@ -71,3 +72,29 @@ def texts(column: Any) -> list[str | None]:
         None if value is None else value.decode("utf-8", "surrogateescape")
         for value in binary.to_pylist()
     ]
+
+
+def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return some columns of a file, row by row.
+
+    Raises:
+        DataError: it is no Parquet file, lacks a column, or a value cannot be read.
+        OSError: it cannot be read at all.
+    """
+    with path.open("rb") as stream:
+        file = open_parquet(stream, str(path))
+        if absent := [name for name in names if name not in file.schema_arrow.names]:
+            raise no_column(str(path), absent[0], file.schema_arrow.names)
+        with readable(str(path)):
+            table = file.read(columns=list(names))
+    columns = []
+    for name in names:
+        column = table.column(name)
+        try:
+            columns.append(texts(column) if is_text(column.type) else column.to_pylist())
+        except (ValueError, OverflowError) as error:
+            raise DataError(
+                f"{path}: cannot read the column '{name}' ({column.type}): {error}",
+                hint="write texts as strings, and labels as strings, whole numbers or lists",
+            ) from error
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

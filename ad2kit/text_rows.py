@@ -59,7 +59,7 @@ def text_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(stream, 1):
         text, is_utf8 = decode(raw.removeprefix(BOM) if number == 1 else raw)
         if not is_utf8:
-            raise bad_row(f"{name}, line {number}", _not_utf8(text), raw=text)
+            raise bad_row(f"{name}, line {number}", _not_utf8(text), text)
         yield number, text.rstrip("\r\n")
 
 
@@ -105,8 +105,8 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
     elif twice:
         error = error or f"the column '{twice[0]}' appears twice"
     if error:
-        raise bad_row(f"{name}, line {first + 1}", error, raw=text,
-                      otherwise="correct the line that names the columns")  # fmt: skip
+        raise bad_row(f"{name}, line {first + 1}", error, text,
+                      "correct the line that names the columns")  # fmt: skip
     return tuple(names), end
 
 
@@ -132,7 +132,7 @@ def rows(
         yield first, end, cells, wrong
 
 
-def bad_row(where: str, reason: str, *, raw: str, otherwise: str = "correct the line") -> DataError:
+def bad_row(where: str, reason: str, raw: str, otherwise: str = "correct the line") -> DataError:
     r"""Return the refusal of a file for one of its rows, with the cure.
 
     Args:
