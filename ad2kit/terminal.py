@@ -23,12 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ad2kit import files, text_rows
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.run_dir import find_run, named_folder, open_run
 from ad2kit.runtime import is_first_process
 from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
+from ad2kit.texts import is_text
 from ad2kit.verdicts import RowAnswers
 
 if TYPE_CHECKING:
@@ -207,8 +209,10 @@ def next_steps(tag: str, folder: RunDir) -> str:
     """Return the commands to type after the Bento of a run was published."""
     texts = _example(folder)
     body = json.dumps({"texts": [texts[0] if len(texts) == 1 else texts]}, ensure_ascii=False)
+    asked = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
+    key = "-H 'Authorization: Bearer KEY' " if asked else ""
     curl = (
-        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
+        f"curl -s localhost:3000/classify {key}-H 'Content-Type: application/json' "
         f"-d {shlex.quote(body)}"
     )
     # `make` does not activate the environment, so that its programs may not be on the path.
@@ -235,7 +239,7 @@ def read_lines(file: Path | None) -> Iterator[str]:
     name = "stdin" if file is None else str(file)
     with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
         for number, text in text_rows.text_lines(stream, name):
-            if not text.strip():
+            if not is_text(text):
                 raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
             yield text
 
