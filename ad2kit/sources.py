@@ -120,12 +120,7 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
             f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
             hint="correct the file, or give data.labels",
         )
-    found = tuple(name for _, name in pairs)
-    if twice := [name for name in found if found.count(name) > 1]:
-        raise DataError(
-            f"{label_file}: the label '{twice[0]}' appears twice", hint="rename one of them"
-        )
-    return train, validation, found
+    return train, validation, tuple(name for _, name in pairs)
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
