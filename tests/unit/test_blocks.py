@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -14,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from ad2kit import parquet_blocks, text_blocks
-from ad2kit.blocks import Block, Layout, Rows, find_inputs, layout_of, suffix_of
+from ad2kit.blocks import Layout, Rows, find_inputs, layout_of, suffix_of
 from ad2kit.errors import DataError
 from ad2kit.scoring import format_of
 
@@ -35,7 +36,8 @@ def read_all(path: Path, block_rows: int) -> list[Rows]:
     tables = format_of(suffix_of(file.url))
     survey = tables.survey(file, block_rows)
     layout = Layout(survey.columns, ("text",), tuple(ANSWERS))
-    found = [tables.read(block, layout) for block in survey.blocks]
+    with closing(tables.Reader(file.url, layout)) as reader:
+        found = [reader.read(block) for block in survey.blocks]
     for block, rows in zip(survey.blocks, found, strict=True):
         assert len(rows.places) + len(rows.bad) == block.rows <= block_rows
     return found
@@ -189,7 +191,7 @@ def test_a_parquet_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> No
     layout = Layout(("text",), ("text",), ())
     for url in (str(tmp_path / "in.parquet"), "memory://gone.parquet"):
         with pytest.raises(FileNotFoundError):
-            parquet_blocks.read(Block(url, 1, 1), layout)
+            parquet_blocks.Reader(url, layout)
 
 
 def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
