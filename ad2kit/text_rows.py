@@ -128,7 +128,8 @@ def rows(
         elif suffix == "jsonl":
             cells, wrong = _object(cells)  # noqa: PLW2901
         elif not wrong and len(cells) != len(columns):
-            wrong = f"expected {len(columns)} fields, found {len(cells)}"
+            names = f"{', '.join(columns):.80}"
+            wrong = f"expected {len(columns)} fields ({names}), found {len(cells)}"
         yield first, end, cells, wrong
 
 
@@ -176,8 +177,11 @@ def _csv_frames(lines: Iterable[str]) -> Iterator[Frame]:
                 first = reader.line_num
             return
         except csv.Error as error:
-            reason = f"not CSV: {error}"
-            reason += f", up to line {reader.line_num}" if reader.line_num > first + 1 else ""
+            reason, several = f"not CSV: {error}", reader.line_num > first + 1
+            if several:
+                reason += f", {reader.line_num - first} lines long"
+            if several or "end of data" in reason:
+                reason += ": is a quotation mark never closed?"
             yield first, reader.line_num, [], reason
             first = reader.line_num
 
