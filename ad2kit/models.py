@@ -334,13 +334,13 @@ def _check_labels(
     theirs = tuple(id2label[index] for index in sorted(id2label))
     one_of_two = task == "single_label" and len(theirs) == 1 and len(labels) == 2
     _check_task(folder, config.problem_type, task, one_of_two=one_of_two)
+    numbered = numbers_of(theirs) is not None and (one_of_two or len(theirs) == len(labels))
     if task == "regression":  # it has one output, and nobody agrees on its name
         fits = len(theirs) == 1
     elif one_of_two:
-        fits = _plain(theirs)[0] in _plain(labels)
+        fits = not numbered and _plain(theirs)[0] in _plain(labels)
     else:
         fits = _plain(theirs) == _plain(labels)
-    numbered = numbers_of(theirs) is not None and (one_of_two or len(theirs) == len(labels))
     if not fits and numbered and task != "regression" and set(theirs) != set(labels):
         insist_on_given_order(folder, theirs, labels, order_given=order_given)
         fits = True
@@ -353,9 +353,8 @@ def _check_labels(
         )
     if not one_of_two:
         return None
-    # A sigmoid that has no name is the probability of class 1.
-    name = _plain(theirs)[0]
-    return _plain(labels).index(name) if name in _plain(labels) else 1
+    # A sigmoid that has a number and no name is the probability of class 1.
+    return 1 if numbered else _plain(labels).index(_plain(theirs)[0])
 
 
 def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_two: bool) -> None:

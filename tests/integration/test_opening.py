@@ -479,6 +479,15 @@ def test_a_teacher_of_one_sigmoid_is_distilled(
     assert torch.equal(found, expected.flip(1) if first else expected)
 
 
+def test_a_sigmoid_that_is_called_0_is_that_of_class_1(tmp_path: Path) -> None:
+    for name in ("0", "LABEL_0"):
+        model = one_output(tmp_path / name, "bert", name)
+        inputs = batch(model).inputs
+        with torch.no_grad():
+            found = models.load(tmp_path / name, ("0", "1")).module.eval()(**inputs).logits
+            assert torch.equal(found, model.module(**inputs).logits)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
