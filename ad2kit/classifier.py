@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,14 @@ from ad2kit.files import check_sha256
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
-from ad2kit.shipping import passed_variants
+from ad2kit.shipping import passed_variants, refusals
 from ad2kit.tasks import answers, scores
+from ad2kit.texts import is_text
+from ad2kit.tokenise import Tokenise
 
 try:
     import onnxruntime
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "onnxruntime", extra="cpu") from error
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.sections import Provider
+    from ad2kit.tokenise import Tokens
 
 Text = str | tuple[str, str]
 """One text, or the two texts of a sentence-pair model."""
@@ -40,7 +42,6 @@ PROVIDERS: dict[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,9 @@ def servable_artifact(folder: str | Path) -> Path:
         )
     variants = passed_variants(run)
     if not variants:
+        reasons = [f"\n  {reason}" for found in refusals(run).values() for reason in found]
         raise RunError(
-            f"{path} has no variant that passed the parity gate",
+            f"{path} has no variant that passed the parity gate" + "".join(reasons),
             hint=f"run `ad2kit export {path}`, or give the folder of one variant, {path}/onnx/fp32",
         )
     return variants[0]
@@ -107,14 +109,6 @@ def read_artifact(folder: Path) -> OnnxArtifact:
     again = f"restore the file, or delete {folder} and run `ad2kit export` again"
     check_sha256(folder, artifact.files, hint=again)
     return artifact
-
-
-def is_text(column: object) -> bool:
-    """Tell whether this is a text to classify; no tokenizer takes a lone surrogate.
-
-    Callers in Python and over HTTP, and rows of files, can hold anything.
-    """
-    return isinstance(column, str) and bool(column.strip()) and not _SURROGATE.search(column)
 
 
 def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
@@ -186,19 +180,27 @@ class OnnxClassifier:
         self.session = open_session(graph or self.folder / MODEL_FILE, self.threads, self.provider)
         self.input_names = [item.name for item in self.session.get_inputs()]
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        self.tokenizer.enable_truncation(self.artifact.max_length_tokens)
-        self.tokenizer.no_padding()
+        self.tokenise = Tokenise(
+            self.tokenizer,
+            self.artifact.tokenisation,
+            self.artifact.max_length_tokens,
+            self.artifact.text_columns,
+        )
 
-    def encode(self, texts: Sequence[Text]) -> list[Encoding]:
+    def encode(self, texts: Sequence[Text], first: int = 0) -> list[Tokens]:
         """Tokenise texts, cut to the model's maximum length.
+
+        Args:
+            texts: the texts, or the pairs of them.
+            first: the number of the first text, for what is said of one that is refused.
 
         Raises:
             UserError: not a list of texts, an empty text, or one text where the model needs two.
         """
         if isinstance(texts, str):
             raise UserError("expected a list of texts, found one str", hint="pass [text]")
-        examples: list[Text] = []
-        for position, text in enumerate(texts):
+        examples: list[tuple[str, ...]] = []
+        for position, text in enumerate(texts, first):
             columns = tuple(text) if isinstance(text, (tuple, list)) else (text,)
             if len(columns) != self.artifact.text_columns:
                 raise UserError(
@@ -212,12 +214,10 @@ class OnnxClassifier:
                     f"surrogate, found {text!r:.50}",
                     hint="leave empty texts out, and mend those that were decoded wrongly",
                 )
-            examples.append(columns if len(columns) == 2 else columns[0])
-        # The same ids as encode_batch, without the places of the tokens in the text.
-        encodings: list[Encoding] = self.tokenizer.encode_batch_fast(examples)
-        return encodings
+            examples.append(columns)
+        return self.tokenise(examples)
 
-    def run(self, encodings: Sequence[Encoding], *, left: bool = False) -> NDArray[np.float32]:
+    def run(self, encodings: Sequence[Tokens], *, left: bool = False) -> NDArray[np.float32]:
         """Return the logits of one batch, padded on the right or ``left``; float32 [texts, labels].
 
         What is padded on the left means nothing to a model that was trained on the right, but all
@@ -242,14 +242,15 @@ class OnnxClassifier:
         return np.asarray(binding.copy_outputs_to_cpu()[0])
 
     def feed(
-        self, encodings: Sequence[Encoding], *, width: int | None = None, left: bool = False
+        self, encodings: Sequence[Tokens], *, width: int | None = None, left: bool = False
     ) -> dict[str, NDArray[np.int64]]:
         """Return the inputs of a batch, int64 [texts, width]; the longest text's width if None."""
         width = width or max(len(encoding.ids) for encoding in encodings)
         shape = (len(encodings), width)
-        ids = np.full(shape, self.artifact.pad_token_id, dtype=np.int64)
+        padding = self.artifact.tokenisation
+        ids = np.full(shape, padding.pad_token_id, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
-        types = np.zeros(shape, dtype=np.int64)
+        types = np.full(shape, padding.pad_type_id if padding.segment_ids else 0, dtype=np.int64)
         for row, encoding in enumerate(encodings):
             length = len(encoding.ids)
             places = slice(width - length, width) if left else slice(length)
@@ -258,7 +259,7 @@ class OnnxClassifier:
             types[row, places] = encoding.type_ids
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
-    def run_sorted(self, encodings: Sequence[Encoding], batch_size: int) -> NDArray[np.float32]:
+    def run_sorted(self, encodings: Sequence[Tokens], batch_size: int) -> NDArray[np.float32]:
         """Return logits in the given order, computed in batches of similar length."""
         logits = np.empty((len(encodings), len(self.labels)), dtype=np.float32)
         order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].ids))
@@ -267,7 +268,7 @@ class OnnxClassifier:
             logits[rows] = self.run([encodings[row] for row in rows])
         return logits
 
-    def predictions(self, encodings: Sequence[Encoding], logits: NDArray[Any]) -> list[Prediction]:
+    def predictions(self, encodings: Sequence[Tokens], logits: NDArray[Any]) -> list[Prediction]:
         """Turn logits, shape [texts, outputs], into predictions."""
         task, found = self.artifact.task, []
         probabilities = scores(task, logits / self.artifact.temperature)
@@ -283,7 +284,7 @@ class OnnxClassifier:
             else:
                 facts = {"value": float(answer)}
             found.append(
-                Prediction(tokens=len(encoding.ids), truncated=bool(encoding.overflowing), **facts)
+                Prediction(tokens=len(encoding.ids), truncated=encoding.truncated, **facts)
             )
         return found
 

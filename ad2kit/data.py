@@ -7,7 +7,7 @@ otherwise) makes every choice, and ``validation`` is read by the gate alone.
 from __future__ import annotations
 
 import logging
-import re
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from ad2kit.files import fingerprint
 from ad2kit.labels import counts, label_set, no_labels, read_labels
 from ad2kit.records import SplitFacts
 from ad2kit.sources import Row, read_file, read_rows, read_unlabelled
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,8 +34,6 @@ _SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
-# Half a surrogate pair, which JSON lets through, is no character.
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,14 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         {*data.select.texts} if not own else set()
     )
     known = sum(text in seen for text in data.validation.texts)
-    if known == len(data.validation):
+    share = known / len(data.validation)
+    if share > recipe.max_leakage:
         raise DataError(
-            f"all {known} validation texts are also training texts: a gate on them proves nothing",
-            hint="give a validation file that training does not see",
+            f"{known} of {len(data.validation)} validation texts ({share:.1%}) are also training "
+            f"texts; expected at most {recipe.max_leakage:.1%}, data.max_leakage: a gate on texts "
+            "that were learned by heart proves nothing",
+            hint="give a validation file that training does not see, or accept it with "
+            f"data.max_leakage={math.ceil(100 * share) / 100:g}",
         )
     if known:
         logger.warning("%d of %d validation texts are also training texts", known,
@@ -284,7 +287,7 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
     for where, row in rows:
         for column in recipe.text_columns:
             text = row.get(column)
-            if not isinstance(text, str) or not text.strip() or _HALF_PAIR.search(text):
+            if not is_text(text):
                 raise DataError(
                     f"{where}: '{column}' must be a text with at least one visible character, "
                     f"found {text!r:.80}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -16,15 +15,16 @@ from ad2kit import __version__, models
 from ad2kit import data as datasets
 from ad2kit.bundle import onnxruntime_distribution
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
-from ad2kit.errors import MissingExtra
+from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.gate import Rows
-from ad2kit.golden import add_golden_answers
+from ad2kit.golden import GOLDEN_FILE, add_golden_answers
 from ad2kit.metrics import fit_temperature
 from ad2kit.records import DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import quiet_transformers
 from ad2kit.sections import Variant
+from ad2kit.tokenise import tokenisation, write_tokenizer
 from ad2kit.verdicts import QuantisationSearch
 
 try:
@@ -46,9 +46,10 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from tokenizers import Encoding
 
+    from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
+    from ad2kit.tokenise import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +90,21 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             "fused" in recipe.export.variants,
         ]  # fmt: skip
     inputs, folder = fingerprint(*parts), run.onnx(variant)
-    if (folder / OnnxArtifact.file_name).is_file():
-        artifact = read_artifact(folder)
-        if artifact.inputs == inputs:
-            logger.info("%s is already exported: %s", variant, folder)
-            return artifact
+    kept = _exported(folder)
+    if kept is not None and kept.inputs == inputs:
+        logger.info("%s is already exported: %s", variant, folder)
+        return kept
     with whole_folder(folder) as new:
         if variant == "fp32":
             export_fp32(run.student, new)
+            student = models.load(run.student, distilled.labels, distilled.task)
+            write_tokenizer(student.tokenizer, new)
+            settings, temperature = tokenisation(student.tokenizer), _temperature(run, student)
         else:
-            _copy_all_but_the_graph(run.onnx("fp32"), new)
+            # The same for all variants, so that they read and answer alike.
+            fp32 = read_artifact(run.onnx("fp32"))
+            settings, temperature = fp32.tokenisation, fp32.temperature
+            _copy_all_but_the_graph(fp32, run.onnx("fp32"), new)
         if variant == "int8":
             write_record(run.int8_search, _quantize(run, new / MODEL_FILE, inputs))
         elif variant == "fused":
@@ -112,14 +118,11 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             task=distilled.task,
             labels=distilled.labels,
             max_length_tokens=recipe.data.max_length_tokens,
-            pad_token_id=json.loads((new / "config.json").read_text())["pad_token_id"],
+            tokenisation=settings,
             text_columns=len(recipe.data.text_columns),
             provider=recipe.export.provider,
             nodes=node_counts(new / MODEL_FILE),
-            # One for all variants, so that they answer alike.
-            temperature=_temperature(run)
-            if variant == "fp32"
-            else read_artifact(run.onnx("fp32")).temperature,
+            temperature=temperature,
             files=sha256_of_folder(new),
             model_bytes=(new / MODEL_FILE).stat().st_size,
             weights_in_8_bits=share,
@@ -141,13 +144,27 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
     return artifact
 
 
-def _temperature(run: RunDir) -> float:
+def _exported(folder: Path) -> OnnxArtifact | None:
+    """Return the manifest of an exported variant, or None if another version of ad2kit wrote it.
+
+    Raises:
+        ModelError: a file was changed since it was written.
+    """
+    if not (folder / OnnxArtifact.file_name).is_file():
+        return None
+    try:
+        return read_artifact(folder)
+    except RunError as error:
+        logger.info("exported again, because %s", error.message)
+        return None
+
+
+def _temperature(run: RunDir, student: TextModel) -> float:
     """Return what the student's logits are divided by: 1 unless the recipe wants it calibrated."""
     recipe = run.recipe
     if not recipe.export.calibrate:
         return 1.0
     data = datasets.load_data(recipe.data, recipe.seed)
-    student = models.load(run.student, data.labels, data.task)
     encoded = datasets.encode(data.select, student.tokenizer, recipe.data.max_length_tokens)
     logits = predict_logits(student, encoded, torch.device("cpu")).numpy()
     return fit_temperature(data.task, logits, data.select.labels)
@@ -192,7 +209,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
 
 
 def _calibration(
-    classifier: OnnxClassifier, encodings: Sequence[Encoding]
+    classifier: OnnxClassifier, encodings: Sequence[Tokens]
 ) -> list[dict[str, NDArray[np.int64]]]:
     """Return inputs of one shape, as calibration wants them; what fills no batch is left out."""
     size = min(_CALIBRATION_BATCH, len(encodings))
@@ -219,10 +236,15 @@ def export_fp32(student: Path, folder: Path) -> None:
             device="cpu",
             do_validation=False,
             no_post_process=True,
+            trust_remote_code=False,
         )
 
 
-def _copy_all_but_the_graph(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        if file.name not in (MODEL_FILE, OnnxArtifact.file_name):
-            shutil.copy2(file, target / file.name)
+def _copy_all_but_the_graph(fp32: OnnxArtifact, source: Path, target: Path) -> None:
+    """Copy what belongs to the fp32 variant and is not of its graph.
+
+    Not all that lies there: the gate puts its verdict into the folders that it judged.
+    """
+    for name in fp32.files:
+        if not name.startswith(MODEL_FILE) and name != GOLDEN_FILE:
+            shutil.copy2(source / name, target / name)

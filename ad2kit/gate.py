@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from tokenizers import Encoding
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.data import Encoded
     from ad2kit.sections import Metric, ParityRecipe, Task
+    from ad2kit.tokenise import Tokens
 
     Logits = NDArray[np.float32]
+    Texts = tuple[str, ...]
 
 Question = Literal["export fidelity", "conversion cost", "distillation quality"]
 
@@ -36,6 +37,8 @@ PROBES = 64
 # What keeps less than this share of its weights in 8 bits is a float model by another name.
 LEAST_8_BITS = 0.5
 POINTS_LOST = "points lost to fp32"
+# Of so many texts, and those that follow them, longer ones are made.
+_LONGER = 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def probe_rows(encoded: Encoded) -> NDArray[np.intp]:
 
 def export_fidelity(
     classifier: OnnxClassifier,
-    encodings: Sequence[Encoding],
+    encodings: Sequence[Tokens],
     logits: Logits,
     reference: Reference,
     thresholds: ParityRecipe,
@@ -122,11 +125,55 @@ def export_fidelity(
     )
 
 
-def same_token_ids(encodings: Sequence[Encoding], encoded: Encoded) -> Check:
-    """Question 1, for every variant: serving and training tokenizer give the same token ids."""
-    pairs = zip(encodings, encoded.input_ids, strict=True)
-    mismatches = sum(encoding.ids != ids for encoding, ids in pairs)
-    return at_most("export fidelity", "texts with other token ids", mismatches, 0)
+def same_token_ids(
+    encodings: Sequence[Tokens], encoded: Encoded, what: str = "texts"
+) -> tuple[Check, ...]:
+    """Question 1, for every variant: what serving feeds to the model is what training fed to it.
+
+    Args:
+        encodings: of some texts, by the serving tokenizer.
+        encoded: the same texts, by the student's tokenizer.
+        what: how these texts are called in the report.
+    """
+    expected = encoded.token_type_ids or [[0] * len(ids) for ids in encoded.input_ids]
+    mismatches = {
+        "token ids": sum(
+            tokens.ids != ids for tokens, ids in zip(encodings, encoded.input_ids, strict=True)
+        ),
+        "segment ids": sum(
+            tokens.type_ids != ids for tokens, ids in zip(encodings, expected, strict=True)
+        ),
+    }
+    return tuple(
+        at_most("export fidelity", f"{what} with other {name}", count, 0)
+        for name, count in mismatches.items()
+    )
+
+
+def longer_texts(encoded: Encoded, texts: Sequence[Texts], max_length_tokens: int) -> list[Texts]:
+    """Return texts that are longer than the model, made of others one behind the other.
+
+    Of pairs the first, the second or both are long. Which side of a text is cut shows in nothing
+    else, and there may be no long text among those of the gate.
+
+    Args:
+        encoded: the texts that they are made of, for how many tokens these have.
+        texts: the same, of one or two columns.
+        max_length_tokens: of the model.
+    """
+    made: list[Texts] = []
+    for first in range(min(_LONGER, len(texts))):
+        for wanted in (max_length_tokens, 4 * max_length_tokens):
+            row, tokens = first, 0
+            parts: list[Texts] = []
+            while tokens <= wanted:
+                parts.append(texts[row])
+                # Whatever special tokens there are, and one at least.
+                tokens += max(1, len(encoded.input_ids[row]) - 4)
+                row = (row + 1) % len(texts)
+            long, short = tuple(map(" ".join, zip(*parts, strict=True))), texts[first]
+            made += [long] if len(long) == 1 else [long, (long[0], short[1]), (short[0], long[1])]
+    return made
 
 
 def conversion_cost(

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from tokenizers import Encoding
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.gate import Rows
     from ad2kit.quantize import Feed, Way
     from ad2kit.sections import ParityRecipe
+    from ad2kit.tokenise import Tokens
     from ad2kit.verdicts import Check
 
     Logits = NDArray[np.float32]
@@ -78,7 +78,7 @@ class Int8Search:
     graphs: dict[bool, Path]
     reference: OnnxClassifier
     classifier_of: Callable[[Path], OnnxClassifier]
-    encodings: Sequence[Encoding]
+    encodings: Sequence[Tokens]
     rows: Rows
     thresholds: ParityRecipe
     calibration: Sequence[Feed]

@@ -101,9 +101,11 @@ def better_order(task: Task, answers: Array, labels: Array, outputs: int) -> Bet
     every = _assignment(task, answers, labels, outputs)
     if _labels_that_gain(task, answers, labels, every) < _LEAST_GAINING:
         return None
-    right = [_right(task, answers[judging], labels[judging], each).mean()
-             for each in (np.arange(outputs), order)]  # fmt: skip
-    return BetterOrder(tuple(map(int, every)), *map(float, right), len(judging), max(p, bound))
+    now, then = (
+        float(_right(task, answers[judging], labels[judging], each).mean())
+        for each in (np.arange(outputs), order)
+    )
+    return BetterOrder(tuple(map(int, every)), now, then, len(judging), float(max(p, bound)))
 
 
 def _halves(task: Task, labels: Array) -> tuple[Array, Array]:

@@ -133,7 +133,8 @@ def _given_labels(
                 hint="correct labels.txt, or give the names in data.labels",
             )
     names = recipe.labels or source or ()
-    outputs, by_look = ({each(name): i for i, name in enumerate(names)} for each in (str, _look))
+    outputs = {name: output for output, name in enumerate(names)}
+    by_look = {_look(name): output for output, name in enumerate(names)}
     ids: tuple[int | None, ...] = tuple(range(len(names)))
     if source is not None and any(_look(name) in by_look for name in source):
         ids = tuple(outputs.get(name, by_look.get(_look(name))) for name in source)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import transformers
 
 from ad2kit import data as datasets
 from ad2kit import metrics, models
@@ -27,6 +28,7 @@ from ad2kit.records import OnnxArtifact
 from ad2kit.references import find_model
 from ad2kit.runtime import available_cpus
 from ad2kit.tasks import answers, softmax
+from ad2kit.tokenise import tokenisation, write_tokenizer
 from ad2kit.training import predict_logits
 from ad2kit.verdicts import ParityReport
 
@@ -34,13 +36,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from tokenizers import Encoding
 
     from ad2kit.recipe import Recipe
     from ad2kit.sections import ParityRecipe, Task
+    from ad2kit.tokenise import Tokens
     from ad2kit.verdicts import Check
 
 BATCH = 32
+_DYNAMIC = (
+    "export it with dynamic axes: `optimum-cli export onnx` does, and torch.onnx.export with "
+    "dynamic_axes={'input_ids': {0: 'batch', 1: 'tokens'}, ...} for each input"
+)
 
 
 def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe) -> ParityReport:
@@ -106,7 +112,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
 
 def _consistency(
     classifier: OnnxClassifier,
-    encodings: Sequence[Encoding],
+    encodings: Sequence[Tokens],
     logits: NDArray[np.float32],
     task: Task,
     thresholds: ParityRecipe,
@@ -189,6 +195,35 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """Return the tokenizer of the model as transformers reads it."""
+    file = folder / "tokenizer.json"
+    try:
+        # Without its settings, what config.json makes transformers guess may be another tokenizer:
+        # of a cased BERT one that writes all letters small.
+        found = (
+            transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            if (folder / "tokenizer_config.json").is_file()
+            else transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+        )
+    except Exception as error:
+        # The tokenizers library raises bare exceptions for a file that is none of its own.
+        raise ModelError(
+            f"{file} is not a tokenizer: {error}",
+            hint="save it again with the tokenizer's save_pretrained()",
+        ) from error
+    if not isinstance(found, transformers.PreTrainedTokenizerFast):
+        raise ModelError(
+            f"{folder}: expected a tokenizer of the tokenizers library, found "
+            f"{type(found).__name__}",
+            hint="save a fast one beside the model: AutoTokenizer.from_pretrained(MODEL)"
+            ".save_pretrained(FOLDER)",
+        )
+    return found
+
+
 def _open(adopted: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
     """Open the model before the teacher has read anything; messages name the user's folder."""
     try:
@@ -197,18 +232,20 @@ def _open(adopted: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
         raise ModelError(
             error.message.replace(str(adopted), str(folder)), hint="export it again with optimum"
         ) from error
-    except Exception as error:
-        # The tokenizers library raises bare exceptions for a file that is none of its own.
-        raise ModelError(
-            f"{folder / 'tokenizer.json'} is not a tokenizer: {error}",
-            hint="save it again with the tokenizer's save_pretrained()",
-        ) from error
     _insist_on_inputs_and_outputs(classifier, folder)
     return classifier
 
 
 def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
     """Refuse a graph that we cannot feed, or whose outputs are not one for each label."""
+    for item in classifier.session.get_inputs():
+        if any(isinstance(axis, int) for axis in item.shape):
+            raise ModelError(
+                f"{folder / MODEL_FILE}: the axes of {item.name} are fixed to "
+                f"{' x '.join(map(str, item.shape))}, but batches have any number of texts, and "
+                "texts any number of tokens",
+                hint=_DYNAMIC,
+            )
     known = {"input_ids", "attention_mask", "token_type_ids"}
     outputs = {item.name: item.shape[-1] for item in classifier.session.get_outputs()}
     wanted = len(classifier.labels)
@@ -224,6 +261,23 @@ def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> N
             f"{outputs}",
             hint="export it with optimum for the task text-classification, and look at id2label",
         )
+    # Axes may be fixed inside of the graph, too, whatever its inputs say.
+    columns = classifier.artifact.text_columns
+    texts: Any = [(text, text) if columns == 2 else text for text in ("a", "a b c d e")]
+    try:
+        shape = classifier.run(classifier.encode(texts)).shape
+    except Exception as error:
+        # onnxruntime's exceptions share no base class of their own.
+        raise ModelError(
+            f"{folder / MODEL_FILE} cannot read two texts of different lengths: {error}",
+            hint=_DYNAMIC,
+        ) from error
+    if shape != (len(texts), wanted):
+        raise ModelError(
+            f"{folder / MODEL_FILE}: expected logits of shape {(len(texts), wanted)} for two "
+            f"texts, found {shape}",
+            hint=_DYNAMIC,
+        )
 
 
 def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe) -> Path:
@@ -234,6 +288,11 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
     for file in folder.iterdir():
         if file.is_file() and file.name != OnnxArtifact.file_name:
             shutil.copy2(file, scratch / file.name)
+    tokenizer, config = _tokenizer(folder), _config(folder)
+    write_tokenizer(tokenizer, scratch)
+    settings = tokenisation(tokenizer)
+    if tokenizer.pad_token_id is None:
+        settings = settings.model_copy(update={"pad_token_id": config.get("pad_token_id") or 0})
     files, ours = sha256_of_folder(scratch), folder / OnnxArtifact.file_name
     manifest = OnnxArtifact(
         variant=folder.name,
@@ -241,7 +300,7 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
         task=recipe.data.task,
         labels=labels,
         max_length_tokens=recipe.data.max_length_tokens,
-        pad_token_id=_config(folder).get("pad_token_id") or 0,
+        tokenisation=settings,
         text_columns=len(recipe.data.text_columns),
         provider=recipe.export.provider,
         nodes={},

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ad2kit import data as datasets
@@ -27,6 +28,7 @@ from ad2kit.gate import (
     conversion_cost,
     distillation_quality,
     export_fidelity,
+    longer_texts,
     mostly_8_bits,
     probe_rows,
     same_token_ids,
@@ -42,9 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
+    from ad2kit.classifier import Text
     from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
     from ad2kit.verdicts import Check
@@ -103,8 +105,13 @@ def parity(run: RunDir) -> ParityReport:
     teacher_encoded = datasets.encode(
         data.validation, teacher.tokenizer, recipe.data.max_length_tokens
     )
-    texts = [text if len(text) > 1 else text[0] for text in data.validation.texts]
-    encodings = {name: c.encode(texts) for name, c in classifiers.items()}  # type: ignore[arg-type]
+    texts = _typed(data.validation)
+    encodings = {name: c.encode(texts) for name, c in classifiers.items()}
+    long = datasets.Split(
+        tuple(longer_texts(encoded, data.validation.texts, recipe.data.max_length_tokens)),
+        np.empty(0),
+    )
+    long_encoded = datasets.encode(long, student.tokenizer, recipe.data.max_length_tokens)
     fp32, probes = classifiers["fp32"], [encodings["fp32"][row] for row in probe_rows(encoded)]
     reference = Reference(
         data.task,
@@ -127,7 +134,8 @@ def parity(run: RunDir) -> ParityReport:
         # What is made from an unfaithful graph, or reads other tokens, is no better than it.
         checks = (
             *(fidelity[name] if name in EXACT else _all_of(fidelity)),
-            same_token_ids(encodings[name], encoded),
+            *same_token_ids(encodings[name], encoded),
+            *same_token_ids(classifiers[name].encode(_typed(long)), long_encoded, "long texts"),
         )
         if name not in EXACT:
             alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
@@ -174,6 +182,11 @@ def parity(run: RunDir) -> ParityReport:
     )
     write_record(run.parity_report, report)
     return _beside_variants(report, folders)
+
+
+def _typed(split: datasets.Split) -> list[Text]:
+    """Return the texts of a split as a classifier takes them."""
+    return [(text[0], text[1]) if len(text) > 1 else text[0] for text in split.texts]
 
 
 def _beside_variants(report: ParityReport, folders: Sequence[Path]) -> ParityReport:

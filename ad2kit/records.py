@@ -58,6 +58,7 @@ class Part(BaseModel):
 class Record(Part):
     """Base of everything that is a file, or a line of one, of its own."""
 
+    cure: ClassVar[str] = "delete it and run its stage again"
     schema_version: Literal[1] = SCHEMA_VERSION
 
     @classmethod
@@ -90,8 +91,7 @@ class Record(Part):
             raise RunError(
                 f"{where} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
                 f"{key}: {first['msg']}",
-                hint="the file was edited or comes from another version of ad2kit; "
-                "delete it and run its stage again",
+                hint=f"the file was edited or comes from another version of ad2kit; {cls.cure}",
             ) from error
 
 
@@ -166,6 +166,20 @@ class ModelManifest(Record):
     files: dict[str, str]
 
 
+class Tokenisation(Part):
+    """What makes ids of a text beside ``tokenizer.json``; see :mod:`ad2kit.tokenise`.
+
+    A text that is too long loses its end, or its beginning where ``truncation_side`` is "left".
+    The model is fed the segments of a pair if ``segment_ids``, else zeros.
+    """
+
+    truncation_side: Literal["left", "right"]
+    segment_ids: bool
+    split_special_tokens: bool
+    pad_token_id: int
+    pad_type_id: int
+
+
 class OnnxArtifact(Record):
     """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from.
 
@@ -176,13 +190,14 @@ class OnnxArtifact(Record):
     """
 
     file_name: ClassVar[str] = "manifest.json"
+    cure: ClassVar[str] = "run `ad2kit export` on its run again, then `ad2kit parity`"
 
     variant: str
     inputs: str
     task: Task
     labels: tuple[str, ...]
     max_length_tokens: int
-    pad_token_id: int
+    tokenisation: Tokenisation
     text_columns: int
     provider: Provider
     nodes: dict[str, int]

@@ -12,7 +12,8 @@ from ad2kit.curve import read_curve
 from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import sha256_of, write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport
-from ad2kit.shipping import passed_variants
+from ad2kit.run_dir import exclusive
+from ad2kit.shipping import campaign_of, passed_variants
 from ad2kit.tasks import answers, scores, softmax
 from ad2kit.verdicts import ParityReport, RowAnswers
 
@@ -38,6 +39,7 @@ TEACHER = "teacher"
 _TEXTS, _TEXT_CHARACTERS, _MATRIX_CLASSES = 12, 400, 12
 
 
+@exclusive
 def report(run: RunDir) -> Path:
     """Write ``report.html`` of a run and return its path.
 
@@ -65,11 +67,14 @@ def _context(run: RunDir) -> Context:
     # Not splitlines(): U+2028 and its like are legal inside a JSON string.
     lines = run.answers.read_text(encoding="utf-8").split("\n")
     answered = [RowAnswers.model_validate_json(line) for line in lines if line]
-    latency = tables.measured_latency(run)
+    latency, campaign = tables.measured_latency(run), campaign_of(run)
+    refused = (
+        [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)
+    )
     return {
         "run": recipe,
-        "passed": parity.passed,
-        "summary": _summary(variant, latency),
+        "passed": parity.passed and not refused,
+        "summary": [*_summary(variant, latency), *refused],
         "models": {
             "header": tables.HEADER, "rows": tables.rows(run), "caption": tables.caption(run),
         },

@@ -14,20 +14,21 @@ import numpy as np
 
 from ad2kit import text_blocks
 from ad2kit.blocks import suffix_of
-from ad2kit.classifier import OnnxClassifier, is_text
+from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import DataError
 from ad2kit.parts import OutputFolder, part_name
 from ad2kit.tasks import answers, scores
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
-    from tokenizers import Encoding
 
     from ad2kit.blocks import Block, Layout, Rows, Survey
     from ad2kit.score_records import InputFile
     from ad2kit.sections import Task
+    from ad2kit.tokenise import Tokens
 
 ADDED: dict[Task, tuple[str, ...]] = {
     "single_label": ("label", "score", "truncated"),
@@ -136,7 +137,7 @@ class Scorer:
 
 
 def columns(
-    classifier: OnnxClassifier, encodings: Sequence[Encoding], logits: NDArray[np.float32]
+    classifier: OnnxClassifier, encodings: Sequence[Tokens], logits: NDArray[np.float32]
 ) -> list[NDArray[Any]]:
     """Return the columns of :data:`ADDED` for logits of shape [rows, outputs].
 
@@ -145,7 +146,7 @@ def columns(
     """
     task, names = classifier.artifact.task, np.array(classifier.labels)
     found = answers(task, logits)
-    cut = np.array([bool(each.overflowing) for each in encodings], dtype=bool)
+    cut = np.array([each.truncated for each in encodings], dtype=bool)
     if task == "regression":
         return [found.astype(np.float64), cut]
     if task == "multi_label":

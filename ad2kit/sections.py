@@ -55,7 +55,8 @@ class DataRecipe(Section):
     where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
     Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
     from the training rows, or, as many papers do, those of ``validation``, which flatters the
-    scores on them.
+    scores on them. ``max_leakage`` is the largest share of the validation texts that may be
+    training texts too.
     """
 
     source: str | None = None
@@ -70,6 +71,7 @@ class DataRecipe(Section):
     max_length_tokens: Annotated[int, Field(ge=8)]
     max_train_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
+    max_leakage: Fraction = 0.1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -85,11 +87,12 @@ class DataRecipe(Section):
             if metric not in known:
                 msg = f"metric '{metric}' does not fit a {self.task} task: {', '.join(known)}"
                 raise ValueError(msg)
-        for name in self.labels or ():
+        names = self.labels or ()
+        for name in names:
             if name != name.strip() or not name:
                 msg = f"labels: {name!r} is empty, or has blanks around it"
                 raise ValueError(msg)
-            if self.labels.count(name) > 1:
+            if names.count(name) > 1:
                 msg = f"labels: {name!r} is there twice"
                 raise ValueError(msg)
         if self.task == "regression" and self.labels is not None:

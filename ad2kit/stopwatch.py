@@ -10,6 +10,7 @@ import numpy as np
 from ad2kit.files import fingerprint, write_record
 from ad2kit.fit_records import Cost, Measurements
 from ad2kit.runtime import available_cpus, environment
+from ad2kit.store import writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Stopwatch:
     Args:
         recipe: threads, seed, and the seconds for a system.
         target: the number of texts and their length.
-        file: of the measurements.
+        file: of the measurements, in the store of what runs share.
         clock: times calls, see :func:`ad2kit.bench.measure`.
         vocabulary: number of token ids to draw from.
     """
@@ -47,7 +48,7 @@ class Stopwatch:
         self._ids = np.random.default_rng(recipe.seed).integers(
             vocabulary, size=(target.batch_size, target.length_tokens), dtype=np.int64
         )
-        self._known = Measurements.read(file).costs if file.is_file() else {}
+        self._known = self._read()
         self._conditions = [self.surroundings, self._ids.shape, self._seconds,
                             recipe.export.provider]  # fmt: skip
 
@@ -78,7 +79,11 @@ class Stopwatch:
                 )
                 for name, (_, size) in systems.items()
             )  # fmt: skip
-            self._known = {**self._known, key: costs}
-            self._file.parent.mkdir(exist_ok=True)
-            write_record(self._file, Measurements(costs=self._known))
+            with writing(self._file.parent):
+                # Another process may have measured something meanwhile.
+                self._known = {**self._read(), key: costs}
+                write_record(self._file, Measurements(costs=self._known))
         return self._known[key]
+
+    def _read(self) -> dict[str, tuple[Cost, ...]]:
+        return Measurements.read(self._file).costs if self._file.is_file() else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.records import LatencyReport, OnnxArtifact
+from ad2kit.shipping import campaign_of
 from ad2kit.verdicts import ParityReport, QuantisationSearch
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
     """
     run.require(run.parity_report, command="parity")
     parity = ParityReport.read(run.parity_report)
-    latency = measured_latency(run)
+    latency, campaign = measured_latency(run), campaign_of(run)
 
     def measured(system: str) -> tuple[str, ...]:
         if latency is None or system not in latency.sizes_bytes:
@@ -48,10 +49,11 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
     ]  # fmt: skip
     for verdict in parity.variants:
         low, high = verdict.retained_interval
+        refused = campaign and campaign.refusals(verdict.variant, verdict.manifest_sha256)
         table.append((
             f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
             f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
-            "passed" if verdict.passed else "FAILED",
+            "FAILED" if not verdict.passed else "refused" if refused else "passed",
         ))  # fmt: skip
     return table
 

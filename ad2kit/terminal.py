@@ -29,6 +29,7 @@ from ad2kit.run_dir import find_run, named_folder, open_run
 from ad2kit.runtime import is_first_process
 from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
+from ad2kit.texts import is_text
 from ad2kit.verdicts import RowAnswers
 
 if TYPE_CHECKING:
@@ -207,8 +208,10 @@ def next_steps(tag: str, folder: RunDir) -> str:
     """Return the commands to type after the Bento of a run was published."""
     texts = _example(folder)
     body = json.dumps({"texts": [texts[0] if len(texts) == 1 else texts]}, ensure_ascii=False)
+    asked = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
+    key = "-H 'Authorization: Bearer KEY' " if asked else ""
     curl = (
-        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
+        f"curl -s localhost:3000/classify {key}-H 'Content-Type: application/json' "
         f"-d {shlex.quote(body)}"
     )
     # `make` does not activate the environment, so that its programs may not be on the path.
@@ -244,7 +247,7 @@ def read_lines(file: Path | None) -> Iterator[str]:
                     f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
                     hint="convert it, for example: iconv -f latin1 -t utf-8",
                 ) from error
-            if not text.strip():
+            if not is_text(text):
                 raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
             yield text
 

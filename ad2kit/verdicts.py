@@ -163,6 +163,50 @@ class ParityReport(Record):
         ]
 
 
+class CampaignVerdict(Part):
+    """What the rule of a campaign said of a variant, at the ``look``-th look at validation rows.
+
+    The ``interval`` of what the variant retains misses the truth with the chance ``error``.
+    """
+
+    variant: str
+    manifest_sha256: str
+    look: int
+    error: float
+    interval: tuple[float, float]
+    failures: tuple[str, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against the variant."""
+        return not self.failures
+
+
+class CampaignRecord(Record):
+    """``campaign.json``: which campaign made a run, and what its own rule said of the variants.
+
+    A command takes the run of a campaign only if it is named. Where the campaign has a ``rule``,
+    a variant may be shipped if this rule and the gate have passed it.
+    """
+
+    file_name: ClassVar[str] = "campaign.json"
+
+    command: str
+    rule: str | None = None
+    verdicts: tuple[CampaignVerdict, ...] = ()
+
+    def refusals(self, variant: str, manifest_sha256: str) -> list[str]:
+        """Return what the rule has against shipping a variant; nothing if it has passed."""
+        if self.rule is None:
+            return []
+        rule = f"by the rule of `{self.command}` ({self.rule})"
+        for verdict in self.verdicts:
+            if (verdict.variant, verdict.manifest_sha256) == (variant, manifest_sha256):
+                return [f"{failure}, {rule}" for failure in verdict.failures]
+        return [f"{variant}: not passed {rule}: it was not judged as it lies there"]
+
+
 class RowAnswers(Record):
     """One line of ``answers.jsonl``: a validation row, and the logits that each model gave it.
 
@@ -189,11 +233,24 @@ def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = No
     if verdict.passed:
         for line in verdict.words():
             logger.info("parity: %s", line)
-    else:
-        raise GateFailed(
-            f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()),
-            hint=f"the whole report is {report}; train longer, change the student, or leave the "
-            "variant out (export.variants)"
-            if report
-            else "look at tokenizer, labels and export; --json shows all checks",
+        return
+    if report is None:
+        hint = "look at tokenizer, labels and export; --json shows all checks"
+    elif any(_is_unfaithful(check) for found in verdict.variants for check in found.checks):
+        hint = (
+            f"the whole report is {report}; the artefact computes something else than the student "
+            "that was trained, which no training mends: look at the first of these checks, and "
+            f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
         )
+    else:
+        hint = (
+            f"the whole report is {report}; train longer, change the student, or leave the variant "
+            "out (export.variants)"
+        )
+    raise GateFailed(
+        f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()), hint=hint
+    )
+
+
+def _is_unfaithful(check: Check) -> bool:
+    return check.question == "export fidelity" and not check.passed

@@ -58,7 +58,9 @@ def optimum(folder: Path, threads: int) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    model = ORTModelForSequenceClassification.from_pretrained(folder, session_options=options)
+    model = ORTModelForSequenceClassification.from_pretrained(
+        folder, session_options=options, trust_remote_code=False
+    )
     names = list(model.input_names)
 
     def call(ids: np.ndarray[Any, Any]) -> object:

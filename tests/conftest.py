@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ad2kit.recipe import Recipe
+    from ad2kit.records import BentoRecord
 
 # Real data lies beside the checkout on the machines of the developers.
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -101,6 +102,19 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe)
     assert parity(run).passed
     bench(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def packaged(
+    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, BentoRecord]:
+    """A copy of the finished run and the record of its Bento. Do not change them."""
+    from ad2kit.package import package
+
+    folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
+    shutil.copytree(finished_run.path, folder)
+    run = RunDir(folder)
+    return run, package(run)
 
 
 @pytest.fixture

@@ -42,12 +42,13 @@ def run_all(
             hint="`accelerate launch -m ad2kit distill ...` first; then `ad2kit run` with the "
             "same settings goes on from there",
         )
-    distill(run, on_step=on_step, allow_inexact=allow_inexact)
-    export(run)
-    verdict = parity(run)
-    report(run)
-    insist_passed(verdict, run.path, report=run.parity_report)
-    bench(run, again=False)
-    record = package(run)
-    report(run)
+    with run.locked() as held:
+        distill(held, on_step=on_step, allow_inexact=allow_inexact)
+        export(held)
+        verdict = parity(held)
+        report(held)
+        insist_passed(verdict, run.path, report=run.parity_report)
+        bench(held, again=False)
+        record = package(held)
+        report(held)
     return record

@@ -38,7 +38,40 @@ def test_check_accepts_the_demo_and_prints_it_whole(ad2kit: Any) -> None:
     assert checked.code == 0
     result = json.loads(checked.out)
     assert result["recipe"]["distill"]["lr"] == 5e-5
-    assert result["rows"] == {"train": 2200, "select": 200, "validation": 640}
+    rows = {name: split["rows"] for name, split in result["splits"].items()}
+    assert rows == {"train": 2200, "select": 200, "validation": 640}
+    assert result["updates"] == {"teacher": 207, "student": 138}  # 3 and 2 epochs of 69
+
+
+def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:
+    """A small table of somebody: what is in it, and what it can prove."""
+    lines = [f"word{n} is {'good ' * (1 + n % 40)},{'yes' if n % 4 else 'no'}" for n in range(200)]
+    train = ["tweet,label", *lines, *lines[:50]]
+    (tmp_path / "train.csv").write_text("\n".join(train))
+    (tmp_path / "validation.csv").write_text("\n".join(["tweet,label", *lines[190:], *(
+        f"other{n} good,{'yes' if n % 2 else 'no'}" for n in range(90)
+    )]))  # fmt: skip
+    options = ("smoke", f"data.source={tmp_path}", "data.text_columns=[tweet]",
+               "data.max_length_tokens=16")  # fmt: skip
+    checked = ad2kit("check", *options)
+    assert checked.code == 0
+    shown = checked.out.splitlines()
+    assert len(shown) < 16
+    assert "labels, in the order of the alphabet: no, yes" in shown
+    report = json.loads(ad2kit("check", *options, "--json").out)
+    split = report["splits"]["validation"]
+    assert (split["rows"], split["known"]) == (100, 0.1)
+    assert "validation texts that are also training texts: 10.0%" in shown
+    assert 0.1 < report["splits"]["train"]["duplicates"] < 0.25
+    assert 0.5 < report["splits"]["train"]["cut"] < 0.9
+    # 1.96 * sqrt(0.1 / 100), and the rows of an interval of min_retained_lower = 0.8
+    assert report["half_width"] == pytest.approx(0.062, abs=1e-3)
+    assert report["rows_to_pass"] == 10
+    assert "student:" not in checked.out
+    assert '"text_columns"' in ad2kit("check", *options, "--verbose").out
+    refused = ad2kit("check", *options, "data.max_leakage=0.05")
+    assert refused.code == 2
+    assert "data.max_leakage=0.1" in refused.err
 
 
 def test_doctor_looks_at_real_things(ad2kit: Any) -> None:

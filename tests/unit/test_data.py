@@ -222,7 +222,7 @@ def list_label(path: Path) -> Path:
         (no_train_file, "expected exactly one train"),
         (two_train_files, r"expected exactly one train.*train\.tsv, train\.csv"),
         (broken_json, r"train\.jsonl, line 2: not JSON"),
-        (leaked, "all 40 validation texts are also training texts"),
+        (leaked, r"40 of 40 validation texts \(100.0%\) are also training"),
         (no_parquet, r"train\.parquet is not a Parquet table"),
         (column_twice, "the column 'text' appears twice"),
         (old_line_ends, r"train\.csv, line \d+: not CSV"),
@@ -287,6 +287,21 @@ def test_a_label_that_does_not_fit_the_task_is_refused(
     source = values(tmp_path, ("a", "1"), ("b", label), ("c", "0"))
     with pytest.raises(DataError, match=rf"line 2: .*{expected}"):
         load_data(recipe(source, task=task), 1)
+
+
+def test_leakage_is_an_error_from_a_share_on_that_the_user_sets(tmp_path: Path) -> None:
+    """Of 40 validation texts some stand in the training file too."""
+    lines, others = GOOD.splitlines(), OTHER.splitlines()
+    for known, allowed in ((4, 0.1), (5, 0.1), (36, 0.9), (37, 0.9)):
+        mixed = "\n".join([*others[: 41 - known], *lines[41 - known :]])
+        source = folder(tmp_path, validation=mixed)
+        if known <= 40 * allowed:
+            assert len(load_data(recipe(source, max_leakage=allowed), 1).validation) == 40
+            continue
+        with pytest.raises(DataError, match=f"{known} of 40 validation texts") as caught:
+            load_data(recipe(source, max_leakage=allowed), 1)
+        advice = float(caught.value.hint.rpartition("=")[2])
+        assert len(load_data(recipe(source, max_leakage=advice), 1).validation) == 40
 
 
 def test_an_imbalance_is_said_in_words() -> None:

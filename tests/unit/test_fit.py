@@ -290,6 +290,31 @@ def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
     assert len(made) == 2
 
 
+def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -> None:
+    file = tmp_path / ".shared" / "measured.json"
+    measured = list[int]()
+
+    def clock(
+        calls: dict[str, Call], _ids: np.ndarray, _seconds: float
+    ) -> dict[str, list[list[float]]]:
+        measured.append(1)
+        return {name: [[0.001] * 10] for name in calls}
+
+    def systems() -> dict[str, System]:
+        return {"fused": (lambda _ids: None, 2)}
+
+    ours, theirs, third = (Stopwatch(load("smoke"), target(), file, clock, 50) for _ in range(3))
+    ours.measure("one shape", systems)
+    theirs.measure("another", systems)
+    third.measure("a third", systems)
+    assert len(measured) == 3
+    last = Stopwatch(load("smoke"), target(), file, clock, 50)
+    for shape_name in ("one shape", "another", "a third"):
+        last.measure(shape_name, systems)
+    assert len(measured) == 3
+    assert (file.parent / ".lock").is_file()
+
+
 def test_lists_of_numbers() -> None:
     assert numbers("--layers", "2, 3") == (2, 3)
     assert numbers("--layers", None) == ()
