@@ -176,8 +176,11 @@ class Batcher:
         Raises:
             QueueFull: too much is waiting; none of these texts was accepted.
             BatcherClosed: it takes no more.
+            ValueError: there is no text, so that nothing would ever answer the call.
             Exception: whatever ``infer`` raised for one of these texts alone.
         """
+        if not tokenised:
+            raise ValueError("expected at least one text, found none")
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._work, name="ad2kit-infer", daemon=True)

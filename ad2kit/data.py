@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ad2kit.errors import DataError, nearest
+from ad2kit.errors import DataError, no_column
 from ad2kit.files import fingerprint
 from ad2kit.labels import counts, label_set, no_labels, read_labels
 from ad2kit.records import SplitFacts
@@ -163,8 +163,9 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
     Raises:
         DataError: see :func:`load_data`.
     """
-    rows = read_file(path)
-    _check_columns(rows, (*recipe.text_columns, recipe.label_column), path.name)
+    columns = (*recipe.text_columns, recipe.label_column)
+    rows = read_file(path, columns)
+    _check_columns(rows, columns, path.name)
     named = recipe if recipe.task == "regression" else recipe.model_copy(update={"labels": labels})
     found = label_set(rows, named, None)
     split = Split(_texts(rows, recipe), read_labels(rows, recipe, found))
@@ -274,11 +275,7 @@ def _check_columns(rows: list[Row], columns: tuple[str, ...], name: str) -> None
     where, first = rows[0]
     for column in columns:
         if column not in first:
-            raise DataError(
-                f"{where}: no column '{column}'{nearest(column, first)}; "
-                f"columns: {', '.join(map(str, first))}",
-                hint="set data.text_columns and data.label_column",
-            )
+            raise no_column(where, column, first)
 
 
 def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
@@ -298,6 +295,11 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
 
 
 def _insist_on_variety(split: Split, task: Task, labels: tuple[str, ...], name: str) -> None:
+    if not len(split):
+        raise DataError(
+            f"the {name} split has no row left beside those that are set aside for `select`",
+            hint="give more rows, raise data.max_train_rows, or set data.select_from=validation",
+        )
     if len(np.unique(split.labels)) < 2:
         what = {
             "single_label": "one class only",

@@ -78,6 +78,14 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file of records, without one that a kill cut short at the end.
+
+    Not ``splitlines()``: a text of the user's may hold U+2028 and others that it would split at.
+    """
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
 def write_record(path: Path, record: BaseModel) -> None:
     """Write a record as indented JSON, whole or not at all."""
     write_text(path, record.model_dump_json(indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ad2kit.files import read_lines
 from ad2kit.metrics import paired_bootstrap, retained_interval
 from ad2kit.tasks import answers
 from ad2kit.verdicts import CampaignVerdict, QuantisationSearch, RowAnswers
@@ -137,8 +138,7 @@ class Judge:
         """
         self.looks += 1
         recipe = run.recipe
-        lines = run.answers.read_text(encoding="utf-8").splitlines()
-        rows = [RowAnswers.model_validate_json(line) for line in lines]
+        rows = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
         found = [
             answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
             for name in (variant, "teacher")

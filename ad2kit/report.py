@@ -10,7 +10,7 @@ import numpy as np
 from ad2kit import metrics, tables
 from ad2kit.curve import read_curve
 from ad2kit.errors import MissingExtra, RunError
-from ad2kit.files import sha256_of, write_text
+from ad2kit.files import read_lines, sha256_of, write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport
 from ad2kit.run_dir import exclusive
 from ad2kit.shipping import campaign_of, passed_variants
@@ -64,9 +64,7 @@ def _context(run: RunDir) -> Context:
     parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
     recipe, variant = run.recipe, _shown(run, parity)
     curve = read_curve(run.curve("student"))
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    lines = run.answers.read_text(encoding="utf-8").split("\n")
-    answered = [RowAnswers.model_validate_json(line) for line in lines if line]
+    answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
     latency, campaign = tables.measured_latency(run), campaign_of(run)
     refused = (
         [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)

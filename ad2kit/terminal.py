@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ad2kit import files, text_rows
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.run_dir import find_run, named_folder, open_run
@@ -222,9 +223,7 @@ def next_steps(tag: str, folder: RunDir) -> str:
 
 def _example(folder: RunDir) -> tuple[str, ...]:
     """Return the first validation text that fits into a line; the shortest if none does."""
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    lines = folder.answers.read_text(encoding="utf-8").split("\n")
-    rows = [RowAnswers.model_validate_json(line).texts for line in lines if line]
+    rows = [RowAnswers.model_validate_json(line).texts for line in files.read_lines(folder.answers)]
     short = [texts for texts in rows if sum(map(len, texts)) <= _EXAMPLE_CHARACTERS]
     return short[0] if short else min(rows, key=lambda texts: sum(map(len, texts)))
 
@@ -239,14 +238,7 @@ def read_lines(file: Path | None) -> Iterator[str]:
         raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
     name = "stdin" if file is None else str(file)
     with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
-                    hint="convert it, for example: iconv -f latin1 -t utf-8",
-                ) from error
+        for number, text in text_rows.text_lines(stream, name):
             if not is_text(text):
                 raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
             yield text

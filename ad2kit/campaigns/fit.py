@@ -217,8 +217,8 @@ class _Search:
             )  # fmt: skip
         except DivergedError as error:
             return candidate.ended("diverged", error.message)
-        score, needed = distilled.student_select_score, self.judge.needed()
-        needed *= distilled.teacher_select_score
+        score = distilled.student_select_score
+        needed = self.judge.needed() * _something(distilled.teacher_select_score)
         facts: dict[str, Any] = {"select_score": score, "train_seconds": distilled.train_seconds}
         if score < needed:
             reason = f"{score:.4f} on select, needed {needed:.4f}"
@@ -291,7 +291,7 @@ class _Search:
             encoded = datasets.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
             logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
             found = answers(self.data.task, logits)
-            self.teacher_score = score(self.recipe.data.judged_by, found, select.labels)
+            self.teacher_score = _something(score(self.recipe.data.judged_by, found, select.labels))
         return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
 
     def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
@@ -315,3 +315,15 @@ class _Search:
         what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
         self.trained = self.stopwatch.measure(what, make, list(folders)[: len(variants)])
         return self.trained[len(variants) :]
+
+
+def _something(teacher_score: float) -> float:
+    """Return the score of a teacher on ``select`` if it has one, of which a share can be kept."""
+    if teacher_score <= 0:
+        raise UserError(
+            f"the teacher scores {teacher_score:.4f} on `select`: there is nothing that a student "
+            "could retain",
+            hint="look at the order of data.labels, or train the teacher longer: "
+            "`ad2kit run RECIPE` shows what it scores",
+        )
+    return teacher_score

@@ -353,6 +353,6 @@ def test_the_next_step_asks_about_a_text_of_the_task(copied_run: RunDir) -> None
     words = shlex.split(curl)
     assert json.loads(words[words.index("-d") + 1]) == {"texts": odd["texts"]}
     long = first | {"texts": ["x" * 81, "y" * 7]}
-    copied_run.answers.write_text(json.dumps(long))
+    copied_run.answers.write_text(json.dumps(long) + "\n")
     words = shlex.split(next_steps("demo:1", copied_run))
     assert json.loads(words[words.index("-d") + 1]) == {"texts": [long["texts"]]}
