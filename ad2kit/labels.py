@@ -43,7 +43,9 @@ _DECIMAL = re.compile(r"-?[0-9]+\.[0-9]+")
 _CELLS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 # How Python and numpy write a list, a tuple, a set or an array of texts or numbers.
-_WRITTEN_LIST = re.compile(r"(array|set|frozenset)?[\[({]\s*(['\"\[({0-9+.-].*)?[\])}]", re.DOTALL)
+_WRITTEN_LIST = re.compile(
+    r"(array|set|frozenset)?[\[({]\s*(['\"\[({0-9+.-].*)?[\])}]|\[\s*['\"].*", re.DOTALL
+)
 _OTHER_SEPARATOR = re.compile(r"[;|/\n\t]")
 # Variation selectors choose between two pictures of one character.
 _UNSEEN = {"\ufe0e", "\ufe0f"}

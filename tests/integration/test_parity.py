@@ -413,3 +413,22 @@ def test_the_answers_of_all_models_are_kept(finished_run: RunDir) -> None:
     texts = [line.texts[0] for line in lines[:5]]
     found = np.array([line.logits["fp32"] for line in lines[:5]])
     assert np.abs(classifier.logits(texts) - found).max() < 1e-5
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_the_gate_fails_a_student_of_a_permuted_teacher_in_words(task: Task) -> None:
+    ids = np.arange(300) % 3
+    labels = ids if task == "single_label" else np.eye(3, dtype=np.float32)[ids]
+    logits = 4 * np.eye(3, dtype=np.float32)[ids] - 2
+    name = "teacher's right answers gained by another order of labels"
+    thresholds = ParityRecipe(bootstrap_samples=100)
+    for order, passes in (((0, 1, 2), True), ((1, 2, 0), False)):
+        permuted = np.ascontiguousarray(logits[:, order])
+        reference = judged(labels, permuted, permuted, task)
+        verdict = distillation_quality(
+            "fp32", "", permuted, reference, ("a", "b", "c"), (), thresholds, 0
+        )
+        (check,) = [check for check in verdict.checks if check.name == name]
+        assert check.question == "distillation quality"
+        assert (check.passed, verdict.passed) == (passes, passes)
+        assert ('order that fits:    ["b", "c", "a"]' in check.words) != passes
