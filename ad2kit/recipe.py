@@ -146,7 +146,7 @@ def from_data(data: dict[str, Any], *, where: str, overrides: Sequence[str] = ()
         text = json.dumps(data, ensure_ascii=False)
         text.encode()
     except UnicodeEncodeError as error:
-        before = text[max(0, error.start - 40) : error.end]
+        before = error.object[max(0, error.start - 40) : error.end]
         raise RecipeError(
             f"{where} holds half a surrogate pair, which is no character: …{before!r}",
             hint="write the text anew",

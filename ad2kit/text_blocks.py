@@ -79,7 +79,7 @@ def _row_by_row(lines: _Lines, suffix: str) -> Iterator[tuple[str, ...]]:
         for _ in text_rows.frames(lines, suffix):
             yield ()
         return
-    keys = ("",) if suffix == "tsv" else ()
+    keys: tuple[str, ...] = ("",) if suffix == "tsv" else ()
     for raw in lines.raw():
         if not text_rows.is_blank(raw, suffix):
             keys = keys or _keys(raw)
@@ -168,7 +168,7 @@ def _in_words(values: NDArray[Any], suffix: str) -> list[str]:
     if values.dtype.kind == "f":
         return [repr(value) if math.isfinite(value) else json.dumps(value) for value in found]
     if values.dtype.kind == "U" and suffix == "tsv":
-        return found
+        return list(found)
     # What is not a number is the same in many rows.
     keys = [tuple(value) for value in found] if values.dtype.kind == "O" else found
     words = {key: json.dumps(key, ensure_ascii=escaped) for key in set(keys)}
