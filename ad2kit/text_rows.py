@@ -153,6 +153,8 @@ def bad_row(where: str, reason: str, raw: str, otherwise: str = "correct the lin
                 ': pandas.read_csv(OLD, escapechar="\\\\", dtype=str, keep_default_na=False)'
                 ".to_csv(NEW, index=False) does it for what Spark wrote"
             )
+        elif "field limit" in reason:
+            cure += "; cells that long need JSON lines or Parquet"
         elif "new-line character" in reason:
             cure = "end lines with \\n or \\r\\n, and put cells that hold \\r into quotation marks"
     return DataError(f"{where}: {reason}", hint=cure)

@@ -190,7 +190,7 @@ def test_a_look_reads_texts_that_hold_what_ends_lines_elsewhere(copied_run: RunD
 
 
 def test_a_teacher_that_scores_nothing_ends_the_search(runs: Path) -> None:
-    recipe, aim = load("smoke", SMALL), target()
+    recipe, aim = load("smoke", SMALL), target(max_mb=50)
     grid = Grid(layers=(1,), attention_heads=(2,), feed_forward=(64,))
     report, _ = fit(recipe, aim, grid, runs)
     run = RunDir(runs / str(report.candidates[0].run))

@@ -232,6 +232,8 @@ def test_what_spark_wrote_is_refused_with_a_cure_that_works(
         ("text,label\né,x\n".encode("latin1"), "line 2: not UTF-8: byte 0xe9", "iconv -f latin1"),
         ("\ufefftext,label\n".encode("utf-16-le"), "line 1: not UTF-8: byte 0xff",
          "iconv -f utf-16"),
+        (b"text,label\n" + b"a" * 2**21 + b",x\n", "line 2: not CSV: field larger than field limit",
+         "cells that long need JSON lines or Parquet"),
         (b"text,text\na,b\n", "line 1: the column 'text' appears twice", "names the columns"),
         (b"", "is empty", "first line"),
     ],
