@@ -8,19 +8,23 @@ a subclass of that protocol: for every path, and before any key is looked at.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import math
 import resource
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from ad2kit.error_contract import Problem
 from ad2kit.errors import UserError
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from ad2kit.service_arguments import Settings
@@ -60,6 +64,7 @@ class Bounded(HttpToolsProtocol):
 
     limits: ClassVar[Settings]
     observe: ClassVar[Callable[[int, str], None]]
+    admit: ClassVar[Callable[[bytes, bytes], None]]
     held_bytes: ClassVar[int] = 0  # of requests of all connections, without their first bytes
     to_tidy: ClassVar[int] = 0  # how often memory is to be given back to the system
     tidied: ClassVar[float] = 0.0  # when this was last done
@@ -100,14 +105,24 @@ class Bounded(HttpToolsProtocol):
             self.loop.call_later(_FORGET_S, self._let_go)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived, in pieces that are no larger than what may be unparsed."""
-        most = self.limits.max_header_bytes
-        if len(data) <= most:
-            self._parse(data)
+        """Parse what arrived: what the transport reads at once, which may be more than a bound."""
+        if self._problem is not None:
+            self._throw_away(len(data))
             return
-        whole = memoryview(data)
-        for start in range(0, len(data), most):
-            self._parse(whole[start : start + most])
+        self._unparsed_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+            if self._unparsed_bytes > self.limits.max_header_bytes:
+                self._refuse(self._too_large())
+        except httptools.HttpParserUpgrade:
+            pass  # it is answered as a request that asked for no upgrade
+        except httptools.HttpParserError as error:
+            found = error.__context__
+            if isinstance(found, _RefusedError):
+                self._refuse(found.problem)
+            else:  # of the parser itself, or of what reads the address that it found
+                said = "its address cannot be read" if found else f"it is not HTTP/1.1: {error}"
+                self._refuse(Problem(400, said, hint=_HINT))
 
     def pause_writing(self) -> None:
         """Wait for a client that does not read its answer, but not for ever."""
@@ -125,7 +140,7 @@ class Bounded(HttpToolsProtocol):
         """Give the headers of a request their time."""
         super().on_message_begin()
         self._reading, self._in_body = True, False
-        self._parsed_headers = self._parsed_bytes = self._body_bytes = 0
+        self._parsed_headers = self._parsed_bytes = self._body_bytes = self._rest_bytes = 0
         self._due = self.loop.time() + self.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
@@ -146,6 +161,13 @@ class Bounded(HttpToolsProtocol):
         if len(self.pipeline) >= _PIPELINED:
             raise _RefusedError(Problem(429, f"{_PIPELINED} requests wait for one before them"))
         self.url = self.url.partition(b"?")[0]
+        before: Any = self.cycle  # None before the first request
+        if before is None or before.response_complete:
+            try:
+                type(self).admit(self.parser.get_method(), self.url)
+            except Problem as problem:
+                self._answer_at_once(problem)
+                return
         super().on_headers_complete()
         self._in_body = True
         self._due = self.loop.time() + self.limits.body_timeout_s
@@ -201,24 +223,21 @@ class Bounded(HttpToolsProtocol):
 
     # The bounds
 
-    def _parse(self, piece: bytes | memoryview) -> None:
-        if self._problem is not None:
-            self._throw_away(len(piece))
-            return
-        self._unparsed_bytes += len(piece)
-        try:
-            self.parser.feed_data(piece)
-            if self._unparsed_bytes > self.limits.max_header_bytes:
-                self._refuse(self._too_large())
-        except httptools.HttpParserUpgrade:
-            pass  # it is answered as a request that asked for no upgrade
-        except httptools.HttpParserError as error:
-            found = error.__context__
-            if isinstance(found, _RefusedError):
-                self._refuse(found.problem)
-            else:  # of the parser itself, or of what reads the address that it found
-                said = "its address cannot be read" if found else f"it is not HTTP/1.1: {error}"
-                self._refuse(Problem(400, said, hint=_HINT))
+    def _answer_at_once(self, problem: Problem) -> None:
+        """Answer a request before its body is here, and without a task: it costs next to nothing.
+
+        The connection lives on; what still comes of the body is thrown away.
+        """
+        if self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive():
+            raise _RefusedError(problem)
+        self.cycle = RequestResponseCycle(
+            self.scope, self.transport, self.flow, self.logger, self.access_logger,
+            access_log=False, default_headers=[], message_event=asyncio.Event(),
+            expect_100_continue=False, keep_alive=True, on_response=self.on_response_complete,
+        )  # fmt: skip
+        self.cycle.response_started = self.cycle.response_complete = self._in_body = True
+        self._say(problem)
+        self.on_response_complete()
 
     def _count(self, size: int) -> None:
         self._parsed_bytes += size
@@ -260,18 +279,20 @@ class Bounded(HttpToolsProtocol):
         self._due = self.loop.time() + _REST_S
         if self.transport.is_closing():
             return
+        self._say(problem, (b"connection", b"close"))
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _say(self, problem: Problem, *more: tuple[bytes, bytes]) -> None:
         type(self).observe(problem.status, problem.kind)
         content = problem.content()
         headers = [
             *self.server_state.default_headers, (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(content)), (b"connection", b"close"),
-            *problem.headers(),
+            (b"content-length", b"%d" % len(content)), *problem.headers(), *more,
         ]  # fmt: skip
         lines = (b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", content]))
-        self.flow.resume_reading()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
 
     def _close(self) -> None:
         """Close when all is written, or when that takes too long."""
@@ -321,18 +342,25 @@ class Bounded(HttpToolsProtocol):
             self._refuse(Problem(408, f"the {what} took longer than {seconds:g} s"))
 
 
-def bounded(limits: Settings, observe: Callable[[int, str], None]) -> type[Bounded]:
+def bounded(
+    limits: Settings,
+    observe: Callable[[int, str], None],
+    admit: Callable[[bytes, bytes], None] = lambda _method, _path: None,
+) -> type[Bounded]:
     """Return the protocol for the connections of one worker.
 
     Args:
         limits: the bounds.
         observe: is told the status and the type of each problem that a client is told here.
+        admit: is asked about each request, by method and path, when its headers are here; raises
+            what its client is told if it need not come any further.
     """
 
     class Within(Bounded):
         """A connection of this worker."""
 
-    Within.limits, Within.observe = limits, staticmethod(observe)
+    Within.limits = limits
+    Within.observe, Within.admit = staticmethod(observe), staticmethod(admit)
     return Within
 
 

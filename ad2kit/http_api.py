@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Clients are watched for leaving only when their answer takes longer than this: it costs a task for
-# each request, and a busy service keeps all of them waiting for a while.
+# Clients of small requests are watched for leaving only when their answer takes longer than this:
+# it costs a task for each request, and a busy service keeps all of them waiting for a while.
 _PATIENCE_S = 0.25
 # A body is read in another thread if it is larger: at about a millisecond the loop, which everybody
 # waits for, costs more than the changes of thread.
@@ -265,17 +265,9 @@ class Direct:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
-        handler.insist_on_room()
-        # How long this may take, and how much may come, is bounded by ad2kit.connections.
-        parts, more = list[bytes](), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        body = b"".join(parts)
-        del parts
+        body = await _whole(receive)
+        if body is None:
+            return
         task, gone = asyncio.current_task(), None
 
         async def watch() -> None:
@@ -286,7 +278,8 @@ class Direct:
             nonlocal gone
             gone = asyncio.ensure_future(watch())
 
-        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, start_watching)
+        patience_s = 0.0 if len(body) > _LARGE_BYTES else _PATIENCE_S
+        timer = asyncio.get_running_loop().call_later(patience_s, start_watching)
         try:
             content, stages = await handler.answer(body)
         except asyncio.CancelledError:
@@ -300,6 +293,21 @@ class Direct:
                 gone.cancel()
         asked = any(name == _TIMING for name, _ in scope["headers"])
         await send_json(send, 200, content, [(b"server-timing", stages.header())] if asked else [])
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """Return the body of a request; None if its client left before all of it was here.
+
+    How long this may take, and how much may come, is bounded by :mod:`ad2kit.connections`.
+    """
+    parts, more = list[bytes](), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 class Unlink:
@@ -368,7 +376,8 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     except ValueError as error:
         mark = next((f"; it begins with {name}" for mark, name in _MARKS.items()
                      if body.startswith(mark)), "")  # fmt: skip
-        status, fault = 400, f"the body is not valid JSON: {error}{mark}"
+        found, status = None, 400
+        fault = f"the body is not valid JSON: {error}{mark}"
     else:
         status, fault = _fault(found)
     if fault:

@@ -157,7 +157,8 @@ class RunDir:
             return
         with locked(self.path) as lock:
             recipe = self._claim()
-            os.utime(self.recipe_file)
+            if self.campaign is None:
+                os.utime(self.recipe_file)  # the one that was used last
             yield replace(self, asked=recipe, lock=lock)
 
     def _claim(self) -> Recipe:

@@ -23,7 +23,7 @@ from ad2kit.errors import MissingExtra, ModelError
 from ad2kit.records import Tokenisation
 
 try:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "tokenizers", extra="cpu") from error
 
@@ -118,6 +118,9 @@ class Tokenise:
         self._left = settings.truncation_side == "left"
         self._columns, self._max_length_tokens = columns, max_length_tokens
         self._frame = _Frame.of(tokenizer, columns)
+        # Behind BERT's own post-processor this faster method gives both texts the same segment.
+        fast = tokenizer.encode_batch_fast([(_PROBE, _PROBE) if columns > 1 else _PROBE])[0]
+        self._knows_segments = fast.type_ids == self._frame.probe.type_ids
         self._room = max_length_tokens - self._frame.special
         if self._room < 1:
             raise ModelError(
@@ -169,7 +172,7 @@ class Tokenise:
         found = []
         for encoding in encodings:
             ids = encoding.ids
-            if len(ids) <= most:
+            if len(ids) <= most and (self._knows_segments or not segments):
                 types = encoding.type_ids if segments else [0] * len(ids)
                 found.append(Tokens(ids, types, truncated=False))
             else:
@@ -248,6 +251,7 @@ class _Frame:
 
     parts: tuple[tuple[list[int] | None, int], ...]
     special: int
+    probe: Encoding
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, columns: int) -> _Frame:
@@ -273,7 +277,7 @@ class _Frame:
                 f"{columns} text(s), found {contents} where the texts should be {probe}",
                 hint="use a tokenizer with one of BERT's or RoBERTa's templates",
             )
-        return cls(tuple(parts), sum(ids is not None for ids, _ in parts))
+        return cls(tuple(parts), sum(ids is not None for ids, _ in parts), encoding)
 
     def around(self, contents: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return the ids and the segment ids of texts with their special tokens."""

@@ -69,6 +69,8 @@ LIMITS = (
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
+# Found once: bentoml looks its names up at each use, which takes longer than the call.
+this_service = bentoml.get_current_service
 WORKER: int | None = bentoml.server_context.worker_index  # None in the parent process
 with refusals():
     server = this_server(
@@ -81,7 +83,7 @@ WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1)
 
 async def info(_request: Request) -> JSONResponse:
     """Answer GET /info; a BentoML API could only be POSTed to."""
-    return JSONResponse(bentoml.get_current_service().info())
+    return JSONResponse(this_service().info())
 
 
 async def page(_request: Request) -> Response:
@@ -97,7 +99,7 @@ async def page(_request: Request) -> Response:
 
 async def metrics(_request: Request) -> Response:
     """Answer GET /metrics with what all workers have counted."""
-    found = bentoml.get_current_service().metrics.exposition()
+    found = this_service().metrics.exposition()
     return Response(found, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -212,20 +214,26 @@ class Ad2kitClassifier:
 
 def reject(status: int, reason: str) -> None:
     """Count an error."""
-    bentoml.get_current_service().metrics.rejected(status, reason)
+    this_service().metrics.rejected(status, reason)
     if settings.access_log:
         logger.info("refused", extra={"status": status, "reason": reason})
 
 
+def admit(method: bytes, path: bytes) -> None:
+    """Refuse a request of texts while the queue is full, before anything is spent on it."""
+    if method == b"POST" and path.rstrip(b"/") == b"/classify":
+        this_service().api.insist_on_room()
+
+
 def openapi() -> dict[str, Any]:
     """Return the document of this service and its model."""
-    artifact = bentoml.get_current_service().classifier.artifact
+    artifact = this_service().classifier.artifact
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
 # BentoML builds uvicorn's configuration itself and lets nobody choose a protocol. In this table
 # that configuration looks its default up; it takes a class in place of the name of one.
-HTTP_PROTOCOLS["auto"] = bounded(settings, reject)  # type: ignore[assignment]
+HTTP_PROTOCOLS["auto"] = bounded(settings, reject, admit)  # type: ignore[assignment]
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
@@ -249,5 +257,5 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    Direct, path="/classify", handler=lambda: bentoml.get_current_service().api
+    Direct, path="/classify", handler=lambda: this_service().api
 )

@@ -72,7 +72,9 @@ def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs
         <= json.loads((runs / ".shared" / "measured.json").read_text())["costs"].items()
     )
 
-    assert [len(each.shape.layers) for each in report.candidates] == [1, 2]  # cheapest first
+    # The cheapest first; which that is, a busy machine may see differently.
+    took = [each.best(aim).p50_ms for each in report.candidates]
+    assert took == sorted(took)
     found, unused = report.candidates
     assert (found.outcome, found.look, unused.outcome) == ("found", 1, "not needed")
     assert report.package == (found.run, found.variant)
@@ -96,7 +98,8 @@ def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs
     )  # fmt: skip
     assert LatencyReport.read(run.latency_report).cells[0].length_tokens == 16
     config = json.loads((run.student / "config.json").read_text())
-    assert (config["intermediate_size"], config["num_hidden_layers"]) == (64, 1)
+    assert config["intermediate_size"] == 64
+    assert config["num_hidden_layers"] == len(found.shape.layers)
     assert len(config["pruned_heads"]["0"]) == 2
 
     # The teacher was exported as its students are, and both were measured together.

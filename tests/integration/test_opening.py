@@ -443,7 +443,7 @@ def one_output(folder: Path, family: str, name: str, kind: str | None = None) ->
 def test_one_sigmoid_is_two_classes_exactly(family: str, tmp_path: Path) -> None:
     model = one_output(tmp_path / "model", family, "LABEL_0")
     inputs = batch(model).inputs
-    loaded = models.load(tmp_path / "model", LABELS)
+    loaded = models.load(tmp_path / "model", LABELS, order_given=True)
     with torch.no_grad():
         expected = model.module(**inputs).logits
         found = loaded.module.eval()(**inputs).logits
@@ -452,7 +452,7 @@ def test_one_sigmoid_is_two_classes_exactly(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(found.softmax(-1)[:, 1], expected[:, 1].sigmoid())
     assert loaded.module.config.id2label == dict(enumerate(LABELS))
     models.save(loaded, tmp_path / "again", inputs="")
-    again = models.load(tmp_path / "again", LABELS)
+    again = models.load(tmp_path / "again", LABELS, order_given=True)
     with torch.no_grad():
         assert torch.equal(again.module.eval()(**inputs).logits, expected)
 
@@ -470,8 +470,8 @@ def test_a_teacher_of_one_sigmoid_is_distilled(
     both: Callable[..., Both], tmp_path: Path, name: str, kind: str | None, first: bool
 ) -> None:
     model = one_output(tmp_path / "teacher", "bert", name, kind)
-    assert both(FINISHED).code == 0
-    loaded = models.load(tmp_path / "teacher", LABELS)
+    assert both(FINISHED, "data.labels=[negative,positive]").code == 0
+    loaded = models.load(tmp_path / "teacher", LABELS, order_given=True)
     inputs = batch(model).inputs
     with torch.no_grad():
         expected = model.module(**inputs).logits

@@ -15,7 +15,7 @@ import uvicorn
 
 from ad2kit import connections
 from ad2kit.connections import bounded, insist_on_files
-from ad2kit.error_contract import ErrorContract, send_json
+from ad2kit.error_contract import ErrorContract, Problem, send_json
 from ad2kit.errors import UserError
 from ad2kit.service_arguments import Settings
 
@@ -38,12 +38,20 @@ class Server:
         self.go_on = threading.Event()
         self.go_on.set()
         contract = ErrorContract(self.app, max_body_bytes=2**30)
-        self.protocol = bounded(Settings(**limits), lambda *told: self.told.append(told))
+        self.full = False
+        self.protocol = bounded(
+            Settings(**limits), lambda *told: self.told.append(told), self.admit
+        )
         config = uvicorn.Config(
             contract, port=0, http=self.protocol, log_config=None, lifespan="off",
             timeout_keep_alive=30,
         )  # fmt: skip
         self.server = uvicorn.Server(config)
+
+    def admit(self, method: bytes, path: bytes) -> None:
+        """Refuse POSTs to one path while the server is full."""
+        if self.full and (method, path) == (b"POST", b"/"):
+            raise Problem(429, "full", retry_after_s=7)
 
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer with the size of the body; nothing is read of a body for /unread."""
@@ -175,9 +183,9 @@ def test_what_is_within_the_bounds_is_answered(
         pytest.param(b"GET /?" + b"a" * 3000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", id="query"),
         pytest.param(b"G" + b"\r\n" * 3000, id="a method") ,
         pytest.param(b"\r\n" * 3000, id="empty lines"),
-        pytest.param(CHUNKED + b"1\r\nx\r\n0\r\nA: " + b"b" * 5000, id="trailer"),
+        pytest.param(CHUNKED + b"1\r\nx\r\n0\r\nA: " + b"b" * LARGE, id="trailer"),
         pytest.param(CHUNKED + b"1\r\nx\r\n0\r\n" + b"A: b\r\n" * 10 + b"\r\n", id="trailers"),
-        pytest.param(CHUNKED + b"1;" + b"a" * 9000, id="extension of a chunk"),
+        pytest.param(CHUNKED + b"1;" + b"a" * LARGE, id="extension of a chunk"),
     ],
 )  # fmt: skip
 def test_headers_beyond_the_bounds_are_refused_and_nothing_more_is_read(
@@ -377,3 +385,30 @@ def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch
     ) as no:
         insist_on_files(4096)
     insist_on_files(int(no.value.hint.partition("AD2KIT_MAX_CONNECTIONS=")[2].partition(",")[0]))
+
+
+def test_what_is_not_admitted_is_told_so_and_the_connection_lives_on() -> None:
+    with serving() as server, server.connect() as link:
+        server.full = True
+        for size in (10, LARGE):  # twice as many bytes as are thrown away of one request
+            for _ in range(8):
+                assert "full" in error(ask(link, sized(b"x" * size)), 429, "overloaded")
+        assert server.told == [(429, "overloaded")] * 16
+        assert server.seen == []
+        assert ask(link, GET) == [(200, {"size": 0})]  # others are
+        server.full = False
+        assert ask(link, sized(b"x" * 99)) == [(200, {"size": 99})]
+        wait_for(lambda: server.protocol.held_bytes == 0)
+        server.full = True
+        # A client that asks for no more is answered before it is closed.
+        assert "full" in error(
+            ask(link, sized(b"x").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), 9),
+            429, "overloaded",
+        )  # fmt: skip
+
+
+def test_who_is_not_admitted_and_sends_no_body_is_closed() -> None:
+    with serving() as server, server.connect() as link:
+        server.full = True
+        link.sendall(POST + b"Content-Length: 999\r\n\r\n")
+        assert "full" in error(ask(link, b"", 9), 429, "overloaded")

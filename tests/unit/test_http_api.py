@@ -35,8 +35,6 @@ class Echo(Classify):
 
     def __init__(self) -> None: ...
 
-    def insist_on_room(self) -> None: ...
-
     async def answer(self, body: bytes) -> tuple[bytes, Stages]:
         return body, Stages()
 

@@ -1,0 +1,202 @@
+"""What a classifier feeds to its model is what transformers fed to it in training.
+
+Of any text, of any length, by every kind of tokenizer: equal to what transformers makes of the
+whole text with ``truncation=True``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from ad2kit.tokenise import Tokenise, tokenisation
+from tests import families
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ad2kit.tokenise import Tokens
+
+Fast = transformers.PreTrainedTokenizerFast
+LENGTHS = (16, 21)  # an odd and an even room for pairs, beside three or four special tokens
+
+
+def family(name: str, change: Callable[[Tokenizer], None] = lambda _: None, **more: Any) -> Fast:
+    """The tokenizer of a family with parts of it changed."""
+    original = families.tokenizer(families.FAMILIES[name])
+    backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
+    change(backend)
+    named = {
+        role: getattr(original, role) for role in ("pad_token", "unk_token", "cls_token",
+                                                   "sep_token", "mask_token")
+    }  # fmt: skip
+    return Fast(tokenizer_object=backend, **named | more)
+
+
+def normalizer(*parts: Any) -> Callable[[Tokenizer], None]:
+    def change(backend: Tokenizer) -> None:
+        backend.normalizer = normalizers.Sequence(list(parts))
+
+    return change
+
+
+def pre_tokenizer(*parts: Any) -> Callable[[Tokenizer], None]:
+    def change(backend: Tokenizer) -> None:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(list(parts)) if parts else None
+
+    return change
+
+
+def added(*tokens: AddedToken) -> Callable[[Tokenizer], None]:
+    def change(backend: Tokenizer) -> None:
+        backend.add_tokens(list(tokens))
+
+    return change
+
+
+SPACES = tuple(AddedToken(" " * count, normalized=False) for count in range(2, 7))
+AS_ALBERT = (
+    normalizers.Replace("``", '"'), normalizers.Replace("''", '"'), normalizers.NFKD(),
+    normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Replace(Regex(" {2,}"), " "),
+)  # fmt: skip
+KINDS: dict[str, Callable[[], Fast]] = {
+    **{
+        name: functools.partial(families.tokenizer, families.FAMILIES[name])
+        for name in families.FAMILIES
+    },
+    "cased": lambda: family(
+        "bert", normalizer(normalizers.BertNormalizer(lowercase=False, strip_accents=False))
+    ),
+    "accents": lambda: family(
+        "bert", normalizer(normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents())
+    ),
+    "composed": lambda: family("roberta", normalizer(normalizers.NFC())),
+    "as ALBERT's": lambda: family("albert", normalizer(*AS_ALBERT)),
+    "stripped": lambda: family("deberta-v2", normalizer(normalizers.Strip(), normalizers.Nmt())),
+    "two steps": lambda: family(
+        "xlm-roberta",
+        pre_tokenizer(pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()),
+    ),
+    "space in front of the first alone": lambda: family(
+        "xlm-roberta", pre_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"))
+    ),
+    "digits": lambda: family(
+        "roberta",
+        pre_tokenizer(
+            pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.Digits(),
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+        ),
+    ),
+    "one word": lambda: family("roberta", pre_tokenizer()),
+    "another pattern": lambda: family(
+        "bert", normalizer(normalizers.Replace(Regex("(?m)fine.*dull"), "bad"))
+    ),
+    "letters that go": lambda: family("bert", normalizer(normalizers.Replace("xy", ""))),
+    "mask takes spaces": lambda: family(
+        "roberta", added(AddedToken("<m>", lstrip=True, rstrip=True, special=True))
+    ),
+    "mask takes spaces, normalised": lambda: family(
+        "xlm-roberta", added(AddedToken("<m>", lstrip=True, rstrip=True, normalized=True))
+    ),
+    "added words": lambda: family(
+        "bert",
+        added(AddedToken("never dull, never bad"), AddedToken("film", single_word=True)),
+    ),
+    "added rows": lambda: family("modernbert", added(*SPACES)),
+    "added that overlap": lambda: family("bert", added(AddedToken("aa"), AddedToken("!?!"))),
+    "special tokens are text": lambda: family("bert", split_special_tokens=True),
+    "no segments": lambda: family("bert", model_input_names=["input_ids", "attention_mask"]),
+    "no special tokens": lambda: family(
+        "bert", lambda backend: setattr(backend, "post_processor", None)
+    ),
+    "BERT's own": lambda: family(
+        "bert",
+        lambda backend: setattr(
+            backend, "post_processor", processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        ),
+    ),
+    "RoBERTa's own": lambda: family(
+        "roberta",
+        lambda backend: setattr(
+            backend, "post_processor", processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+        ),
+    ),
+    "odd segments": lambda: family(
+        "bert",
+        lambda backend: setattr(
+            backend, "post_processor",
+            processors.TemplateProcessing(
+                single="[CLS]:2 $A:1", pair="$A:1 [SEP]:2 [SEP]:0 $B:0 [SEP]:1",
+                special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+            ),
+        ),
+        pad_token_type_id=3,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def original(kind: str, side: str) -> Fast:
+    tokenizer = KINDS[kind]()
+    tokenizer.truncation_side = side
+    return tokenizer
+
+
+@functools.cache
+def ours(kind: str, side: str, length: int, columns: int) -> Tokenise:
+    tokenizer = original(kind, side)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return Tokenise(backend, tokenisation(tokenizer), length, columns)
+
+
+def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
+    """What transformers makes of the whole text."""
+    columns = [[text] for text in example]
+    encoding = (tokenizer(*columns, truncation=True, max_length=length).encodings or [])[0]
+    types = encoding.type_ids if "token_type_ids" in tokenizer.model_input_names else None
+    return encoding.ids, types or [0] * len(encoding.ids), bool(encoding.overflowing)  # type: ignore[return-value]
+
+
+# What is lost, joined, or taken along by some tokenizer, and what looks like one of its tokens.
+PIECES = (
+    "film", "dull", "never dull, never bad", "fine", "a", "aa", "é", "e", "\u0301", "\u0323\u0301",
+    "\u3099", "か", " ", "  ", "\n", "\t", "\u00a0", "\u2003", "\0", "\u200b", "\u200d", "\ufffd",
+    "!", "?!", "'", "'s", "``", "''", "xy", "x", "1", "23", "½", "①", "㍿", "ﬁ", "İ", "ς", "Σ",
+    "一", "電影", "ก็", "ไม่", "각", "\u1100", "\u1161", "\u11a8", "👩\u200d👧", "🇩🇪", "🇫", "क्ष",
+    "[SEP]", "[CLS]", "[PAD]", "[SE", "P]", "</s>", "<s>", "</", "<m>", "<m", "<mask>",
+    "[MASK]", ">", "▁", "Ġ", "##a", "#", "word" * 30,
+)  # fmt: skip
+
+
+def texts(most: int) -> st.SearchStrategy[str]:
+    """Texts of at most so many characters, long rows of one piece among them."""
+    piece = st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
+    parts = st.lists(st.tuples(piece, st.sampled_from((1, 1, 2, 25, 200))), min_size=1, max_size=12)
+    return parts.map(lambda found: "".join(p * n for p, n in found)[:most]).filter(str.strip)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@given(
+    example=st.tuples(texts(1_200)) | st.tuples(texts(250), texts(250)),
+    side=st.sampled_from(("right", "left")), length=st.sampled_from(LENGTHS),
+    first_piece=st.sampled_from((1, 7, 60, 400)),
+)  # fmt: skip
+def test_any_text_is_read_as_transformers_reads_it(
+    kind: str, example: tuple[str, ...], side: str, length: int, first_piece: int
+) -> None:
+    tokenise = ours(kind, side, length, len(example))
+    tokenise.short_characters = first_piece  # so small that most texts are read in pieces
+    assert tokenise([example]) == [expected(original(kind, side), example, length)]
