@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.errors import DataError, MissingExtra, no_column
+from ad2kit.texts import SURROGATE
 
 try:
     import pyarrow as pa
@@ -87,14 +88,23 @@ def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
             raise no_column(str(path), absent[0], file.schema_arrow.names)
         with readable(str(path)):
             table = file.read(columns=list(names))
-    columns = []
-    for name in names:
-        column = table.column(name)
-        try:
-            columns.append(texts(column) if is_text(column.type) else column.to_pylist())
-        except (ValueError, OverflowError) as error:
-            raise DataError(
-                f"{path}: cannot read the column '{name}' ({column.type}): {error}",
-                hint="write texts as strings, and labels as strings, whole numbers or lists",
-            ) from error
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError):  # such as bytes that are no text, or a date in the year 9e9
+        for name in names:
+            _insist_on_values(table.column(name), name, path)
+        raise
+
+
+def _insist_on_values(column: Any, name: str, path: Path) -> None:
+    try:
+        column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        where = str(path)
+        if is_text(column.type):
+            wrong = [bool(SURROGATE.search(text or "")) for text in texts(column)]
+            where += f", row {wrong.index(True) + 1}"
+        raise DataError(
+            f"{where}: cannot read the column '{name}' ({column.type}): {error}",
+            hint="write texts as UTF-8, and labels as texts, whole numbers or lists",
+        ) from error

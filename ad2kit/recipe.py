@@ -143,7 +143,14 @@ def from_data(data: dict[str, Any], *, where: str, overrides: Sequence[str] = ()
         RecipeError: names every key that does not fit.
     """
     try:
-        text = json.dumps(data)
+        text = json.dumps(data, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = error.object[max(0, error.start - 40) : error.end]
+        raise RecipeError(
+            f"{where} holds half a surrogate pair, which is no character: …{before!r}",
+            hint="write the text anew",
+        ) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"{where} holds something that is not plain data: {error}",

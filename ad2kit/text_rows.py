@@ -19,6 +19,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.errors import DataError
+from ad2kit.texts import SURROGATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 BOM = b"\xef\xbb\xbf"
 # A quotation mark that is never closed would make one cell of the rest of the file.
 _CELL_CHARACTERS = 2**20
-# What is not UTF-8 is decoded to lone surrogates, which no text may hold and no file can be given.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_BLANKS = " \t\r\n\x0b\x0c"
 
 
@@ -100,7 +99,7 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
         raise DataError(f"{name} is empty", hint="its first line must name its columns")
     first, end, names, error = found
     twice = [each for each in names if names.count(each) > 1]
-    if _SURROGATE.search(text := "".join(names)):
+    if SURROGATE.search(text := "".join(names)):
         error = error or _not_utf8(text)
     elif twice:
         error = error or f"the column '{twice[0]}' appears twice"
@@ -123,7 +122,7 @@ def rows(
     """
     for first, end, cells, error in frames(lines, suffix):
         wrong = error
-        if not is_utf8 and not wrong and _SURROGATE.search(text := "".join(cells)):
+        if not is_utf8 and not wrong and SURROGATE.search(text := "".join(cells)):
             wrong = _not_utf8(text)
         elif suffix == "jsonl":
             cells, wrong = _object(cells)  # noqa: PLW2901
@@ -154,6 +153,8 @@ def bad_row(where: str, reason: str, raw: str, otherwise: str = "correct the lin
                 ': pandas.read_csv(OLD, escapechar="\\\\", dtype=str, keep_default_na=False)'
                 ".to_csv(NEW, index=False) does it for what Spark wrote"
             )
+        elif "field limit" in reason:
+            cure += "; cells that long need JSON lines or Parquet"
         elif "new-line character" in reason:
             cure = "end lines with \\n or \\r\\n, and put cells that hold \\r into quotation marks"
     return DataError(f"{where}: {reason}", hint=cure)
@@ -194,7 +195,7 @@ def _object(line: str) -> tuple[dict[str, Any], str]:
         return {}, str(error) if isinstance(error, _Twice) else f"not JSON: {error}"
     if not isinstance(row, dict):
         return {}, f"expected a JSON object, found {type(row).__name__}"
-    if "\\u" in line and _SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+    if "\\u" in line and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
         return {}, "holds half a surrogate pair, which is no character"
     return row, ""
 
@@ -216,5 +217,5 @@ _JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _not_utf8(text: str) -> str:
-    found = _SURROGATE.search(text)
+    found = SURROGATE.search(text)
     return f"not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x}" if found else ""

@@ -17,7 +17,7 @@ the blank of Braille. They are listed because Python's own tables differ from ve
 """
 
 _VISIBLE = re.compile(VISIBLE)
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_text(column: object) -> bool:
@@ -30,5 +30,5 @@ def is_text(column: object) -> bool:
         isinstance(column, str)
         and _VISIBLE.search(column) is not None
         # The first answer costs nothing, and the second reads the text.
-        and (column.isascii() or _SURROGATE.search(column) is None)
+        and (column.isascii() or SURROGATE.search(column) is None)
     )

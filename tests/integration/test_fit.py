@@ -11,8 +11,8 @@ import pytest
 
 from ad2kit.campaigns.fit import fit
 from ad2kit.data import load_data
-from ad2kit.errors import GateFailed, RecipeError, RunError
-from ad2kit.files import write_record
+from ad2kit.errors import GateFailed, RecipeError, RunError, UserError
+from ad2kit.files import read_lines, write_record, write_text
 from ad2kit.fit_records import FitReport, Target, insist_found
 from ad2kit.prospects import Judge, lost_on_select
 from ad2kit.recipe import load
@@ -20,7 +20,7 @@ from ad2kit.records import DistillReport, LatencyReport
 from ad2kit.run_dir import RunDir
 from ad2kit.shapes import Grid
 from ad2kit.shipping import choose_variant, latest_passed_run, passed_variants
-from ad2kit.verdicts import CampaignRecord, ParityReport, QuantisationSearch
+from ad2kit.verdicts import CampaignRecord, ParityReport, QuantisationSearch, RowAnswers
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -181,6 +181,27 @@ def test_only_what_its_conversion_cost_a_variant_may_spare_another(
     look = judge.look(finished_run, report.model_copy(update={"variants": (int8,)}), "int8")
     assert bool(look.failures) is (question is not None)
     assert look.weak is (question == "distillation quality")
+
+
+def test_a_look_reads_texts_that_hold_what_ends_lines_elsewhere(copied_run: RunDir) -> None:
+    rows = [RowAnswers.model_validate_json(line) for line in read_lines(copied_run.answers)]
+    odd = rows[0].model_copy(update={"texts": ("a\u2028b\u2029c\u0085d",)})
+    write_text(copied_run.answers, "".join(f"{r.model_dump_json()}\n" for r in [odd, *rows[1:]]))
+    recipe, report = copied_run.recipe, ParityReport.read(copied_run.parity_report)
+    judge = Judge(0.5, load_data(recipe.data, recipe.seed).validation.labels)
+    assert judge.look(copied_run, report, "int8").number == 1
+
+
+def test_a_teacher_that_scores_nothing_ends_the_search(runs: Path) -> None:
+    recipe, aim = load("smoke", SMALL), target(max_mb=50)
+    grid = Grid(layers=(1,), attention_heads=(2,), feed_forward=(64,))
+    report, _ = fit(recipe, aim, grid, runs)
+    run = RunDir(runs / str(report.candidates[0].run))
+    distilled = DistillReport.read(run.distill_report)
+    nothing = distilled.model_copy(update={"teacher_select_score": 0.0})
+    write_record(run.distill_report, nothing)
+    with pytest.raises(UserError, match=r"the teacher scores 0\.0000 on `select`"):
+        fit(recipe, aim, grid, runs)
 
 
 def test_what_int8_lost_on_select_is_known_before_a_look(copied_run: RunDir) -> None:

@@ -372,6 +372,12 @@ def test_the_run_says_which_columns_to_read_and_a_prefix_makes_room(
     assert "holds the results of another job:\n  prefix: student_ there, other_ now" in err
     code, _, err = ad2kit_score(tmp_path, output, *runs)
     assert (code, "lie in one another" in err) == (2, True)
+    job = json.loads((output / "_job.json").read_text())
+    del job["form"]  # as of a version that wrote cells anew
+    (output / "_job.json").write_text(json.dumps(job))
+    code, _, err = ad2kit_score(source, output, *runs, "--prefix", "student_")
+    assert (code, "form: 1 there, 2 now" in err) == (2, True)
+    assert "name another OUTPUT, or delete this one" in err
     alone = tmp_path / "alone"
     shutil.copytree(copied_run.onnx("fp32"), alone)
     code, _, err = ad2kit_score(source, tmp_path / "b", "--run", alone, "--prefix", "a")
@@ -479,6 +485,31 @@ def test_parts_of_an_output_below_a_glob_are_not_read_as_input(model: Path, tmp_
     score_it(model, tmp_path / "*" / "*.csv", tmp_path / "out")
     with pytest.raises(DataError, match="lie in one another"):
         score_it(model, tmp_path / "*" / "*.csv", tmp_path / "out")
+
+
+def test_tsv_that_cannot_hold_the_answers_is_refused_before_anything_is_scored(
+    model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.tsv"
+    source.write_text("text\nfine\n")
+    with pytest.raises(DataError, match="TSV has no quoting, and cannot hold") as caught:
+        score_it(model, source, tmp_path / "out", prefix="a\tb_")
+    assert "convert INPUT to CSV" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    source = tmp_path / "in.csv"
+    source.write_text("text\nfine\n")
+    score_it(model, source, tmp_path / "out", prefix="a\tb_")
+
+
+def test_folders_of_a_partitioned_table_are_refused_and_scored_one_by_one(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in" / "dt=2026-01-01"
+    folder.mkdir(parents=True)
+    (folder / "part.csv").write_text("text\nfine\n")
+    with pytest.raises(DataError, match="has no column 'dt'"):
+        score_it(model, tmp_path / "in", tmp_path / "out")
+    score_it(model, folder, tmp_path / "out" / "dt=2026-01-01")
 
 
 def test_a_table_with_two_columns_of_one_name_is_refused(model: Path, tmp_path: Path) -> None:

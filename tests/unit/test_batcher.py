@@ -469,6 +469,15 @@ def test_close_of_an_unused_batcher_returns() -> None:
     run(test)
 
 
+def test_a_call_without_texts_is_refused_and_does_not_wait_for_ever() -> None:
+    async def test() -> None:
+        async with batching(Engine()) as batcher:
+            with pytest.raises(ValueError, match="at least one text"):
+                await asyncio.wait_for(batcher.submit([]), timeout=10)
+
+    run(test)
+
+
 def test_room_is_held_for_what_is_tokenised_and_given_back() -> None:
     async def test() -> None:
         async with batching(Engine(), max_queue_texts=10) as batcher:

@@ -16,7 +16,14 @@ import pytest
 from pyarrow import parquet
 
 from ad2kit import parquet_blocks, text_blocks
-from ad2kit.blocks import Layout, Rows, find_inputs, layout_of, suffix_of
+from ad2kit.blocks import (
+    Layout,
+    Rows,
+    find_inputs,
+    insist_on_partition_columns,
+    layout_of,
+    suffix_of,
+)
 from ad2kit.errors import DataError
 from ad2kit.scoring import format_of
 
@@ -174,6 +181,111 @@ def test_parquet_keeps_its_types_and_a_block_without_answers_has_them_too(table:
     assert one.schema.field("when").type == pa.timestamp("ns", "UTC")
     assert one.to_pylist()[0]["deep"] == {"x": [3]}
     assert one.to_pylist()[0]["label"] == "good"
+
+
+def test_rows_can_be_left_out_whatever_the_types_of_the_columns(tmp_path: Path) -> None:
+    """``take`` knows neither string_view nor its like."""
+    cells = [f"text {n}" if n != 1 else None for n in range(5)]
+    columns = {
+        "text": pa.array(cells, pa.string_view()), "bytes": pa.array([b"x"] * 5, pa.binary_view()),
+        "tags": pa.array([[1]] * 5, pa.list_view(pa.int64())),
+    }  # fmt: skip
+    parquet.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=2)
+    (rows,) = read_all(tmp_path / "in.parquet", 100)
+    assert texts([rows]) == cells
+    layout = Layout(tuple(columns), ("text",), ("label",))
+    for good in ([0, 2, 4], [0, 2, 3], [2], [0, 1, 2, 3, 4]):
+        labels = {"label": np.array([f"{n}" for n in good])}
+        written = parquet.read_table(
+            pa.BufferReader(parquet_blocks.write(rows, good, layout, labels))
+        )
+        assert written.column("text").to_pylist() == [cells[n] for n in good]
+        assert written.column("label").to_pylist() == [f"{n}" for n in good]
+        assert written.schema.types[:3] == rows.kept.schema.types
+
+
+def test_a_row_group_is_decoded_once_and_a_part_is_the_same_whatever_was_read_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.parquet"
+    columns = {
+        "text": pa.array([f"text {n % 400}" for n in range(6000)]).dictionary_encode(),
+        "view": pa.array([f"{n}" * (n % 7) for n in range(6000)], pa.string_view()),
+    }
+    parquet.write_table(pa.table(columns), path, row_group_size=2500, dictionary_pagesize_limit=99)
+    decoded, plain = list[int](), parquet.ParquetFile.iter_batches
+
+    def counted(self: Any, *arguments: Any, row_groups: list[int], **more: Any) -> Any:
+        decoded.extend(row_groups)
+        return plain(self, *arguments, row_groups=row_groups, **more)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    (file,) = find_inputs(str(path))
+    blocks, layout = parquet_blocks.survey(file, 300).blocks, Layout(tuple(columns), ("text",), ())
+
+    def parts(*orders: list[int]) -> dict[int, set[bytes]]:
+        found: dict[int, set[bytes]] = {number: set() for number in range(len(blocks))}
+        for order in orders:
+            with closing(parquet_blocks.Reader(file.url, layout)) as reader:
+                for number in order:
+                    rows = reader.read(blocks[number])
+                    found[number].add(
+                        parquet_blocks.write(rows, range(len(rows.places)), layout, {})
+                    )
+        return found
+
+    numbers = list(range(len(blocks)))
+    alone = parts(numbers)
+    assert decoded == [0, 1, 2]
+    decoded.clear()
+    shared = parts(numbers[::2], numbers[1::2])
+    # One block reaches from the second group into the third: who has not read it starts a group.
+    assert sorted(decoded) == [0, 0, 1, 1, 2, 2]
+    assert alone == shared == parts(numbers[::-1]) == parts(*[[number] for number in numbers])
+    assert {len(each) for each in alone.values()} == {1}
+
+
+def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("text\nx\n")
+    (tmp_path / "in" / "b.csv").symlink_to(tmp_path / "gone.csv")
+    for reference in ("in", "in/*.csv"):
+        with pytest.raises(DataError, match=r"in/b\.csv is a link to nothing"):
+            find_inputs(str(tmp_path / reference))
+
+
+def test_a_column_that_lies_in_the_names_of_folders_is_not_lost(tmp_path: Path) -> None:
+    def look(reference: str) -> None:
+        files = find_inputs(str(tmp_path / reference))
+        surveys = {file.url: text_blocks.survey(file, 10) for file in files}
+        insist_on_partition_columns(str(tmp_path / reference), surveys)
+
+    for day in (1, 2):
+        folder = tmp_path / "in" / f"dt=2026-01-0{day}" / "hour=7"
+        folder.mkdir(parents=True)
+        (folder / "part.csv").write_text("text,hour\nx,7\n")
+    for reference in ("in", "in/*/*/*.csv"):
+        with pytest.raises(
+            DataError, match="folder dt=2026-01-01, and has no column 'dt'"
+        ) as caught:
+            look(reference)
+        words = caught.value.hint.split("`")[1].split()
+        assert words[:2] == ["ad2kit", "score"]
+        assert words[3] == "OUTPUT/dt=2026-01-01/hour=7"
+        look(words[2])  # the cure works
+    look("in/dt=2026-01-01")
+    look("in/dt=2026-01-01/hour=7/part.csv")
+
+
+def test_the_second_file_of_a_glob_has_its_bom_removed_too(tmp_path: Path) -> None:
+    for suffix, content in (("csv", '"text"\nx\n'), ("jsonl", '{"text": "x"}\n')):
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.{suffix}").write_text(f"\ufeff{content}", encoding="utf-8")
+        for file in find_inputs(f"{tmp_path}/*.{suffix}"):
+            survey = text_blocks.survey(file, 10)
+            assert survey.columns == ("text",)
+            with closing(text_blocks.Reader(file.url, Layout(("text",), ("text",), ()))) as reader:
+                assert [reader.read(block).texts for block in survey.blocks] == [[("x",)]]
 
 
 def test_bytes_that_are_not_utf8_in_parquet_are_no_crash(tmp_path: Path) -> None:

@@ -388,6 +388,48 @@ def test_an_unknown_source_is_refused(source: str, expected: str) -> None:
         load_data(recipe(source), 1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its open files
+def test_a_hub_set_that_is_not_what_its_card_says_is_no_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``datasets`` finds a folder of this name and builds it as it would one of the hub."""
+    folder_of = tmp_path / "some" / "set"
+    folder_of.mkdir(parents=True)
+    (folder_of / "train.csv").write_text("text,label\na,1\nb,0\n")
+    card = "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n"
+    card += "    dtype: int64\n  splits:\n  - name: train\n    num_bytes: 10\n    num_examples: 7\n"
+    (folder_of / "README.md").write_text(f"{card}---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(DataError, match="cannot load the data set 'some/set'") as caught:
+        load_data(recipe("hub://some/set"), 1)
+    assert "NonMatchingSplitsSizesError" in caught.value.message
+    assert "differ" in caught.value.hint
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_train_rows": 1}])
+def test_one_training_row_is_too_few(tmp_path: Path, changes: dict[str, object]) -> None:
+    train = GOOD if changes else "text\tlabel\nfine\t1\n"
+    with pytest.raises(DataError, match="the train split has no row left beside") as caught:
+        load_data(recipe(folder(tmp_path, train), labels=("0", "1"), **changes), 1)
+    assert "data.select_from=validation" in caught.value.hint
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_half_a_surrogate_pair_in_a_label_is_refused(tmp_path: Path, where: str) -> None:
+    good = "".join(f'{{"text": "{{}} {i}", "label": "{"ab"[i % 2]}"}}\n' for i in range(20))
+    texts = {name: good.replace("{}", name) for name in ("train", "validation")}
+    texts[where] += '{"text": "x", "label": "\\ud800"}\n'
+    source = folder(tmp_path, texts["train"], texts["validation"], suffix="jsonl")
+    with pytest.raises(DataError, match=rf"{where}\.jsonl, line 21: holds half a surrogate pair"):
+        load_data(recipe(source), 1)
+
+
+def test_label_names_keep_what_splits_lines_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes("\ufeff0\ta\u2028b\r\n1\tc\x85d\r\n".encode())
+    assert load_data(recipe(folder(tmp_path)), 1).labels == ("a\u2028b", "c\x85d")
+
+
 def test_the_hub_without_a_network_names_the_local_alternative() -> None:
     with pytest.raises(DataError, match="cannot load the data set 'nyu-mll/glue/sst2'") as caught:
         load_data(recipe("hub://nyu-mll/glue/sst2", text_columns=("sentence",)), 1)

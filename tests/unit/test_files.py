@@ -154,3 +154,13 @@ def test_a_changed_and_a_missing_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "model" / "a").unlink()
     with pytest.raises(ModelError, match="found no file"):
         files.check_sha256(tmp_path / "model", digests, hint="")
+
+
+def test_only_a_newline_ends_a_record_and_one_cut_short_is_left_out(tmp_path: Path) -> None:
+    odd = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei"
+    assert len(odd.splitlines()) == 9
+    path = tmp_path / "records.jsonl"
+    files.write_text(path, f"{odd}\n{odd}\n")
+    assert files.read_lines(path) == [odd, odd]
+    path.write_text(f"{odd}\n{odd}"[:-3], encoding="utf-8")
+    assert files.read_lines(path) == [odd]

@@ -63,6 +63,7 @@ def test_parts_and_errors_of_a_job(output: OutputFolder) -> None:
     [
         ({"artifact_sha256": "b" * 64}, f"artifact_sha256: {'b' * 64} there, {'a' * 64} now"),
         ({"batch_size": 8}, "batch_size: 8 there, 4 now"),
+        ({"form": 2}, "form: 2 there, 1 now"),
         ({"text_columns": ("a", "b")}, "text_columns: a,b there, text now"),
         ({"versions": {"onnxruntime": "1.30"}}, "onnxruntime 1.30 there, onnxruntime 1.31 now"),
         (

@@ -223,3 +223,10 @@ def test_what_was_typed_is_blamed_and_not_the_file() -> None:
     assert "expected a list, such as data.text_columns=[tweet]" in caught.value.message
     assert "(given as data.text_columns=tweet)" in caught.value.message
     assert recipes.load("custom", ["data.text_columns=[tweet]"]).data.text_columns == ("tweet",)
+
+
+def test_half_a_surrogate_pair_is_refused_and_shown() -> None:
+    with pytest.raises(RecipeError, match="half a surrogate pair") as caught:
+        recipes.load("smoke", ['data.labels=["a", "\\ud800"]'])
+    assert "labels" in caught.value.message
+    caught.value.message.encode()
