@@ -17,15 +17,12 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
-    models,
     normalizers,
     pre_tokenizers,
     processors,
 )
 
-from ad2kit.errors import ModelError
-from ad2kit.references import find_model
-from ad2kit.tokenise import CHUNK_CHARACTERS, Tokenise, tokenisation
+from ad2kit.tokenise import Tokenise, tokenisation
 from tests import families
 
 if TYPE_CHECKING:
