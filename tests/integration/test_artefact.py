@@ -14,7 +14,6 @@ from ad2kit import data as datasets
 from ad2kit import models
 from ad2kit import recipe as recipes
 from ad2kit.classifier import OnnxClassifier
-from ad2kit.corpus import opinions
 from ad2kit.distill import distill
 from ad2kit.errors import GateFailed, RunError
 from ad2kit.export import export
@@ -26,13 +25,15 @@ from ad2kit.run_dir import RunDir, open_run
 from ad2kit.shipping import passed_variants
 from ad2kit.verdicts import ParityReport, insist_passed
 from tests import families
+from tests.models import LABELS
 from tests.unit.test_tokenise import texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-LENGTH = 16
+LENGTH = 24
+WORDS = ("never", "dull", "fine", "film", "bad", "slow", "start", "end", "hardly", "convincing")
 # What a tokenizer's other file may say, and tokenizer.json does not.
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "cut on the left": (1, {"truncation_side": "left"}),
@@ -47,15 +48,17 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def rows(folder: Path, columns: int) -> Path:
-    """Write labelled texts or pairs, none longer than the model."""
+    """Write labelled texts or pairs of a few known words, none as long as the model."""
     folder.mkdir()
-    made = opinions(0, train_rows=300, validation_rows=100)
-    for name, split in (("train", made.train), ("validation", made.validation)):
-        lines = [
-            {"label": label, **{f"text{column}": text[: 40 // columns] for column in range(columns)}}
-            for text, label in split
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    generator = np.random.default_rng(columns)
+    for name, count in (("train", 300), ("validation", 100)):
+        lines = []
+        for _ in range(count):
+            chosen = [" ".join(generator.choice(WORDS, 6)) for _ in range(columns)]
+            label = LABELS[int("fine" in chosen[0])]
+            named = {f"text{column}": text for column, text in enumerate(chosen)}
+            lines.append(json.dumps({"label": label} | named))
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
@@ -96,7 +99,9 @@ def test_serving_reads_every_text_as_training_did(
     columns = classifier.artifact.text_columns
     example = (first, second)[:columns]
     encoded = datasets.encode(
-        datasets.Split((example,), np.zeros(1)), student.tokenizer, classifier.artifact.max_length_tokens
+        datasets.Split((example,), np.zeros(1)),
+        student.tokenizer,
+        classifier.artifact.max_length_tokens,
     )
     (tokens,) = classifier.encode([example if columns > 1 else first])  # type: ignore[list-item]
     assert tokens.ids == encoded.input_ids[0]
@@ -133,9 +138,10 @@ def test_the_gate_passes_what_reads_as_training_did_and_names_what_does_not(
     tamper(trained, truncation_side=other)
     # No text of the gate is longer than the model, and so those that are made of them tell.
     failed = fidelity(parity(trained))
-    assert {"fp32: long texts with other token ids", "int8: long texts with other token ids"} <= set(
-        failed
-    )
+    assert {
+        "fp32: long texts with other token ids",
+        "int8: long texts with other token ids",
+    } <= set(failed)
     assert not any(": texts with other" in name for name in failed)
     tamper(trained, truncation_side=honest.tokenisation.truncation_side)
     assert fidelity(parity(trained)) == {}
@@ -165,7 +171,7 @@ def test_a_foreign_model_is_read_by_the_settings_beside_it(trained: RunDir, tmp_
     validation = rows(tmp_path / "data", columns) / "validation.jsonl"
     lines = [json.loads(line) for line in validation.read_text().splitlines()]
     for line in lines:  # so long that it matters which end is read
-        line |= {f"text{column}": line[f"text{column}"] * 3 for column in range(columns)}
+        line |= {name: " ".join([line[name]] * 5) for name in line if name != "label"}
     validation.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     report = judge_model(folder, str(trained.student), validation, recipe)
     (verdict,) = report.variants
@@ -205,9 +211,10 @@ def test_what_is_exported_again_after_a_gate_is_loaded_again(
         for variant in copied_run.recipe.export.variants:
             folder = copied_run.onnx(variant)
             assert OnnxClassifier(folder, threads=1).predict(["not dull"])
-            assert ParityReport.file_name not in OnnxArtifact.read(
-                folder / OnnxArtifact.file_name
-            ).files
+            assert (
+                ParityReport.file_name
+                not in OnnxArtifact.read(folder / OnnxArtifact.file_name).files
+            )
     assert parity(copied_run).passed
     assert len(passed_variants(copied_run)) == 3
     export(copied_run)  # and nothing is made again where nothing has changed

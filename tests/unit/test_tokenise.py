@@ -163,9 +163,9 @@ def ours(kind: str, side: str, length: int, columns: int) -> Tokenise:
 
 def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
     """What transformers makes of the whole text."""
-    (encoding,) = tokenizer(
-        *[[text] for text in example], truncation=True, max_length=length
-    ).encodings or ()
+    (encoding,) = (
+        tokenizer(*[[text] for text in example], truncation=True, max_length=length).encodings or ()
+    )
     types = encoding.type_ids if "token_type_ids" in tokenizer.model_input_names else None
     return Tokens(encoding.ids, types or [0] * len(encoding.ids), bool(encoding.overflowing))
 
@@ -186,8 +186,6 @@ def texts(most: int) -> st.SearchStrategy[str]:
     piece = st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
     parts = st.lists(st.tuples(piece, st.sampled_from((1, 1, 2, 25, 200))), min_size=1, max_size=12)
     return parts.map(lambda found: "".join(p * n for p, n in found)[:most]).filter(str.strip)
-
-
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -234,8 +232,9 @@ def wrong_pieces(kind: str, side: str, open_words: int | None = None) -> int:
     """How many pieces of a text, of all lengths, say a token that the whole text has not."""
     tokenise = ours(kind, side, 16, 1)
     tokenise._room, before = 10_000, tokenise._room
-    words, tokenise._open_words = tokenise._open_words, (
-        tokenise._open_words if open_words is None else open_words
+    words, tokenise._open_words = (
+        tokenise._open_words,
+        (tokenise._open_words if open_words is None else open_words),
     )
     text = SEAMS * 3
     try:
