@@ -22,7 +22,9 @@ from tokenizers import (
     processors,
 )
 
+from ad2kit.errors import ModelError
 from ad2kit.records import Tokenisation
+from ad2kit.references import find_model
 from ad2kit.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
 from tests import families
 
@@ -221,11 +223,12 @@ def test_a_real_tokenizer_is_read_as_transformers_reads_it(
     assert tokenise([(text,)]) == [expected(minilm, (text,), 32)]
 
 
-# Behind each `|` a piece ends in turn, and everywhere else.
+# Cut anywhere, it is cut in the middle of all that must not be.
 SEAMS = (
-    "film [SEP] dull</s> never dull, never bad <m>  <m>   caf\u00e9 cafe\u0301\u0323 a\0\0b aaaaa !?!?! "
-    "   x  \t\n 12345 'tis it's ''`` \uff21 \u1112\u1161\u11ab \U0001f469\u200d\U0001f467 fine film "
-)  # fmt: skip
+    "film [SEP] dull</s> never dull, never bad <m>  <m>   caf\u00e9 cafe\u0301\u0323 a\0\0b aaaaa "
+    "!?!?!    x  \t\n 12345 'tis it's ''`` \uff21 \u1112\u1161\u11ab \U0001f469\u200d\U0001f467 "
+    "fine film "
+)
 
 
 def wrong_pieces(kind: str, side: str, open_words: int | None = None) -> int:
@@ -274,12 +277,14 @@ def test_of_a_long_text_no_more_is_tokenised_than_the_model_reads(
 ) -> None:
     text = text if side == "right" else text[::-1]
     tokenise, read = ours("bert", side, 21, 1), list[int]()
-    monkeypatch.setattr(tokenise, "short_characters", 8 * 21)
     honest = tokenise._read
-    monkeypatch.setattr(
-        tokenise, "_read",
-        lambda text, characters: (read.append(min(characters, len(text))), honest(text, characters))[1],
-    )  # fmt: skip
+
+    def seen(text: str, characters: int) -> Any:
+        read.append(min(characters, len(text)))
+        return honest(text, characters)
+
+    monkeypatch.setattr(tokenise, "short_characters", 8 * 21)
+    monkeypatch.setattr(tokenise, "_read", seen)
     (found,) = tokenise([(text,)])
     assert found.truncated
     assert len(found.ids) == 21
