@@ -16,7 +16,8 @@ def fill_with_teacher(run: RunDir, student: RunDir) -> None:
     """Make the teacher of a distilled run the student of another: its own, with nothing to learn.
 
     Args:
-        run: to fill; its recipe has all layers of the teacher, uncut. Kept if it is filled already.
+        run: to fill, locked; its recipe has all layers of the teacher, uncut. Kept if it is filled
+            already.
         student: a run that is distilled.
     """
     distilled = DistillReport.read(student.distill_report)

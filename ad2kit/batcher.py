@@ -13,13 +13,14 @@ import logging
 import math
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -119,6 +120,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._waiting: list[_Item] = []
         self._tokens = 0
+        self._promised = 0  # texts that are tokenised now, in the event loop's thread alone
         self._turn = 0
         self._tokens_per_s = math.nan
         self._closing = False
@@ -131,6 +133,23 @@ class Batcher:
         with self._changed:
             return len(self._waiting), self._tokens
 
+    @contextmanager
+    def room(self, texts: int) -> Iterator[None]:
+        """Hold room for some texts while they are tokenised, so that this is not done in vain.
+
+        Who leaves this without an ``await`` before :meth:`submit` has the room for its texts then;
+        how many tokens they have may still be too much. In the event loop's thread alone.
+
+        Raises:
+            QueueFull: too much is waiting, or is about to.
+        """
+        self.insist_on_room(texts)
+        self._promised += texts
+        try:
+            yield
+        finally:
+            self._promised -= texts
+
     def insist_on_room(self, texts: int = 1, tokens: int = 0) -> None:
         """Refuse some texts that would wait too long, before anything is spent on them.
 
@@ -139,7 +158,7 @@ class Batcher:
         """
         waits_s = self._tokens / self._tokens_per_s  # NaN, and so never too long, at first
         if (
-            len(self._waiting) + texts > self._max_queue_texts
+            len(self._waiting) + self._promised + texts > self._max_queue_texts
             or self._tokens + tokens > self._max_queue_tokens
             or waits_s > self._max_wait_s
         ):
@@ -157,8 +176,11 @@ class Batcher:
         Raises:
             QueueFull: too much is waiting; none of these texts was accepted.
             BatcherClosed: it takes no more.
+            ValueError: there is no text, so that nothing would ever answer the call.
             Exception: whatever ``infer`` raised for one of these texts alone.
         """
+        if not tokenised:
+            raise ValueError("expected at least one text, found none")
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._work, name="ad2kit-infer", daemon=True)

@@ -8,6 +8,7 @@ and write one family of formats each, with the same three functions.
 from __future__ import annotations
 
 import glob
+import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,9 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
     store, path = filesystem(reference)
     try:
         found = _files(store, path)
+        for name in found:
+            if is_local(store) and not store.exists(name):
+                raise DataError(f"{name} is a link to nothing", hint="remove it, or mend it")
     except OSError as error:
         raise DataError(
             f"cannot look for '{reference}': {error}", hint="correct INPUT, or its access rights"
@@ -183,6 +187,29 @@ def layout_of(
                     hint="name the columns of the answers otherwise, such as --prefix student_",
                 )
     return Layout(first.columns, text_columns, added)
+
+
+def insist_on_partition_columns(reference: str, surveys: Mapping[str, Survey]) -> None:
+    """Refuse files below folders such as ``dt=2026-01-01``, whose column would be lost.
+
+    Raises:
+        DataError: the name of a folder below ``reference`` holds a column that the file has not.
+    """
+    store, root = filesystem(reference)
+    if not store.exists(root) and glob.has_magic(root):
+        root = re.split(r"[*?[]", root)[0].rpartition("/")[0]
+    for url, survey in surveys.items():
+        inside = PurePosixPath(filesystem(url)[1].removeprefix(root).lstrip("/"))
+        for folder in inside.parents[:-1] if survey.blocks else ():
+            column, equals, _ = folder.name.partition("=")
+            if equals and column not in survey.columns:
+                first = address_of(store, f"{root.rstrip('/')}/{inside.parent}")
+                raise DataError(
+                    f"{url} lies in a folder {folder.name}, and has no column '{column}', which "
+                    "would be lost",
+                    hint="score folder by folder, into folders of the same names: "
+                    f"`ad2kit score {first} OUTPUT/{inside.parent}`",
+                )
 
 
 def _files(store: Any, path: str) -> list[str]:

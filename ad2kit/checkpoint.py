@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ad2kit.errors import RunError
 from ad2kit.files import sha256_of, whole_folder, write_record
 from ad2kit.records import Record
+from ad2kit.runtime import DECIDE_BITS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,7 +142,7 @@ def restore_checkpoint(
     changed = [
         f"{key}: {theirs} then, {ours[key]} now"
         for key, theirs in facts.environment.items()
-        if theirs != ours[key]
+        if key in DECIDE_BITS and theirs != ours[key]
     ]
     if changed and not allow_inexact:
         raise RunError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from ad2kit.files import check_sha256
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
-from ad2kit.shipping import passed_variants
+from ad2kit.shipping import passed_variants, refusals
 from ad2kit.tasks import answers, scores
+from ad2kit.texts import is_text
 from ad2kit.tokenise import Tokenise
 
 try:
@@ -42,7 +42,6 @@ PROVIDERS: dict[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,9 @@ def servable_artifact(folder: str | Path) -> Path:
         )
     variants = passed_variants(run)
     if not variants:
+        reasons = [f"\n  {reason}" for found in refusals(run).values() for reason in found]
         raise RunError(
-            f"{path} has no variant that passed the parity gate",
+            f"{path} has no variant that passed the parity gate" + "".join(reasons),
             hint=f"run `ad2kit export {path}`, or give the folder of one variant, {path}/onnx/fp32",
         )
     return variants[0]
@@ -109,14 +109,6 @@ def read_artifact(folder: Path) -> OnnxArtifact:
     again = f"restore the file, or delete {folder} and run `ad2kit export` again"
     check_sha256(folder, artifact.files, hint=again)
     return artifact
-
-
-def is_text(column: object) -> bool:
-    """Tell whether this is a text to classify; no tokenizer takes a lone surrogate.
-
-    Callers in Python and over HTTP, and rows of files, can hold anything.
-    """
-    return isinstance(column, str) and bool(column.strip()) and not _SURROGATE.search(column)
 
 
 def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
@@ -195,8 +187,12 @@ class OnnxClassifier:
             self.artifact.text_columns,
         )
 
-    def encode(self, texts: Sequence[Text]) -> list[Tokens]:
+    def encode(self, texts: Sequence[Text], first: int = 0) -> list[Tokens]:
         """Tokenise texts, cut to the model's maximum length.
+
+        Args:
+            texts: the texts, or the pairs of them.
+            first: the number of the first text, for what is said of one that is refused.
 
         Raises:
             UserError: not a list of texts, an empty text, or one text where the model needs two.
@@ -204,7 +200,7 @@ class OnnxClassifier:
         if isinstance(texts, str):
             raise UserError("expected a list of texts, found one str", hint="pass [text]")
         examples: list[tuple[str, ...]] = []
-        for position, text in enumerate(texts):
+        for position, text in enumerate(texts, first):
             columns = tuple(text) if isinstance(text, (tuple, list)) else (text,)
             if len(columns) != self.artifact.text_columns:
                 raise UserError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ad2kit.files import read_lines
 from ad2kit.records import StepRecord
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ def read_curve(path: Path) -> list[StepRecord]:
     """Return the step records of a curve; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [StepRecord.model_validate_json(line) for line in lines if line.endswith("\n")]
+    return [StepRecord.model_validate_json(line) for line in read_lines(path)]
 
 
 def select_scores(path: Path) -> list[float]:

@@ -7,17 +7,18 @@ otherwise) makes every choice, and ``validation`` is read by the gate alone.
 from __future__ import annotations
 
 import logging
-import re
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ad2kit.errors import DataError, nearest
+from ad2kit.errors import DataError, no_column
 from ad2kit.files import fingerprint
-from ad2kit.labels import counts, label_names, no_labels, read_labels
+from ad2kit.labels import counts, label_set, no_labels, read_labels
 from ad2kit.records import SplitFacts
 from ad2kit.sources import Row, read_file, read_rows, read_unlabelled
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,8 +34,6 @@ _SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
-# Half a surrogate pair, which JSON lets through, is no character.
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class Data:
     """The splits, the kind of task, and the names of the label ids.
 
     ``unlabelled`` holds texts for the student alone; its labels say that there are none.
+    ``order_given`` says whether recipe or source gave the order of ``labels``; else it is the order
+    of sorting, which a teacher's outputs need not have.
     """
 
     task: Task
@@ -69,6 +70,7 @@ class Data:
     select: Split
     validation: Split
     unlabelled: Split
+    order_given: bool = False
 
     def splits(self) -> dict[str, Split]:
         """Return the splits that hold anything, by name."""
@@ -112,11 +114,12 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
     columns = (*recipe.text_columns, recipe.label_column)
     for name, rows in (("train", train_rows), ("validation", validation_rows)):
         _check_columns(rows, columns, name)
-    labels = label_names(train_rows, recipe, names)
-    train, validation = (
-        Split(_texts(rows, recipe), read_labels(rows, recipe, labels))
-        for rows in (train_rows, validation_rows)
-    )
+    found = label_set(train_rows, recipe, names)
+    texts = (_texts(train_rows, recipe), _texts(validation_rows, recipe))
+    every = read_labels([*train_rows, *validation_rows], recipe, found)
+    parts = np.split(every, [len(train_rows)])
+    train, validation = (Split(*each) for each in zip(texts, parts, strict=True))
+    labels = found.names
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     own = recipe.select_from == "validation"
     wanted = min(max(round(len(order) * _SELECT_FRACTION), _SELECT_LEAST), _SELECT_MOST)
@@ -129,6 +132,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         select=validation if own else train.take(order[:select_rows]),
         validation=validation,
         unlabelled=Split(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
+        order_given=found.given,
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
         _insist_on_variety(split, recipe.task, labels, name)
@@ -136,10 +140,14 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         {*data.select.texts} if not own else set()
     )
     known = sum(text in seen for text in data.validation.texts)
-    if known == len(data.validation):
+    share = known / len(data.validation)
+    if share > recipe.max_leakage:
         raise DataError(
-            f"all {known} validation texts are also training texts: a gate on them proves nothing",
-            hint="give a validation file that training does not see",
+            f"{known} of {len(data.validation)} validation texts ({share:.1%}) are also training "
+            f"texts; expected at most {recipe.max_leakage:.1%}, data.max_leakage: a gate on texts "
+            "that were learned by heart proves nothing",
+            hint="give a validation file that training does not see, or accept it with "
+            f"data.max_leakage={math.ceil(100 * share) / 100:g}",
         )
     if known:
         logger.warning("%d of %d validation texts are also training texts", known,
@@ -150,12 +158,17 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
 def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split:
     """Read the labelled rows of one file; ``recipe`` says what its columns are.
 
+    ``labels`` are the names of a model, in the order of the ids that the rows may hold.
+
     Raises:
         DataError: see :func:`load_data`.
     """
-    rows = read_file(path)
-    _check_columns(rows, (*recipe.text_columns, recipe.label_column), path.name)
-    split = Split(_texts(rows, recipe), read_labels(rows, recipe, labels))
+    columns = (*recipe.text_columns, recipe.label_column)
+    rows = read_file(path, columns)
+    _check_columns(rows, columns, path.name)
+    named = recipe if recipe.task == "regression" else recipe.model_copy(update={"labels": labels})
+    found = label_set(rows, named, None)
+    split = Split(_texts(rows, recipe), read_labels(rows, recipe, found))
     _insist_on_variety(split, recipe.task, labels, path.name)
     return split
 
@@ -262,11 +275,7 @@ def _check_columns(rows: list[Row], columns: tuple[str, ...], name: str) -> None
     where, first = rows[0]
     for column in columns:
         if column not in first:
-            raise DataError(
-                f"{where}: no column '{column}'{nearest(column, first)}; "
-                f"columns: {', '.join(map(str, first))}",
-                hint="set data.text_columns and data.label_column",
-            )
+            raise no_column(where, column, first)
 
 
 def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
@@ -275,7 +284,7 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
     for where, row in rows:
         for column in recipe.text_columns:
             text = row.get(column)
-            if not isinstance(text, str) or not text.strip() or _HALF_PAIR.search(text):
+            if not is_text(text):
                 raise DataError(
                     f"{where}: '{column}' must be a text with at least one visible character, "
                     f"found {text!r:.80}",
@@ -286,6 +295,11 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
 
 
 def _insist_on_variety(split: Split, task: Task, labels: tuple[str, ...], name: str) -> None:
+    if not len(split):
+        raise DataError(
+            f"the {name} split has no row left beside those that are set aside for `select`",
+            hint="give more rows, raise data.max_train_rows, or set data.select_from=validation",
+        )
     if len(np.unique(split.labels)) < 2:
         what = {
             "single_label": "one class only",

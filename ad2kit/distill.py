@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from ad2kit.checkpoint import Evaluation
 from ad2kit.curve import read_curve, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
-from ad2kit.intermediate import comparison
+from ad2kit.intermediate import check_terms, comparison
+from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
 from ad2kit.losses import soft_targets
 from ad2kit.metrics import score
@@ -26,9 +28,9 @@ from ad2kit.resumable import Trainer
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
 from ad2kit.runtime import environment, peak_memory_mb
-from ad2kit.students import build_student, check_layers
+from ad2kit.students import build_student
 from ad2kit.tasks import answers
-from ad2kit.training import predict_logits, prepare
+from ad2kit.training import check_compute, predict_logits, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,8 +91,8 @@ def distill(
     reading, select = data.distillation(), stage.encode(student, data.select)
     encoded = stage.encode(student, reading)
     teacher.module.to(accelerator.device)
+    told = stage.select_logits(teacher)
     teacher_logits = stage.teacher_logits(teacher, reading)
-    told = stage.logits(teacher, stage.encode(teacher, data.select))
     prepare(student, recipe.compute)
     state = trainer.train(
         student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
@@ -144,7 +146,47 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
     stage = _Stage.of(run, lambda _record: None, allow_inexact)
     teacher = stage.teacher()
     teacher.module.to(stage.accelerator.device)
+    stage.select_logits(teacher)
     stage.teacher_logits(teacher, stage.data.distillation())
+
+
+def open_models(recipe: Recipe, data: Data) -> TextModel:
+    """Open the models of a recipe, and refuse what cannot be distilled; nothing is trained.
+
+    `ad2kit check` and the stage itself call it, so that they agree.
+
+    Returns:
+        The teacher, before its fine-tuning if there is any.
+
+    Raises:
+        ModelError: a model that cannot be read or served, other labels than the data's, a length
+            beyond its positions, layers or widths that it lacks, a term that teacher and student
+            cannot have, or what ``compute`` asks for and the family lacks.
+    """
+    finished, seed = recipe.teacher.finetune is None, recipe.seed
+    teacher = models.load_reference(
+        recipe.teacher.model, data, seed=seed, finished=finished, key="teacher.model"
+    )
+    student = _before_training(teacher, recipe, data)
+    check_widths(teacher, recipe.student)
+    check_terms(teacher, student, recipe.distill.intermediate)
+    length = recipe.data.max_length_tokens
+    opened = {"teacher.model": teacher, "student.model": student}
+    for key, model in opened.items():
+        check_compute(model, recipe.compute)
+        models.check_length(model, length, key="data.max_length_tokens")
+        models.try_out(model, data.train.texts[:2], length, key=key)
+    return teacher
+
+
+def _before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
+    """Return the student with all of its heads and neurons."""
+    source, layers = teacher, recipe.student.layers
+    if recipe.student.model is not None:
+        source = models.load_reference(
+            recipe.student.model, data, seed=recipe.seed, finished=False, key="student.model"
+        )
+    return build_student(source, layers) if layers else source
 
 
 @dataclass(frozen=True)
@@ -163,7 +205,10 @@ class _Stage:
         accelerator = make_accelerator(recipe.compute)
         surroundings = environment(
             torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
-        ) | {"compile": str(recipe.compute.compile)}
+        ) | {
+            "compile": str(recipe.compute.compile),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
         data = datasets.load_data(recipe.data, recipe.seed)
         if data.task != "regression":
             train = data.train
@@ -220,13 +265,13 @@ class _Stage:
         )
         if self._missing(run.teacher / models.MANIFEST):
             self._make_teacher(inputs)
-        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
-        teacher = models.load(run.teacher, data.labels, data.task)
         if models.saved_inputs(run.teacher) != inputs:
             raise RunError(
                 f"{run.teacher} was made from other data than this run reads now",
                 hint=f"restore the data, or delete {run.path} to start again",
             )
+        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
+        teacher = models.load(run.teacher, data.labels, data.task)
         logger.info("teacher: %s", run.teacher)
         return teacher
 
@@ -249,12 +294,7 @@ class _Stage:
         if first and store.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
         if self._missing(run.teacher / models.MANIFEST):
-            teacher = models.load_reference(
-                source, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
-            )
-            if recipe.student.model is None:
-                check_layers(teacher, recipe.student.layers or ())  # not after the long part
-                check_widths(teacher, recipe.student)
+            teacher = open_models(recipe, data)
             if settings is not None:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
@@ -272,16 +312,20 @@ class _Stage:
 
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""
-        recipe = self.recipe.student
-        source = teacher
-        if recipe.model is not None:
-            source = models.load_reference(
-                recipe.model, self.data, seed=self.recipe.seed, finished=False, key="student.model"
-            )
-        student = build_student(source, recipe.layers) if recipe.layers else source
-        train = self.data.train
-        narrow(student, teacher, recipe, lambda: self.encode(teacher, train), self.accelerator)
+        student, train = _before_training(teacher, self.recipe, self.data), self.data.train
+        encode = functools.partial(self.encode, teacher, train)
+        narrow(student, teacher, self.recipe.student, encode, self.accelerator)
         return student
+
+    def select_logits(self, teacher: TextModel) -> torch.Tensor:
+        """Return the teacher's logits on ``select``, or refuse one with its labels in disorder."""
+        data = self.data
+        logits = self.logits(teacher, self.encode(teacher, data.select))
+        insist_on_order(
+            data.task, answers(data.task, logits.numpy()), data.select.labels, data.labels,
+            finished=self.recipe.teacher.finetune is None,
+        )  # fmt: skip
+        return logits
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on what the student reads, computed once for all runs.

@@ -163,6 +163,6 @@ def _why_no_session(provider: str) -> str | None:
         )
     except Exception as error:
         # onnxruntime's exceptions share no base class of their own; the reason is told.
-        return str(error).splitlines()[0] or type(error).__name__
+        return str(error).partition("\n")[0] or type(error).__name__
     found = session.get_providers()[0]
     return "" if found == provider else f"the session runs on {found}"

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # status: type, message, hint
 ERRORS: dict[int, tuple[str, str, str]] = {
-    400: ("malformed_request", "the body is not valid JSON", "send JSON"),
+    400: ("malformed_request", "the request cannot be read", "send JSON over HTTP/1.1"),
     401: (
         "unauthorized",
         "no valid key came with the request",
@@ -39,15 +39,20 @@ ERRORS: dict[int, tuple[str, str, str]] = {
     ),
     415: (
         "unsupported_media_type",
-        "the body is not declared as JSON",
-        "send the header Content-Type: application/json",
+        "the body is not declared as plain JSON in UTF-8",
+        "send the header Content-Type: application/json, and no Content-Encoding",
     ),
     422: (
         "invalid_input",
         "the body does not fit",
         "see /docs.json for what is expected",
     ),
-    429: ("overloaded", "too many texts are waiting", "retry after the time in Retry-After"),
+    429: ("overloaded", "too much is waiting", "retry after the time in Retry-After"),
+    431: (
+        "headers_too_large",
+        "the headers are more than the service reads",
+        "send fewer and shorter headers, and a shorter address",
+    ),
     499: ("client_gone", "the client left before its answer", "wait longer, or send less"),
     500: ("internal", "the service failed on this request", "see the server's log"),
     503: ("not_ready", "the service is not ready", "retry; see GET /readyz"),
@@ -55,12 +60,53 @@ ERRORS: dict[int, tuple[str, str, str]] = {
 }
 
 
-class Problem(Exception):
-    """What a client is told instead of an answer: a status of :data:`ERRORS`, and what of it."""
+# Names of UTF-8, and of what is a part of it.
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 
-    def __init__(self, status: int, detail: str = "", *, retry_after_s: int = 1) -> None:
+
+class Problem(Exception):
+    """What a client is told instead of an answer: a status of :data:`ERRORS`, and what of it.
+
+    Args:
+        status: of the answer.
+        detail: what is said of it beside the message of its status.
+        hint: what the client should do instead, if it is not that of its status.
+        retry_after_s: when an overloaded service may be asked again.
+    """
+
+    def __init__(
+        self, status: int, detail: str = "", *, hint: str = "", retry_after_s: int = 1
+    ) -> None:
         super().__init__(status, detail)
-        self.status, self.detail, self.retry_after_s = status, detail, retry_after_s
+        self.status, self.detail, self.hint = status, detail, hint
+        self.retry_after_s = retry_after_s
+
+    @property
+    def kind(self) -> str:
+        """The type of the error."""
+        return self._words[0]
+
+    @property
+    def _words(self) -> tuple[str, str, str]:
+        return ERRORS.get(self.status, ERRORS[500 if self.status >= 500 else 400])
+
+    def content(self) -> bytes:
+        """Return the body of the answer."""
+        kind, message, hint = self._words
+        error = {
+            "type": kind,
+            "message": f"{message}: {self.detail}" if self.detail else message,
+            "hint": self.hint or hint,
+        }
+        return json.dumps({"error": error}).encode()
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that belong to its status."""
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return [(b"retry-after", str(self.retry_after_s).encode())]
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            return [(b"www-authenticate", b"Bearer")]
+        return []
 
 
 class ErrorContract:
@@ -97,13 +143,12 @@ class ErrorContract:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         if scope["method"] == "POST":
-            media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if media_type != b"application/json":
-                await self._reply(send, 415)
+            if strange := _not_plain_json(headers):
+                await self._send(send, Problem(415, strange))
                 return
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.max_body_bytes:
-                await self._reply(send, 413)
+                await self._send(send, Problem(413))
                 return
         received, answer, status, allow = 0, b"", 200, b""
 
@@ -130,11 +175,11 @@ class ErrorContract:
         try:
             await self.app(scope, bounded_receive, typed_send)
         except Problem as problem:
-            await self._send(send, problem.status, problem.detail, problem.retry_after_s)
+            await self._send(send, problem)
         except Exception:
             # Not what it was about: texts of clients stay out of the log.
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            await self._send(send, 500, "")
+            await self._send(send, Problem(500))
 
     async def _reply(
         self, send: Send, status: int, answer: bytes = b"", allow: bytes = b""
@@ -143,28 +188,17 @@ class ErrorContract:
         detail = ""
         if status < 500 and status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             status, detail = _understand(status, answer)
-        await self._send(send, status, detail, allow=allow)
+        await self._send(send, Problem(status, detail), allow)
 
-    async def _send(
-        self, send: Send, status: int, detail: str, retry_after_s: int = 1, allow: bytes = b""
-    ) -> None:
-        kind, message, hint = ERRORS.get(status, ERRORS[500 if status >= 500 else 400])
-        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not detail:
-            detail = f"at most {self.max_body_bytes} bytes"
-        error = {
-            "type": kind,
-            "message": f"{message}: {detail}" if detail else message,
-            "hint": self.hints.get(status, hint),
-        }
-        headers = list[tuple[bytes, bytes]]()
-        if status == HTTPStatus.TOO_MANY_REQUESTS:
-            headers.append((b"retry-after", str(retry_after_s).encode()))
-        elif status == HTTPStatus.UNAUTHORIZED:
-            headers.append((b"www-authenticate", b"Bearer"))
-        if status == HTTPStatus.METHOD_NOT_ALLOWED and allow:
+    async def _send(self, send: Send, problem: Problem, allow: bytes = b"") -> None:
+        if problem.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not problem.detail:
+            problem.detail = f"at most {self.max_body_bytes} bytes"
+        problem.hint = problem.hint or self.hints.get(problem.status, "")
+        headers = problem.headers()
+        if problem.status == HTTPStatus.METHOD_NOT_ALLOWED and allow:
             headers.append((b"allow", allow))
-        self.observe(status, kind)
-        await send_json(send, status, json.dumps({"error": error}).encode(), headers)
+        self.observe(problem.status, problem.kind)
+        await send_json(send, problem.status, problem.content(), headers)
 
 
 async def send_json(
@@ -200,3 +234,24 @@ def _understand(status: int, answer: bytes) -> tuple[int, str]:
         for p in problems[:3]
     ]
     return status, "; ".join(lines)
+
+
+def _not_plain_json(headers: Mapping[bytes, bytes]) -> str | None:
+    """Return what the headers say that the body is, if that is not JSON in UTF-8; None if it is."""
+    for name, plain in ((b"content-encoding", b"identity"), (b"transfer-encoding", b"chunked")):
+        value = headers.get(name, plain)
+        if value.strip().lower() != plain:
+            return f"{name.title().decode()} {_shown(value)} is not read"
+    media_type, *parameters = headers.get(b"content-type", b"").lower().split(b";")
+    if media_type.strip() != b"application/json":
+        return f"found Content-Type {_shown(media_type)}" if media_type else "found no Content-Type"
+    for parameter in parameters:
+        name, _, value = parameter.partition(b"=")
+        charset = value.strip().strip(b'"')
+        if name.strip() == b"charset" and charset not in _CHARSETS:
+            return f"charset {_shown(charset)} is not read, only utf-8"
+    return None
+
+
+def _shown(value: bytes) -> str:
+    return ascii(value.strip().decode("latin-1"))[1:-1][:50]

@@ -94,6 +94,15 @@ def nearest(wrong: str, right: Iterable[str]) -> str:
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
+def no_column(where: str, column: str, columns: Iterable[str]) -> DataError:
+    """Return what to say of a table that lacks a column of the recipe."""
+    return DataError(
+        f"{where}: no column '{column}'{nearest(column, columns)}; "
+        f"columns: {', '.join(map(str, columns))}",
+        hint="set data.text_columns and data.label_column",
+    )
+
+
 def no_room_left(error: BaseException | None) -> bool:
     """Tell whether ``error``, or what caused it, is a full disk or an exhausted quota.
 

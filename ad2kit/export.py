@@ -36,19 +36,27 @@ try:
     from ad2kit.first_token import read_first_token_only
     from ad2kit.fuse import fuse, node_counts, to_fp16
     from ad2kit.int8_search import Int8Search
+    from ad2kit.quantize import weights_in_8_bits
     from ad2kit.training import predict_logits
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "optimum", extra="cpu") from error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
+    from ad2kit.tokenise import Tokens
 
 logger = logging.getLogger(__name__)
 
 _TOOLS = ("onnx", "optimum", "optimum-onnx", "torch", "transformers")
 # Training texts from which a static quantisation learns the range of activations.
-_CALIBRATION_TEXTS, _CALIBRATION_BATCH = 128, 16
+# All activations of a batch are in memory at once.
+_CALIBRATION_TEXTS, _CALIBRATION_BATCH = 128, 4
 
 
 @exclusive
@@ -103,6 +111,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             fuse(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
         elif variant == "fp16":
             to_fp16(run.onnx("fused") / MODEL_FILE, new / MODEL_FILE)
+        share, in_float = weights_in_8_bits(new / MODEL_FILE) if variant == "int8" else (None, ())
         artifact = OnnxArtifact(
             variant=variant,
             inputs=inputs,
@@ -116,6 +125,8 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             temperature=temperature,
             files=sha256_of_folder(new),
             model_bytes=(new / MODEL_FILE).stat().st_size,
+            weights_in_8_bits=share,
+            in_float=in_float,
             lineage={
                 "ad2kit": __version__,
                 "recipe": recipe.name,
@@ -163,18 +174,6 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
     """Write the int8 graph that the search takes, and return what it tried."""
     recipe, start = run.recipe, time.monotonic()
     data, fp32 = datasets.load_data(recipe.data, recipe.seed), run.onnx("fp32")
-    tokenizer = OnnxClassifier(fp32, threads=recipe.compute.threads)
-    encodings = [
-        tokenizer.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
-        for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
-    ]
-    # Of one shape, as calibration wants it: the texts that fill no batch are left out.
-    texts, size = encodings[1], min(_CALIBRATION_BATCH, len(encodings[1]))
-    width = max(len(encoding.ids) for encoding in texts)
-    feeds = [
-        tokenizer.feed(texts[first : first + size], width=width)
-        for first in range(0, len(texts) - size + 1, size)
-    ]
     with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
         scratch = Path(temporary)
         plain = onnx.load(fp32 / MODEL_FILE)
@@ -183,15 +182,23 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
         graphs = {False: scratch / "plain.onnx"}
         if "fused" in recipe.export.variants:  # and so proven by the gate
             graphs[True] = run.onnx("fused") / MODEL_FILE
+
+        def classifier_of(graph: Path) -> OnnxClassifier:
+            return OnnxClassifier(fp32, threads=recipe.compute.threads, graph=graph)
+
+        reference = classifier_of(graphs[False])
+        select, train = (
+            reference.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
+            for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
+        )
         search = Int8Search(
             graphs=graphs,
-            classifier_of=lambda graph: OnnxClassifier(
-                fp32, threads=recipe.compute.threads, graph=graph
-            ),
-            encodings=encodings[0],
+            reference=reference,
+            classifier_of=classifier_of,
+            encodings=select,
             rows=Rows(data.task, recipe.data.judged_by, data.select.labels),
             thresholds=recipe.parity,
-            calibration=[{name: feed[name] for name in tokenizer.input_names} for feed in feeds],
+            calibration=_calibration(reference, train),
             scratch=scratch,
         )
         taken, trials = search.write(target, recipe.export.search_seconds)
@@ -199,6 +206,19 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
         inputs=inputs, rows=len(data.select), seconds=time.monotonic() - start, taken=taken,
         trials=trials,
     )  # fmt: skip
+
+
+def _calibration(
+    classifier: OnnxClassifier, encodings: Sequence[Tokens]
+) -> list[dict[str, NDArray[np.int64]]]:
+    """Return inputs of one shape, as calibration wants them; what fills no batch is left out."""
+    size = min(_CALIBRATION_BATCH, len(encodings))
+    width = max(len(encoding.ids) for encoding in encodings)
+    feeds = [
+        classifier.feed(encodings[first : first + size], width=width)
+        for first in range(0, len(encodings) - size + 1, size)
+    ]
+    return [{name: feed[name] for name in classifier.input_names} for feed in feeds]
 
 
 def export_fp32(student: Path, folder: Path) -> None:
@@ -216,6 +236,7 @@ def export_fp32(student: Path, folder: Path) -> None:
             device="cpu",
             do_validation=False,
             no_post_process=True,
+            trust_remote_code=False,
         )
 
 

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from filelock import BaseFileLock
     from pydantic import BaseModel
 
-_NEW, _OLD = ".tmp-new-", ".tmp-old-"
+TEMPORARY = ".tmp-"
+_NEW, _OLD = f"{TEMPORARY}new-", f"{TEMPORARY}old-"
+LOCK = ".lock"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -75,6 +78,14 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file of records, without one that a kill cut short at the end.
+
+    Not ``splitlines()``: a text of the user's may hold U+2028 and others that it would split at.
+    """
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
 def write_record(path: Path, record: BaseModel) -> None:
     """Write a record as indented JSON, whole or not at all."""
     write_text(path, record.model_dump_json(indent=2) + "\n")
@@ -84,10 +95,13 @@ def write_record(path: Path, record: BaseModel) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the name ``path``, of an older one too, at the end.
 
-    After a kill :func:`sweep` puts back an older folder that had lost its name already.
+    Whatever interrupts it, the old folder or the new one is whole afterwards: an exception at once,
+    a kill as soon as the folder is written again or :func:`sweep` has passed. Two processes must
+    not write one folder; a lock is for the caller to hold.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}")
+    new, old = _temporary_names(path)
+    _settle(path)  # what a killed process has left
     try:
         new.mkdir()
         yield new
@@ -98,31 +112,49 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         new.rename(path)
     finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _settle(path)
+
+
+def _temporary_names(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}")
+
+
+def _settle(path: Path) -> None:
+    """Give an older folder its name back if no newer one has taken it; remove what is left."""
+    new, old = _temporary_names(path)
+    if new.exists():
+        shutil.rmtree(new)
+    if old.exists():
+        # Never half-removed under a name that would be given back.
+        old.rename(new if path.exists() else path)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written below ``folder``."""
-    for old in folder.rglob(f"{_OLD}*"):
-        path = old.with_name(old.name.removeprefix(_OLD))
-        if not path.exists():
-            old.rename(path)
-    for leftover in list(folder.rglob(".tmp-*")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+    """Remove what a killed process left half-written below ``folder``.
+
+    A folder below it that has a lock of its own is left to those who hold that lock.
+    """
+    for old in list(folder.glob(f"{_OLD}*")):
+        _settle(old.with_name(old.name.removeprefix(_OLD)))
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if path.name.startswith(TEMPORARY):
+                shutil.rmtree(path)
+            elif not (path / LOCK).exists():
+                sweep(path)
+        elif path.name.startswith(TEMPORARY):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[BaseFileLock]:
     """Hold a folder for writing and sweep away what a killed process left half-written.
 
     Raises:
         RunError: another process is writing to it.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -132,7 +164,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     try:
         sweep(folder)
-        yield
+        yield lock
     finally:
         lock.release()
 

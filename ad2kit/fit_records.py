@@ -59,6 +59,12 @@ class Target(Part):
                 "them, and the interval would mean nothing",
                 hint="set data.select_from=train",
             )
+        if self.length_tokens > recipe.data.max_length_tokens:
+            raise RecipeError(
+                f"--length is {self.length_tokens}, but every text is cut to "
+                f"{recipe.data.max_length_tokens} tokens, data.max_length_tokens",
+                hint=f"give --length {recipe.data.max_length_tokens} or less",
+            )
         plain = recipe.model_dump(mode="json")
         plain["parity"] |= {
             "min_retained": self.retain,

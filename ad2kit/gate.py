@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ad2kit import metrics
+from ad2kit.label_order import better_order
+from ad2kit.labels import counts
 from ad2kit.tasks import answers, softmax
-from ad2kit.verdicts import Check, LengthSlice, VariantParity
+from ad2kit.verdicts import Check, ClassRecall, LengthSlice, VariantParity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +34,9 @@ Question = Literal["export fidelity", "conversion cost", "distillation quality"]
 # Batch 1, extra padding, padding on the left and reversed order are tried on this many texts; the
 # plain batched comparison covers them all.
 PROBES = 64
+# What keeps less than this share of its weights in 8 bits is a float model by another name.
+LEAST_8_BITS = 0.5
+POINTS_LOST = "points lost to fp32"
 # Of so many texts, and those that follow them, longer ones are made.
 _LONGER = 8
 
@@ -192,8 +197,13 @@ def conversion_cost(
         at_least(
             question, f"{what}, one by one", agreement(reference.task, finite_alone, fp32), least
         ),
-        at_most(question, "points lost to fp32", lost, thresholds.max_points_lost),
+        at_most(question, POINTS_LOST, lost, thresholds.max_points_lost),
     )
+
+
+def mostly_8_bits(share: float) -> Check:
+    """Question 2, for int8: ``share`` of the weights are stored in 8 bits."""
+    return at_least("conversion cost", "share of weights in 8 bits", share, LEAST_8_BITS)
 
 
 def distillation_quality(
@@ -214,6 +224,7 @@ def distillation_quality(
     recall, teacher_recall = (
         metrics.recall_by_class(task, found, labels, names) for found in (ours, teacher)
     )
+    support = counts(task, labels, names)
     question: Question = "distillation quality"
     single = task == "single_label"
     return VariantParity(
@@ -225,7 +236,10 @@ def distillation_quality(
         retained_interval=interval,
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
         mcnemar_p=metrics.mcnemar_p(ours == labels, teacher == labels) if single else None,
-        recall_change_by_class={name: recall[name] - teacher_recall[name] for name in recall},
+        recall_by_class={
+            name: ClassRecall(rows=support[name], teacher=teacher_recall[name], variant=value)
+            for name, value in recall.items()
+        },
         temperature=temperature,
         ece=_ece(finite / temperature, labels) if single else None,
         ece_unscaled=_ece(finite, labels) if single else None,
@@ -233,6 +247,7 @@ def distillation_quality(
         checks=(
             *earlier,
             *_teacher_knows(task, teacher, labels),
+            *_order_of_labels(task, teacher, labels, names),
             *_variety(task, ours, teacher),
             at_least(
                 question, f"{reference_name(reference)} retained", retained,
@@ -251,7 +266,7 @@ def _ece(logits: Logits, labels: NDArray[Any]) -> float:
 
 
 def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
-    """Return the scores on the shorter and longer quarters of the texts, the worst one first."""
+    """Return the scores on the quarters of the texts by length, the shortest first."""
     lengths = np.array([len(row) for row in reference.encoded.input_ids])
     edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0], method="higher"))
     quarter = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
@@ -267,7 +282,7 @@ def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
                 teacher_score=some.score(reference.teacher[rows]),
             )
         )
-    return tuple(sorted(found, key=lambda each: each.score - each.teacher_score))
+    return tuple(found)
 
 
 def reference_name(reference: Reference) -> str:
@@ -276,10 +291,7 @@ def reference_name(reference: Reference) -> str:
 
 
 def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> tuple[Check, ...]:
-    """Insist that the teacher is worth imitating: the student of a bad one keeps all of it.
-
-    A teacher whose outputs were permuted is the usual case, and falls below a constant answer.
-    """
+    """Insist that the teacher is worth imitating: the student of a bad one keeps all of it."""
     if task != "single_label":
         return ()
     most_frequent = np.bincount(labels).max() / len(labels)
@@ -289,6 +301,20 @@ def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> t
             float((teacher == labels).mean()), float(most_frequent),
         ),
     )  # fmt: skip
+
+
+def _order_of_labels(
+    task: Task, teacher: NDArray[Any], labels: NDArray[Any], names: tuple[str, ...]
+) -> tuple[Check, ...]:
+    """Insist that no other assignment of the teacher's outputs to the labels fits far better."""
+    if task == "regression":
+        return ()
+    found = better_order(task, teacher, labels, len(names))
+    gain = 0.0 if found is None else found.then - found.now
+    check = at_most(
+        "distillation quality", "teacher's right answers gained by another order of labels", gain, 0
+    )
+    return (check.model_copy(update={"note": None if found is None else found.words(names)}),)
 
 
 def _variety(task: Task, ours: NDArray[Any], teacher: NDArray[Any]) -> tuple[Check, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GOLDEN_FILE = "golden.json"
 # Of nobody's data, and of several lengths.
-_TEXTS = (
+TEXTS = (
     "Yes.",
     "What is the capital of the country that lies to the north of here?",
     "The first half was slow, but all that came after it, the music above all, was well made.",
@@ -32,7 +32,7 @@ MAX_GAP = 0.05
 def add_golden_answers(folder: Path) -> OnnxArtifact:
     """Write what a variant answers to texts of our own beside it, and into its manifest."""
     artifact = read_artifact(folder)
-    texts: list[Text] = [(t, _TEXTS[0]) if artifact.text_columns == 2 else t for t in _TEXTS]
+    texts: list[Text] = [(t, TEXTS[0]) if artifact.text_columns == 2 else t for t in TEXTS]
     answers = OnnxClassifier(folder, threads=1).predict(texts, batch_size=1)
     found = [
         {"text": text, "answer": answer.as_dict()}

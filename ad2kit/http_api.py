@@ -8,38 +8,108 @@ over the answer. Errors leave here as :class:`Problem`; `error_contract` gives t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import json
 import logging
+import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from ad2kit.batcher import BatcherClosed, QueueFull, Timing
 from ad2kit.error_contract import Problem, send_json
-from ad2kit.errors import UserError
-from ad2kit.openapi import TIMING, ClassifyRequest
+from ad2kit.errors import UserError, nearest
+from ad2kit.openapi import MAX_TEXTS, TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection
 
     from ad2kit.batcher import Batcher
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.error_contract import App, Message, Receive, Send
     from ad2kit.service_metrics import ServiceMetrics
     from ad2kit.shadow import Shadow
+    from ad2kit.tokenise import Tokens
 
 logger = logging.getLogger(__name__)
 
-# Clients are watched for leaving only when their answer takes longer than this: it costs a task for
-# each request, and a busy service keeps all of them waiting for a while.
+T = TypeVar("T")
+
+# Clients of small requests are watched for leaving only when their answer takes longer than this:
+# it costs a task for each request, and a busy service keeps all of them waiting for a while.
 _PATIENCE_S = 0.25
-# A body is tokenised in another thread if it is larger: at about a millisecond the loop, which
-# everybody waits for, costs more than the two changes of thread.
+# A body is read in another thread if it is larger: at about a millisecond the loop, which everybody
+# waits for, costs more than the changes of thread.
 _LARGE_BYTES = 8192
+# Larger ones are read one at a time: what a text costs to tokenise grows with it, in memory too.
+_HUGE_BYTES = 2**16
+# Between so many texts of a list it is seen whether its client still waits.
+_PIECE_TEXTS = 16
 _TIMING = TIMING.lower().encode()
+# How a body begins that is not what its headers say.
+_MARKS = {b"\xef\xbb\xbf": "a byte order mark", b"\xff\xfe": "the mark of UTF-16",
+          b"\xfe\xff": "the mark of UTF-16", b"\x1f\x8b": "the mark of gzip"}  # fmt: skip
+
+
+class _Lane:
+    """Threads that read requests, and the turn of each request that uses one.
+
+    For a request that waits for its turn nothing has been done yet, and one that is given up costs
+    no more than the piece that is under way.
+
+    Args:
+        threads: how many requests have their turn at once.
+        max_wait_s: no request is taken while those before it need longer, at the rate of late.
+    """
+
+    def __init__(self, threads: int, max_wait_s: float) -> None:
+        self.threads = ThreadPoolExecutor(threads, "ad2kit-read")
+        self._free, self._max_wait_s = asyncio.Semaphore(threads), max_wait_s
+        self._waiting_bytes, self._bytes_per_s = 0, math.nan
+
+    @contextlib.asynccontextmanager
+    async def turn(self, size_bytes: int) -> AsyncIterator[None]:
+        """Wait for a turn, and have it.
+
+        Raises:
+            QueueFull: it would take too long.
+        """
+        wait_s = self._waiting_bytes / self._bytes_per_s  # NaN, and so never too long, at first
+        if wait_s > self._max_wait_s:
+            raise QueueFull(math.ceil(wait_s))
+        self._waiting_bytes += size_bytes
+        try:
+            async with self._free:
+                start = time.perf_counter()
+                yield
+                rate = size_bytes / (time.perf_counter() - start)
+                known = not math.isnan(self._bytes_per_s)
+                self._bytes_per_s = (self._bytes_per_s + rate) / 2 if known else rate
+        finally:
+            self._waiting_bytes -= size_bytes
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Return what some work returns, done in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
+
+
+_AT_ONCE = contextlib.nullcontext()
+
+
+class _Here:
+    """In place of a lane for what is small: at once, in the event loop's own thread."""
+
+    def turn(self, _size_bytes: int) -> contextlib.AbstractAsyncContextManager[None]:
+        """Have a turn at once."""
+        return _AT_ONCE
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Return what some work returns."""
+        return work(*arguments)
 
 
 class Classify:
@@ -49,6 +119,7 @@ class Classify:
         classifier: tokenises, and turns logits into predictions.
         batcher: computes logits.
         deadline_s: after how long a request is given up.
+        max_wait_s: how long a large request may wait until it is read.
         metrics: are told of all that happens.
         shadow: is offered what was answered, to compare it with the teacher.
         access_log: write a line for each answer; of numbers, never of texts.
@@ -56,10 +127,18 @@ class Classify:
 
     def __init__(
         self, classifier: OnnxClassifier, batcher: Batcher, *, deadline_s: float,
+        max_wait_s: float = math.inf,
         metrics: ServiceMetrics, shadow: Shadow | None = None, access_log: bool = False,
     ) -> None:  # fmt: skip
         self.classifier, self.batcher, self.metrics = classifier, batcher, metrics
         self.deadline_s, self.shadow, self.access_log = deadline_s, shadow, access_log
+        self._here = _Here()
+        self._large, self._huge = _Lane(2, max_wait_s), _Lane(1, max_wait_s)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        for lane in (self._large, self._huge):
+            lane.threads.shutdown(wait=False, cancel_futures=True)
 
     def insist_on_room(self) -> None:
         """Refuse a request before it is read, if it would wait too long.
@@ -79,11 +158,7 @@ class Classify:
             Problem: what the client is told instead.
         """
         stages = Stages()
-        try:
-            request = ClassifyRequest.model_validate_json(body)
-            predictions = await self.classify(request, stages, large=len(body) > _LARGE_BYTES)
-        except ValidationError as error:
-            raise _misfit(error) from error
+        predictions = await self._answer(body, stages)
         content = to_json({"predictions": predictions})
         stages.total_s = time.perf_counter() - stages.start
         self.metrics.answered(stages.total_s)
@@ -93,25 +168,24 @@ class Classify:
             logger.info("answered", extra=facts)
         return content, stages
 
-    async def classify(
-        self, request: ClassifyRequest, stages: Stages, *, large: bool = True
-    ) -> list[dict[str, Any]]:
-        """Return the predictions for a request as plain data; ``large`` ones leave the loop.
+    async def classify(self, request: ClassifyRequest, stages: Stages) -> list[dict[str, Any]]:
+        """Return the predictions for a request as plain data.
 
         Raises:
             Problem: a text that cannot be read, a full queue, or a deadline that passed.
         """
-        texts: list[Any] = request.as_list()
-        start = time.perf_counter()
+        return await self._answer(request.model_dump_json().encode(), stages)
+
+    async def _answer(self, body: bytes, stages: Stages) -> list[dict[str, Any]]:
         try:
             async with asyncio.timeout(self.deadline_s):
-                encode = self.classifier.encode
-                encodings = await asyncio.to_thread(encode, texts) if large else encode(texts)
-                stages.tokenise_s = time.perf_counter() - start
+                encodings, texts, scores = await self._read(body)
+                stages.tokenise_s = time.perf_counter() - stages.start
                 self.metrics.tokenised(stages.tokenise_s)
                 logits = await self.batcher.submit(encodings, stages.timing)
         except UserError as error:
-            raise Problem(422, f"{error.message}; {error.hint}") from error
+            columns = self.classifier.artifact.text_columns
+            raise Problem(422, error.message, hint=expected(columns)) from error
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
         except BatcherClosed as error:
@@ -123,10 +197,25 @@ class Classify:
         if self.shadow is not None:
             self.shadow.offer(texts, predictions)
         answers = [each.as_dict() for each in predictions]
-        if not request.scores:
+        if not scores:
             for answer in answers:
                 answer.pop("scores", None)
         return answers
+
+    async def _read(self, body: bytes) -> tuple[list[Tokens], list[Any], bool]:
+        """Return the tokens of a request, its texts for a shadow, and whether scores are wanted."""
+        lane: _Lane | _Here = self._here
+        if len(body) > _LARGE_BYTES:
+            lane = self._large if len(body) <= _HUGE_BYTES else self._huge
+        async with lane.turn(len(body)):
+            texts, scores = await lane.run(parse, body, self.classifier.artifact.text_columns)
+            encodings = list["Tokens"]()
+            with self.batcher.room(len(texts)):
+                for first in range(0, len(texts), _PIECE_TEXTS):
+                    piece = texts[first : first + _PIECE_TEXTS]
+                    encodings += await lane.run(self.classifier.encode, piece, first)
+        # Texts may be many times larger than their tokens, and would wait with them.
+        return encodings, [] if self.shadow is None else texts, scores
 
 
 @dataclass(slots=True)
@@ -161,13 +250,10 @@ class Direct:
         path: of the requests that are answered here.
         handler: returns what answers a body; asked for at each request, because the service is
             made after its middleware.
-        read_s: how long a body may take to arrive.
     """
 
-    def __init__(
-        self, app: App, *, path: str, handler: Callable[[], Classify], read_s: float
-    ) -> None:
-        self.app, self.path, self.handler, self.read_s = app, path, handler, read_s
+    def __init__(self, app: App, *, path: str, handler: Callable[[], Classify]) -> None:
+        self.app, self.path, self.handler = app, path, handler
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
@@ -179,18 +265,9 @@ class Direct:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
-        handler.insist_on_room()
-        parts, more = list[bytes](), True
-        try:
-            async with asyncio.timeout(self.read_s):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return
-                    parts.append(message.get("body", b""))
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise Problem(408, f"the body took longer than {self.read_s:g} s") from None
+        body = await _whole(receive)
+        if body is None:
+            return
         task, gone = asyncio.current_task(), None
 
         async def watch() -> None:
@@ -201,9 +278,10 @@ class Direct:
             nonlocal gone
             gone = asyncio.ensure_future(watch())
 
-        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, start_watching)
+        patience_s = 0.0 if len(body) > _LARGE_BYTES else _PATIENCE_S
+        timer = asyncio.get_running_loop().call_later(patience_s, start_watching)
         try:
-            content, stages = await handler.answer(b"".join(parts))
+            content, stages = await handler.answer(body)
         except asyncio.CancelledError:
             if gone is None or not gone.done():
                 raise  # the server stops
@@ -215,6 +293,21 @@ class Direct:
                 gone.cancel()
         asked = any(name == _TIMING for name, _ in scope["headers"])
         await send_json(send, 200, content, [(b"server-timing", stages.header())] if asked else [])
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """Return the body of a request; None if its client left before all of it was here.
+
+    How long this may take, and how much may come, is bounded by :mod:`ad2kit.connections`.
+    """
+    parts, more = list[bytes](), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 class Unlink:
@@ -268,18 +361,76 @@ class ApiKeys:
         await self.app(scope, receive, send)
 
 
-def _misfit(error: ValidationError) -> Problem:
-    """Return what a client is told about a body that is no JSON, or not the right one."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    too_long = [each for each in found if each["type"] == "too_long"]
-    malformed = any(each["type"] == "json_invalid" for each in found)
-    lines = [
-        ": ".join(filter(None, (_place(each["loc"]), each["msg"])))
-        for each in (too_long or found)[:3]
-    ]
-    return Problem(400 if malformed else 413 if too_long else 422, "; ".join(lines))
+def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
+    """Return the texts of a request, and whether the scores of all labels are asked for.
+
+    It is what :class:`ClassifyRequest` reads too, which names a fault in each place of a list, and
+    each type that was tried there: for 1 MB of them that takes a second and 90 MB.
+
+    Raises:
+        Problem: it is no JSON, or not the right one for a model of one or two ``text_columns``.
+    """
+    found: Any = None
+    try:
+        found = from_json(body, cache_strings="none")
+    except ValueError as error:
+        mark = next((f"; it begins with {name}" for mark, name in _MARKS.items()
+                     if body.startswith(mark)), "")  # fmt: skip
+        found, status = None, 400
+        fault = f"the body is not valid JSON: {error}{mark}"
+    else:
+        status, fault = _fault(found)
+    if fault:
+        raise Problem(status, fault, hint="" if status == 413 else expected(text_columns))
+    texts = found["texts"]
+    return texts if isinstance(texts, list) else [texts], found.get("scores", False)
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """Return the field and the position in its list, without the types that were tried there."""
-    return ".".join(str(part) for n, part in enumerate(loc) if n == 0 or isinstance(part, int))
+def expected(text_columns: int) -> str:
+    """Return what to send to a model that reads one text, or two."""
+    one = '"..."' if text_columns == 1 else '["...", "..."]'
+    many = "texts" if text_columns == 1 else "pairs of texts"
+    return f'send {{"texts": [{one}]}} with 1 to {MAX_TEXTS} {many} that are not empty'
+
+
+def _fault(found: Any) -> tuple[int, str]:
+    """Return the status and the reason for JSON that is no request; no reason if it is one."""
+    if not isinstance(found, dict):
+        return 422, f"expected an object, found {_kind(found)}"
+    unknown = [name for name in found if name not in ClassifyRequest.model_fields]
+    if unknown:
+        name = unknown[0][:50]
+        like = nearest(name, ClassifyRequest.model_fields)
+        return 422, f"there is no field {name!r}{like}, only texts and scores"
+    if "texts" not in found:
+        return 422, "texts: the field is missing"
+    if not isinstance(found.get("scores", False), bool):
+        return 422, f"scores: expected true or false, found {_kind(found['scores'])}"
+    texts = found["texts"]
+    if isinstance(texts, str):
+        return 200, ""
+    if not isinstance(texts, list):
+        return 422, f"texts: expected a text or a list of texts, found {_kind(texts)}"
+    if not texts:
+        return 422, "texts: expected at least 1 text, found an empty list"
+    if len(texts) > MAX_TEXTS:
+        return 413, f"texts: expected at most {MAX_TEXTS} texts, found {len(texts)}"
+    for row, text in enumerate(texts):
+        if isinstance(text, str):
+            continue
+        if not isinstance(text, list):
+            return 422, f"texts.{row}: expected a text, found {_kind(text)}"
+        if len(text) != 2:
+            return 422, f"texts.{row}: expected a text or a pair of texts, found {len(text)} texts"
+        for column, value in enumerate(text):
+            if not isinstance(value, str):
+                return 422, f"texts.{row}.{column}: expected a text, found {_kind(value)}"
+    return 200, ""
+
+
+def _kind(value: Any) -> str:
+    """Return what JSON calls a value."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ad2kit.errors import ModelError, no_room_left
-from ad2kit.gate import conversion_cost
-from ad2kit.quantize import WAYS, nodes_to_quantize, quantize
+from ad2kit.gate import POINTS_LOST, conversion_cost, mostly_8_bits
+from ad2kit.quantize import WAYS, nodes_to_quantize, quantize, weights_in_8_bits
 from ad2kit.verdicts import QuantisationTrial
 
 if TYPE_CHECKING:
@@ -34,19 +34,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
-# So many rows are timed, and so many are read to find the nodes that lose most.
-_SAMPLE = 128
+# So many rows are read to find the nodes that lose most, and so many are timed.
+_SAMPLE, _TIMED = 128, 64
 _ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A graph that was made in some way, and what question 2 says of it."""
+    """A graph that was made in some way, what question 2 says of it, and its time over fp32's.
+
+    ``cost`` is of a text in batches, and of a text alone.
+    """
 
     way: Way
     graph: Path
-    classifier: OnnxClassifier
     checks: tuple[Check, ...]
+    cost: tuple[float, float]
 
     @property
     def passed(self) -> bool:
@@ -63,13 +66,17 @@ class Candidate:
 class Int8Search:
     """What the candidates are made from and judged by.
 
+    One candidate is open at a time, beside the ``reference``: an open graph holds its weights, and
+    the activations of the largest batch that it has seen.
+
     ``graphs`` are the plain float graph (False) and the fused one, if there is one (True);
-    ``classifier_of`` opens a graph;
+    ``reference`` is the plain one, open; ``classifier_of`` opens any other;
     ``encodings`` and ``rows`` are of ``select``; ``calibration`` are inputs made of training
     texts; ``scratch`` is a folder for the candidates.
     """
 
     graphs: dict[bool, Path]
+    reference: OnnxClassifier
     classifier_of: Callable[[Path], OnnxClassifier]
     encodings: Sequence[Tokens]
     rows: Rows
@@ -94,7 +101,7 @@ class Int8Search:
         """
         deadline = time.monotonic() + seconds if seconds else math.inf
         tried, impossible = list[Candidate](), list[QuantisationTrial]()
-        fp32 = self.classifier_of(self.graphs[False]).run_sorted(self.encodings, _BATCH)
+        fp32 = self.reference.run_sorted(self.encodings, _BATCH)
         for way in self._ways(tried, fp32, deadline):
             try:
                 last = self._try(way, fp32, f"{len(tried)}.onnx")
@@ -117,22 +124,22 @@ class Int8Search:
                 f"the first: {impossible[0].failures[0]}",
                 hint="leave int8 out of export.variants",
             )
-        costs = self._costs(tried)
         safe = [candidate for candidate in tried if self._safe(candidate)]
         taken = (
-            min(safe, key=lambda candidate: math.prod(costs[candidate.graph]))
+            min(safe, key=lambda candidate: math.prod(candidate.cost))
             if safe
             else max(tried, key=lambda candidate: (candidate.passed, candidate.agreement))
         )
+        batch_ms, alone_ms = self._milliseconds()
         trials = tuple(
             QuantisationTrial(
                 way=str(candidate.way),
                 agreement=candidate.agreement,
-                points_lost=candidate.checks[-1].value,
+                points_lost=next(c.value for c in candidate.checks if c.name == POINTS_LOST),
                 failures=tuple(check.name for check in candidate.checks if not check.passed),
                 size_bytes=candidate.graph.stat().st_size,
-                batch_ms=costs[candidate.graph][0],
-                alone_ms=costs[candidate.graph][1],
+                batch_ms=candidate.cost[0] * batch_ms,
+                alone_ms=candidate.cost[1] * alone_ms,
             )
             for candidate in tried
         )
@@ -166,7 +173,8 @@ class Int8Search:
         classifier = self.classifier_of(graph)
         batched, alone = (classifier.run_sorted(self.encodings, size) for size in (_BATCH, 1))
         checks = conversion_cost(batched, alone, fp32, self.rows, self.thresholds)
-        return Candidate(way, graph, classifier, checks)
+        checks += (mostly_8_bits(weights_in_8_bits(graph)[0]),)
+        return Candidate(way, graph, checks, self._cost(classifier))
 
     def _by_damage(self, way: Way, fp32: Logits, deadline: float) -> list[str]:
         """Return the nodes that a way quantises, by how far each alone moves the logits.
@@ -191,24 +199,31 @@ class Int8Search:
             damage[node] = float(np.square(np.nan_to_num(logits) - expected).mean())
         return sorted(nodes, key=lambda node: -damage.get(node, -math.inf))
 
-    def _costs(self, candidates: Sequence[Candidate]) -> dict[Path, tuple[float, float]]:
-        """Return the milliseconds of a text in batches and of a text alone, for each graph.
+    def _cost(self, classifier: OnnxClassifier) -> tuple[float, float]:
+        """Return the time of a text in batches and of a text alone, over that of fp32.
 
-        They take turns, so that a slow moment of the machine hits them alike.
+        They take turns, so that a slow moment of the machine hits them alike. So candidates can be
+        compared that were never open together.
         """
-        sample = self.encodings[:_SAMPLE]
-        seconds: dict[Path, list[tuple[float, float]]] = {c.graph: [] for c in candidates}
-        for _ in range(_ROUNDS):
-            for candidate in candidates:
-                clock = [time.perf_counter()]
-                for size in (_BATCH, 1):
-                    candidate.classifier.run_sorted(sample, size)
-                    clock.append(time.perf_counter())
-                seconds[candidate.graph].append((clock[1] - clock[0], clock[2] - clock[1]))
-        return {
-            graph: tuple((1e3 * np.median(times, axis=0) / len(sample)).tolist())
-            for graph, times in seconds.items()
-        }
+        rounds = np.array(
+            [[self._seconds(each) for each in (classifier, self.reference)] for _ in range(_ROUNDS)]
+        )
+        ratios = np.median(rounds[:, 0] / rounds[:, 1], axis=0)
+        return float(ratios[0]), float(ratios[1])
+
+    def _milliseconds(self) -> tuple[float, float]:
+        """Return the milliseconds of fp32, of a text in batches and of a text alone."""
+        median = np.median([self._seconds(self.reference) for _ in range(_ROUNDS)], axis=0)
+        return float(1e3 * median[0]), float(1e3 * median[1])
+
+    def _seconds(self, classifier: OnnxClassifier) -> tuple[float, float]:
+        """Return the seconds of a text in batches, and of a text alone."""
+        sample, seconds = self.encodings[:_TIMED], list[float]()
+        for size in (_BATCH, 1):
+            start = time.perf_counter()
+            classifier.run_sorted(sample, size)
+            seconds.append((time.perf_counter() - start) / len(sample))
+        return seconds[0], seconds[1]
 
 
 def _impossible(way: Way, error: Exception) -> QuantisationTrial:

@@ -96,13 +96,8 @@ class Comparison:
         return {name: (getattr(weights, name), value) for name, value in found.items()}
 
 
-def comparison(
-    teacher: TextModel, student: TextModel, weights: IntermediateRecipe
-) -> Comparison | None:
-    """Return the comparison that the weights ask for, or None if they ask for none.
-
-    The student's layers imitate evenly spaced layers of the teacher, the last one its last,
-    whichever they were copied from: that is where they start, and this is where they shall go.
+def check_terms(teacher: TextModel, student: TextModel, weights: IntermediateRecipe) -> None:
+    """Refuse a term that a pair cannot have: other token ids, widths or heads.
 
     Args:
         teacher: the model to imitate.
@@ -110,10 +105,10 @@ def comparison(
         weights: of the terms.
 
     Raises:
-        ModelError: a term that this pair cannot have: other token ids, widths or heads.
+        ModelError: names the term.
     """
     if not weights.any:
-        return None
+        return
     ours, theirs = student.module.config, teacher.module.config
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ModelError(
@@ -134,8 +129,7 @@ def comparison(
     same("pkd", "hidden_size")
     same("hidden_states", "hidden_size")
     same("attentions", "num_attention_heads")
-    depth = ours.num_hidden_layers
-    if weights.pkd and depth < 2:
+    if weights.pkd and ours.num_hidden_layers < 2:
         raise ModelError(
             "distill.intermediate.pkd compares the layers below the last, and the student has none",
             hint="set distill.intermediate.pkd=0, or give the student more layers",
@@ -146,13 +140,38 @@ def comparison(
             f"{theirs.num_attention_heads} heads, but the student's width is {ours.hidden_size}",
             hint="choose a student of a width that they divide, or set the weight to 0",
         )
+    if weights.value_relations:
+        _value_projection(teacher)
+        _value_projection(student)
+
+
+def comparison(
+    teacher: TextModel, student: TextModel, weights: IntermediateRecipe
+) -> Comparison | None:
+    """Return the comparison that the weights ask for, or None if they ask for none.
+
+    The student's layers imitate evenly spaced layers of the teacher, the last one its last,
+    whichever they were copied from: that is where they start, and this is where they shall go.
+
+    Args:
+        teacher: the model to imitate.
+        student: the model to train.
+        weights: of the terms.
+
+    Raises:
+        ModelError: see :func:`check_terms`.
+    """
+    if not weights.any:
+        return None
+    check_terms(teacher, student, weights)
     if weights.attentions:
         for model in (teacher, student):
             # The faster kernels never form the distributions; families that cannot be told fall
             # back by themselves, and say so at length.
             with quiet_transformers():
                 model.module.set_attn_implementation("eager")
-    layers = ((j + 1) * theirs.num_hidden_layers // depth - 1 for j in range(depth))
+    depth, most = (model.module.config.num_hidden_layers for model in (student, teacher))
+    layers = ((j + 1) * most // depth - 1 for j in range(depth))
     return Comparison(teacher, tuple(layers), weights)
 
 

@@ -10,6 +10,7 @@ time that `ad2kit distill` needs to start, and accuracy needs neither.
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Four of five samples find a difference of this many standard errors at the two-sided 5 % level.
 _DETECTABLE_SE = 1.960 + 0.842
+# Of bootstrap draws: as many of them say with some certainty where a tail begins.
+_DRAWS_OF_A_TAIL = 25
 
 
 class Bin(NamedTuple):
@@ -156,15 +159,24 @@ def paired_bootstrap(
 def retained_interval(draws: Floats, error: float = 0.05) -> tuple[float, float]:
     """Return the percentile interval of student over teacher, of bootstrap scores [n, 2].
 
-    ``error`` is the chance that it misses the truth, half of it on either side.
+    ``error`` is the chance that it misses the truth, half of it on either side. A tail that
+    would hold too few of the draws begins where the normal distribution has it, measured by a
+    larger tail that holds enough, and never nearer than the draws say: so the interval grows with
+    every smaller error, also beyond what so many draws can show.
 
     Where the teacher scores nothing there is nothing to retain: such a draw counts as 0.
     """
     student, teacher = draws.T
     safe = np.where(teacher > 0, teacher, 1.0)
-    tails = [100 * error / 2, 100 * (1 - error / 2)]
-    low, high = np.percentile(np.where(teacher > 0, student / safe, 0.0), tails)
-    return float(low), float(high)
+    retained, tail = np.where(teacher > 0, student / safe, 0.0), error / 2
+    # With the fewest draws that a recipe may ask for, a quarter of them.
+    known = max(tail, min(_DRAWS_OF_A_TAIL / len(draws), 0.25))
+    shares = np.array([tail, known, 0.5, 1 - known, 1 - tail])
+    least, low, middle, high, most = np.percentile(retained, 100 * shares).tolist()
+    further = NormalDist().inv_cdf(tail) / NormalDist().inv_cdf(known)
+    return min(least, middle - further * (middle - low)), max(
+        most, middle + further * (high - middle)
+    )
 
 
 def smallest_detectable_difference(draws: Floats, rows: int) -> float:

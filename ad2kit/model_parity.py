@@ -23,6 +23,7 @@ from ad2kit.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.errors import ModelError
 from ad2kit.files import fingerprint, sha256_of_folder, write_record
 from ad2kit.gate import Reference, agreement, at_least, at_most, distillation_quality, not_finite
+from ad2kit.label_order import numbers_of
 from ad2kit.records import OnnxArtifact
 from ad2kit.references import find_model
 from ad2kit.runtime import available_cpus
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     from ad2kit.verdicts import Check
 
 BATCH = 32
+_DYNAMIC = (
+    "export it with dynamic axes: `optimum-cli export onnx` does, and torch.onnx.export with "
+    "dynamic_axes={'input_ids': {0: 'batch', 1: 'tokens'}, ...} for each input"
+)
 
 
 def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe) -> ParityReport:
@@ -58,8 +63,11 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         DataError: the rows are not what the recipe says.
     """
     task, length = recipe.data.task, recipe.data.max_length_tokens
-    labels, teacher_folder = _labels(folder), find_model(teacher_reference, key="--teacher")
-    teacher = models.load(teacher_folder, labels, task, finished=True)
+    labels = _labels(folder, recipe.data.labels)
+    teacher_folder = find_model(teacher_reference, key="--teacher")
+    teacher = models.load(
+        teacher_folder, labels, task, finished=True, order_given=recipe.data.labels is not None
+    )
     models.check_length(teacher, length, key="data.max_length_tokens")
     split = datasets.load_split(rows, recipe.data, labels)
     torch.set_num_threads(recipe.compute.threads or available_cpus())
@@ -131,8 +139,13 @@ def _consistency(
     )
 
 
-def _labels(folder: Path) -> tuple[str, ...]:
-    """Return the labels of the model's config.json, in the order of their ids."""
+def _labels(folder: Path, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the labels of the model: the recipe's, or those of its config.json by their ids.
+
+    Raises:
+        ModelError: there are none; or the recipe gives others, and the model's say more than
+            numbers.
+    """
     names: Any = _config(folder).get("id2label")
     ids = [str(index) for index in range(len(names))] if isinstance(names, dict) else []
     if not ids or sorted(names) != sorted(ids):
@@ -140,7 +153,17 @@ def _labels(folder: Path) -> tuple[str, ...]:
             f"{folder / 'config.json'}: expected id2label with ids from 0 on, found {names!r:.80}",
             hint="write the label names of the model into it",
         )
-    return tuple(str(names[index]) for index in ids)
+    found = tuple(str(names[index]) for index in ids)
+    if given is None or given == found:
+        return found
+    if len(given) != len(found) or set(given) == set(found) or numbers_of(found) is None:
+        raise ModelError(
+            f"data.labels differs from the labels of the model:\n"
+            f"  model {folder}: {dict(enumerate(found))}\n"
+            f"  data.labels: {dict(enumerate(given))}",
+            hint="leave data.labels out, or correct id2label in the model's config.json",
+        )
+    return given
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -215,6 +238,14 @@ def _open(adopted: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
 
 def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
     """Refuse a graph that we cannot feed, or whose outputs are not one for each label."""
+    for item in classifier.session.get_inputs():
+        if any(isinstance(axis, int) for axis in item.shape):
+            raise ModelError(
+                f"{folder / MODEL_FILE}: the axes of {item.name} are fixed to "
+                f"{' x '.join(map(str, item.shape))}, but batches have any number of texts, and "
+                "texts any number of tokens",
+                hint=_DYNAMIC,
+            )
     known = {"input_ids", "attention_mask", "token_type_ids"}
     outputs = {item.name: item.shape[-1] for item in classifier.session.get_outputs()}
     wanted = len(classifier.labels)
@@ -229,6 +260,23 @@ def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> N
             f"output 'logits' of {wanted} columns, found {', '.join(classifier.input_names)} and "
             f"{outputs}",
             hint="export it with optimum for the task text-classification, and look at id2label",
+        )
+    # Axes may be fixed inside of the graph, too, whatever its inputs say.
+    columns = classifier.artifact.text_columns
+    texts: Any = [(text, text) if columns == 2 else text for text in ("a", "a b c d e")]
+    try:
+        shape = classifier.run(classifier.encode(texts)).shape
+    except Exception as error:
+        # onnxruntime's exceptions share no base class of their own.
+        raise ModelError(
+            f"{folder / MODEL_FILE} cannot read two texts of different lengths: {error}",
+            hint=_DYNAMIC,
+        ) from error
+    if shape != (len(texts), wanted):
+        raise ModelError(
+            f"{folder / MODEL_FILE}: expected logits of shape {(len(texts), wanted)} for two "
+            f"texts, found {shape}",
+            hint=_DYNAMIC,
         )
 
 

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import json
+import logging
+import re
+import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
+import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
 
+from ad2kit import data as datasets
 from ad2kit.errors import ModelError
 from ad2kit.files import check_sha256, sha256_of_folder, whole_folder, write_record
+from ad2kit.label_order import insist_on_given_order, numbers_of
+from ad2kit.pretrained import check_weights, read_config, read_tokenizer, refuse_adapter
 from ad2kit.random_bert import random_bert
 from ad2kit.records import ModelManifest
 from ad2kit.references import RANDOM, find_model
 from ad2kit.runtime import quiet_transformers, seeded
+from ad2kit.sections import Task
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ad2kit.data import Data
-    from ad2kit.sections import Task
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "sha256.json"
 
@@ -66,55 +76,98 @@ def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
         return TextModel(*parts, data.labels, data.task)
     folder = find_model(reference, key=key)
-    return load(folder, data.labels, data.task, seed=seed, finished=finished)
+    return load(folder, data.labels, data.task, seed=seed, finished=finished,
+                order_given=data.order_given)  # fmt: skip
 
 
 def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, seed: int = 0,
-         finished: bool = True) -> TextModel:  # fmt: skip
+         finished: bool = True, order_given: bool = False) -> TextModel:  # fmt: skip
     """Load a model from a folder; see :func:`load_reference`.
 
-    A folder that :func:`save` wrote is compared with its sha256 manifest first.
+    A folder that :func:`save` wrote is compared with its sha256 manifest first. A finished
+    classifier of two classes may have one output, whose sigmoid is the probability of one of them:
+    it gets a second one, which is 0, so that the softmax of both is that sigmoid.
     """
+    refuse_adapter(folder, len(labels))
     check_files(folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        if finished:
-            _check_labels(folder, config, labels, task)
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    sigmoid_of = (
+        _check_labels(folder, config, labels, task, order_given=order_given) if finished else None
+    )
+    head = head_config(labels, task)
+    if sigmoid_of is not None:
+        head = head_config((labels[sigmoid_of],), task)
+        logger.info("%s has one output, the sigmoid of '%s'", folder, labels[sigmoid_of])
+    module = _load_module(folder, config, head, seed=seed, finished=finished)
+    if sigmoid_of is not None:
+        _give_two_outputs(module, sigmoid_of)
         for key, value in head_config(labels, task).items():
-            setattr(config, key, value)
-        kernel = None
-        if config.model_type == "modernbert":
-            # On a GPU it would compile its embeddings or flatten the batch before them; either way
-            # the adversary's hook would not be where it has to be.
-            config.reference_compile, kernel = False, "sdpa"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            setattr(module.config, key, value)
+    # Older checkpoints of DistilBERT name BERT's tokenizer, whose segments it does not read.
+    reads = inspect.signature(module.forward).parameters
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in reads]
+    model = TextModel(module, tokenizer, labels, task)
+    _check_embeddings(folder, model)
+    return model
+
+
+def _load_module(
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    head: dict[str, Any],
+    *,
+    seed: int,
+    finished: bool,
+) -> PreTrainedModel:
+    """Load the weights into a classifier whose outputs are those of ``head``."""
+    for key, value in head.items():
+        setattr(config, key, value)
+    kernel = None
+    if config.model_type == "modernbert":
+        # On a GPU it would compile its embeddings or flatten the batch before them; either way
+        # the adversary's hook would not be where it has to be.
+        config.reference_compile, kernel = False, "sdpa"
+    try:
         # What it would warn about, a new head, is decided below from what was missing.
         with seeded(seed), quiet_transformers():
             module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 dtype=torch.float32,
                 attn_implementation=kernel,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:
+        # A layer refuses a value of the configuration with whatever exception comes to hand.
         raise ModelError(
-            f"{folder} is not a text classifier that transformers can load: {error}",
-            hint="give a folder with config.json, model.safetensors and tokenizer.json",
+            f"{folder} is not a text classifier that transformers can load: "
+            f"{type(error).__name__}: {error}",
+            hint=f"correct {folder / 'config.json'}, or give a folder that save_pretrained() wrote",
         ) from error
-    # Older checkpoints of DistilBERT name BERT's tokenizer, whose segments it does not read.
-    reads = inspect.signature(module.forward).parameters
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in reads]
+    _check_loaded(folder, module, info, finished=finished)
+    return cast("PreTrainedModel", module)
+
+
+def _check_loaded(
+    folder: Path, module: PreTrainedModel, info: dict[str, Any], *, finished: bool
+) -> None:
+    """Refuse weights that are not those of the architecture in config.json.
+
+    Where a head is to be trained, one of another size or none at all may lie there.
+    """
     prefix = f"{module.base_model_prefix}."
     missing = [
         key
         for key in info["missing_keys"]
         if finished or (key.startswith(prefix) and "pooler" not in key)
     ]
+    what = "classifier" if finished else "encoder"
+    family = module.config.model_type
     if missing:
-        what = "classifier" if finished else "encoder"
         raise ModelError(
             f"{folder} does not hold a whole {what}: {len(missing)} tensors are missing, "
             f"first {min(missing)}",
@@ -122,7 +175,53 @@ def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, 
             if finished
             else "give an encoder checkpoint of the architecture that its config.json names",
         )
-    return TextModel(module, tokenizer, labels, task)
+    wrong = [key for key in info["mismatched_keys"] if finished or key.startswith(prefix)]
+    if wrong:
+        key = min(wrong)
+        raise ModelError(
+            f"{folder} does not hold the '{family}' that its config.json describes: expected {key} "
+            f"of shape {list(module.state_dict()[key].shape)}, found another",
+            hint="give config.json and model.safetensors of the same model",
+        )
+    unread = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
+    if unread:
+        raise ModelError(
+            f"{folder} holds {len(unread)} tensors of layers that the '{family}' of its "
+            f"config.json does not have, first {unread[0]}",
+            hint="give config.json and model.safetensors of the same model",
+        )
+
+
+def _give_two_outputs(module: PreTrainedModel, sigmoid_of: int) -> None:
+    """Add an output that is always 0 to a head of one output, which becomes that of a label.
+
+    The softmax of (0, z) is the sigmoid of z.
+    """
+    (head,) = [
+        part
+        for part in module.modules()
+        if isinstance(part, torch.nn.Linear) and part.out_features == 1
+    ]
+    for name, value in list(head.named_parameters()):
+        two = value.new_zeros((2, *value.shape[1:]))
+        two[sigmoid_of] = value.data[0]
+        setattr(head, name, torch.nn.Parameter(two))
+    head.out_features = 2
+    setattr(module, "num_labels", 2)  # noqa: B010  (torch types what a module holds as tensors)
+
+
+def _check_embeddings(folder: Path, model: TextModel) -> None:
+    """Refuse a tokenizer that gives ids which the model has no embeddings for."""
+    rows = model.word_embeddings.num_embeddings
+    beyond = {token: index for token, index in model.tokenizer.get_vocab().items() if index >= rows}
+    if beyond:
+        wanted = max(beyond.values()) + 1
+        raise ModelError(
+            f"the tokenizer of {folder} knows {wanted} tokens, the model {rows}: no embedding for "
+            f"{', '.join(map(repr, sorted(beyond, key=beyond.__getitem__)[:5]))}",
+            hint=f"call model.resize_token_embeddings({wanted}), train it on texts with these "
+            "tokens, and save it again; or save the tokenizer without them",
+        )
 
 
 def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
@@ -137,9 +236,15 @@ def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
 
 def most_tokens(model: TextModel) -> int | None:
     """Return for how many tokens the model has positions; None if for any number."""
-    positions: int | None = getattr(model.module.config, "max_position_embeddings", None)
-    # These start counting positions after the padding id.
-    offset = 2 if model.module.config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
+    config = model.module.config
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    # These start counting positions after the padding id, which is always 1 in MPNet.
+    padding = -1
+    if config.model_type == "mpnet":
+        padding = 1
+    elif config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        padding = cast(int, config.pad_token_id)
+    offset = padding + 1
     return None if positions is None else positions - offset
 
 
@@ -150,6 +255,45 @@ def check_length(model: TextModel, length_tokens: int, *, key: str) -> None:
         raise ModelError(
             f"{key} is {length_tokens}, but the model has positions for {most} tokens",
             hint=f"set {key} to {most} or less",
+        )
+
+
+def try_out(
+    model: TextModel, texts: Sequence[tuple[str, ...]], length_tokens: int, *, key: str
+) -> None:
+    """Read some texts, and one of the greatest length, before anything is trained on more of them.
+
+    Args:
+        model: any.
+        texts: of its data.
+        length_tokens: the length that texts are cut to.
+        key: the key of the recipe that names the model, for messages.
+
+    Raises:
+        ModelError: the model cannot read them, or its logits are no numbers.
+    """
+    longest = tuple(" ".join([text.strip()[:100]] * length_tokens) for text in texts[0])
+    split = datasets.Split((*texts, longest), np.zeros(len(texts) + 1))
+    module, training = model.module, model.module.training
+    try:
+        encoded = datasets.encode(split, model.tokenizer, length_tokens)
+        arrays = datasets.collate(encoded, range(len(encoded)), model.tokenizer)
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with torch.no_grad():
+            logits = module.eval()(**inputs).logits
+    except Exception as error:
+        # An index beyond a table, or what a forward pass makes of a value of the configuration.
+        raise ModelError(
+            f"{key}: the model cannot read the first training texts: "
+            f"{type(error).__name__}: {error}",
+            hint="give config.json, tokenizer and weights of the same model",
+        ) from error
+    module.train(training)
+    if logits.shape != (len(encoded), len(model.labels)) or not torch.isfinite(logits).all():
+        raise ModelError(
+            f"{key}: expected {len(model.labels)} finite logits for each text, found "
+            f"{logits[0].tolist()!r:.80} for the first training text",
+            hint="give the weights of a model that was trained to its end",
         )
 
 
@@ -169,46 +313,83 @@ def saved_inputs(folder: Path) -> str:
 
 def check_files(folder: Path) -> None:
     """Insist on safetensors, and on the sha256 manifest where there is one."""
-    if not folder.is_dir() or not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder} is not a model folder: it has no config.json",
-            hint="give a folder that save_pretrained() wrote",
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
-        found = f"only {', '.join(pickled)}, which may run code" if pickled else "no weights at all"
-        raise ModelError(
-            f"{folder}: expected model.safetensors, found {found}",
-            hint="load it once in a place you trust and call save_pretrained(folder, "
-            "safe_serialization=True)",
-        )
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except Exception as error:
-            # safetensors raises its own untyped error for a truncated or foreign file.
-            raise ModelError(
-                f"{path} is damaged: {error}", hint="copy the file again, or run its stage again"
-            ) from error
+    check_weights(folder)
     if (folder / MANIFEST).is_file():
         again = f"delete {folder} and run `ad2kit distill` again"
         check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=again)
 
 
 def _check_labels(
-    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task
-) -> None:
+    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task, *,
+    order_given: bool,
+) -> int | None:  # fmt: skip
+    """Refuse a finished classifier of another task or of other labels than the data's.
+
+    Names are compared without regard to case.
+
+    Returns:
+        For which label a head of one output gives a sigmoid; None if each label has its output.
+    """
     id2label = config.id2label or {}
     theirs = tuple(id2label[index] for index in sorted(id2label))
-    generic = tuple(f"LABEL_{index}" for index in range(len(labels)))
-    # A regression has one output, and nobody agrees on its name.
-    fits = len(theirs) == 1 if task == "regression" else theirs in (labels, generic)
+    one_of_two = task == "single_label" and len(theirs) == 1 and len(labels) == 2
+    _check_task(folder, config.problem_type, task, one_of_two=one_of_two)
+    if task == "regression":  # it has one output, and nobody agrees on its name
+        fits = len(theirs) == 1
+    elif one_of_two:
+        fits = _plain(theirs)[0] in _plain(labels)
+    else:
+        fits = _plain(theirs) == _plain(labels)
+    numbered = numbers_of(theirs) is not None and (one_of_two or len(theirs) == len(labels))
+    if not fits and numbered and task != "regression" and set(theirs) != set(labels):
+        insist_on_given_order(folder, theirs, labels, order_given=order_given)
+        fits = True
     if not fits:
         raise ModelError(
             f"the teacher's labels differ from the data's:\n"
             f"  teacher {folder}: {dict(enumerate(theirs))}\n"
             f"  data ({task}): {dict(enumerate(labels))}",
-            hint="give data.labels in the teacher's order, or set teacher.finetune",
+            hint=_how_labels_may_fit(folder, theirs, labels),
         )
+    if not one_of_two:
+        return None
+    # A sigmoid that has no name is the probability of class 1.
+    name = _plain(theirs)[0]
+    return _plain(labels).index(name) if name in _plain(labels) else 1
+
+
+def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_two: bool) -> None:
+    """Refuse a classifier that was trained with the loss of another task."""
+    kinds: dict[str | None, Task] = {
+        head_config((), kind)["problem_type"]: kind for kind in get_args(Task)
+    }
+    theirs = kinds.get(problem_type, task)
+    if theirs == task or (one_of_two and theirs == "multi_label"):  # one label, by its sigmoid
+        return
+    raise ModelError(
+        f"{folder / 'config.json'} says problem_type {problem_type}, but data.task is {task}",
+        hint=f"set data.task={theirs} if the rows are labelled so, or teacher.finetune to train a "
+        "new head; if config.json is wrong, delete problem_type there",
+    )
+
+
+def _how_labels_may_fit(folder: Path, theirs: tuple[str, ...], labels: tuple[str, ...]) -> str:
+    """Return what to do about labels that differ, such that it helps."""
+    finetune = "or set teacher.finetune to train a new head"
+    ours = dict(zip(_plain(labels), labels, strict=True))
+    if sorted(_plain(theirs)) == sorted(ours):
+        order = json.dumps([ours[name] for name in _plain(theirs)], ensure_ascii=False)
+        return f"give the labels in the teacher's order, 'data.labels={order}', {finetune}"
+    if len(theirs) == len(labels) and sorted(labels) == sorted(map(str, range(len(labels)))):
+        order = json.dumps(theirs, ensure_ascii=False)
+        return f"if your ids are the teacher's, give 'data.labels={order}', {finetune}"
+    return (
+        f"name them alike: in your rows, or in id2label of {folder / 'config.json'} in the order "
+        f"of the outputs; {finetune}"
+    )
+
+
+def _plain(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names without regard to case; as they are where two differ in nothing else."""
+    plain = tuple(unicodedata.normalize("NFC", name).casefold().strip() for name in names)
+    return plain if len(set(plain)) == len(plain) else tuple(names)

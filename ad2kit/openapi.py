@@ -14,6 +14,8 @@ from pydantic.json_schema import models_json_schema
 
 from ad2kit import __version__
 from ad2kit.error_contract import ERRORS, send_json
+from ad2kit.golden import TEXTS
+from ad2kit.texts import VISIBLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +28,7 @@ Text = str | tuple[str, str]
 
 # A field that another task has is left out and not null.
 _Optional: Any = Field(None, exclude_if=lambda value: value is None)
-_TEXT = {"type": "string", "minLength": 1, "pattern": r"\S"}
+_TEXT = {"type": "string", "minLength": 1, "pattern": VISIBLE}
 _REFUSALS = (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
@@ -105,7 +107,7 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     schemas["ClassifyRequest"]["properties"]["texts"] = (
         {"anyOf": [one, many]} if text_columns == 1 else many
     )
-    example: Any = "never dull" if text_columns == 1 else ["it is late", "the hour is late"]
+    example: Any = TEXTS[0] if text_columns == 1 else [TEXTS[1], TEXTS[0]]
     bodies: dict[str, Any] = {
         "several": {"value": {"texts": [example, example]}},
         "with the scores of all labels": {"value": {"texts": [example], "scores": True}},

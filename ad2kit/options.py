@@ -15,6 +15,7 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="E.g. distill.lr=5e-5.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print the resolved recipe too.")]
 RunArgument = Annotated[
     Path | None,
     typer.Argument(metavar="RUN", help="A run folder; the most recent run if left out."),
@@ -35,6 +36,13 @@ RunOrOverrides = Annotated[
 ]
 Service = Annotated[
     str | None, typer.Option(metavar="URL", help="Compare a running service with its run.")
+]
+ApiKeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its first line is the key for --against-service; else AD2KIT_API_KEYS[_FILE].",
+    ),
 ]
 Model = Annotated[
     Path | None, typer.Option(help="Judge this ONNX folder, whoever made it, and no run.")
@@ -57,7 +65,7 @@ Forced = Annotated[
 ]
 OfTeacher = Annotated[
     bool,
-    typer.Option("--teacher", help="Export the teacher instead, for `--arg shadow=` of a service."),
+    typer.Option("--teacher", help="Export the teacher instead, for AD2KIT_SHADOW of a service."),
 ]
 NoParity = Annotated[bool, typer.Option("--no-parity", help="Leave the gate out.")]
 Methods = Annotated[str, typer.Option(help="Of finetune, kd, pkd, tinybert, minilm, clean, ad2.")]

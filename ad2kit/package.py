@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +27,9 @@ from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.records import BentoRecord, DistillReport, OnnxArtifact
 from ad2kit.run_dir import exclusive
-from ad2kit.service_check import compare_service
-from ad2kit.shipping import choose_variant
+from ad2kit.service_arguments import PREFIX
+from ad2kit.service_check import compare_service, fetch
+from ad2kit.shipping import campaign_of, choose_variant
 from ad2kit.verdicts import ParityReport
 
 # Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
     raise MissingExtra("bentoml", extra="cpu") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from ad2kit.run_dir import RunDir
 
@@ -73,7 +73,7 @@ def package(
         GateFailed: no variant passed, or the service answers something else than the artefact.
     """
     folder, forced = choose_variant(run, variant, allow_failed_parity=allow_failed_parity)
-    recipe, report = run.recipe, ParityReport.read(run.parity_report)
+    recipe, report, campaign = run.recipe, ParityReport.read(run.parity_report), campaign_of(run)
     artifact = read_artifact(folder)
     requirements = pinned_requirements()
     lineage = {
@@ -82,6 +82,8 @@ def package(
         "parity": {"forced": forced, **report.model_dump(mode="json")},
         "requirements": requirements,
     }
+    if campaign is not None:
+        lineage["campaign"] = campaign.model_dump(mode="json")
     # Not in the run folder: BentoML refuses to build below any folder whose name is hidden.
     with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
         context = Path(temporary) / "context"
@@ -113,9 +115,14 @@ def package(
                 },
             }),
         )  # fmt: skip
-        bento = _build(context, Path(temporary) / "store", tag)
-        with served(bento, bento.parent) as address:
-            found = compare_service(run, folder, address)
+        # Nothing that is set for another service here, and a key of its own: it is nobody else's.
+        key = secrets.token_urlsafe()
+        environment = {name: value for name, value in os.environ.items()
+                       if not name.startswith(PREFIX)}  # fmt: skip
+        bento = _build(context, Path(temporary) / "store", tag, environment)
+        environment[f"{PREFIX}API_KEYS"] = key
+        with served(bento, bento.parent, environment=environment) as address:
+            found = compare_service(run, folder, address, key)
         found.insist_same(f"{tag} was not published")
         record = BentoRecord(
             inputs=inputs, tag=tag, variant=artifact.variant, forced=forced,
@@ -123,20 +130,24 @@ def package(
         )  # fmt: skip
         if _published(tag):
             bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
-        bentoml.bentos.import_bento(str(bento), input_format="folder")
+        published = bentoml.bentos.import_bento(str(bento), input_format="folder")
+        _let_others_read(Path(published.path), like=context)
     write_record(run.bento_record, record)
     logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
     return record
 
 
 @contextmanager
-def served(target: str | Path, folder: Path, *arguments: str) -> Iterator[str]:
+def served(
+    target: str | Path, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Serve a Bento (a folder, a tag or a project) on a free loopback port; yield its address.
 
     Args:
         target: what ``bentoml serve`` takes.
         folder: working directory of the server, and where its log goes.
         arguments: more arguments of ``bentoml serve``.
+        environment: its variables; those of this process if None.
 
     Raises:
         RunError: the server ended, or was not ready in time; the message holds its last lines.
@@ -148,7 +159,7 @@ def served(target: str | Path, folder: Path, *arguments: str) -> Iterator[str]:
                str(port), *arguments]  # fmt: skip
     log_path = folder / "server.log"
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, address, log_path)
@@ -170,12 +181,12 @@ def _published(tag: str) -> bool:
     return True
 
 
-def _build(context: Path, store: Path, tag: str) -> Path:
+def _build(context: Path, store: Path, tag: str, environment: Mapping[str, str]) -> Path:
     """Build the Bento into a store of its own, where nobody can serve it yet."""
     store.mkdir()
     built = subprocess.run(
         [sys.executable, "-m", "bentoml", "build", str(context), "--version", tag.split(":")[1]],
-        env={**os.environ, "BENTOML_HOME": str(store)},
+        env={**environment, "BENTOML_HOME": str(store)},
         cwd=context,
         capture_output=True,
         text=True,
@@ -191,12 +202,21 @@ def _build(context: Path, store: Path, tag: str) -> Path:
     return bento
 
 
+def _let_others_read(bento: Path, like: Path) -> None:
+    """Give what BentoML made for its own user alone the permissions of any other new folder."""
+    allowed = like.stat().st_mode & 0o555
+    for path in (bento, *bento.rglob("*")):
+        mode = path.stat().st_mode
+        executable = path.is_dir() or mode & 0o100
+        path.chmod(mode | (allowed if executable else allowed & 0o444))
+
+
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/readyz", timeout=2):  # noqa: S310
-                return
+            fetch(f"{address}/readyz", timeout_s=2)
+            return
         except OSError:
             time.sleep(0.1)
     tail = log.read_text(errors="replace")[-2000:]

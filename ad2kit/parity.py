@@ -29,6 +29,7 @@ from ad2kit.gate import (
     distillation_quality,
     export_fidelity,
     longer_texts,
+    mostly_8_bits,
     probe_rows,
     same_token_ids,
 )
@@ -139,6 +140,8 @@ def parity(run: RunDir) -> ParityReport:
         if name not in EXACT:
             alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
             checks += conversion_cost(logits[name], alone, logits["fp32"], reference, recipe.parity)
+        if (share := classifiers[name].artifact.weights_in_8_bits) is not None:
+            checks += (mostly_8_bits(share),)
         verdict = distillation_quality(
             name, sha256_of(folder / OnnxArtifact.file_name), logits[name], reference, data.labels,
             checks, recipe.parity, recipe.seed, classifiers[name].artifact.temperature,

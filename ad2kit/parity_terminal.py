@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,9 @@ from rich.table import Table
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.runtime import stage
+from ad2kit.service_arguments import client_key
 from ad2kit.service_check import MAX_SCORE_GAP, ServiceAnswers
+from ad2kit.shipping import choose_variant, passed_variants
 from ad2kit.terminal import print_json, print_table
 from ad2kit.verdicts import ParityReport, insist_passed
 
@@ -24,19 +27,26 @@ if TYPE_CHECKING:
 
 
 def judge_run(run: RunDir, *, as_json: bool) -> None:
-    """Judge the variants of a run, print the verdict, and stop if one failed."""
+    """Judge the variants of a run, print the verdict, and stop if none passed."""
     verdict: ParityReport = stage("ad2kit.parity", "parity")(run)
     if as_json:
         print_json(verdict.model_dump(mode="json"))
     else:
         print_table(run)
     insist_passed(verdict, run.path, report=run.parity_report)
-    _say("parity: passed; next: ad2kit package, or serve it now: bentoml serve")
+    choose_variant(run, None)  # a campaign may have refused what the gate has passed
+    shipped, *others = (folder.name for folder in passed_variants(run))
+    more = f" (or --variant {' or '.join(others)})" if others else ""
+    # What a campaign has made is served only by its name.
+    serve = "" if run.campaign_record.is_file() else ", or serve it now: bentoml serve"
+    _say(f"parity: passed; {shipped} can be shipped; next: ad2kit package {run.path}{more}{serve}")
 
 
-def judge_service(run: RunDir, address: str, *, as_json: bool) -> None:
+def judge_service(run: RunDir, address: str, api_keys_file: Path | None, *, as_json: bool) -> None:
     """Compare a running service with its run, print the result, and stop if they differ."""
-    found: ServiceAnswers = stage("ad2kit.service_check", "judge_service")(run, address.rstrip("/"))
+    key = client_key(api_keys_file, os.environ)
+    work = stage("ad2kit.service_check", "judge_service")
+    found: ServiceAnswers = work(run, address.rstrip("/"), key)
     if as_json:
         print_json({"texts": found.texts, "label_flips": found.flips, "score_gap": found.gap})
     found.insist_same(f"it is at {address}")

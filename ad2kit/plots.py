@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,24 @@ def latency(points: Mapping[str, tuple[float, float]], score: str) -> str:
     """Draw (p50 in ms, score) of each model."""
 
     def draw(axes: Any) -> None:
-        for colour, (name, (ms, value)) in zip(_colours(len(points)), points.items(), strict=True):
-            axes.plot(ms, value, "o", color=colour, label=name)
+        # Names of neighbours stand above and below their points, so that they do not overlap.
+        in_order = sorted(points.items(), key=lambda item: item[1])
+        for place, (colour, (name, (ms, value))) in enumerate(
+            zip(_colours(len(points)), in_order, strict=True)
+        ):
+            axes.plot(ms, value, "o", color=colour)
+            axes.annotate(
+                name, (ms, value), xytext=(0, 8 if place % 2 else -16), ha="center",
+                textcoords="offset points", color=colour,
+            )  # fmt: skip
         axes.set_xscale("log")
+        # Without numbers of their own between the powers of ten, which would overlap.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(0.2)
         axes.set_xlabel("p50 latency of one text, ms")
         axes.set_ylabel(score)
-        axes.legend()
 
     return _svg("latency", draw, f"{score} of each model against its latency")
 
@@ -60,12 +73,14 @@ def selection(records: Sequence[StepRecord], score: str) -> str:
 
     def draw(axes: Any) -> None:
         steps = [record.step for record in judged]
-        axes.plot(steps, [r.select_score for r in judged], "o-", color=COLOURS[0], label=score)
+        axes.plot(steps, [r.select_score for r in judged], "o-", color=COLOURS[0])
+        axes.set_ylabel(score, color=COLOURS[0])
         if all(record.select_distance is not None for record in judged):
+            other = axes.twinx()
             values = [record.select_distance for record in judged]
-            axes.plot(steps, values, "o-", color=COLOURS[1], label="distance from the teacher")
+            other.plot(steps, values, "s--", color=COLOURS[1])
+            other.set_ylabel("distance from the teacher", color=COLOURS[1])
         axes.set_xlabel("update")
-        axes.legend()
 
     return _svg("selection", draw, f"{score} and distance from the teacher on select")
 
@@ -117,7 +132,8 @@ def _svg(name: str, draw: Callable[[Any], None], description: str) -> str:
         axes.patch.set_alpha(0)
         draw(axes)
         for each in figure.axes:
-            each.spines[["top", "right"]].set_visible(False)
+            # A second axis stands on the right.
+            each.spines[["top"] if len(figure.axes) > 1 else ["top", "right"]].set_visible(False)
             if (legend := each.get_legend()) is not None:
                 legend.get_frame().set_alpha(0)
         file = io.StringIO()

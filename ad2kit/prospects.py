@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ad2kit.files import read_lines
 from ad2kit.metrics import paired_bootstrap, retained_interval
 from ad2kit.tasks import answers
-from ad2kit.verdicts import QuantisationSearch, RowAnswers
+from ad2kit.verdicts import CampaignVerdict, QuantisationSearch, RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,7 @@ class Look(NamedTuple):
 
     number: int
     variant: str
+    manifest_sha256: str
     retained: float
     interval: tuple[float, float]
     failures: list[str]
@@ -78,6 +80,13 @@ class Look(NamedTuple):
         """Return what is noted of the candidate."""
         return {"look": self.number, "variant": self.variant, "retained": self.retained,
                 "retained_interval": self.interval}  # fmt: skip
+
+    def verdict(self) -> CampaignVerdict:
+        """Return what is written into the run."""
+        return CampaignVerdict(
+            variant=self.variant, manifest_sha256=self.manifest_sha256, look=self.number,
+            error=error_of(self.number), interval=self.interval, failures=tuple(self.failures),
+        )  # fmt: skip
 
 
 def lost_on_select(run: RunDir, variant: str) -> float:
@@ -129,8 +138,7 @@ class Judge:
         """
         self.looks += 1
         recipe = run.recipe
-        lines = run.answers.read_text(encoding="utf-8").splitlines()
-        rows = [RowAnswers.model_validate_json(line) for line in lines]
+        rows = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
         found = [
             answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
             for name in (variant, "teacher")
@@ -146,4 +154,6 @@ class Judge:
         (verdict,) = (each for each in report.variants if each.variant == variant)
         failed = {check.question for check in verdict.checks if not check.passed}
         weak = bool(failures) and failed <= {"distillation quality"}
-        return Look(self.looks, variant, verdict.retained, interval, failures, weak)
+        return Look(
+            self.looks, variant, verdict.manifest_sha256, verdict.retained, interval, failures, weak
+        )

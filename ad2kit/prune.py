@@ -58,6 +58,7 @@ FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "camembert": _BERT,
     "electra": _BERT,
     "distilbert": _Names("attention.out_lin", "ffn.lin1", "ffn.lin2", "hidden_dim"),
     "albert": _Names("attention.dense", "ffn", "ffn_output"),

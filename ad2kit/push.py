@@ -75,9 +75,10 @@ def push(run: RunDir, repository: str, *, variant: str | None = None, private: b
                 commit_message=f"{folder.name} of {run.path.name}",
             )  # fmt: skip
         except (OSError, HFValidationError) as error:
+            reason, _, _ = str(error).partition("\n")
             raise UserError(
                 f"cannot push to '{repository}' on {constants.ENDPOINT}: {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}",
+                f"{reason}",
                 hint="expected owner/name, a network and a token (`hf auth login`); without them "
                 f"copy the folder {folder}, which is all that others need",
             ) from error

@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 from onnxruntime.quantization import (
@@ -37,6 +37,7 @@ _METHODS = {
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
+_8_BITS = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 # Lookups among them: the embedding table is most of a small student.
 _QUANTISED = ("MatMul", "Gemm", "Attention", "Gather", "EmbedLayerNormalization")
 
@@ -90,7 +91,7 @@ def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] =
         way: how.
         calibration: inputs of equal shape, for a way that is not dynamic.
     """
-    common = {
+    common: dict[str, Any] = {
         "op_types_to_quantize": list(_QUANTISED),
         # The quantiser splits a Gemm into a product and a sum first, and gives it another name.
         "nodes_to_exclude": [
@@ -108,6 +109,8 @@ def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] =
         if way.activations == "dynamic":
             quantize_dynamic(source, target, **common)
             return
+        # All activations of one input at a time, and not of all inputs at once.
+        common["extra_options"] |= {"CalibStridedMinMax": 1}
         # Calibration sees only what has a type, and fused nodes have none until it is inferred.
         shaped = SymbolicShapeInference.infer_shapes(onnx.load(source), auto_merge=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the calibrator prints as it goes
@@ -131,12 +134,46 @@ def nodes_to_quantize(path: Path) -> list[str]:
     ]
 
 
+def weights_in_8_bits(path: Path) -> tuple[float, tuple[str, ...]]:
+    """Return the share of a graph's weights that are stored in 8 bits, and where the others are.
+
+    Weights are matrices and tables; biases and the parameters of norms are left out. The nodes are
+    those that hold at least a hundredth of all weights in float, the largest first.
+    """
+    graph = onnx.load(path).graph
+    tensors = [tensor for tensor in graph.initializer if _is_weight(tensor)]
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in tensors}
+    in_8_bits = {tensor.name for tensor in tensors if tensor.data_type in _8_BITS}
+    weights = sum(sizes.values())
+    in_float = {
+        node.name: sum(sizes.get(name, 0) for name in node.input if name not in in_8_bits)
+        for node in graph.node
+    }
+    large = [name for name, size in in_float.items() if 100 * size >= weights]
+    large.sort(key=lambda name: -in_float[name])
+    share = sum(size for name, size in sizes.items() if name in in_8_bits) / weights
+    return share, tuple(large)
+
+
+def _is_weight(tensor: onnx.TensorProto) -> bool:
+    """Whether this is a matrix of weights, in float or in 8 bits."""
+    return len(tensor.dims) > 1 and tensor.data_type in {*_8_BITS, onnx.TensorProto.FLOAT}
+
+
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """The inputs of a calibration; the quantiser asks for ranges of them."""
+
     def __init__(self, feeds: Sequence[Feed]) -> None:
-        self._feeds = iter(feeds)
+        self._feeds, self._range = feeds, iter(feeds)
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._range = iter(self._feeds[start_index:end_index])
 
     def get_next(self) -> Feed | None:
-        return next(self._feeds, None)
+        return next(self._range, None)
 
 
 def _small_tables(path: Path) -> list[str]:

@@ -57,6 +57,26 @@ class Recipe(Section):
             raise ValueError(msg)
         return self
 
+    @property
+    def bench_lengths_tokens(self) -> tuple[int, ...]:
+        """The lengths that latency is measured at; see :class:`ad2kit.sections.BenchRecipe`."""
+        longest = self.data.max_length_tokens
+        if self.bench.lengths_tokens is not None:
+            return self.bench.lengths_tokens
+        return tuple(length for length in (16, 32, 128) if length <= longest) or (longest,)
+
+    @model_validator(mode="after")
+    def _measures_what_is_served(self) -> Self:
+        longest = max(self.bench_lengths_tokens)
+        if longest > self.data.max_length_tokens:
+            msg = (
+                f"bench.lengths_tokens: {longest} is longer than data.max_length_tokens, "
+                f"{self.data.max_length_tokens}, to which every text is cut; set "
+                "bench.lengths_tokens=null"
+            )
+            raise ValueError(msg)
+        return self
+
     @model_validator(mode="after")
     def _compares_equal_heads(self) -> Self:
         weights = self.distill.intermediate
@@ -107,11 +127,21 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         _apply(data, override)
-    return from_data(data, where=str(path))
+    return from_data(data, where=str(path), overrides=overrides)
 
 
-def from_data(data: dict[str, Any], *, where: str) -> Recipe:
-    """Check plain data whole and build the recipe; ``where`` names the source in errors."""
+def from_data(data: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check plain data whole and build the recipe.
+
+    Args:
+        data: the sections.
+        where: names their source in errors.
+        overrides: ``key.path=value`` that ``data`` holds already; what is wrong with them is not
+            said of the source.
+
+    Raises:
+        RecipeError: names every key that does not fit.
+    """
     try:
         text = json.dumps(data)
     except (TypeError, ValueError, RecursionError) as error:
@@ -124,9 +154,11 @@ def from_data(data: dict[str, Any], *, where: str) -> Recipe:
         # number for a float, and still refuses "3" for 3 and true for 1.
         return Recipe.model_validate_json(text)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = {_explain(item): _override_of(item["loc"], overrides) for item in error.errors()}
+        source = "the command" if all(lines.values()) else where
         raise RecipeError(
-            f"{where} is not a valid recipe:\n" + "\n".join(f"  {line}" for line in lines),
+            f"{source} is not a valid recipe:\n"
+            + "\n".join(f"  {line}{given}" for line, given in lines.items()),
             hint="correct the recipe or the override, then try it with `ad2kit check`",
         ) from error
 
@@ -167,8 +199,20 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"'{where}' is missing"
     reason = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "tuple_type":
+        reason = f"expected a list, such as {where}=[{item['input']}]"
     found = "" if isinstance(item["input"], dict) else f", found {item['input']!r}"
     return f"{where}: {reason}{found}"
+
+
+def _override_of(loc: tuple[int | str, ...], overrides: Sequence[str]) -> str:
+    """Return in words which override a place in the recipe was set by; "" if none did."""
+    place = ".".join(map(str, loc))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if f"{place}.".startswith(f"{key}."):
+            return f" (given as {override})"
+    return ""
 
 
 def _fields_at(keys: list[str]) -> list[str]:

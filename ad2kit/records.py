@@ -6,6 +6,7 @@ Numbers carry their unit in their name. Fractions lie in [0, 1].
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -31,6 +32,9 @@ SCHEMA_VERSION: Literal[1] = 1
 
 P99_TARGET_MS = 50.0
 """For which capacity is stated where nothing else was asked for."""
+
+BUSY_SPREAD = 1.3
+"""Rounds of the same calls that differ by more than this were not alone on the machine."""
 
 
 class Part(BaseModel):
@@ -180,7 +184,9 @@ class OnnxArtifact(Record):
     """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from.
 
     ``provider`` executes it unless told otherwise; ``nodes`` counts the fused kinds of nodes; the
-    logits are divided by ``temperature`` before they become probabilities.
+    logits are divided by ``temperature`` before they become probabilities. Of int8,
+    ``weights_in_8_bits`` is the share of its weights, and ``in_float`` names the nodes that keep
+    theirs in float.
     """
 
     file_name: ClassVar[str] = "manifest.json"
@@ -198,11 +204,17 @@ class OnnxArtifact(Record):
     temperature: float = Field(gt=0, allow_inf_nan=False)
     files: dict[str, str]
     model_bytes: int
+    weights_in_8_bits: float | None = None
+    in_float: tuple[str, ...] = ()
     lineage: dict[str, str]
 
 
 class LatencyCell(Part):
-    """Timed calls of one system at one shape; the percentiles are of whole calls."""
+    """Timed calls of one system at one shape; the percentiles are of whole calls.
+
+    ``p99_ms`` is None where fewer than 100 calls were timed: it would be the slowest of them, which
+    is ``max_ms``. ``rounds_ms`` holds the median of each round, in which the systems took turns.
+    """
 
     system: str
     batch_size: int
@@ -210,8 +222,21 @@ class LatencyCell(Part):
     calls: int
     p50_ms: float
     p90_ms: float
-    p99_ms: float
+    p99_ms: float | None
+    max_ms: float | None = None
+    rounds_ms: tuple[float, ...] = ()
     texts_per_s: float
+
+    @property
+    def tail_ms(self) -> float:
+        """What 99 of 100 calls keep within; the slowest call where there are fewer than 100."""
+        known = self.p99_ms if self.p99_ms is not None else self.max_ms
+        return math.inf if known is None else known
+
+    @property
+    def spread(self) -> float:
+        """The slowest round over the fastest; 1 where the rounds are not known."""
+        return max(self.rounds_ms, default=1.0) / min(self.rounds_ms, default=1.0)
 
 
 class Capacity(Part):
@@ -247,6 +272,16 @@ class LatencyReport(Record):
     p99_target_ms: float = P99_TARGET_MS
     price_per_hour: float | None = None
 
+    @property
+    def spread(self) -> float:
+        """The slowest round over the fastest of the cell where they are furthest apart."""
+        return max((cell.spread for cell in self.cells), default=1.0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used the machine meanwhile: rounds of the same calls differ too much."""
+        return self.spread > BUSY_SPREAD
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def capacity(self) -> tuple[Capacity, ...]:
@@ -261,7 +296,7 @@ class LatencyReport(Record):
             cell
             for cell in self.cells
             if (cell.system, cell.length_tokens) == (system, length)
-            and cell.p99_ms <= self.p99_target_ms
+            and cell.tail_ms <= self.p99_target_ms
         ]
         if not within:
             return Capacity(system=system, length_tokens=length)

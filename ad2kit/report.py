@@ -10,9 +10,10 @@ import numpy as np
 from ad2kit import metrics, tables
 from ad2kit.curve import read_curve
 from ad2kit.errors import MissingExtra, RunError
-from ad2kit.files import sha256_of, write_text
+from ad2kit.files import read_lines, sha256_of, write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport
-from ad2kit.shipping import passed_variants
+from ad2kit.run_dir import exclusive
+from ad2kit.shipping import campaign_of, passed_variants
 from ad2kit.tasks import answers, scores, softmax
 from ad2kit.verdicts import ParityReport, RowAnswers
 
@@ -38,6 +39,7 @@ TEACHER = "teacher"
 _TEXTS, _TEXT_CHARACTERS, _MATRIX_CLASSES = 12, 400, 12
 
 
+@exclusive
 def report(run: RunDir) -> Path:
     """Write ``report.html`` of a run and return its path.
 
@@ -62,19 +64,20 @@ def _context(run: RunDir) -> Context:
     parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
     recipe, variant = run.recipe, _shown(run, parity)
     curve = read_curve(run.curve("student"))
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    lines = run.answers.read_text(encoding="utf-8").split("\n")
-    answered = [RowAnswers.model_validate_json(line) for line in lines if line]
-    latency = tables.measured_latency(run)
+    answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
+    latency, campaign = tables.measured_latency(run), campaign_of(run)
+    refused = (
+        [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)
+    )
     return {
         "run": recipe,
-        "passed": parity.passed,
-        "summary": _summary(variant, latency),
+        "passed": parity.passed and not refused,
+        "summary": [*_summary(variant, latency), *refused],
         "models": {
             "header": tables.HEADER, "rows": tables.rows(run), "caption": tables.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),
-        "gate": [_checks(each) for each in parity.variants],
+        "gate": [(*_checks(each), _failures(each), _recall(each)) for each in parity.variants],
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [
@@ -133,7 +136,7 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
     low, high = variant.retained_interval
     kept = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
     lines = [f"{kept} (95 % interval {low:.2%} to {high:.2%})."]
-    if latency is not None:
+    if latency is not None and variant.variant in latency.sizes_bytes:
         teacher, ours = (
             tables.smallest_and_largest(latency, system)
             for system in ("teacher (PyTorch)", variant.variant)
@@ -141,8 +144,9 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
         share = latency.sizes_bytes[variant.variant] / latency.sizes_bytes["teacher (PyTorch)"]
         lines.append(
             f"It has {share:.0%} of the teacher's bytes, answers one text "
-            f"{teacher[0].p50_ms / ours[0].p50_ms:.1f} times as fast, and reads "
-            f"{ours[1].texts_per_s / teacher[1].texts_per_s:.1f} times as many texts in batches."
+            f"{tables.times_as_fast(ours[0], teacher[0])} as fast, and a batch of "
+            f"{ours[1].batch_size} {tables.times_as_fast(ours[1], teacher[1])} as fast."
+            f"{tables.busy_words(latency)}"
         )
     return lines
 
@@ -157,6 +161,7 @@ def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
     points = {
         name: (tables.smallest_and_largest(latency, name)[0].p50_ms, value)
         for name, value in known.items()
+        if name in latency.sizes_bytes
     }
     return _markup(plots.latency(points, " and ".join(parity.teacher_metrics)))
 
@@ -173,10 +178,26 @@ def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
     if variant.mcnemar_p is not None:
         p = f"{variant.mcnemar_p:.3g}"
         lines.append(("distillation quality", "McNemar's test, p", p, "", "not a check", ""))
-    for name, change in variant.recall_change_by_class.items():
-        points = f"{100 * change:+.1f} points"
-        lines.append(("distillation quality", f"recall of {name}", points, "", "not a check", ""))
     return variant.variant, "passed" if variant.passed else "FAILED", lines
+
+
+def _failures(variant: VariantParity) -> list[str]:
+    """Return in words why a variant did not pass."""
+    return [check.words for check in variant.checks if not check.passed]
+
+
+def _recall(variant: VariantParity) -> list[tuple[str, ...]]:
+    """Return a row for each class: those that lost most first."""
+    classes = sorted(
+        variant.recall_by_class.items(), key=lambda item: item[1].variant - item[1].teacher
+    )
+    return [
+        (
+            name, str(found.rows), f"{found.teacher:.3f}", f"{found.variant:.3f}",
+            f"{100 * (found.variant - found.teacher):+.1f}",
+        )
+        for name, found in classes
+    ]  # fmt: skip
 
 
 def _differ(

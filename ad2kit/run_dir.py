@@ -7,6 +7,7 @@
         teacher-checkpoint/  checkpoint/   only while training
         distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
         answers.jsonl               what each model says of each validation row
+        campaign.json               only in the run of a campaign: its rule and its verdicts
         teacher-run/                a run whose student is the teacher, see campaigns.teacher
         onnx/<variant>/             model.onnx, tokenizer, manifest.json
     runs/.shared/                   what runs share, see ad2kit.store
@@ -22,19 +23,22 @@ import json
 import logging
 import os
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
 from ad2kit.errors import RecipeError, RunError, no_room_left
-from ad2kit.files import fingerprint, locked, write_record
+from ad2kit.files import LOCK, TEMPORARY, fingerprint, locked, write_record
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.runtime import first_process_first, is_first_process
+from ad2kit.verdicts import CampaignRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from filelock import BaseFileLock
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +58,20 @@ class _Inside:
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run. Only this class knows its file names."""
+    """The folder of one run. Only this class knows its file names.
+
+    Args:
+        path: of the folder.
+        asked: the recipe that the run was opened with. It is written into the folder by whoever
+            takes the lock, so that a command that is refused changes nothing.
+        campaign: what opened the run, if it was no command of its own.
+        lock: of the folder, in what :meth:`locked` yields.
+    """
 
     path: Path
+    asked: Recipe | None = field(default=None, compare=False, repr=False)
+    campaign: CampaignRecord | None = field(default=None, compare=False, repr=False)
+    lock: BaseFileLock | None = field(default=None, compare=False, repr=False)
 
     recipe_file = _Inside("recipe.json")
     teacher = _Inside("teacher")
@@ -68,6 +83,7 @@ class RunDir:
     int8_search = _Inside("int8-search.json")
     bento_record = _Inside("bento.json")
     report = _Inside("report.html")
+    campaign_record = _Inside(CampaignRecord.file_name)
     teacher_run = _Inside("teacher-run")
 
     def onnx(self, variant: str) -> Path:
@@ -89,11 +105,13 @@ class RunDir:
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe of this run.
+        """The resolved recipe of this run: what it was opened with, or what lies in the folder.
 
         Raises:
             RunError: this is not a run folder.
         """
+        if self.asked is not None:
+            return self.asked
         if not self.recipe_file.is_file():
             raise RunError(
                 f"{self.path} is not a run folder: it has no recipe.json",
@@ -120,31 +138,59 @@ class RunDir:
     def wait_until_free(self, timeout_s: float) -> None:
         """Wait for another process that still writes to this run, at most ``timeout_s``."""
         if self.path.is_dir():
-            with suppress(Timeout), FileLock(self.path / ".lock", timeout=timeout_s):
+            with suppress(Timeout), FileLock(self.path / LOCK, timeout=timeout_s):
                 pass
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[RunDir]:
         """Hold the run for writing and sweep away what a killed process left half-written.
 
+        Yields:
+            The run with its recipe as it was read or written under the lock, for all stages that
+            are called with it: they do not lock it again, and nobody can change it between them.
+
         Raises:
-            RunError: another process is writing to this run.
+            RunError: another process is writing to this run, or has made it another one.
         """
-        with locked(self.path):
-            os.utime(self.recipe_file)
-            yield
+        if self.lock is not None and self.lock.is_locked:
+            yield self
+            return
+        with locked(self.path) as lock:
+            recipe = self._claim()
+            if self.campaign is None:
+                os.utime(self.recipe_file)  # the one that was used last
+            yield replace(self, asked=recipe, lock=lock)
+
+    def _claim(self) -> Recipe:
+        """Write the recipe that the run was opened with, if any; return that of the folder."""
+        if self.asked is None:
+            return self.recipe
+        _insist_on_weights(self, self.asked)
+        record = self.campaign_record
+        if self.campaign is None:
+            if record.is_file() and CampaignRecord.read(record).rule is None:
+                record.unlink()  # now somebody has asked for this run itself
+        else:
+            ruled = self.campaign.rule is not None
+            if not record.is_file() and (ruled or not self.recipe_file.is_file()):
+                write_record(record, self.campaign)
+            if self.distill_report.is_file():
+                # The gate of a finished run is not a campaign's to change.
+                return RunDir(self.path).recipe
+        write_record(self.recipe_file, self.asked)
+        return self.asked
 
 
 def exclusive(
     stage: Callable[Concatenate[RunDir, Parameters], Result],
 ) -> Callable[Concatenate[RunDir, Parameters], Result]:
-    """Make a stage hold the lock of its run while it works."""
+    """Make a stage hold the lock of its run, and have one recipe, while it works."""
 
     @functools.wraps(stage)
     def locked_stage(run: RunDir, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         _ = run.recipe  # a folder that is no run gets no lock file
-        with run.locked() if is_first_process() else nullcontext():
-            return stage(run, *args, **kwargs)
+        with run.locked() if is_first_process() else nullcontext(run) as held:
+            return stage(held, *args, **kwargs)
 
     return locked_stage
 
@@ -155,44 +201,62 @@ def _training_part(recipe: Recipe) -> str:
     return fingerprint(recipe.model_dump(mode="json", include=sections), recipe.compute.precision)
 
 
-def open_run(recipe: Recipe, runs_dir: Path, folder: Path | None = None) -> RunDir:
+def run_folder(recipe: Recipe, runs_dir: Path) -> Path:
+    """Return where the run of a recipe lies under ``runs_dir``, or would."""
+    return runs_dir / f"{recipe.name}-{_training_part(recipe)[:8]}"
+
+
+def open_run(
+    recipe: Recipe, runs_dir: Path, folder: Path | None = None, *,
+    campaign: CampaignRecord | None = None,
+) -> RunDir:  # fmt: skip
     """Create, or find again, the run of ``recipe`` under ``runs_dir`` or at ``folder``.
+
+    The recipe is written into the folder when the run is locked, by its next stage.
+
+    Args:
+        recipe: of the run.
+        runs_dir: where runs lie.
+        folder: of this run; named after the recipe if None.
+        campaign: what makes the run, if no command asks for the run itself. It changes no recipe
+            of a run that is distilled already.
 
     Raises:
         RunError: ``folder`` holds a run of another recipe, or something that is no run.
     """
-    run = RunDir(folder or runs_dir / f"{recipe.name}-{_training_part(recipe)[:8]}")
+    run = RunDir(folder or run_folder(recipe, runs_dir), recipe, campaign)
     # The others of several processes find what the first has made.
     with first_process_first(recipe.compute):
-        _open(run, recipe)
+        _insist_on_weights(run, recipe)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if no_room_left(error):
+                raise
+            raise RunError(
+                f"cannot make the run folder {run.path}: {error.strerror}",
+                hint="name a folder that can be written, with --runs-dir or --run",
+            ) from error
     return run
 
 
-def _open(run: RunDir, recipe: Recipe) -> None:
+def _insist_on_weights(run: RunDir, recipe: Recipe) -> None:
+    """Refuse a folder that holds a run of other weights, or something else."""
     if run.recipe_file.is_file():
-        theirs = run.recipe
+        theirs = RunDir(run.path).recipe
         if _training_part(theirs) != _training_part(recipe):
             raise RunError(
                 f"{run.path} holds a run of recipe '{theirs.name}' with other data, teacher, "
                 f"student, distill or seed settings than '{recipe.name}' asks for",
                 hint="leave --run out to get a folder of its own, or name another one",
             )
-    elif run.path.is_dir() and any(run.path.iterdir()):
-        raise RunError(
-            f"{run.path} is not empty and is not a run folder",
-            hint="name an empty or a new folder",
-        )
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        if is_first_process():
-            write_record(run.recipe_file, recipe)
-    except OSError as error:
-        if no_room_left(error):
-            raise
-        raise RunError(
-            f"cannot make the run folder {run.path}: {error.strerror}",
-            hint="name a folder that can be written, with --runs-dir or --run",
-        ) from error
+    elif run.path.is_dir():
+        ours = {LOCK, CampaignRecord.file_name}  # all that there is before there is a recipe
+        if any(p.name not in ours and TEMPORARY not in p.name for p in run.path.iterdir()):
+            raise RunError(
+                f"{run.path} is not empty and is not a run folder",
+                hint="name an empty or a new folder",
+            )
 
 
 def named_folder(runs_dir: Path, folder: Path) -> Path:
@@ -204,6 +268,8 @@ def named_folder(runs_dir: Path, folder: Path) -> Path:
 def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
     """Return the run at ``folder``, or the distilled one under ``runs_dir`` that was used last.
 
+    Runs that a campaign made are passed over: which of them is meant, only a name can say.
+
     Raises:
         RunError: there is none.
     """
@@ -212,10 +278,14 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
         _ = run.recipe
         return run
     # A run whose first command failed, or is still training, must not hide a finished one.
-    runs = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]
+    found = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]
+    runs = [run for run in found if not run.campaign_record.is_file()]
     if not runs:
+        of_campaigns = f" but those of campaigns, such as {found[0].path}" if found else ""
         raise RunError(
-            f"no run under {runs_dir.resolve()} has a distilled student",
-            hint="make one with `ad2kit run demo`, or name the folder with --runs-dir",
+            f"no run under {runs_dir.resolve()} has a distilled student{of_campaigns}",
+            hint="name the folder of the run"
+            if found
+            else "make one with `ad2kit run demo`, or name the folder with --runs-dir",
         )
     return max(runs, key=lambda run: run.recipe_file.stat().st_mtime)

@@ -11,7 +11,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ad2kit.blocks import filesystem, find_inputs, layout_of, suffix_of
+from ad2kit.blocks import (
+    filesystem,
+    find_inputs,
+    insist_on_partition_columns,
+    layout_of,
+    suffix_of,
+)
 from ad2kit.classifier import read_artifact, servable_artifact
 from ad2kit.errors import DataError, UserError
 from ad2kit.files import sha256_of
@@ -24,7 +30,7 @@ from ad2kit.scoring import ADDED, Work, cannot_read, format_of
 from ad2kit.workers import score_here, score_in_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from ad2kit.blocks import Survey
@@ -36,6 +42,8 @@ Engine = Literal["process", "ray"]
 
 # Enough rows to sort by length, few enough to hold their tokens several times.
 BLOCK_ROWS, BATCH_SIZE = 4096, 32
+# How parts are written; see ScoreJob.
+_FORM = 2
 # What the bytes of a part depend on beside the artefact.
 _VERSIONED = ("ad2kit", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow", "tokenizers")
 
@@ -95,11 +103,14 @@ def score(
     for file in files:
         _insist_apart(file.url, output)
     suffix, surveys = suffix_of(files[0].url), _survey(files, block_rows)
+    insist_on_partition_columns(input_url, surveys)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
+    _insist_on_writable(suffix, (*added, *artifact.labels))
     layout = layout_of(surveys, _columns_to_read(folder, artifact, text_columns), added)
     blocks = list(enumerate(block for each in surveys.values() for block in each.blocks))
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
     job = ScoreJob(
+        form=_FORM,
         artifact_sha256=sha256_of(folder / OnnxArtifact.file_name), versions=versions(_VERSIONED),
         text_columns=layout.text_columns, prefix=prefix, block_rows=block_rows,
         batch_size=batch_size, inputs=files,
@@ -180,6 +191,16 @@ def _insist_apart(input_url: str, output: OutputFolder) -> None:
             "input",
             hint="give an OUTPUT beside it",
         )
+
+
+def _insist_on_writable(suffix: str, words: Iterable[str]) -> None:
+    """Refuse names of labels or columns that TSV cannot hold."""
+    for word in words:
+        if suffix == "tsv" and any(each in word for each in "\t\r\n"):
+            raise DataError(
+                f"TSV has no quoting, and cannot hold {word!r}, which the answers need",
+                hint="convert INPUT to CSV, JSON lines or Parquet",
+            )
 
 
 def _usable_workers(

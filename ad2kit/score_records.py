@@ -24,11 +24,13 @@ class ScoreJob(Record):
     """``_job.json`` of an output folder: all that its parts depend on.
 
     Block and batch size belong to it, because a dynamic int8 graph quantises a batch together, so
-    that an answer depends a little on its company.
+    that an answer depends a little on its company. ``form`` is how parts are written: 1 quoted the
+    cells of text files anew.
     """
 
     file_name: ClassVar[str] = "_job.json"
 
+    form: int = 1
     artifact_sha256: str
     text_columns: tuple[str, ...]
     prefix: str

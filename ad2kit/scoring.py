@@ -14,10 +14,11 @@ import numpy as np
 
 from ad2kit import text_blocks
 from ad2kit.blocks import suffix_of
-from ad2kit.classifier import OnnxClassifier, is_text
+from ad2kit.classifier import OnnxClassifier
 from ad2kit.errors import DataError
 from ad2kit.parts import OutputFolder, part_name
 from ad2kit.tasks import answers, scores
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,14 +38,24 @@ ADDED: dict[Task, tuple[str, ...]] = {
 """The columns of the answers for each task; see :class:`ad2kit.classifier.Prediction`."""
 
 
+class BlockReader(Protocol):
+    """Reads blocks of one file, the faster the more they are in order."""
+
+    def read(self, block: Block) -> Rows:
+        """Read a block."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
 class BlockFormat(Protocol):
     """What a module that reads and writes blocks of one family of formats has."""
 
     def survey(self, file: InputFile, block_rows: int) -> Survey:
         """Cut a file into blocks."""
 
-    def read(self, block: Block, layout: Layout) -> Rows:
-        """Read a block."""
+    def Reader(self, url: str, layout: Layout) -> BlockReader:  # noqa: N802  (a class there)
+        """Open a file for reading."""
 
     def write(
         self, rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
@@ -102,6 +113,8 @@ class Scorer:
     def __init__(self, work: Work) -> None:
         self.work, self.output = work, OutputFolder(work.output)
         self.classifier = OnnxClassifier(work.artifact, threads=1)
+        self._url = ""
+        self._reader: BlockReader | None = None
 
     def __call__(self, index: int, block: Block) -> Done:
         """Score one block and write its part.
@@ -111,7 +124,7 @@ class Scorer:
         """
         suffix, layout = suffix_of(block.url), self.work.layout
         tables = format_of(suffix)
-        rows = _read(tables, block, layout)
+        rows = self._read(tables, block)
         good = []
         for position, (texts, place) in enumerate(zip(rows.texts, rows.places, strict=True)):
             if wrong := _wrong(texts, layout.text_columns):
@@ -125,6 +138,29 @@ class Scorer:
         bad = sorted(rows.bad, key=lambda row: row.row)
         self.output.write_part(part_name(index, suffix), content, bad)
         return Done(block.rows, len(bad), seconds)
+
+    def close(self) -> None:
+        """Close the file of the last block."""
+        if self._reader is not None:
+            self._reader.close()
+        self._url, self._reader = "", None
+
+    def _read(self, tables: BlockFormat, block: Block) -> Rows:
+        """Read a block, and insist that it is the one of the survey."""
+        try:
+            if self._reader is None or block.url != self._url:
+                self.close()
+                self._url, self._reader = block.url, tables.Reader(block.url, self.work.layout)
+            rows = self._reader.read(block)
+        except OSError as error:
+            raise cannot_read(block.url, error) from error
+        if (found := len(rows.places) + len(rows.bad)) != block.rows:
+            raise DataError(
+                f"{block.url} has changed while it was scored: expected {block.rows} rows from row "
+                f"{block.first_row} on, found {found}",
+                hint="score it into a new folder once it is complete",
+            )
+        return rows
 
     def answers(self, texts: Sequence[Any]) -> dict[str, NDArray[Any]]:
         """Return the columns of the answers, by name, for texts that are texts."""
@@ -155,21 +191,6 @@ def columns(
     probabilities = scores(task, logits / classifier.artifact.temperature)
     taken = np.take_along_axis(probabilities, found[:, None], axis=1)[:, 0]
     return [names[found], taken, cut]
-
-
-def _read(tables: BlockFormat, block: Block, layout: Layout) -> Rows:
-    """Read a block, and insist that it is the one of the survey."""
-    try:
-        rows = tables.read(block, layout)
-    except OSError as error:
-        raise cannot_read(block.url, error) from error
-    if (found := len(rows.places) + len(rows.bad)) != block.rows:
-        raise DataError(
-            f"{block.url} has changed while it was scored: expected {block.rows} rows from row "
-            f"{block.first_row} on, found {found}",
-            hint="score it into a new folder once it is complete",
-        )
-    return rows
 
 
 def _wrong(texts: tuple[Any, ...], names: tuple[str, ...]) -> str:

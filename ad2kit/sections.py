@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _as_text(value: Any) -> Any:
+    """Return a whole number as text: a class 3 in a recipe is the class 3 in a table."""
+    return str(value) if type(value) is int else value
+
+
+LabelName = Annotated[str, BeforeValidator(_as_text)]
 Variant = Literal["fp32", "fused", "fp16", "int8"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 Task = Literal["single_label", "multi_label", "regression"]
@@ -37,14 +45,18 @@ class DataRecipe(Section):
     its files (without suffix) or splits, and null stands for "train" and "validation". Without a
     source both are paths of files. ``unlabelled`` lists files (also .txt, a text a line) or
     ``hub://owner/name[/config]#split``: texts that the student learns from through its teacher
-    alone. ``labels`` lists the names in the order of their ids; if null they come from the source.
+    alone. ``labels`` lists the names in the order of the teacher's outputs, which is the order of
+    their ids too unless the source names these; if null they come from the source, or else from the
+    rows, sorted.
 
     ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
-    a list, or names separated by commas) or ``regression`` (a number). ``metrics`` judge it, and
+    a list, names separated by commas, or 0 or 1 for each of ``labels``) or ``regression`` (a
+    number). ``metrics`` judge it, and
     where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
     Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
     from the training rows, or, as many papers do, those of ``validation``, which flatters the
-    scores on them.
+    scores on them. ``max_leakage`` is the largest share of the validation texts that may be
+    training texts too.
     """
 
     source: str | None = None
@@ -55,10 +67,11 @@ class DataRecipe(Section):
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
     label_column: str
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    labels: Annotated[tuple[LabelName, ...], Field(min_length=2)] | None = None
     max_length_tokens: Annotated[int, Field(ge=8)]
     max_train_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
+    max_leakage: Fraction = 0.1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -73,6 +86,14 @@ class DataRecipe(Section):
         for metric in self.metrics or ():
             if metric not in known:
                 msg = f"metric '{metric}' does not fit a {self.task} task: {', '.join(known)}"
+                raise ValueError(msg)
+        names = self.labels or ()
+        for name in names:
+            if name != name.strip() or not name:
+                msg = f"labels: {name!r} is empty, or has blanks around it"
+                raise ValueError(msg)
+            if names.count(name) > 1:
+                msg = f"labels: {name!r} is there twice"
                 raise ValueError(msg)
         if self.task == "regression" and self.labels is not None:
             msg = "a regression task has a number and no 'labels'"
@@ -268,10 +289,14 @@ class ParityRecipe(Section):
 
 
 class BenchRecipe(Section):
-    """What the latency report measures."""
+    """What the latency report measures.
+
+    ``lengths_tokens`` null takes 16, 32 and 128 as far as ``data.max_length_tokens`` allows; no
+    text is longer than that.
+    """
 
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
-    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16, 32, 128)
+    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     seconds_per_cell: AboveZero = 1.0
 
 

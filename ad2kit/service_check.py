@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import math
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -50,12 +54,13 @@ class ServiceAnswers:
             )
 
 
-def judge_service(run: RunDir, address: str) -> ServiceAnswers:
+def judge_service(run: RunDir, address: str, key: str | None = None) -> ServiceAnswers:
     """Compare a running service with the variant of a run that it says it serves.
 
     Args:
         run: with that variant.
         address: such as http://localhost:3000.
+        key: one of those that the service asks its clients for.
 
     Raises:
         UserError: nobody answers there, or not an ad2kit service.
@@ -63,7 +68,7 @@ def judge_service(run: RunDir, address: str) -> ServiceAnswers:
     """
     variants = run.recipe.export.variants
     try:
-        variant = json.loads(_get(f"{address}/info"))["variant"]
+        variant = json.loads(fetch(f"{address}/info", key=key))["variant"]
     except (*_NO_ANSWER, KeyError, TypeError) as error:
         raise _no_service(address, error) from error
     if variant not in variants:
@@ -72,10 +77,12 @@ def judge_service(run: RunDir, address: str) -> ServiceAnswers:
             f"{', '.join(variants)}",
             hint="name the run that its Bento was made from",
         )
-    return compare_service(run, run.onnx(variant), address)
+    return compare_service(run, run.onnx(variant), address, key)
 
 
-def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
+def compare_service(
+    run: RunDir, folder: Path, address: str, key: str | None = None
+) -> ServiceAnswers:
     """Ask a service for validation texts of a run, and compare with the variant in ``folder``.
 
     One text per request: the activations of an int8 graph are quantised over the whole batch, so
@@ -88,7 +95,7 @@ def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
     rows = np.unique(np.linspace(0, len(texts) - 1, TEXTS).astype(int))
     chosen = [by_length[row] for row in rows]
     expected = OnnxClassifier(folder, threads=recipe.compute.threads).predict(chosen, batch_size=1)
-    found = [ask(address, [text])[0] for text in chosen]
+    found = [ask(address, [text], key)[0] for text in chosen]
     # Through JSON as well: a tuple is a list there.
     sent = [json.loads(json.dumps(each.as_dict())) for each in expected]
     pairs = list(zip(found, sent, strict=True))
@@ -109,7 +116,7 @@ def compare_service(run: RunDir, folder: Path, address: str) -> ServiceAnswers:
     return ServiceAnswers(len(chosen), flips, gap)
 
 
-def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
+def ask(address: str, texts: list[Any], key: str | None = None) -> list[dict[str, Any]]:
     """POST texts to a running service and return its predictions, with all scores.
 
     Raises:
@@ -117,7 +124,7 @@ def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
     """
     body = json.dumps({"texts": texts, "scores": True}).encode()
     try:
-        found = list(json.loads(_get(f"{address}/classify", body))["predictions"])
+        found = list(json.loads(fetch(f"{address}/classify", body, key=key))["predictions"])
     except (*_NO_ANSWER, KeyError, TypeError) as error:
         raise _no_service(address, error) from error
     if len(found) != len(texts) or not all(isinstance(each, dict) for each in found):
@@ -125,20 +132,52 @@ def ask(address: str, texts: list[Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _no_service(address: str, error: Exception) -> UserError:
-    return UserError(
-        f"expected an ad2kit service at {address}, found {type(error).__name__}: {error}",
-        hint="give an address such as http://localhost:3000, where `bentoml serve` listens; a "
-        "status of 429 means that it is too busy to be asked now",
-    )
+def fetch(
+    url: str, body: bytes | None = None, *, key: str | None = None, timeout_s: float = 30
+) -> bytes:
+    """GET a URL, or POST JSON to it; this machine's own addresses are asked without a proxy.
 
+    Args:
+        url: http or https.
+        body: JSON.
+        key: sent as ``Authorization: Bearer KEY``, and not on to where a redirection leads.
+        timeout_s: without an answer.
 
-def _get(url: str, body: bytes | None = None) -> bytes:
+    Raises:
+        OSError: no answer, or an error status.
+        ValueError: not such a URL.
+    """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url} does not begin with http:// or https://")
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
+    if key is not None:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    # What http_proxy names cannot see this machine's own addresses.
+    handlers = [urllib.request.ProxyHandler({})] if _is_here(url) else []
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
         return bytes(response.read())
+
+
+def _is_here(url: str) -> bool:
+    """Tell whether a URL leads to this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _no_service(address: str, error: Exception) -> UserError:
+    refused = isinstance(error, urllib.error.HTTPError) and error.code == HTTPStatus.UNAUTHORIZED
+    return UserError(
+        f"expected an ad2kit service at {address}, found {type(error).__name__}: {error}",
+        hint="it asks for a key, and none or another one was sent: give --api-keys-file FILE, or "
+        "set AD2KIT_API_KEYS to one of its keys"
+        if refused
+        else "give an address such as http://localhost:3000, where `bentoml serve` listens; a "
+        "status of 429 means that it is too busy to be asked now",
+    )
 
 
 def _numbers(answer: dict[str, Any]) -> dict[str, float]:

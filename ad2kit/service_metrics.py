@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import shutil
 import tempfile
@@ -20,57 +19,91 @@ if TYPE_CHECKING:
     from ad2kit.batcher import BatchFacts
     from ad2kit.classifier import Prediction
 
+# Room for two thousand labels; the files grow when there are more.
+RESERVED_BYTES = 2**18
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
-def exposition() -> bytes:
-    """Return the metrics of all workers in Prometheus' text format."""
-    import prometheus_client
-    from prometheus_client.multiprocess import MultiProcessCollector
+def metrics_folder() -> Path:
+    """Make the folder where the workers of this server, and no others, leave their numbers.
 
-    registry = prometheus_client.CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return prometheus_client.generate_latest(registry)
+    BentoML has one for all servers of a user, and each that starts empties it for all. It is
+    chosen once for all workers: Python chooses another temporary folder when the first is full.
 
-
-def _share_with_siblings() -> None:
-    """Choose the folder where the workers of this server, and no others, leave their numbers.
-
-    BentoML has one for all servers of a user, and each that starts empties it for all.
+    Raises:
+        ModelError: it would lie where somebody else can write, or there is no room.
     """
-    server = psutil.Process().parent() or psutil.Process()
-    ours = Path(tempfile.gettempdir()) / f"ad2kit-metrics-of-{getpass.getuser()}"
-    ours.mkdir(mode=0o700, exist_ok=True)
-    if ours.is_symlink() or ours.stat().st_uid != os.getuid():
-        raise ModelError(
-            f"{ours}, where the workers would share their metrics, is not this user's own folder",
-            hint="remove it, or set TMPDIR to a folder that is",
-        )
-    for left in ours.glob("*-*"):
-        pid = left.name.partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)  # a sibling may be sweeping too
+    server = psutil.Process()
+    # By number: a user may have no name in a container.
+    ours = Path(tempfile.gettempdir()) / f"ad2kit-metrics-of-{os.getuid()}"
     folder = ours / f"{server.pid}-{server.create_time():.0f}"
-    folder.mkdir(exist_ok=True)
-    # What a killed worker had waiting went with it; its counters stay.
-    for gauge in folder.glob("gauge_live*_*.db"):
-        pid = gauge.stem.rpartition("_")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            gauge.unlink(missing_ok=True)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    try:
+        ours.mkdir(mode=0o700, exist_ok=True)
+        if ours.is_symlink() or ours.stat().st_uid != os.getuid():
+            raise ModelError(
+                f"{ours}, where the workers would share their metrics, is not this user's own "
+                "folder",
+                hint="remove it, or set TMPDIR to a folder that is",
+            )
+        for left in ours.glob("*-*"):
+            pid = left.name.partition("-")[0]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)  # another server may be sweeping too
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _no_room(ours, error) from error
+    return folder
+
+
+def _no_room(folder: Path, error: OSError) -> ModelError:
+    return ModelError(
+        f"the workers cannot leave their metrics in {folder}: {error}",
+        hint="make room there, or set TMPDIR to a folder with room",
+    )
+
+
+def _reserve(folder: Path, worker: int) -> None:
+    """Make the files of a worker with all their blocks; those of one that died go on.
+
+    The files are mapped into memory, and to write where the disk has no room for a page would
+    kill the process.
+
+    Raises:
+        ModelError: there is no room.
+    """
+    for kind in ("counter", "histogram", "gauge_livesum"):
+        path = folder / f"{kind}_{worker}.db"
+        if not path.is_file():
+            new = path.with_suffix(".new")
+            try:
+                new.write_bytes(bytes(RESERVED_BYTES))
+            except OSError as error:
+                new.unlink(missing_ok=True)
+                raise _no_room(folder, error) from error
+            new.replace(path)
 
 
 class ServiceMetrics:
-    """The metrics of one worker; :func:`exposition` adds those of several up.
+    """The metrics of one worker; :meth:`exposition` adds those of all up.
 
-    To be made in the worker, before anything else imports prometheus_client there.
+    Args:
+        folder: where all workers leave their numbers.
+        worker: its number among them. The one that takes the place of one that died counts on.
+
+    Raises:
+        ModelError: there is no room.
     """
 
-    def __init__(self) -> None:
-        _share_with_siblings()
+    def __init__(self, folder: Path, worker: int) -> None:
+        self.folder = folder
+        _reserve(folder, worker)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         import prometheus_client as prometheus
+        from prometheus_client import values
+
+        values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
 
         def histogram(name: str, what: str, buckets: Sequence[float]) -> Any:
             return prometheus.Histogram(f"ad2kit_{name}", what, buckets=buckets)
@@ -104,6 +137,16 @@ class ServiceMetrics:
             )
             for unit in ("texts", "tokens")
         }
+        self.waiting(0, 0)  # what one that died had waiting went with it
+
+    def exposition(self) -> bytes:
+        """Return the metrics of all workers in Prometheus' text format."""
+        import prometheus_client
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = prometheus_client.CollectorRegistry()
+        MultiProcessCollector(registry, path=str(self.folder))  # type: ignore[no-untyped-call]
+        return prometheus_client.generate_latest(registry)
 
     def answered(self, seconds: float) -> None:
         """Count a request that was answered."""

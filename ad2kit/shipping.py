@@ -10,7 +10,7 @@ from ad2kit.errors import GateFailed, RunError
 from ad2kit.files import sha256_of
 from ad2kit.records import LatencyReport, OnnxArtifact
 from ad2kit.run_dir import RunDir
-from ad2kit.verdicts import ParityReport
+from ad2kit.verdicts import CampaignRecord, ParityReport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,18 +18,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def passed_variants(run: RunDir) -> list[Path]:
-    """Return the variants that passed parity and have not changed since, the one to ship first."""
+def refusals(run: RunDir) -> dict[str, list[str]]:
+    """Return what speaks against shipping each variant that was judged; nothing if it may go.
+
+    A variant may be shipped as long as neither it nor the thresholds changed after the gate, and
+    where no rule has refused it: neither the gate nor that of the campaign that made the run.
+    """
     if not run.parity_report.is_file():
-        return []
-    report, recipe, found = ParityReport.read(run.parity_report), run.recipe, []
-    if report.thresholds != recipe.parity:
-        return []  # judged by other thresholds than the recipe has now
+        return {}
+    report, campaign, found = ParityReport.read(run.parity_report), campaign_of(run), {}
+    thresholds = run.recipe.parity
     for verdict in report.variants:
-        manifest = run.onnx(verdict.variant) / OnnxArtifact.file_name
-        if verdict.passed and manifest.is_file() and sha256_of(manifest) == verdict.manifest_sha256:
-            found.append(manifest.parent)
-    times = _times(run, found) if recipe.export.ship == "fastest" else {}
+        variant, sha256 = verdict.variant, verdict.manifest_sha256
+        reasons = report.failures(variant)
+        manifest = run.onnx(variant) / OnnxArtifact.file_name
+        if not manifest.is_file() or sha256_of(manifest) != sha256:
+            reasons.append(f"{variant}: the artefact changed after it was judged")
+        if report.thresholds != thresholds:
+            reasons.append(f"{variant}: the thresholds of the recipe changed after it was judged")
+        if campaign is not None:
+            reasons += campaign.refusals(variant, sha256)
+        found[variant] = reasons
+    return found
+
+
+def campaign_of(run: RunDir) -> CampaignRecord | None:
+    """Return what the campaign that made a run has written into it, if one has."""
+    record = run.campaign_record
+    return CampaignRecord.read(record) if record.is_file() else None
+
+
+def passed_variants(run: RunDir) -> list[Path]:
+    """Return the variants that may be shipped, see :func:`refusals`; the one to ship first."""
+    found = [run.onnx(variant) for variant, reasons in refusals(run).items() if not reasons]
+    times = _times(run, found) if run.recipe.export.ship == "fastest" else {}
     # By the manifest: whether the files are there is seen, and said, when one is loaded.
     sizes = {f: OnnxArtifact.read(f / OnnxArtifact.file_name).model_bytes for f in found}
     return sorted(found, key=lambda folder: (times.get(folder, 0.0), sizes[folder]))
@@ -72,11 +94,15 @@ def choose_variant(
         if variant in (None, folder.name):
             return folder, False
     if not allow_failed_parity:
-        failed = "; ".join(report.failures(variant))
+        reasons = [
+            reason for name, all_of in refusals(run).items() if variant in (None, name)
+            for reason in all_of
+        ]  # fmt: skip
         raise GateFailed(
-            f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now: "
-            f"{failed or 'the artefact or the thresholds changed after it was judged'}",
-            hint="see parity.json; `ad2kit parity` judges again, --allow-failed-parity overrides",
+            f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now:\n"
+            + "\n".join(f"  {reason}" for reason in reasons),
+            hint=f"`ad2kit parity {run.path}` judges again what has changed; `ad2kit package "
+            f"{run.path} --variant {variant or known[0]} --allow-failed-parity` overrides",
         )
     return run.onnx(variant or known[0]), True
 
@@ -84,18 +110,28 @@ def choose_variant(
 def latest_passed_run(runs_dir: Path) -> RunDir:
     """Return the run under ``runs_dir`` that passed its gate last.
 
+    Runs that a campaign made are passed over, by whatever thresholds they were judged: they are
+    served when they are named.
+
     Raises:
         RunError: none has passed.
     """
     reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
+    of_a_campaign = None
     for report in reversed(reports):
+        run = RunDir(report.parent)
         try:
-            if passed_variants(RunDir(report.parent)):
-                return RunDir(report.parent)
+            if passed_variants(run):
+                if not run.campaign_record.is_file():
+                    return run
+                of_a_campaign = of_a_campaign or run
         except RunError as error:
             # One damaged run must not take the others out of service.
             logger.warning("passed over: %s", error.message)
+    but = "" if of_a_campaign is None else f" but those of campaigns, such as {of_a_campaign.path}"
     raise RunError(
-        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate",
-        hint="make one with `ad2kit run demo`, or look at `ad2kit parity`",
+        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate{but}",
+        hint="make one with `ad2kit run demo`, or look at `ad2kit parity`"
+        if of_a_campaign is None
+        else "name the run that is meant",
     )

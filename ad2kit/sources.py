@@ -5,13 +5,10 @@ A row is ``(where, columns)``: ``where`` names the file and line for error messa
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ad2kit import corpus
+from ad2kit import corpus, text_rows
 from ad2kit.errors import DataError, MissingExtra
 from ad2kit.runtime import hub_or_its_cache
 
@@ -36,19 +33,21 @@ def read_rows(recipe: DataRecipe) -> Rows:
     Raises:
         DataError: a file is missing, not UTF-8 or malformed, or the hub cannot be reached.
     """
+    columns = (*recipe.text_columns, recipe.label_column)
     if recipe.source is None:
-        return read_file(Path(recipe.train or "")), read_file(Path(recipe.validation or "")), None
+        paths = Path(recipe.train or ""), Path(recipe.validation or "")
+        return read_file(paths[0], columns), read_file(paths[1], columns), None
     names = (recipe.train or "train", recipe.validation or "validation")
     scheme, separator, rest = recipe.source.partition("://")
     if not separator:
-        return _read_folder(Path(recipe.source), names)
+        return _read_folder(Path(recipe.source), names, columns)
     if scheme == "embedded" and rest == "opinions":
         opinions = corpus.opinions(seed=_OPINIONS_SEED)
 
         def rows(pairs: Sequence[tuple[str, int]], name: str) -> list[Row]:
-            columns = (recipe.text_columns[0], recipe.label_column)
+            named = (recipe.text_columns[0], recipe.label_column)
             return [
-                (f"embedded {name} row {number}", dict(zip(columns, pair, strict=True)))
+                (f"embedded {name} row {number}", dict(zip(named, pair, strict=True)))
                 for number, pair in enumerate(pairs, 1)
             ]
 
@@ -83,12 +82,14 @@ def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
                 f"{', '.join(text_columns)}",
                 hint="give a tsv, csv, jsonl or parquet file with these columns",
             )
-        lines = enumerate(_text(path).split("\n"), 1)
-        return [(f"{path}, line {n}", {text_columns[0]: line}) for n, line in lines if line.strip()]
-    return read_file(path)
+        return [
+            (f"{path}, line {number}", {text_columns[0]: line})
+            for number, line in _lines(path) if line.strip()
+        ]  # fmt: skip
+    return read_file(path, text_columns)
 
 
-def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
+def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...]) -> Rows:
     if not folder.is_dir():
         raise DataError(
             f"data.source: no folder '{folder}'",
@@ -98,7 +99,7 @@ def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
 
     def split_file(stem: str) -> Path:
         found = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
-        found = [path for path in found if path.is_file()]
+        found = [path for path in found if path.is_file() or path.is_symlink()]
         if len(found) != 1:
             raise DataError(
                 f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
@@ -107,11 +108,11 @@ def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
             )
         return found[0]
 
-    train, validation = (read_file(split_file(name)) for name in names)
+    train, validation = (read_file(split_file(name), columns) for name in names)
     label_file = folder / "labels.txt"
     if not label_file.is_file():
         return train, validation, None
-    pairs = [line.split("\t") for line in _text(label_file).splitlines() if line]
+    pairs = [line.split("\t") for _, line in _lines(label_file) if line]
     if [pair[0] for pair in pairs] != [str(i) for i in range(len(pairs))] or not all(
         len(pair) == 2 for pair in pairs
     ):
@@ -122,107 +123,60 @@ def _read_folder(folder: Path, names: tuple[str, str]) -> Rows:
     return train, validation, tuple(name for _, name in pairs)
 
 
-def _text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line}",
-            hint="convert it, for example: iconv -f latin1 -t utf-8",
-        ) from error
+def _lines(path: Path) -> list[tuple[int, str]]:
+    with path.open("rb") as stream:
+        return list(text_rows.text_lines(stream, str(path)))
 
 
-def read_file(path: Path) -> list[Row]:
+def read_file(path: Path, columns: tuple[str, ...]) -> list[Row]:
     """Read the rows of one file, in the format that its name ends in.
+
+    Args:
+        path: of a CSV, TSV, JSON-lines or Parquet file.
+        columns: those that are wanted; text files give the others too.
 
     Raises:
         DataError: the file is missing, not UTF-8 or malformed, or of another format.
     """
-    readers = {
-        "tsv": _read_delimited,
-        "csv": _read_delimited,
-        "jsonl": _read_jsonl,
-        "parquet": _read_parquet,
-    }
-    reader = readers.get(path.suffix.lstrip("."))
-    if reader is None:
+    if path.suffix.lstrip(".") not in FORMATS:
         raise DataError(
-            f"{path}: expected a file that ends in {', '.join(readers)}",
+            f"{path}: expected a file that ends in {', '.join(FORMATS)}",
             hint="convert or rename it",
         )
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to nothing", hint="put back what it links to")
     if not path.is_file():
         raise DataError(f"no file '{path}'", hint="correct the path in the data section")
-    return reader(path)
+    if path.suffix != ".parquet":
+        return _read_text(path)
+    from ad2kit import parquet_rows
+
+    rows = parquet_rows.read_columns(path, columns)
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet table: {error}", hint="write it again") from error
-    return [(f"{path}, row {number}", row) for number, row in enumerate(table, 1)]
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON: {error}", hint="correct the line"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: expected an object, found {type(row).__name__}",
-                hint='write lines like {"text": "...", "label": "..."}',
-            )
-        rows.append((f"{path}, line {number}", row))
-    return rows
-
-
-def _read_delimited(path: Path) -> list[Row]:
-    csv.field_size_limit(sys.maxsize)
-    lines = _text(path).replace("\r\n", "\n").split("\n")
-    # In TSV a quotation mark is an ordinary character (the GLUE files depend on it).
-    reader = (
-        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if path.suffix == ".tsv"
-        else csv.reader(f"{line}\n" for line in lines)
-    )
-    try:
-        parsed = [(f"{path}, line {reader.line_num}", fields) for fields in reader if fields]
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {reader.line_num}: not {path.suffix[1:].upper()}: {error}",
-            hint="end lines with \\n or \\r\\n",
-        ) from error
-    header = parsed[0][1] if parsed else []
-    twice = {name for name in header if header.count(name) > 1}
-    if twice:
-        raise DataError(
-            f"{path}: the column '{min(twice)}' appears twice", hint="rename one of them"
+def _read_text(path: Path) -> list[Row]:
+    """Read a CSV, TSV or JSON-lines file, or refuse it for the first row that is wrong."""
+    suffix, columns, start = path.suffix[1:], tuple[str, ...](), 0
+    text, is_utf8 = text_rows.decode(path.read_bytes().removeprefix(text_rows.BOM))
+    lines = text_rows.split_lines(text)
+    if suffix != "jsonl":
+        columns, start = text_rows.header(lines, str(path), suffix)
+    found = []
+    every = text_rows.rows(lines[start:], suffix, columns, is_utf8=is_utf8)
+    for first, end, cells, error in every:
+        where = f"{path}, line {start + first + 1}"
+        if error:
+            raise text_rows.bad_row(where, error, "".join(lines[start + first : start + end]))
+        found.append(
+            (where, cells if suffix == "jsonl" else dict(zip(columns, cells, strict=True)))
         )
-    for where, fields in parsed:
-        if len(fields) != len(header):
-            raise DataError(
-                f"{where}: expected {len(header)} fields ({', '.join(header)}), "
-                f"found {len(fields)}",
-                hint="correct the line",
-            )
-    return [(where, dict(zip(header, fields, strict=True))) for where, fields in parsed[1:]]
+    return found
 
 
 def _load_hub(rest: str) -> Any:
     try:
-        from datasets import load_dataset
+        from datasets import exceptions, load_dataset
     except ModuleNotFoundError as error:
         raise MissingExtra("datasets", extra="cpu") from error
 
@@ -230,10 +184,15 @@ def _load_hub(rest: str) -> Any:
     owner, _, config = rest.rpartition("/") if rest.count("/") == 2 else (rest, "", "")
     try:
         return load_dataset(owner, config or None)
-    except (OSError, ValueError) as error:
+    except (exceptions.DatasetsError, OSError, ValueError) as error:
+        # What is found and cannot be built, such as splits of other sizes than their card says.
+        built = isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError)
         raise DataError(
             f"cannot load the data set '{rest}' from the hub: {type(error).__name__}: {error}",
-            hint="without a network, put train.tsv and validation.tsv into a folder and give "
+            hint="its files and its own card differ, or it changed while it was loaded: download "
+            "its files and give data.source=FOLDER"
+            if built
+            else "without a network, put train.tsv and validation.tsv into a folder and give "
             "data.source=FOLDER",
         ) from error
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from ad2kit import options
+from ad2kit.errors import UserError
 from ad2kit.runtime import stage
 
 
@@ -27,29 +29,25 @@ def recipes(as_json: options.Json = False) -> None:
 def check(
     recipe_name: options.RecipeName,
     overrides: options.Overrides = None,
+    verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a recipe, its data and its teacher; train nothing."""
+    """Check a recipe, its data and its models: what they hold, prove and cost; train nothing."""
     from ad2kit.data import load_data
-    from ad2kit.labels import balance, counts
     from ad2kit.recipe import load
-    from ad2kit.references import RANDOM, find_model
     from ad2kit.terminal import print_json
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    for key, model in {"teacher": recipe.teacher.model, "student": recipe.student.model}.items():
-        if model not in (None, RANDOM):
-            find_model(model, key=f"{key}.model")
-    sizes = {name: len(split) for name, split in data.splits().items()}
+    teacher = stage("ad2kit.distill", "open_models")(recipe, data)
+    report = stage("ad2kit.check", "check")(recipe, data, teacher)
     if as_json:
-        print_json({"recipe": recipe.model_dump(mode="json"), "rows": sizes})
+        plain = recipe.model_dump(mode="json")
+        print_json({"recipe": plain, **report.model_dump(mode="json")})
         return
-    typer.echo(recipe.model_dump_json(indent=2))
-    rows = ", ".join(f"{name} {count}" for name, count in sizes.items())
-    found = counts(data.task, data.train.labels, data.labels)
-    typer.echo(f"labels in train: {balance(found, len(data.train)) or 'numbers'}")
-    typer.echo(f"ok: {data.task}; rows {rows}; teacher {recipe.teacher.model}")
+    if verbose:
+        typer.echo(recipe.model_dump_json(indent=2))
+    typer.echo(stage("ad2kit.check", "words")(report))
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -105,12 +103,14 @@ def export(
     if teacher:
         folder = stage("ad2kit.campaigns.teacher", "export_teacher")(folder)
         judge_run(folder, as_json=as_json)
-        typer.echo(f"as a shadow: bentoml serve --arg shadow={folder.path}", err=True)
+        shadow = shlex.quote(str(folder.path.resolve()))
+        typer.echo(f"as a shadow: AD2KIT_SHADOW={shadow} bentoml serve", err=True)
         return
-    artifacts = stage("ad2kit.export", "export")(folder)
-    if not no_parity:
-        judge_run(folder, as_json=as_json)
-        return
+    with folder.locked() as held:
+        artifacts = stage("ad2kit.export", "export")(held)
+        if not no_parity:
+            judge_run(held, as_json=as_json)
+            return
     if as_json:
         print_json([artifact.model_dump(mode="json") for artifact in artifacts])
 
@@ -118,6 +118,7 @@ def export(
 def parity(
     arguments: options.RunOrOverrides = None,
     against_service: options.Service = None,
+    api_keys_file: options.ApiKeysFile = None,
     model: options.Model = None,
     teacher: options.Teacher = None,
     data: options.DataFile = None,
@@ -129,13 +130,18 @@ def parity(
     from ad2kit.parity_terminal import judge_model, judge_run, judge_service, one_run
     from ad2kit.terminal import use_run
 
+    if api_keys_file is not None and against_service is None:
+        raise UserError(
+            "expected --against-service beside --api-keys-file, which nothing else reads",
+            hint="ad2kit parity RUN --against-service URL --api-keys-file FILE",
+        )
     if model is not None and against_service is None:
         judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
         return
     lost = {"--model": model, "--teacher": teacher, "--data": data, "--recipe": recipe_name}
     folder = use_run(runs_dir, one_run(arguments, lost))
     if against_service is not None:
-        judge_service(folder, against_service, as_json=as_json)
+        judge_service(folder, against_service, api_keys_file, as_json=as_json)
         return
     judge_run(folder, as_json=as_json)
 

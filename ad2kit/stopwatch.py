@@ -10,6 +10,7 @@ import numpy as np
 from ad2kit.files import fingerprint, write_record
 from ad2kit.fit_records import Cost, Measurements
 from ad2kit.runtime import available_cpus, environment
+from ad2kit.store import writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,14 +32,14 @@ class Stopwatch:
     Args:
         recipe: threads, seed, and the seconds for a system.
         target: the number of texts and their length.
-        file: of the measurements.
+        file: of the measurements, in the store of what runs share.
         clock: times calls, see :func:`ad2kit.bench.measure`.
         vocabulary: number of token ids to draw from.
     """
 
     def __init__(
         self, recipe: Recipe, target: Target, file: Path,
-        clock: Callable[[dict[str, Call], NDArray[np.int64], float], dict[str, list[float]]],
+        clock: Callable[[dict[str, Call], NDArray[np.int64], float], dict[str, list[list[float]]]],
         vocabulary: int,
     ) -> None:  # fmt: skip
         self.threads = recipe.compute.threads or available_cpus()
@@ -47,7 +48,7 @@ class Stopwatch:
         self._ids = np.random.default_rng(recipe.seed).integers(
             vocabulary, size=(target.batch_size, target.length_tokens), dtype=np.int64
         )
-        self._known = Measurements.read(file).costs if file.is_file() else {}
+        self._known = self._read()
         self._conditions = [self.surroundings, self._ids.shape, self._seconds,
                             recipe.export.provider]  # fmt: skip
 
@@ -67,18 +68,22 @@ class Stopwatch:
             calls = {name: call for name, (call, _) in systems.items()}
             seconds = self._clock(calls, self._ids, self._seconds)
             ms = {
-                name: tuple(np.percentile(np.asarray(times) * 1e3, [50, 99]).tolist())
-                for name, times in seconds.items()
+                name: tuple(np.percentile(np.concatenate(rounds) * 1e3, [50, 99]).tolist())
+                for name, rounds in seconds.items()
             }
             fastest = min(ms[name][0] for name in baselines or systems)
             costs = tuple(
                 Cost(
                     variant=name, size_bytes=size, p50_ms=ms[name][0], p99_ms=ms[name][1],
-                    calls=len(seconds[name]), speedup=fastest / ms[name][0],
+                    calls=sum(map(len, seconds[name])), speedup=fastest / ms[name][0],
                 )
                 for name, (_, size) in systems.items()
             )  # fmt: skip
-            self._known = {**self._known, key: costs}
-            self._file.parent.mkdir(exist_ok=True)
-            write_record(self._file, Measurements(costs=self._known))
+            with writing(self._file.parent):
+                # Another process may have measured something meanwhile.
+                self._known = {**self._read(), key: costs}
+                write_record(self._file, Measurements(costs=self._known))
         return self._known[key]
+
+    def _read(self) -> dict[str, tuple[Cost, ...]]:
+        return Measurements.read(self._file).costs if self._file.is_file() else {}

@@ -2,9 +2,10 @@
 
     runs/.shared/teachers/<key>/        as in a run folder
     runs/.shared/logits/<key>.safetensors
+    runs/.shared/measured.json          what systems cost here, see ad2kit.stopwatch
 
 A key is the fingerprint of everything that the content depends on, so that a change of any of it
-looks for another entry; nothing here is ever updated. A run keeps its own teacher (hard links
+looks for another entry; only `measured.json` is updated. A run keeps its own teacher (hard links
 where the file system has them), so that deleting this folder costs time and no result.
 """
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ad2kit.errors import RunError
-from ad2kit.files import sweep, whole_file, whole_folder
+from ad2kit.files import LOCK, sweep, whole_file, whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ def take_teacher(store: Path, key: str, target: Path) -> bool:
 def give_teacher(store: Path, key: str, source: Path) -> None:
     """Store a finished teacher for other runs."""
     target = store / "teachers" / key[:16]
-    with _writing(store):
+    with writing(store):
         if not target.is_dir():
             link_folder(source, target)
 
@@ -67,17 +68,20 @@ def read_logits(path: Path) -> torch.Tensor:
 
 def write_logits(path: Path, logits: torch.Tensor) -> None:
     """Store logits where :func:`logits_file` says, for this run and others."""
-    with _writing(path.parent.parent):
+    with writing(path.parent.parent):
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as new:
             save_file({"logits": logits}, new)
 
 
 @contextmanager
-def _writing(store: Path) -> Iterator[None]:
-    """Hold the store for writing, rid of what a killed process left in it."""
+def writing(store: Path) -> Iterator[None]:
+    """Hold the store for writing, rid of what a killed process left in it.
+
+    Who comes second waits: nobody writes for long.
+    """
     store.mkdir(parents=True, exist_ok=True)
-    with FileLock(store / ".lock"):
+    with FileLock(store / LOCK):
         sweep(store)
         yield
 

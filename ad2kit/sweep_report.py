@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ad2kit.files import whole_file, write_text
+from ad2kit.files import read_lines, whole_file, write_text
 from ad2kit.markdown import table
 from ad2kit.records import Part, Record
 from ad2kit.search_space import Configuration
@@ -110,12 +110,9 @@ class Ledger:
     """``trials.jsonl``: what became of each trial, appended as it happens; the last line counts."""
 
     def __init__(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-        # A kill may have cut the last line short.
         whole = [
             Trial.parse(line.encode(), f"{path}, line {number}")
-            for number, line in enumerate(lines, start=1)
-            if line.endswith("\n")
+            for number, line in enumerate(read_lines(path) if path.is_file() else [], start=1)
         ]
         self.path = path
         self.trials = {trial.key: trial for trial in whole}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.records import LatencyReport, OnnxArtifact
+from ad2kit.shipping import campaign_of
 from ad2kit.verdicts import ParityReport, QuantisationSearch
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
     """
     run.require(run.parity_report, command="parity")
     parity = ParityReport.read(run.parity_report)
-    latency = measured_latency(run)
+    latency, campaign = measured_latency(run), campaign_of(run)
 
     def measured(system: str) -> tuple[str, ...]:
-        if latency is None:
+        if latency is None or system not in latency.sizes_bytes:
             return ("", "", "", "")
         one, many = smallest_and_largest(latency, system)
         return (
-            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}",
+            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", tail(one),
             f"{many.texts_per_s:,.0f}",
         )  # fmt: skip
 
@@ -48,21 +49,24 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
     ]  # fmt: skip
     for verdict in parity.variants:
         low, high = verdict.retained_interval
+        refused = campaign and campaign.refusals(verdict.variant, verdict.manifest_sha256)
         table.append((
             f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
             f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
-            "passed" if verdict.passed else "FAILED",
+            "FAILED" if not verdict.passed else "refused" if refused else "passed",
         ))  # fmt: skip
     return table
 
 
 def measured_latency(run: RunDir) -> LatencyReport | None:
-    """Return the latency report of a run, unless it is of other artefacts than were judged."""
+    """Return the latency report of a run, unless it is of other artefacts than passed."""
     if not run.latency_report.is_file():
         return None
     latency, parity = LatencyReport.read(run.latency_report), ParityReport.read(run.parity_report)
     judged = {verdict.variant: verdict.manifest_sha256 for verdict in parity.variants}
-    return latency if latency.artifacts == judged else None
+    passed = {verdict.variant for verdict in parity.variants if verdict.passed}
+    fits = latency.artifacts.items() <= judged.items() and passed <= latency.artifacts.keys()
+    return latency if fits else None
 
 
 def caption(run: RunDir) -> str:
@@ -76,6 +80,8 @@ def caption(run: RunDir) -> str:
     )
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
+    if int8 := _int8_words(run):
+        text += f" {int8}"
     latency = measured_latency(run)
     if latency is None:
         return text
@@ -83,14 +89,52 @@ def caption(run: RunDir) -> str:
     return (
         f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
         f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
+        f"{busy_words(latency)}"
     )
+
+
+def busy_words(latency: LatencyReport) -> str:
+    """Return a sentence that says how far these figures can be trusted; "" if others were idle."""
+    if not latency.busy:
+        return ""
+    return (
+        f" The machine was busy: rounds of the same calls differ by up to {latency.spread:.1f} "
+        "times. Measure again when it is idle: ad2kit bench."
+    )
+
+
+def tail(cell: LatencyCell) -> str:
+    """Return the p99 in ms, or the slowest call, marked as such, where the calls were too few."""
+    return f"{cell.p99_ms:.2f}" if cell.p99_ms is not None else f"max {cell.tail_ms:.2f}"
+
+
+def times_as_fast(ours: LatencyCell, other: LatencyCell) -> str:
+    """Return in words how much faster one system is than another, with the range of the rounds."""
+    ratio = other.p50_ms / ours.p50_ms
+    rounds = [theirs / mine for mine, theirs in zip(ours.rounds_ms, other.rounds_ms, strict=True)]
+    if not rounds:
+        return f"{ratio:.1f} times"
+    return f"{ratio:.1f} times ({min(rounds):.1f} to {max(rounds):.1f} over {len(rounds)} rounds)"
+
+
+def _int8_words(run: RunDir) -> str:
+    """Return in words which weights of the int8 variant are stored in 8 bits; "" without one."""
+    manifest = run.onnx("int8") / OnnxArtifact.file_name
+    if "int8" not in run.recipe.export.variants or not manifest.is_file():
+        return ""
+    artifact = OnnxArtifact.read(manifest)
+    words = f"int8 has {artifact.weights_in_8_bits or 0.0:.0%} of its weights in 8 bits"
+    # The last part of a name is the kind of the node.
+    named = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
+    return f"{words}, and in float {', '.join(named)}." if named else f"{words}."
 
 
 def latency_lines(latency: LatencyReport) -> list[str]:
     """Return one line for each cell."""
     return [
         f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
-        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  p99 {cell.p99_ms:8.2f} ms  "
+        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  "
+        f"{'max' if cell.p99_ms is None else 'p99'} {cell.tail_ms:8.2f} ms  "
         f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
         for cell in latency.cells
     ]

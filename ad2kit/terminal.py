@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -22,12 +23,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ad2kit import files, text_rows
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.run_dir import find_run, named_folder, open_run
 from ad2kit.runtime import is_first_process
 from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
+from ad2kit.texts import is_text
+from ad2kit.verdicts import RowAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 15.0
 _LINES_AT_ONCE = 256
+# Of a text that is shown in a command.
+_EXAMPLE_CHARACTERS = 80
 
 
 @contextmanager
@@ -104,6 +110,12 @@ def start_run(
 def use_run(runs_dir: Path, folder: Path | None) -> RunDir:
     """Return the run that was named, or the most recent one, and say which that is."""
     show_messages()
+    if folder is not None and "=" in folder.name and not folder.exists():
+        raise UserError(
+            f"'{folder}' is a setting, and this command takes a run folder",
+            hint=f"settings go with the recipe that made the run: ad2kit run RECIPE {folder}; "
+            "what is done for the same settings is kept",
+        )
     run = find_run(runs_dir, folder)
     if folder is None:
         _note(f"run: {run.path} (the most recent)")
@@ -195,20 +207,25 @@ def _print_report(
 
 def next_steps(tag: str, folder: RunDir) -> str:
     """Return the commands to type after the Bento of a run was published."""
-    pair = len(folder.recipe.data.text_columns) == 2
-    texts = (
-        [["it is late", "the hour is late"]]
-        if pair
-        else ["I expected a dull film and was proven wrong"]
-    )
+    texts = _example(folder)
+    body = json.dumps({"texts": [texts[0] if len(texts) == 1 else texts]}, ensure_ascii=False)
+    asked = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
+    key = "-H 'Authorization: Bearer KEY' " if asked else ""
     curl = (
-        "curl -s localhost:3000/classify -H 'Content-Type: application/json' "
-        f"-d '{json.dumps({'texts': texts})}'"
+        f"curl -s localhost:3000/classify {key}-H 'Content-Type: application/json' "
+        f"-d {shlex.quote(body)}"
     )
     # `make` does not activate the environment, so that its programs may not be on the path.
     here = Path(sys.executable).with_name("bentoml")
     bentoml = "bentoml" if shutil.which("bentoml") or not here.is_file() else str(here)
     return f"next:\n  {bentoml} serve {tag}\n  {curl}"
+
+
+def _example(folder: RunDir) -> tuple[str, ...]:
+    """Return the first validation text that fits into a line; the shortest if none does."""
+    rows = [RowAnswers.model_validate_json(line).texts for line in files.read_lines(folder.answers)]
+    short = [texts for texts in rows if sum(map(len, texts)) <= _EXAMPLE_CHARACTERS]
+    return short[0] if short else min(rows, key=lambda texts: sum(map(len, texts)))
 
 
 def read_lines(file: Path | None) -> Iterator[str]:
@@ -221,15 +238,8 @@ def read_lines(file: Path | None) -> Iterator[str]:
         raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
     name = "stdin" if file is None else str(file)
     with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name}, line {number}: not UTF-8: byte 0x{line[error.start]:02x}",
-                    hint="convert it, for example: iconv -f latin1 -t utf-8",
-                ) from error
-            if not text.strip():
+        for number, text in text_rows.text_lines(stream, name):
+            if not is_text(text):
                 raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
             yield text
 

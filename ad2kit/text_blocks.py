@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
+from ad2kit import text_rows
 from ad2kit.blocks import Block, Rows, Survey, filesystem, suffix_of
 from ad2kit.errors import DataError
+from ad2kit.text_rows import BOM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -22,39 +22,23 @@ if TYPE_CHECKING:
 
 # A block ends here too, so that long rows do not fill the memory.
 _BLOCK_BYTES = 32 * 2**20
-# A quotation mark that is never closed would make one field of the rest of the file.
-_FIELD_CHARACTERS = 2**20
-_BOM = b"\xef\xbb\xbf"
-# What is not UTF-8 is decoded to lone surrogates, which no text may hold and no file can be given.
-_NOT_TEXT = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """A row as it lies there: its first line, the byte after it, its fields or its JSON."""
-
-    line: int
-    end_byte: int
-    fields: list[str] = field(default_factory=list)
-    raw: bytes = b""
-    error: str = ""
 
 
 class _Lines:
-    """The lines of a stream, counted while a csv.reader takes them."""
+    """The lines of a stream, counted while they are taken."""
 
-    def __init__(self, stream: IO[bytes], byte: int = 0, line: int = 0) -> None:
-        self.stream, self.byte, self.line = stream, byte, line
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.byte, self.line = stream, 0, 0
 
     def raw(self) -> Iterator[bytes]:
         for raw in self.stream:
             first = self.byte == 0
             self.byte, self.line = self.byte + len(raw), self.line + 1
-            yield raw.removeprefix(_BOM) if first else raw
+            yield raw.removeprefix(BOM) if first else raw
 
     def __iter__(self) -> Iterator[str]:
         for raw in self.raw():
-            yield raw.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+            yield text_rows.decode(raw)[0]
 
 
 def survey(file: InputFile, block_rows: int) -> Survey:
@@ -65,156 +49,135 @@ def survey(file: InputFile, block_rows: int) -> Survey:
     """
     suffix, blocks, rows = suffix_of(file.url), [], 0
     with _open(file.url) as stream:
-        lines = _Lines(stream)
-        header = () if suffix == "jsonl" else _header(lines, file.url, suffix)
+        lines, columns = _Lines(stream), tuple[str, ...]()
+        if suffix != "jsonl":
+            columns, _ = text_rows.header(lines, file.url, suffix)
         start = Block(file.url, first_row=1, rows=0, first_byte=lines.byte, lines_before=lines.line)
-        for frame in _frames(lines, suffix):
-            if not header:
-                row = _parsed(frame, suffix, ())
-                header = tuple(row) if isinstance(row, dict) else ()
+        for found in _row_by_row(lines, suffix):
+            columns = columns or found
             rows += 1
-            if rows == block_rows or frame.end_byte - start.first_byte >= _BLOCK_BYTES:
-                blocks.append(replace(start, rows=rows, end_byte=frame.end_byte))
-                start = replace(start, first_row=start.first_row + rows, first_byte=frame.end_byte,
+            if rows == block_rows or lines.byte - start.first_byte >= _BLOCK_BYTES:
+                blocks.append(replace(start, rows=rows, end_byte=lines.byte))
+                start = replace(start, first_row=start.first_row + rows, first_byte=lines.byte,
                                 lines_before=lines.line)  # fmt: skip
                 rows = 0
         if rows:
             blocks.append(replace(start, rows=rows, end_byte=lines.byte))
-    if blocks and not header:
+    if blocks and not columns:
         raise DataError(
             f"{file.url}: none of its lines is a JSON object with a key",
             hint='write lines like {"text": "...", "id": 1}',
         )
     # Objects may lack keys and order them at will; the rows of one table may not.
-    kind = "JSON lines" if suffix == "jsonl" else ", ".join(header)
-    return Survey(header, header, kind, blocks)
+    kind = "JSON lines" if suffix == "jsonl" else ", ".join(columns)
+    return Survey(columns, columns, kind, blocks)
 
 
-def read(block: Block, layout: Layout) -> Rows:
-    """Read a block; a row that is not UTF-8, not JSON, or of another width is bad."""
-    suffix, kept = suffix_of(block.url), list[dict[str, Any] | bytes]()
-    with _open(block.url) as stream:
-        stream.seek(block.first_byte)
-        content = io.BytesIO(stream.read(block.end_byte - block.first_byte))
-    rows = Rows(block, kept)
-    frames = _frames(_Lines(content, block.first_byte, block.lines_before), suffix)
-    for number, frame in enumerate(frames, block.first_row):
-        row = _parsed(frame, suffix, layout.columns)
-        taken = [] if isinstance(row, str) else [name for name in layout.added if name in row]
-        if isinstance(row, str) or taken:
-            reason = row if isinstance(row, str) else f"has a '{taken[0]}' already"
-            rows.refuse((number, frame.line), reason)
-            continue
-        kept.append(frame.raw if suffix == "jsonl" else row)
-        rows.places.append((number, frame.line))
-        rows.texts.append(tuple(row.get(column) for column in layout.text_columns))
-    return rows
+def _row_by_row(lines: _Lines, suffix: str) -> Iterator[tuple[str, ...]]:
+    """Yield once for each row, when its lines are counted: the keys of the first objects."""
+    if suffix == "csv":
+        for _ in text_rows.frames(lines, suffix):
+            yield ()
+        return
+    keys: tuple[str, ...] = ("",) if suffix == "tsv" else ()
+    for raw in lines.raw():
+        if not text_rows.is_blank(raw, suffix):
+            keys = keys or _keys(raw)
+            yield keys
+
+
+def _keys(raw: bytes) -> tuple[str, ...]:
+    text, is_utf8 = text_rows.decode(raw)
+    (found,) = text_rows.rows([text], "jsonl", (), is_utf8=is_utf8)
+    return tuple(found[2])
+
+
+class Reader:
+    """Reads blocks of one file, which is open until :meth:`close`.
+
+    Raises:
+        OSError: it cannot be read at all.
+    """
+
+    def __init__(self, url: str, layout: Layout) -> None:
+        self._suffix, self._layout = suffix_of(url), layout
+        self._stream = _open(url)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def read(self, block: Block) -> Rows:
+        """Read a block; a row that is not UTF-8, not JSON, or of another width is bad."""
+        suffix, layout, kept = self._suffix, self._layout, list[str]()
+        self._stream.seek(block.first_byte)
+        raw = self._stream.read(block.end_byte - block.first_byte)
+        text, is_utf8 = text_rows.decode(raw if block.first_byte else raw.removeprefix(BOM))
+        lines, found = text_rows.split_lines(text), Rows(block, kept)
+        columns = _columns_of(suffix, layout)
+        added = set(layout.added) if suffix == "jsonl" else set()
+        every = text_rows.rows(lines, suffix, layout.columns, is_utf8=is_utf8)
+        for number, (first, end, row, error) in enumerate(every, block.first_row):
+            place, wrong = (number, block.lines_before + first + 1), error
+            if added and not added.isdisjoint(row):
+                wrong = f"has a '{min(added.intersection(row))}' already"
+            if wrong:
+                found.refuse(place, wrong)
+                continue
+            kept.append(lines[first] if end == first + 1 else "".join(lines[first:end]))
+            found.places.append(place)
+            found.texts.append(columns(row))
+        return found
 
 
 def write(
     rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
 ) -> bytes:
-    """Return the rows at the positions ``good`` with their answers, in the format they came in."""
-    suffix, out = suffix_of(rows.block.url), io.StringIO(newline="")
-    added = zip(*(values.tolist() for values in answers.values()), strict=True)
+    """Return the rows at the positions ``good`` with their answers, in the format they came in.
+
+    A row goes out as it lay there: nothing of it is quoted, rounded or ordered anew.
+    """
+    suffix = suffix_of(rows.block.url)
+    old = [rows.kept[position].rstrip("\r\n") for position in good]
+    added = zip(*(_in_words(values, suffix) for values in answers.values()), strict=True)
     if suffix == "jsonl":
-        for position, values in zip(good, added, strict=True):
-            # Not parsed and written again: numbers keep their digits, and keys their order.
-            row = rows.kept[position].decode().rstrip().removesuffix("}").rstrip()
-            row = row.replace("\r", " ")  # between tokens, where it would end the line for many
-            new = json.dumps(dict(zip(answers, values, strict=True)), ensure_ascii=False)
-            out.write(f"{row}, {new.removeprefix('{')}\n")
-        return out.getvalue().encode()
-    table = [[*layout.columns, *answers]]
-    for position, values in zip(good, added, strict=True):
-        plain = [value if isinstance(value, str) else json.dumps(value) for value in values]
-        table.append([*rows.kept[position].values(), *plain])
+        names = [json.dumps(name, ensure_ascii=False) for name in answers]
+        form = ", ".join(f"{name.replace('%', '%%')}: %s" for name in names) + "}\n"
+        # A \r between tokens would end the line for many.
+        heads = [row.rstrip().removesuffix("}").rstrip().replace("\r", " ") for row in old]
+        new = [f"{head}, {form % values}" for head, values in zip(heads, added, strict=True)]
+        return "".join(new).encode()
+    separator = "," if suffix == "csv" else "\t"
+    names = [*layout.columns, *answers]
+    new = [separator.join(map(text_rows.csv_cell, names) if suffix == "csv" else names)]
+    new += [separator.join((row, *values)) for row, values in zip(old, added, strict=True)]
+    return "".join(f"{line}\n" for line in new).encode()
+
+
+def _columns_of(suffix: str, layout: Layout) -> Callable[[Any], tuple[Any, ...]]:
+    """Return the function that takes the text columns out of a row."""
+    if suffix == "jsonl":
+        return lambda row: tuple([row.get(name) for name in layout.text_columns])
+    places = [layout.columns.index(name) for name in layout.text_columns]
+    return lambda row: tuple([row[place] for place in places])
+
+
+def _in_words(values: NDArray[Any], suffix: str) -> list[str]:
+    """Return a column of answers as it is written; all but labels of CSV and TSV as JSON."""
+    found, escaped = values.tolist(), suffix != "jsonl"
+    if values.dtype.kind == "f":
+        return [repr(value) if math.isfinite(value) else json.dumps(value) for value in found]
+    if values.dtype.kind == "U" and suffix == "tsv":
+        return list(found)
+    # What is not a number is the same in many rows.
+    keys = [tuple(value) for value in found] if values.dtype.kind == "O" else found
+    words = {key: json.dumps(key, ensure_ascii=escaped) for key in set(keys)}
     if suffix == "csv":
-        csv.writer(out, lineterminator="\n").writerows(table)
-    else:
-        out.writelines("\t".join(fields) + "\n" for fields in table)
-    return out.getvalue().encode()
+        plain = values.dtype.kind == "U"
+        words = {key: text_rows.csv_cell(key if plain else word) for key, word in words.items()}
+    return [words[key] for key in keys]
 
 
 def _open(url: str) -> Any:
     store, path = filesystem(url)
     return store.open(path, "rb")
-
-
-def _frames(lines: _Lines, suffix: str) -> Iterator[_Frame]:
-    """Yield the rows of a file one by one; blank lines are none."""
-    if suffix == "jsonl":
-        for raw in lines.raw():
-            if raw.strip():
-                yield _Frame(lines.line, lines.byte, raw=raw.rstrip(b"\r\n"))
-    elif suffix == "tsv":
-        for text in lines:
-            if line := text.rstrip("\n"):
-                # A quotation mark is an ordinary character here (the GLUE files depend on it).
-                yield _Frame(lines.line, lines.byte, line.split("\t"))
-    else:
-        yield from _csv_frames(lines)
-
-
-def _csv_frames(lines: _Lines) -> Iterator[_Frame]:
-    csv.field_size_limit(_FIELD_CHARACTERS)
-    reader = csv.reader(lines, strict=True)
-    while True:
-        first = lines.line + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # The reader begins anew with the next line, in the survey as in the block.
-            reason = f"not CSV: {error}"
-            reason += f", up to line {lines.line}" if lines.line > first else ""
-            # The others are ended by it too early: "a quotation" like this.
-            if "expected after" not in str(error):
-                reason += ": is a quotation mark never closed?"
-            yield _Frame(first, lines.byte, error=reason)
-            continue
-        if fields:
-            yield _Frame(first, lines.byte, fields)
-
-
-def _parsed(frame: _Frame, suffix: str, columns: tuple[str, ...]) -> dict[str, Any] | str:
-    """Return a row by column, or what is wrong with it."""
-    if frame.error:
-        return frame.error
-    if suffix == "jsonl":
-        return _object(frame.raw)
-    if len(frame.fields) != len(columns):
-        return f"expected {len(columns)} fields, found {len(frame.fields)}"
-    if any(_NOT_TEXT.search(value) for value in frame.fields):
-        return "not UTF-8"
-    return dict(zip(columns, frame.fields, strict=True))
-
-
-def _object(line: bytes) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    if not isinstance(row, dict):
-        return f"expected a JSON object, found {type(row).__name__}"
-    if b"\\u" in line and _NOT_TEXT.search(json.dumps(row, ensure_ascii=False)):
-        return "holds half a surrogate pair, which is no character"
-    return row
-
-
-def _header(lines: _Lines, url: str, suffix: str) -> tuple[str, ...]:
-    frame = next(_frames(lines, suffix), None)
-    if frame is None:
-        raise DataError(f"{url} is empty", hint="its first line must name its columns")
-    names = tuple(frame.fields)
-    twice = [name for name in names if names.count(name) > 1]
-    wrong = frame.error or (f"the column '{twice[0]}' appears twice" if twice else "")
-    if wrong or any(_NOT_TEXT.search(name) for name in names):
-        raise DataError(
-            f"{url}, line {frame.line}: {wrong or 'not UTF-8'}",
-            hint="correct the line that names the columns",
-        )
-    return names

@@ -202,7 +202,7 @@ class Tokenise:
                 key=lambda place: columns[place].count,
             )
             text = example[part]
-            giant = columns[part].open > _GIANT_TOKENS * self._open_words
+            giant = columns[part].open_tokens > _GIANT_TOKENS * self._open_words
             sizes[part] = len(text) if giant else _twice(text, sizes[part], left=self._left)
             columns[part] = self._read(text, sizes[part])
         return columns
@@ -222,10 +222,10 @@ class Tokenise:
             left=self._left,
         )
         ids = encoding.ids[first:last]
-        return self._column(ids, whole=False)._replace(open=len(encoding.ids) - len(ids))
+        return self._column(ids, whole=False, open_tokens=len(encoding.ids) - len(ids))
 
-    def _column(self, ids: list[int], *, whole: bool) -> _Column:
-        return _Column(self._cut(ids, self._room), len(ids), whole)
+    def _column(self, ids: list[int], *, whole: bool, open_tokens: int = 0) -> _Column:
+        return _Column(self._cut(ids, self._room), len(ids), whole, open_tokens)
 
     def _cut(self, ids: list[int], most: int) -> list[int]:
         """Return the tokens of a text that are kept if it may have so many."""
@@ -244,17 +244,18 @@ class Tokenise:
         return Tokens(ids, types if self.settings.segment_ids else [0] * len(ids), truncated)
 
 
-class _Column(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Column:
     """The tokens of one text: the ids that may be kept, and how many tokens it has.
 
-    Unless it is ``whole`` it has at least ``count`` of them, and ``open`` ones were read besides
+    Unless it is ``whole`` it has at least ``count`` of them, and ``open_tokens`` were read besides
     that may turn out otherwise.
     """
 
     ids: list[int]
     count: int
     whole: bool
-    open: int = 0
+    open_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

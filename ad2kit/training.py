@@ -207,31 +207,35 @@ def predict_logits(
     return logits
 
 
+def check_compute(model: TextModel, compute: ComputeRecipe) -> None:
+    """Refuse what the recipe says of speed and memory where the family of a model lacks it."""
+    module, family = model.module, model.module.config.model_type
+    if compute.gradient_checkpointing and not module.supports_gradient_checkpointing:
+        raise ModelError(
+            f"compute.gradient_checkpointing: '{family}' does not support it",
+            hint="leave it out, and lower distill.batch_size or raise accumulation_steps",
+        )
+    if compute.compile and layer_stack(module, module.config.num_hidden_layers) is None:
+        raise ModelError(
+            f"compute.compile: the layers of a '{family}' share their weights, or cannot be found",
+            hint="set compute.compile=false",
+        )
+
+
 def prepare(model: TextModel, compute: ComputeRecipe) -> None:
     """Apply what the recipe says of speed and memory to a model that will be trained.
 
     Layers are compiled one by one: the word embeddings stay outside, where their hook lives.
 
     Raises:
-        ModelError: the family does not have it.
+        ModelError: see :func:`check_compute`.
     """
+    check_compute(model, compute)
     module = model.module
     if compute.gradient_checkpointing:
-        try:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise ModelError(
-                f"compute.gradient_checkpointing: {error}",
-                hint="leave it out, and lower distill.batch_size or raise accumulation_steps",
-            ) from error
+        module.gradient_checkpointing_enable({"use_reentrant": False})
     if compute.compile:
-        stack = layer_stack(module, module.config.num_hidden_layers)
-        if stack is None:
-            raise ModelError(
-                f"compute.compile: the layers of a '{module.config.model_type}' share their "
-                "weights, or cannot be found",
-                hint="set compute.compile=false",
-            )
+        stack = layer_stack(module, module.config.num_hidden_layers) or ""
         for layer in module.get_submodule(stack.rstrip(".")).children():
             layer.compile(dynamic=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import computed_field
@@ -12,6 +13,8 @@ from ad2kit.sections import ParityRecipe  # noqa: TC001  (pydantic reads it at r
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 class QuantisationTrial(Part):
@@ -41,7 +44,7 @@ class QuantisationSearch(Record):
 
 
 class Check(Part):
-    """One threshold of the gate beside the value that was measured."""
+    """One threshold of the gate beside the value that was measured, and what it may be due to."""
 
     question: Literal["export fidelity", "conversion cost", "distillation quality"]
     name: str
@@ -49,6 +52,7 @@ class Check(Part):
     bound: Literal["at most", "at least"]
     threshold: float
     interval: tuple[float, float] | None = None
+    note: str | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -57,6 +61,12 @@ class Check(Part):
         if self.bound == "at most":
             return self.value <= self.threshold
         return self.value >= self.threshold
+
+    @property
+    def words(self) -> str:
+        """The check as a sentence: what was measured, and what was expected."""
+        note = "" if self.note is None else f"; {self.note}"
+        return f"{self.name} is {self.value:.4g}, expected {self.bound} {self.threshold:g}{note}"
 
 
 class LengthSlice(Part):
@@ -68,12 +78,20 @@ class LengthSlice(Part):
     teacher_score: float
 
 
+class ClassRecall(Part):
+    """The rows of a class (or of a label), and the shares of them that teacher and variant find."""
+
+    rows: int
+    teacher: float
+    variant: float
+
+
 class VariantParity(Part):
     """One variant against the PyTorch student, fp32 and the teacher.
 
     ``score`` is the mean of ``metrics``. McNemar's test and calibration (ECE) are of single-label
     tasks alone; ``ece`` is of the probabilities that are served, ``ece_unscaled`` of those without
-    the temperature. ``slices`` begin with the one that lost most to the teacher.
+    the temperature. ``slices`` begin with the shortest texts.
     """
 
     variant: str
@@ -84,7 +102,7 @@ class VariantParity(Part):
     retained_interval: tuple[float, float]
     smallest_detectable_difference: float
     mcnemar_p: float | None
-    recall_change_by_class: dict[str, float]
+    recall_by_class: dict[str, ClassRecall]
     temperature: float
     ece: float | None
     ece_unscaled: float | None
@@ -122,18 +140,71 @@ class ParityReport(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """Whether every variant that the recipe asks for passed."""
-        return all(variant.passed for variant in self.variants)
+        """Whether there is a variant to ship: a verdict belongs to a variant."""
+        return any(variant.passed for variant in self.variants)
+
+    def words(self) -> list[str]:
+        """Return a line for each variant: that it passed, or every reason why it did not."""
+        return [
+            f"{verdict.variant}: passed"
+            if verdict.passed
+            else f"{verdict.variant}: FAILED; "
+            + "; ".join(check.words for check in verdict.checks if not check.passed)
+            for verdict in self.variants
+        ]
 
     def failures(self, variant: str | None = None) -> list[str]:
         """Return a line for each check that failed, of one variant or of all."""
         return [
-            f"{verdict.variant}: {check.name} is {check.value:.4g}, expected {check.bound} "
-            f"{check.threshold:g}"
+            f"{verdict.variant}: {check.words}"
             for verdict in self.variants
             for check in verdict.checks
             if not check.passed and variant in (None, verdict.variant)
         ]
+
+
+class CampaignVerdict(Part):
+    """What the rule of a campaign said of a variant, at the ``look``-th look at validation rows.
+
+    The ``interval`` of what the variant retains misses the truth with the chance ``error``.
+    """
+
+    variant: str
+    manifest_sha256: str
+    look: int
+    error: float
+    interval: tuple[float, float]
+    failures: tuple[str, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against the variant."""
+        return not self.failures
+
+
+class CampaignRecord(Record):
+    """``campaign.json``: which campaign made a run, and what its own rule said of the variants.
+
+    A command takes the run of a campaign only if it is named. Where the campaign has a ``rule``,
+    a variant may be shipped if this rule and the gate have passed it.
+    """
+
+    file_name: ClassVar[str] = "campaign.json"
+
+    command: str
+    rule: str | None = None
+    verdicts: tuple[CampaignVerdict, ...] = ()
+
+    def refusals(self, variant: str, manifest_sha256: str) -> list[str]:
+        """Return what the rule has against shipping a variant; nothing if it has passed."""
+        if self.rule is None:
+            return []
+        rule = f"by the rule of `{self.command}` ({self.rule})"
+        for verdict in self.verdicts:
+            if (verdict.variant, verdict.manifest_sha256) == (variant, manifest_sha256):
+                return [f"{failure}, {rule}" for failure in verdict.failures]
+        return [f"{variant}: not passed {rule}: it was not judged as it lies there"]
 
 
 class RowAnswers(Record):
@@ -149,28 +220,36 @@ class RowAnswers(Record):
 
 
 def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = None) -> None:
-    """Stop where a gate said no to ``what``; ``report`` is where the whole verdict lies.
+    """Say the verdict on each variant, and stop where none passed.
+
+    Args:
+        verdict: of the gate.
+        what: was judged.
+        report: where the whole verdict lies.
 
     Raises:
         GateFailed: names every check that failed, with its value and its threshold.
     """
-    if not verdict.passed:
-        if report is None:
-            hint = "look at tokenizer, labels and export; --json shows all checks"
-        elif any(_is_unfaithful(check) for found in verdict.variants for check in found.checks):
-            hint = (
-                f"the whole report is {report}; the artefact computes something else than the "
-                "student that was trained, which no training mends: look at the first of these "
-                f"checks, and export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
-            )
-        else:
-            hint = (
-                f"the whole report is {report}; train longer, change the student, or leave the "
-                "variant out (export.variants)"
-            )
-        raise GateFailed(
-            f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()), hint=hint
+    if verdict.passed:
+        for line in verdict.words():
+            logger.info("parity: %s", line)
+        return
+    if report is None:
+        hint = "look at tokenizer, labels and export; --json shows all checks"
+    elif any(_is_unfaithful(check) for found in verdict.variants for check in found.checks):
+        hint = (
+            f"the whole report is {report}; the artefact computes something else than the student "
+            "that was trained, which no training mends: look at the first of these checks, and "
+            f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
         )
+    else:
+        hint = (
+            f"the whole report is {report}; train longer, change the student, or leave the variant "
+            "out (export.variants)"
+        )
+    raise GateFailed(
+        f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()), hint=hint
+    )
 
 
 def _is_unfaithful(check: Check) -> bool:

@@ -8,6 +8,7 @@ import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ad2kit.errors import UserError
@@ -27,9 +28,9 @@ _scorer: Scorer | None = None
 
 def score_here(work: Work, blocks: list[Numbered]) -> Iterator[Done]:
     """Score blocks one after the other in this process."""
-    scorer = Scorer(work)
-    for block in blocks:
-        yield scorer(*block)
+    with closing(Scorer(work)) as scorer:
+        for block in blocks:
+            yield scorer(*block)
 
 
 def score_in_processes(work: Work, blocks: list[Numbered], workers: int) -> Iterator[Done]:

@@ -27,7 +27,7 @@ from ad2kit.classifier import OnnxClassifier
 from ad2kit.openapi import ClassifyRequest
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus, environment
-from ad2kit.service_metrics import ServiceMetrics
+from ad2kit.service_metrics import ServiceMetrics, metrics_folder
 from bench.load import closed_loop
 from bench.serve import BARE, OURS, drive, requests, serving, sure_texts
 
@@ -58,7 +58,7 @@ def parts(classifier: OnnxClassifier, texts: list[str]) -> dict[str, float]:
     logits = [classifier.run(encodings) for encodings in encoded]
     answers = [classifier.predictions(e, row) for e, row in zip(encoded, logits, strict=True)]
     plain = [[{"label": a.label, "score": a.score} for a in each] for each in answers]
-    metrics = ServiceMetrics()
+    metrics = ServiceMetrics(metrics_folder(), os.getpid())
 
     def counted() -> Iterable[object]:
         for each in answers:

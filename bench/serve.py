@@ -21,7 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from ad2kit.runtime import available_cpus, environment
 from bench.load import Load, Request, closed_loop, open_loop, post
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 OURS, BARE, STOCK, FITTED = "ad2kit", "uvicorn", "stock BentoML", "BentoML, fitted"
@@ -96,35 +95,75 @@ def in_process_limit(folder: Path, texts: list[str], seconds: float) -> dict[str
     return found
 
 
+class Ended(RuntimeError):
+    """A server ended before it was ready."""
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody holds now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    log: Path,
+    is_ready: Callable[[], bool],
+    *,
+    cwd: Path | None = None,
+    patience_s: float = 120.0,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server, in a session of its own; in the end neither it nor its children are left.
+
+    Raises:
+        Ended: before it was ready; with the end of its log.
+        RuntimeError: it was not ready in time.
+    """
+    start, family = time.monotonic(), list[psutil.Process]()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=env, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            while not is_ready():
+                if process.poll() is not None:
+                    raise Ended(f"exit code {process.returncode}: {_end_of(log)}")
+                if time.monotonic() > start + patience_s:
+                    raise RuntimeError(f"not ready after {patience_s:g} s: {_end_of(log)}")
+                time.sleep(0.02)
+            yield process
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            for left in (process, *family):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.wait()
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
+
+
 @contextlib.contextmanager
 def serving(name: str, tag: str, folder: Path, workers: int) -> Iterator[tuple[int, float]]:
     """Start a server; yield its port and the seconds that it took to answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, start = free_port(), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         env = {**os.environ, "AD2KIT_BENCH_MODEL": str(folder.resolve()), "OMP_NUM_THREADS": "1",
                "AD2KIT_BENCH_WORKERS": str(workers), "AD2KIT_BENCH_SCRATCH": scratch}  # fmt: skip
         command = [sys.executable, str(Path(__file__).parent / "servers.py"), name, "--port"]
         if name == OURS:
             command = [sys.executable, "-m", "bentoml", "serve", tag, "--port"]
-        log, start = Path(scratch) / "log", time.monotonic()
-        with log.open("wb") as file:
-            process = subprocess.Popen([*command, str(port)], env=env, stdout=file, stderr=file,
-                                       start_new_session=True, cwd=Path.cwd())  # fmt: skip
-            try:
-                while not listening(port, name):
-                    if process.poll() is not None or time.monotonic() > start + 120:
-                        raise RuntimeError(f"{name} does not start: {log.read_text()[-2000:]}")
-                    time.sleep(0.02)
-                yield port, time.monotonic() - start
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+        log = Path(scratch) / "log"
+        with started([*command, str(port)], env, log, lambda: listening(port, name)):
+            yield port, time.monotonic() - start
 
 
 def listening(port: int, name: str) -> bool:

@@ -70,8 +70,10 @@ def fastapi_app() -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    model = ORTModelForSequenceClassification.from_pretrained(MODEL, session_options=options)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = ORTModelForSequenceClassification.from_pretrained(
+        MODEL, session_options=options, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
     app = FastAPI()
 

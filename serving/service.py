@@ -1,8 +1,9 @@
 """The BentoML service of an ad2kit student: ``bentoml serve``.
 
 It serves the artefact that is packed beside this file in a Bento; in a checkout, the most recent
-run that passed its parity gate, or what ``--arg model=FOLDER`` names. Neither torch nor
-transformers is imported.
+run that passed its parity gate, or what ``AD2KIT_MODEL`` or ``--arg model=FOLDER`` names. Its
+settings are those of :class:`ad2kit.service_arguments.Settings`. Neither torch nor transformers is
+imported.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request  # noqa: TC002  (Starlette reads the annotation)
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.config import HTTP_PROTOCOLS
 
 from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
-from ad2kit.classifier import OnnxClassifier, servable_artifact
+from ad2kit.classifier import OnnxClassifier
+from ad2kit.connections import bounded, insist_on_files
 from ad2kit.error_contract import ErrorContract
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
@@ -44,62 +47,60 @@ from ad2kit.openapi import (
     document,
 )
 from ad2kit.runtime import available_cpus
-from ad2kit.service_arguments import Arguments
-from ad2kit.service_metrics import ServiceMetrics, exposition
+from ad2kit.service_metrics import ServiceMetrics, metrics_folder
+from ad2kit.service_process import end_with_parent, refusals, this_server
 from ad2kit.shadow import Shadow
-from ad2kit.shipping import latest_passed_run
 from ad2kit.verdicts import ParityReport
 
 logger = logging.getLogger("ad2kit.service")
 
-MAX_BODY_BYTES = 2**20
 MAX_QUEUE_TEXTS = 1024
 MAX_QUEUE_TOKENS = 2**17
 MAX_BATCH_TOKENS = 1024
 DEADLINE_S = 10.0
 # What is accepted must be answered in time, also when the machine gets slower meanwhile.
 MAX_WAIT_S = DEADLINE_S / 4
-# A client that sends its body a byte at a time must not stay for ever.
-READ_S = 30.0
 # How long Python lets the event loop run on when the engine's thread has a result (default 5 ms).
 SWITCH_S = 0.0005
-EXPECTED = f'send {{"texts": ["..."]}} with 1 to {MAX_TEXTS} texts that are not empty'
+LIMITS = (
+    "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_headers", "max_connections",
+    "header_timeout_s", "body_timeout_s", "write_timeout_s",
+)  # fmt: skip
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
-arguments = bentoml.use_arguments(Arguments)
-WORKERS = arguments.workers or max(1, available_cpus() // (arguments.threads or 1))
-
-
-def artifact_folder() -> Path:
-    """Return the folder of the artefact to serve; see the module's docstring."""
-    packed = Path(__file__).parent / "artifact"
-    if arguments.model is not None:
-        return servable_artifact(arguments.model)
-    if packed.is_dir():
-        return packed
-    here = Path(arguments.runs_dir or "runs")
-    if arguments.runs_dir is None and not here.is_dir():
-        here = Path(__file__).parent.parent / "runs"
-    return servable_artifact(latest_passed_run(here).path)
+# Found once: bentoml looks its names up at each use, which takes longer than the call.
+this_service = bentoml.get_current_service
+WORKER: int | None = bentoml.server_context.worker_index  # None in the parent process
+with refusals():
+    server = this_server(
+        Path(__file__).parent, vars(bentoml.use_arguments()), worker=WORKER is not None
+    )
+    settings, KEYS = server.settings, server.settings.keys()
+    insist_on_files(settings.max_connections)
+WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
 
 async def info(_request: Request) -> JSONResponse:
     """Answer GET /info; a BentoML API could only be POSTed to."""
-    return JSONResponse(bentoml.get_current_service().info())
+    return JSONResponse(this_service().info())
 
 
 async def page(_request: Request) -> Response:
     """Answer GET / for people; it asks nobody but this service."""
     content = (Path(__file__).parent / "page.html").read_bytes()
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    headers = {"Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'"}
+    headers = {
+        "Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'",
+        "Referrer-Policy": "no-referrer",  # its address may hold texts
+    }
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
 async def metrics(_request: Request) -> Response:
     """Answer GET /metrics with what all workers have counted."""
-    return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    found = this_service().metrics.exposition()
+    return Response(found, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @bentoml.service(
@@ -120,9 +121,11 @@ class Ad2kitClassifier:
 
     def __init__(self) -> None:
         log_as_json()
+        if server.pid != os.getpid():
+            end_with_parent(server.pid, drain_s=settings.body_timeout_s + DEADLINE_S)
         sys.setswitchinterval(SWITCH_S)
-        folder = artifact_folder()
-        threads = arguments.threads or max(1, available_cpus() // WORKERS)
+        folder = server.artifact
+        threads = settings.threads or max(1, available_cpus() // WORKERS)
         self.classifier = OnnxClassifier(folder, threads=threads)
         lineage = Path(__file__).with_name("lineage.json")  # in a Bento
         report = folder / ParityReport.file_name
@@ -134,7 +137,7 @@ class Ad2kitClassifier:
         start = time.perf_counter()
         compared = warm_up(self.classifier)
         seconds = time.perf_counter() - start
-        self.metrics = ServiceMetrics()
+        self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
         self.batcher = Batcher(
             self.classifier.run, max_batch_tokens=MAX_BATCH_TOKENS,
             max_queue_texts=MAX_QUEUE_TEXTS, max_queue_tokens=MAX_QUEUE_TOKENS,
@@ -142,13 +145,13 @@ class Ad2kitClassifier:
             observe=self.observe,
         )  # fmt: skip
         self.shadow = None
-        if arguments.shadow is not None:
-            teacher = OnnxClassifier(servable_artifact(arguments.shadow), threads=1)
-            share, observe = arguments.shadow_share, self.metrics.shadowed
+        if server.shadow is not None:
+            teacher = OnnxClassifier(server.shadow, threads=1)
+            share, observe = settings.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
-            self.classifier, self.batcher, deadline_s=DEADLINE_S,
-            metrics=self.metrics, shadow=self.shadow, access_log=arguments.access_log,
+            self.classifier, self.batcher, deadline_s=DEADLINE_S, max_wait_s=MAX_WAIT_S,
+            metrics=self.metrics, shadow=self.shadow, access_log=settings.access_log,
         )  # fmt: skip
         facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
                  "threads": threads, "golden_answers": compared,
@@ -157,6 +160,12 @@ class Ad2kitClassifier:
         gc.collect()
         gc.freeze()
         logger.info("ready", extra=facts)
+
+    @bentoml.on_deployment
+    def hand_on() -> None:
+        """Tell the workers what the parent process has decided, before it starts them."""
+        with refusals():
+            server.hand_on()
 
     def observe(self, facts: BatchFacts) -> None:
         """Record a batch, and what waits behind it."""
@@ -183,10 +192,10 @@ class Ad2kitClassifier:
             "model_sha256": artifact.files["model.onnx"],
             "limits": {
                 "texts": MAX_TEXTS,
-                "body_bytes": MAX_BODY_BYTES,
                 "queue_texts": MAX_QUEUE_TEXTS,
                 "queue_tokens": MAX_QUEUE_TOKENS,
                 "deadline_s": DEADLINE_S,
+                **{name.removeprefix("max_"): getattr(settings, name) for name in LIMITS},
             },
             "lineage": artifact.lineage,
             "parity": self.parity,
@@ -198,25 +207,33 @@ class Ad2kitClassifier:
         texts, _ = self.batcher.waiting
         logger.info("draining", extra={"waiting_texts": texts})
         await self.batcher.close()
+        self.api.close()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
 
 
 def reject(status: int, reason: str) -> None:
     """Count an error."""
-    bentoml.get_current_service().metrics.rejected(status, reason)
-    if arguments.access_log:
+    this_service().metrics.rejected(status, reason)
+    if settings.access_log:
         logger.info("refused", extra={"status": status, "reason": reason})
+
+
+def admit(method: bytes, path: bytes) -> None:
+    """Refuse a request of texts while the queue is full, before anything is spent on it."""
+    if method == b"POST" and path.rstrip(b"/") == b"/classify":
+        this_service().api.insist_on_room()
 
 
 def openapi() -> dict[str, Any]:
     """Return the document of this service and its model."""
-    artifact = bentoml.get_current_service().classifier.artifact
+    artifact = this_service().classifier.artifact
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-KEYS = arguments.api_keys()
-arguments.insist_on_models(artifact_folder)
+# BentoML builds uvicorn's configuration itself and lets nobody choose a protocol. In this table
+# that configuration looks its default up; it takes a class in place of the name of one.
+HTTP_PROTOCOLS["auto"] = bounded(settings, reject, admit)  # type: ignore[assignment]
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
@@ -226,12 +243,10 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
-    max_body_bytes=MAX_BODY_BYTES,
+    max_body_bytes=settings.max_body_bytes,
     observe=reject,
     hints={
         413: f"send at most {MAX_TEXTS} texts per request",
-        422: EXPECTED,
-        400: EXPECTED,
         504: f"the deadline is {DEADLINE_S:g} s; retry, or send fewer texts",
     },
 )
@@ -242,5 +257,5 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    Direct, path="/classify", handler=lambda: bentoml.get_current_service().api, read_s=READ_S
+    Direct, path="/classify", handler=lambda: this_service().api
 )

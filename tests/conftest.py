@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ad2kit import recipe as recipes
+from ad2kit.__main__ import main
 from ad2kit.run_dir import RunDir, open_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ad2kit.recipe import Recipe
+    from ad2kit.records import BentoRecord
 
 # Real data lies beside the checkout on the machines of the developers.
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -101,12 +104,44 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe)
     return run
 
 
+@pytest.fixture(scope="session")
+def packaged(
+    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, BentoRecord]:
+    """A copy of the finished run and the record of its Bento. Do not change them."""
+    from ad2kit.package import package
+
+    folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
+    shutil.copytree(finished_run.path, folder)
+    run = RunDir(folder)
+    return run, package(run)
+
+
 @pytest.fixture
 def copied_run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     """A copy of the finished run that a test may damage."""
     folder = tmp_path / "runs" / finished_run.path.name
     shutil.copytree(finished_run.path, folder)
     return RunDir(folder)
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def ad2kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command line in this process."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ad2kit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
 
 
 @pytest.fixture

@@ -77,6 +77,9 @@ FAMILIES = {
     "xlm-roberta": Family(
         "XLMRoberta", "unigram", ROBERTA, config=_sizes(LONGEST + 2, type_vocab_size=1)
     ),
+    "camembert": Family(
+        "Camembert", "unigram", ROBERTA, config=_sizes(LONGEST + 2, type_vocab_size=1)
+    ),
     # As the published v3: positions are relative alone, in buckets.
     "deberta-v2": Family("DebertaV2", "unigram", DEBERTA, config=_sizes(
         relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,

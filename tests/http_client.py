@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ad2kit.package import served
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 CHECKOUT = Path(__file__).parents[1]
 SERVICE = "serving.service:Ad2kitClassifier"
@@ -24,6 +25,27 @@ def serving(folder: Path, *given: str) -> Iterator[str]:
     arguments = ["--working-dir", str(CHECKOUT), *(f"--arg={each}" for each in given)]
     with served(SERVICE, folder, *arguments) as address:
         yield address
+
+
+def wait_for(what: Callable[[], Any]) -> None:
+    """Wait until something is true, which a server does in its own time."""
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The records of the workers; the lines of BentoML's parent process are not JSON."""
+    lines = (folder / "server.log").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def metrics_of(address: str) -> dict[str, float]:
+    """What a service has counted, by name and labels."""
+    lines = call(address, "GET", "/metrics").body.decode().splitlines()
+    rows = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in rows}
 
 
 class Reply(NamedTuple):

@@ -30,11 +30,12 @@ from ad2kit.compare_report import (
 )
 from ad2kit.distill import distill
 from ad2kit.errors import RecipeError, nearest
-from ad2kit.files import fingerprint, write_record, write_text
+from ad2kit.files import fingerprint, locked, write_record, write_text
 from ad2kit.judge import Judge
 from ad2kit.recipe import from_data
 from ad2kit.run_dir import open_run
 from ad2kit.runtime import is_first_process
+from ad2kit.verdicts import CampaignRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +94,11 @@ def compare(
     teacher, environment = 0.0, dict[str, str]()
     for seed in range(recipe.seed, recipe.seed + seeds):
         for method, variant in variants.items():
-            run = open_run(_with_seed(variant, seed), runs_dir)
+            run = open_run(
+                _with_seed(variant, seed),
+                runs_dir,
+                campaign=CampaignRecord(command="ad2kit compare"),
+            )
             logger.info("%s, seed %d: %s", method, seed, run.path)
             distilled = distill(run, on_step=on_step, allow_inexact=allow_inexact)
             found[method].append(judge.answers(run.student))
@@ -114,7 +119,7 @@ def compare(
             )
     report = CompareReport(
         recipe=recipe.name,
-        inputs=fingerprint(recipe.model_dump(mode="json")),
+        inputs=fingerprint(recipe.model_dump(mode="json"), list(variants), seeds),
         metrics=recipe.data.judged_by,
         rows=len(data.validation),
         teacher_score=teacher,
@@ -126,9 +131,10 @@ def compare(
     folder = runs_dir / f"compare-{recipe.name}-{report.inputs[:8]}"
     if is_first_process():
         folder.mkdir(exist_ok=True)
-        write_record(folder / "compare.json", report)
-        write_text(folder / "compare.md", markdown(report))
-        plot(report, folder / "compare.svg")
+        with locked(folder):
+            write_record(folder / "compare.json", report)
+            write_text(folder / "compare.md", markdown(report))
+            plot(report, folder / "compare.svg")
     return report, folder
 
 

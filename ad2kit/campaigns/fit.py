@@ -42,6 +42,7 @@ from ad2kit.runtime import processes
 from ad2kit.stopwatch import Stopwatch
 from ad2kit.tasks import answers
 from ad2kit.training import predict_logits
+from ad2kit.verdicts import CampaignRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -149,6 +150,11 @@ class _Search:
     trained: tuple[Cost, ...] = ()
     package: tuple[str, str] | None = None
 
+    @property
+    def rule(self) -> CampaignRecord:
+        """What is written into each candidate: it passes this target, or is not shipped."""
+        return CampaignRecord(command="ad2kit fit", rule=str(self.target))
+
     def measure(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
         """Return what the untrained teacher costs, and what each shape does, the cheapest first.
 
@@ -194,9 +200,13 @@ class _Search:
         """Distil a candidate, judge it, each as far as it is worth it; say what became of it."""
         # Of this target's own: its gate must not take the place of another run's.
         folder = Path(f"{self.folder}-{fingerprint(str(candidate.shape))[:8]}")
-        run = open_run(self._recipe_for(candidate.shape), self.runs_dir, folder)
-        candidate = candidate.model_copy(update={"run": run.path.name})
-        logger.info("%s: %s", candidate.shape, run.path)
+        recipe = self._recipe_for(candidate.shape)
+        with open_run(recipe, self.runs_dir, folder, campaign=self.rule).locked() as run:
+            write_record(run.campaign_record, self.rule)  # what an earlier search said is void
+            logger.info("%s: %s", candidate.shape, run.path)
+            return self._trial(candidate.model_copy(update={"run": run.path.name}), run)
+
+    def _trial(self, candidate: Candidate, run: RunDir) -> Candidate:
         try:
             distilled = self._distill(run)
         except _GivenUp:
@@ -207,8 +217,8 @@ class _Search:
             )  # fmt: skip
         except DivergedError as error:
             return candidate.ended("diverged", error.message)
-        score, needed = distilled.student_select_score, self.judge.needed()
-        needed *= distilled.teacher_select_score
+        score = distilled.student_select_score
+        needed = self.judge.needed() * _something(distilled.teacher_select_score)
         facts: dict[str, Any] = {"select_score": score, "train_seconds": distilled.train_seconds}
         if score < needed:
             reason = f"{score:.4f} on select, needed {needed:.4f}"
@@ -230,10 +240,17 @@ class _Search:
     def _gate(
         self, candidate: Candidate, run: RunDir, able: list[Cost], facts: dict[str, Any]
     ) -> Candidate:
-        """Judge the variants that are worth it, fastest first, on the validation rows."""
+        """Judge the variants that are worth it, fastest first, on the validation rows.
+
+        The verdicts are written into the run, of which nothing else may be shipped.
+        """
         report, failures = parity(run), list[str]()
+        record = self.rule
         for cost in sorted(able, key=lambda cost: cost.p50_ms):
             look = self.judge.look(run, report, cost.variant)
+            verdicts = (*record.verdicts, look.verdict())
+            record = record.model_copy(update={"verdicts": verdicts})
+            write_record(run.campaign_record, record)
             facts |= look.facts()
             if not look.failures:
                 bench.bench(run, again=False)
@@ -274,7 +291,7 @@ class _Search:
             encoded = datasets.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
             logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
             found = answers(self.data.task, logits)
-            self.teacher_score = score(self.recipe.data.judged_by, found, select.labels)
+            self.teacher_score = _something(score(self.recipe.data.judged_by, found, select.labels))
         return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
 
     def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
@@ -284,9 +301,9 @@ class _Search:
         even if it would not pass the gate: the gain of a student is not to be overstated.
         """
         whole = self._recipe_for(shapes.whole(self.teacher))
-        teacher = open_run(whole, self.runs_dir, self.folder / "teacher")
-        fill_with_teacher(teacher, run)
-        export(teacher)
+        with open_run(whole, self.runs_dir, self.folder / "teacher").locked() as teacher:
+            fill_with_teacher(teacher, run)
+            export(teacher)
         variants, threads = self.recipe.export.variants, self.stopwatch.threads
         folders = {f"teacher {variant}": teacher.onnx(variant) for variant in variants}
         folders |= {variant: run.onnx(variant) for variant in variants}
@@ -298,3 +315,15 @@ class _Search:
         what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
         self.trained = self.stopwatch.measure(what, make, list(folders)[: len(variants)])
         return self.trained[len(variants) :]
+
+
+def _something(teacher_score: float) -> float:
+    """Return the score of a teacher on ``select`` if it has one, of which a share can be kept."""
+    if teacher_score <= 0:
+        raise UserError(
+            f"the teacher scores {teacher_score:.4f} on `select`: there is nothing that a student "
+            "could retain",
+            hint="look at the order of data.labels, or train the teacher longer: "
+            "`ad2kit run RECIPE` shows what it scores",
+        )
+    return teacher_score

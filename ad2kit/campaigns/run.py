@@ -29,10 +29,11 @@ def run_all(
 ) -> BentoRecord:
     """Take a run from its recipe to a published Bento.
 
-    Latency is measured and the report written even where the gate says no.
+    The verdict comes first: only what passed is measured and packaged. The report is written even
+    where nothing passed.
 
     Raises:
-        GateFailed: a variant did not pass, or the service differs from its artefact.
+        GateFailed: no variant passed, or the service differs from its artefact.
         UserError: see the stages.
     """
     if processes() > 1:
@@ -41,12 +42,13 @@ def run_all(
             hint="`accelerate launch -m ad2kit distill ...` first; then `ad2kit run` with the "
             "same settings goes on from there",
         )
-    distill(run, on_step=on_step, allow_inexact=allow_inexact)
-    export(run)
-    verdict = parity(run)
-    bench(run, again=False)
-    report(run)
-    insist_passed(verdict, run.path, report=run.parity_report)
-    record = package(run)
-    report(run)
+    with run.locked() as held:
+        distill(held, on_step=on_step, allow_inexact=allow_inexact)
+        export(held)
+        verdict = parity(held)
+        report(held)
+        insist_passed(verdict, run.path, report=run.parity_report)
+        bench(held, again=False)
+        record = package(held)
+        report(held)
     return record

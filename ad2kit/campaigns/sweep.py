@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-from filelock import FileLock, Timeout
 
 from ad2kit import data as datasets
 from ad2kit.campaigns.trial import Job, make_teacher, run_trial
 from ad2kit.cluster import insist_on_answer, ray_cluster
-from ad2kit.errors import RunError, UserError
-from ad2kit.files import fingerprint, write_record, write_text
+from ad2kit.errors import UserError
+from ad2kit.files import fingerprint, locked, write_record, write_text
 from ad2kit.judge import Judge
 from ad2kit.mirror import Mirror
 from ad2kit.records import DistillReport
@@ -88,13 +87,7 @@ def sweep(
     for configuration in recipe.sweep.grid(recipe.distill):
         job.recipe_of(configuration, recipe.seed)  # all are checked before the first is trained
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock", timeout=0).acquire()
-    except Timeout as error:
-        raise RunError(
-            f"{folder} is being written by another ad2kit process", hint="wait for it, or stop it"
-        ) from error
-    with lock, ExitStack() as stack:
+    with locked(folder), ExitStack() as stack:
         search = _Search(job, Ledger(folder / "trials.jsonl"), address, stack)
         best = _best(search.explore())
         search.train((best, seed) for seed in job.seeds())

@@ -33,7 +33,8 @@ def export_teacher(run: RunDir) -> RunDir:
     whole = shapes.whole(models.load(run.teacher, distilled.labels, distilled.task))
     recipe = run.recipe.model_copy(update={"student": shapes.section(whole, whole)})
     teacher = open_run(recipe, run.path.parent, run.teacher_run)
-    fill_with_teacher(teacher, run)
-    export(teacher)
-    parity(teacher)
+    with teacher.locked() as held:
+        fill_with_teacher(held, run)
+        export(held)
+        parity(held)
     return teacher

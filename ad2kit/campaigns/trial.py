@@ -17,16 +17,19 @@ from ad2kit.distill import distill, teach
 from ad2kit.errors import DivergedError, UserError, no_room_left
 from ad2kit.files import fingerprint
 from ad2kit.recipe import Recipe, from_data
-from ad2kit.run_dir import RunDir, open_run
+from ad2kit.run_dir import open_run, run_folder
 from ad2kit.search_space import Configuration
+from ad2kit.verdicts import CampaignRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.mirror import Mirror
     from ad2kit.records import StepRecord
+    from ad2kit.run_dir import RunDir
     from ad2kit.sweep_report import Key
 
+_CAMPAIGN = CampaignRecord(command="ad2kit sweep")
 # A worker whose driver was killed may live on for a moment.
 _SECONDS_TO_DIE = 60.0
 
@@ -56,14 +59,16 @@ class Job:
 
     def run_name(self, key: Key) -> str:
         """Return the name of the run folder of one trial."""
-        return open_run(self.recipe_of(*key), self.runs_dir).path.name
+        return run_folder(self.recipe_of(*key), self.runs_dir).name
 
     def run(self, configuration: Configuration, seed: int) -> RunDir:
         """Return the run of one trial, taken back from the storage if it is finished there."""
-        run = open_run(self.recipe_of(configuration, seed), self.runs_dir)
+        recipe = self.recipe_of(configuration, seed)
+        run = open_run(recipe, self.runs_dir, campaign=_CAMPAIGN)
         if self.mirror and not run.distill_report.is_file():
             run.wait_until_free(_SECONDS_TO_DIE)
-            self.mirror.take(run.path, run.path.name, last=run.distill_report.name)
+            with run.locked():
+                self.mirror.take(run.path, run.path.name, last=run.distill_report.name)
         return run
 
     def enter(self, configuration: Configuration, seed: int) -> RunDir:
@@ -73,7 +78,8 @@ class Job:
         run = self.run(configuration, seed)
         run.wait_until_free(_SECONDS_TO_DIE)
         if self.mirror and not (run.teacher / models.MANIFEST).is_file():
-            self.mirror.take(run.teacher, self.teacher_name(), last=models.MANIFEST)
+            with run.locked():
+                self.mirror.take(run.teacher, self.teacher_name(), last=models.MANIFEST)
         return run
 
     def first(self) -> Key:

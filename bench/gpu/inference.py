@@ -163,7 +163,8 @@ def main() -> None:
             first = next(iter(calls))
             for batch, length in SHAPES:
                 ids = generator.integers(999, 20_000, size=(batch, length))
-                seconds = measure(calls, ids, options.seconds)
+                rounds = measure(calls, ids, options.seconds)
+                seconds = {name: np.concatenate(each) for name, each in rounds.items()}
                 medians = {name: float(np.median(times)) for name, times in seconds.items()}
                 print(f"\n{size}, batch {batch} x {length}{'p50 ms':>16}{'p99 ms':>9}"
                       f"{'texts/s':>10}{'ratio':>7}")  # fmt: skip

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,34 +16,15 @@ import onnxruntime
 import pytest
 
 from ad2kit import doctor
-from ad2kit.__main__ import main
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
+from ad2kit.terminal import next_steps
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ALONE = [sys.executable, "-m", "ad2kit"]
-
-
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def ad2kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command line in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ad2kit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 def test_recipes_and_version(ad2kit: Any) -> None:
@@ -56,7 +38,40 @@ def test_check_accepts_the_demo_and_prints_it_whole(ad2kit: Any) -> None:
     assert checked.code == 0
     result = json.loads(checked.out)
     assert result["recipe"]["distill"]["lr"] == 5e-5
-    assert result["rows"] == {"train": 2200, "select": 200, "validation": 640}
+    rows = {name: split["rows"] for name, split in result["splits"].items()}
+    assert rows == {"train": 2200, "select": 200, "validation": 640}
+    assert result["updates"] == {"teacher": 207, "student": 138}  # 3 and 2 epochs of 69
+
+
+def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:
+    """A small table of somebody: what is in it, and what it can prove."""
+    lines = [f"word{n} is {'good ' * (1 + n % 40)},{'yes' if n % 4 else 'no'}" for n in range(200)]
+    train = ["tweet,label", *lines, *lines[:50]]
+    (tmp_path / "train.csv").write_text("\n".join(train))
+    (tmp_path / "validation.csv").write_text("\n".join(["tweet,label", *lines[190:], *(
+        f"other{n} good,{'yes' if n % 2 else 'no'}" for n in range(90)
+    )]))  # fmt: skip
+    options = ("smoke", f"data.source={tmp_path}", "data.text_columns=[tweet]",
+               "data.max_length_tokens=16")  # fmt: skip
+    checked = ad2kit("check", *options)
+    assert checked.code == 0
+    shown = checked.out.splitlines()
+    assert len(shown) < 16
+    assert "labels, in the order of the alphabet: no, yes" in shown
+    report = json.loads(ad2kit("check", *options, "--json").out)
+    split = report["splits"]["validation"]
+    assert (split["rows"], split["known"]) == (100, 0.1)
+    assert "validation texts that are also training texts: 10.0%" in shown
+    assert 0.1 < report["splits"]["train"]["duplicates"] < 0.25
+    assert 0.5 < report["splits"]["train"]["cut"] < 0.9
+    # 1.96 * sqrt(0.1 / 100), and the rows of an interval of min_retained_lower = 0.8
+    assert report["half_width"] == pytest.approx(0.062, abs=1e-3)
+    assert report["rows_to_pass"] == 10
+    assert "student:" not in checked.out
+    assert '"text_columns"' in ad2kit("check", *options, "--verbose").out
+    refused = ad2kit("check", *options, "data.max_leakage=0.05")
+    assert refused.code == 2
+    assert "data.max_leakage=0.1" in refused.err
 
 
 def test_doctor_looks_at_real_things(ad2kit: Any) -> None:
@@ -320,3 +335,24 @@ def test_what_fit_cannot_take_is_refused(
     assert refused.code == 2
     assert expected in refused.err
     assert list(tmp_path.glob("smoke-*")) == []
+
+
+def test_a_setting_where_a_run_is_expected(ad2kit: Any) -> None:
+    for command in ("export", "bench", "report", "package"):
+        refused = ad2kit(command, "export.search_seconds=20")
+        assert refused.code == 2
+        assert "ad2kit run RECIPE export.search_seconds=20" in refused.err
+
+
+def test_the_next_step_asks_about_a_text_of_the_task(copied_run: RunDir) -> None:
+    lines = copied_run.answers.read_text().split("\n")
+    first = json.loads(lines[0])
+    odd = first | {"texts": ["it's \u2028 'quoted'"]}
+    copied_run.answers.write_text("\n".join([json.dumps(odd), *lines[1:]]))
+    *_, curl = next_steps("demo:1", copied_run).split("\n")
+    words = shlex.split(curl)
+    assert json.loads(words[words.index("-d") + 1]) == {"texts": odd["texts"]}
+    long = first | {"texts": ["x" * 81, "y" * 7]}
+    copied_run.answers.write_text(json.dumps(long) + "\n")
+    words = shlex.split(next_steps("demo:1", copied_run))
+    assert json.loads(words[words.index("-d") + 1]) == {"texts": [long["texts"]]}

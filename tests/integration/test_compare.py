@@ -14,7 +14,7 @@ from ad2kit.compare_report import CompareReport
 from ad2kit.distill import distill
 from ad2kit.errors import RecipeError, RunError
 from ad2kit.recipe import from_data, load
-from ad2kit.run_dir import open_run
+from ad2kit.run_dir import find_run, open_run
 from ad2kit.sections import TrainRecipe
 from tests.conftest import QUICK
 
@@ -56,6 +56,12 @@ def test_a_comparison_trains_each_student_once_from_one_teacher(
 
     again, _ = compare(recipe, ["finetune", "kd", "ad2"], 2, tmp_path, on_step=never)
     assert again == report
+    # Fewer methods are another comparison, and none of its runs is what a bare command means.
+    smaller, other = compare(recipe, ["kd", "ad2"], 1, tmp_path, on_step=never)
+    assert other != folder
+    assert (CompareReport.read(folder / "compare.json"), len(smaller.students)) == (report, 2)
+    with pytest.raises(RunError, match="but those of campaigns"):
+        find_run(tmp_path)
     # The score is that of the run itself, judged by hand.
     scores = {student.run: student.score for student in report.students}
     assert set(scores) == {path.parent.name for path in tmp_path.glob("smoke-*/distill.json")}

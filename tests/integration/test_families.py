@@ -57,14 +57,15 @@ CONVERSION = {
 FUSED = {
     "bert": (2, 1, 4, 2), "roberta": (2, 0, 4, 2), "distilbert": (2, 1, 4, 2),
     "electra": (2, 1, 4, 3), "albert": (1, 0, 4, 2), "mpnet": (0, 0, 5, 2),
-    "xlm-roberta": (2, 0, 4, 2), "deberta-v2": (0, 0, 4, 3), "modernbert": (0, 0, 4, 3),
+    "xlm-roberta": (2, 0, 4, 2), "camembert": (2, 0, 4, 2),
+    "deberta-v2": (0, 0, 4, 3), "modernbert": (0, 0, 4, 3),
 }  # fmt: skip
 
 # How many nodes of the plain graph need the first token alone: the last layer from its queries on,
 # in some families from its feed-forward block on.
 FIRST_TOKEN = {
     "bert": 22, "roberta": 22, "distilbert": 22, "electra": 16, "albert": 25, "mpnet": 16,
-    "xlm-roberta": 22, "deberta-v2": 16, "modernbert": 9,
+    "xlm-roberta": 22, "camembert": 22, "deberta-v2": 16, "modernbert": 9,
 }  # fmt: skip
 
 SHORT = (
@@ -291,7 +292,7 @@ def test_gradient_checkpointing_keeps_the_gradients_or_is_refused(family: str) -
 
     expected, once = update(checkpointing=False)
     if family in ("albert", "mpnet"):
-        with pytest.raises(ModelError, match=r"compute\.gradient_checkpointing: \w+ does not"):
+        with pytest.raises(ModelError, match=r"compute\.gradient_checkpointing: '\w+' does not"):
             update(checkpointing=True)
         return
     found, twice = update(checkpointing=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import onnx
@@ -12,12 +15,14 @@ import pytest
 from onnx import numpy_helper
 
 from ad2kit import data as datasets
-from ad2kit.classifier import MODEL_FILE
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.errors import ModelError
 from ad2kit.export import export
 from ad2kit.files import write_record
 from ad2kit.parity import parity
 from ad2kit.quantize import WAYS, Way, nodes_to_quantize, quantize
+from ad2kit.records import OnnxArtifact
+from ad2kit.tables import caption
 from ad2kit.verdicts import QuantisationSearch
 from tests.integration.test_parity import forge
 
@@ -186,3 +191,49 @@ def test_a_node_that_is_left_in_float_stays_as_it_was(
         nodes = onnx.load(tmp_path / "model.onnx").graph.node
         names = {node.name.removesuffix("_MatMul") for node in nodes if node.op_type in FLOAT}
         assert names & set(products) == set(kept)
+
+
+def test_one_candidate_is_open_at_a_time(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open graph keeps its weights and the activations of its largest batch."""
+    alive, most = WeakSet[OnnxClassifier](), 0
+
+    class Counted(OnnxClassifier):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            nonlocal most
+            super().__init__(*args, **kwargs)
+            gc.collect()
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setattr("ad2kit.export.OnnxClassifier", Counted)
+    search = searched(copied_run, seconds=600, min_agreement=1.0)
+    assert len(search.trials) >= len(WAYS)
+    assert most == 2  # the reference, and one candidate
+
+
+def test_what_is_mostly_float_is_not_called_int8(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = nodes_to_quantize(copied_run.onnx("fp32") / MODEL_FILE)
+    quantised = OnnxArtifact.read(copied_run.onnx("int8") / OnnxArtifact.file_name)
+    assert quantised.weights_in_8_bits is not None
+    assert quantised.weights_in_8_bits > 0.9
+    assert "of its weights in 8 bits" in caption(copied_run)
+
+    def timid(source: Path, target: Path, way: Way, calibration: Any = ()) -> None:
+        quantize(source, target, replace(way, in_float=tuple(nodes[:-1])), calibration)
+
+    monkeypatch.setattr("ad2kit.int8_search.quantize", timid)
+    without_fused(copied_run)
+    search = searched(copied_run, seconds=1e-9)
+    assert search.trials[0].failures == ("share of weights in 8 bits",)
+    artifact = OnnxArtifact.read(copied_run.onnx("int8") / OnnxArtifact.file_name)
+    assert artifact.weights_in_8_bits is not None
+    assert artifact.weights_in_8_bits < 0.5
+    assert set(nodes[:-1]) & set(artifact.in_float)
+    verdict = next(v for v in parity(copied_run).variants if v.variant == "int8")
+    failed = [check.name for check in verdict.checks if not check.passed]
+    assert failed == ["share of weights in 8 bits"]
+    assert PurePosixPath(artifact.in_float[0].strip("/")).parent.as_posix() in caption(copied_run)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from optimum.onnxruntime import ORTModelForSequenceClassification
 from optimum.pipelines import pipeline
 from transformers import AutoTokenizer
 
 from ad2kit import data as datasets
+from ad2kit import models
 from ad2kit import recipe as recipes
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.errors import DataError, ModelError
 from ad2kit.model_parity import judge_model
-from ad2kit.records import OnnxArtifact
+from ad2kit.records import DistillReport, OnnxArtifact
 from tests.integration.test_parity import drop_the_mask, edit
 
 if TYPE_CHECKING:
@@ -187,14 +190,62 @@ def test_weights_in_a_file_of_their_own_are_read(
     assert failed(model, finished_run, rows) == set()
 
 
+def traced(run: RunDir, folder: Path, axes: dict[int, str]) -> None:
+    """Export the student as a user would who has torch alone; ``axes`` are the dynamic ones."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    student = models.load(run.student, DistillReport.read(run.distill_report).labels)
+    inputs = student.tokenizer(["never dull", "not at all convincing"], padding=True,
+                               return_tensors="pt")  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        torch.onnx.export(
+            student.module.eval(), tuple(inputs[name] for name in names), folder / MODEL_FILE,
+            dynamo=False, input_names=list(names), output_names=["logits"],
+            dynamic_axes=dict.fromkeys(names, axes) if axes else {},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [{}, {0: "batch"}, {1: "tokens"}])
+def test_fixed_axes_are_named_and_dynamic_ones_pass(
+    model: Path, finished_run: RunDir, rows: Path, axes: dict[int, str]
+) -> None:
+    traced(finished_run, model, axes)
+    with pytest.raises(
+        ModelError, match=r"axes of input_ids are fixed to \w+ x \w+, but"
+    ) as caught:
+        failed(model, finished_run, rows)
+    assert "dynamic_axes={'input_ids': {0: 'batch', 1: 'tokens'}, ...}" in caught.value.hint
+    traced(finished_run, model, {0: "batch", 1: "tokens"})
+    assert failed(model, finished_run, rows) == set()
+
+
+def test_axes_that_are_fixed_inside_of_the_graph_are_found(
+    model: Path, finished_run: RunDir, rows: Path
+) -> None:
+    """The inputs say that they are dynamic, and the graph was traced with other ones."""
+    traced(finished_run, model, {})
+
+    def lie(graph: Any) -> None:
+        for item in graph.input:
+            for axis, name in zip(item.type.tensor_type.shape.dim, "bt", strict=True):
+                axis.dim_param = name
+
+    graph(lie)(model)
+    with pytest.raises(ModelError, match=r"two texts of different lengths|of shape") as caught:
+        failed(model, finished_run, rows)
+    assert "dynamic axes" in caught.value.hint
+
+
 def test_an_artefact_is_a_plain_folder_for_other_tools(finished_run: RunDir) -> None:
     texts = ["never dull", "not at all convincing"]
     for name in ("fp32", "fused", "int8"):
         folder = finished_run.onnx(name)
         theirs = pipeline(
             "text-classification",
-            model=ORTModelForSequenceClassification.from_pretrained(folder),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            model=ORTModelForSequenceClassification.from_pretrained(
+                folder, trust_remote_code=False
+            ),
+            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         )
         ours = OnnxClassifier(folder).predict(texts, batch_size=1)
         for found, expected in zip(theirs(texts), ours, strict=True):

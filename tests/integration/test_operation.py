@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from bentoml.exceptions import InvalidArgument
-from pydantic import ValidationError
 
 from ad2kit.campaigns.teacher import export_teacher
 from ad2kit.classifier import OnnxClassifier
@@ -23,13 +19,22 @@ from ad2kit.errors import ModelError
 from ad2kit.files import write_record
 from ad2kit.observability import tracing
 from ad2kit.records import OnnxArtifact
-from ad2kit.service_arguments import Arguments
 from ad2kit.shadow import Shadow
 from ad2kit.verdicts import ParityReport
-from tests.http_client import JSON, call, check_error, classify, serving
+from tests.http_client import (
+    JSON,
+    call,
+    check_error,
+    classify,
+    log_of,
+    metrics_of,
+    serving,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from ad2kit.run_dir import RunDir
 
@@ -50,25 +55,6 @@ def operated(finished_run: RunDir, folder: Path) -> Iterator[str]:
     given = (f"model={fp32}", f"shadow={fp32}", "shadow_share=1", "access_log=true", "workers=1")
     with serving(folder, *given) as address:
         yield address
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The records of the worker; the lines of BentoML's parent process are not JSON."""
-    lines = (folder / "server.log").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
-
-
-def metrics_of(address: str) -> dict[str, float]:
-    lines = call(address, "GET", "/metrics").body.decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)
-            if not name.startswith("#")}  # fmt: skip
-
-
-def wait_for(what: Any) -> None:
-    end = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_scores_come_when_they_are_asked_for(operated: str) -> None:
@@ -245,8 +231,12 @@ def test_spans_go_to_the_collector_that_is_named_and_hold_no_text(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms
     with serving(tmp_path, f"model={finished_run.onnx('fp32')}", "workers=1") as address:
         assert classify(address, SECRET).status == 200
-        wait_for(lambda: any(b"POST /classify" in body for body in received))
-    assert SECRET.encode() not in b"".join(received)
+        assert call(address, "GET", f"/?text={SECRET.replace(' ', '%20')}").status == 200
+        wait_for(lambda: all(any(name in body for body in received)
+                             for name in (b"POST /classify", b"GET /")))  # fmt: skip
+    spans = b"".join(received)
+    assert SECRET.encode() not in spans
+    assert b"unmistakable" not in spans
 
 
 @pytest.mark.parametrize("share", ["2", "half"])
@@ -259,19 +249,3 @@ def test_a_share_of_traces_that_is_none_is_refused(
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", share)
     with pytest.raises(InvalidArgument, match=f"a number from 0 to 1, found '{share}'"):
         tracing()
-
-
-def test_a_share_of_no_shadow_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match=r"shadow_share=0\.5 .* there is no shadow; add"):
-        Arguments.model_validate({"shadow_share": 0.5}).insist_on_models(Path)
-
-
-def test_a_model_whose_files_are_gone_is_refused(finished_run: RunDir, tmp_path: Path) -> None:
-    folder = shutil.copytree(finished_run.onnx("fp32"), tmp_path / "fp32")
-    given = Arguments.model_validate({"model": str(folder)})
-    given.insist_on_models(lambda: folder)
-    (folder / "model.onnx").unlink()
-    with pytest.raises(InvalidArgument, match=r"fp32/model\.onnx"):
-        given.insist_on_models(lambda: folder)
-    with pytest.raises(ValidationError, match="at least 1 character"):
-        Arguments.model_validate({"model": ""})

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,27 +30,18 @@ from ad2kit.files import sha256_of, sha256_of_folder, write_record
 from ad2kit.golden import GOLDEN_FILE
 from ad2kit.package import package, served
 from ad2kit.records import BentoRecord, OnnxArtifact
-from ad2kit.run_dir import RunDir
-from ad2kit.service_check import ask
+from ad2kit.service_check import ask, fetch
 from tests.conftest import RECIPES
+from tests.http_client import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ad2kit.run_dir import RunDir
+
 pytestmark = pytest.mark.slow
 
 HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "scikit-learn")
-
-
-@pytest.fixture(scope="module")
-def packaged(
-    finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunDir, BentoRecord]:
-    """A run of this module's own and the record of its Bento. Do not change them."""
-    folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
-    shutil.copytree(finished_run.path, folder)
-    run = RunDir(folder)
-    return run, package(run)
 
 
 def bento_folder(tag: str) -> Path:
@@ -112,12 +104,13 @@ def test_a_worker_that_does_not_give_the_golden_answers_never_gets_ready(
     facts = OnnxArtifact.read(manifest)
     files = facts.files | {GOLDEN_FILE: sha256_of(golden)}
     write_record(manifest, facts.model_copy(update={"files": files}))
-    monkeypatch.setattr(stage, "START_TIMEOUT_S", 12.0)
-    with (
-        pytest.raises(RunError, match=r"the golden text .* is answered"),
-        served(tmp_path / "bento", tmp_path),
-    ):
-        pytest.fail("it got ready")
+
+    def wait_until_refused(_process: object, _address: str, log: Path) -> None:
+        wait_for(lambda: re.search(r"the golden text .* is answered", log.read_text()))
+
+    monkeypatch.setattr(stage, "_wait_until_ready", wait_until_refused)
+    with served(tmp_path / "bento", tmp_path) as address, pytest.raises(OSError):  # noqa: PT011
+        fetch(f"{address}/readyz", timeout_s=2)
 
 
 def test_packaging_again_builds_nothing(
@@ -145,7 +138,7 @@ def test_other_code_makes_another_bento(
             archive.writestr("ad2kit/fixed.py", "")
         return wheel
 
-    def stop(_context: Path, _store: Path, tag: str) -> Path:
+    def stop(_context: Path, _store: Path, tag: str, _environment: object) -> Path:
         raise RunError(tag, hint="")
 
     monkeypatch.setattr(stage, "own_wheel", wheel_of_other_code)
@@ -219,6 +212,23 @@ def test_an_artefact_that_is_not_the_one_that_was_judged_is_refused(
     assert not copied_run.bento_record.exists()
 
 
+def test_what_is_set_for_another_service_does_not_reach_the_one_that_is_tried(
+    copied_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AD2KIT_API_KEYS", "of-another-service")
+    monkeypatch.setenv("AD2KIT_SHADOW", "/nowhere")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    record = package(copied_run)
+    assert (record.service_texts, record.service_label_flips) == (100, 0)
+    # BentoML makes its folder for its own user alone.
+    like = copied_run.path.stat().st_mode
+    bento = bento_folder(record.tag)
+    for path in (bento, *bento.rglob("*")):
+        mode = path.stat().st_mode
+        assert (mode | like & (0o555 if path.is_dir() else 0o444)) == mode, path
+
+
 def test_force_does_not_reach_a_damaged_file(copied_run: RunDir) -> None:
     fail_parity(copied_run)
     flip_a_bit(copied_run.onnx("int8") / "model.onnx")
@@ -231,10 +241,10 @@ def test_a_service_that_answers_something_else_is_not_published(
 ) -> None:
     asked = 0
 
-    def ask_another(address: str, texts: list[Any]) -> list[dict[str, Any]]:
+    def ask_another(address: str, texts: list[Any], key: str | None) -> list[dict[str, Any]]:
         nonlocal asked
         asked += 1
-        (answer,) = ask(address, texts)
+        (answer,) = ask(address, texts, key)
         if asked == 50:  # one score of one text out of a hundred
             answer["scores"]["negative"] += 1e-4
         return [answer]

@@ -41,6 +41,7 @@ def test_a_browser_shows_the_whole_report_without_a_complaint(
         for check in verdict.checks:
             assert f"<td>{check.name}</td>" in shown
     assert QuantisationSearch.read(copied_run.int8_search).taken in shown
+    assert "recall by class" in shown
     assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", shown)
     assert "https://" not in shown
 

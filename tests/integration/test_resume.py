@@ -18,6 +18,7 @@ from ad2kit.errors import RunError
 from ad2kit.files import sha256_of
 from ad2kit.records import DistillReport, StepRecord
 from ad2kit.run_dir import RunDir, open_run
+from ad2kit.runtime import DECIDE_BITS
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -107,6 +108,20 @@ def test_a_resume_under_other_threads_or_versions_is_refused_unless_allowed(
         distill(run)
     distill(run, allow_inexact=True)
     assert run.distill_report.is_file()
+
+
+def test_a_resume_under_another_kernel_or_quota_is_exact(
+    tmp_path: Path, quick_recipe: Recipe, finished_run: RunDir
+) -> None:
+    run = half_trained(tmp_path, quick_recipe)
+    path = run.checkpoint("student") / "checkpoint.json"
+    facts = json.loads(path.read_text())
+    assert set(facts["environment"]) > DECIDE_BITS  # no name of one that is never compared
+    facts["environment"] |= {"platform": "Linux-9.9", "cores": "64", "bentoml": "1.0"}
+    path.write_text(json.dumps(facts))
+    distill(run)
+    assert weights(run) == weights(finished_run)
+    assert curve(run, "student") == curve(finished_run, "student")
 
 
 def test_changed_data_under_the_same_run_is_refused(tmp_path: Path, quick_recipe: Recipe) -> None:

@@ -23,7 +23,16 @@ from ad2kit.package import served
 from ad2kit.records import OnnxArtifact
 from ad2kit.service_check import ask, judge_service
 from ad2kit.verdicts import ParityReport
-from tests.http_client import CHECKOUT, JSON, SERVICE, call, check_error, classify, serving
+from tests.http_client import (
+    CHECKOUT,
+    JSON,
+    SERVICE,
+    call,
+    check_error,
+    classify,
+    metrics_of,
+    serving,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,7 +178,7 @@ def test_concurrent_clients_get_their_own_answers(
         pytest.param("not dull 🎉👩\u200d👩\u200d👧", id="emoji"),
         pytest.param("not\0dull", id="zero byte"),
         pytest.param("\u202eלא משעמם بكل تأكيد", id="right to left"),
-        pytest.param("\u200b", id="only a zero-width space"),
+        pytest.param("\u200b.", id="nearly only a zero-width space"),
         pytest.param(
             "\uff4e\uff4f\uff54 dull e\u0301\u0301\u0301", id="wide letters, stacked accents"
         ),
@@ -197,8 +206,10 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
     assert info["labels"] == list(fp32.labels)
     assert info["max_length_tokens"] == fp32.artifact.max_length_tokens
     assert info["limits"] == {
-        "texts": 128, "body_bytes": MEBIBYTE, "queue_texts": 1024, "queue_tokens": 2**17,
-        "deadline_s": 10.0,
+        "texts": 128, "queue_texts": 1024, "queue_tokens": 2**17, "deadline_s": 10.0,
+        "body_bytes": MEBIBYTE, "held_bytes": 24 * MEBIBYTE, "header_bytes": 2**14, "headers": 100,
+        "connections": 4096, "header_timeout_s": 10.0, "body_timeout_s": 30.0,
+        "write_timeout_s": 30.0,
     }  # fmt: skip
     assert info["lineage"] == fp32.artifact.lineage
     assert len(info["lineage"]["student_sha256"]) == 64
@@ -248,14 +259,21 @@ def test_metrics_count_requests(service: str) -> None:
         pytest.param(b"{}", 422, "invalid_input", "texts", id="no texts"),
         pytest.param(b"[]", 422, "invalid_input", "object", id="not an object"),
         pytest.param(
-            b'{"texts": ["a"], "text": 1}', 422, "invalid_input", "text: Extra", id="unknown field"
+            b'{"texts": ["a"], "text": 1}', 422, "invalid_input", "'text'", id="unknown field"
         ),
         pytest.param(b'{"texts": 5}', 422, "invalid_input", "texts", id="wrong type"),
         pytest.param(b'{"texts": [null]}', 422, "invalid_input", "texts", id="null"),
         pytest.param(b'{"texts": []}', 422, "invalid_input", "at least 1", id="empty list"),
         pytest.param(b'{"texts": ["a", ""]}', 422, "invalid_input", "text 1", id="empty text"),
         pytest.param(b'{"texts": " "}', 422, "invalid_input", "visible", id="blank text"),
+        pytest.param(
+            '{"texts": ["a", "\u200b\ufeff"]}'.encode(), 422, "invalid_input", "text 1: ",
+            id="invisible text",
+        ),
         pytest.param(b'{"texts": [["a", "b"]]}', 422, "invalid_input", "text 0", id="a pair"),
+        pytest.param(
+            b'{"texts": [["a", "b", "c"]]}', 422, "invalid_input", "found 3 texts", id="three"
+        ),
         pytest.param(
             json.dumps({"texts": ["a"] * 129}).encode(), 413, "too_large", "at most 128",
             id="too many texts",
@@ -321,9 +339,13 @@ def test_a_wrong_path_or_method_is_refused(
 
 
 def test_more_texts_than_the_queue_holds_are_put_off(strained: str) -> None:
-    reply = classify(strained, ["fine", "fine", "fine"])
-    check_error(reply, 429, "overloaded")
-    assert reply.headers["retry-after"] == "1"
+    tokenised = metrics_of(strained)["ad2kit_tokenise_seconds_count"]
+    for size in (1, 5000):  # in the event loop, and beside it
+        reply = classify(strained, ["fine " * size] * 3)
+        check_error(reply, 429, "overloaded")
+        assert reply.headers["retry-after"] == "1"
+    # They were refused for their number, before anything was spent on them.
+    assert metrics_of(strained)["ad2kit_tokenise_seconds_count"] == tokenised
     assert len(classify(strained, ["fine", "fine"]).predictions) == 2
 
 

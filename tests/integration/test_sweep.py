@@ -27,6 +27,7 @@ from ad2kit.run_dir import RunDir, open_run
 from ad2kit.search_space import Configuration
 from ad2kit.sweep_report import Ledger, SweepReport, Trial
 from ad2kit.tuning import Tuning, trial_resources
+from ad2kit.verdicts import CampaignRecord
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def test_a_trial_is_an_ordinary_run_with_the_bits_of_one(swept: Swept, tmp_path:
     made = [path.parent for path in swept.runs_dir.glob("*/teacher-training.jsonl")]
     assert len(made) == 1
     for student in swept.report.students:
+        record = CampaignRecord.read(RunDir(swept.runs_dir / student.run).campaign_record)
+        assert (record.command, record.rule) == ("ad2kit sweep", None)
         recipe = job.recipe_of(swept.report.selected, student.seed)
         assert open_run(recipe, swept.runs_dir).path.name == student.run
         alone = distill(open_run(recipe, tmp_path))

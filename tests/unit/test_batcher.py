@@ -467,3 +467,22 @@ def test_close_of_an_unused_batcher_returns() -> None:
             pass
 
     run(test)
+
+
+def test_room_is_held_for_what_is_tokenised_and_given_back() -> None:
+    async def test() -> None:
+        async with batching(Engine(), max_queue_texts=10) as batcher:
+            with batcher.room(6):
+                with pytest.raises(QueueFull), batcher.room(5):
+                    raise AssertionError("there was no room")
+                with pytest.raises(QueueFull):
+                    await batcher.submit([item(1)] * 5)
+                with batcher.room(4):
+                    pass
+            with pytest.raises(ValueError, match="mine"), batcher.room(10):
+                raise ValueError("mine")
+            with batcher.room(10):
+                pass
+            assert len(await batcher.submit([item(1)] * 10)) == 10
+
+    run(test)

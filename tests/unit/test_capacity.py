@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pytest
+
+from ad2kit.bench import cell_of, measure
 from ad2kit.records import LatencyCell, LatencyReport
-from ad2kit.tables import capacity_lines
+from ad2kit.tables import busy_words, capacity_lines, latency_lines, tail, times_as_fast
+
+if TYPE_CHECKING:
+    from ad2kit.bench import Call
 
 
 def cell(system: str, batch: int, length: int, p99_ms: float, texts_per_s: float) -> LatencyCell:
@@ -64,3 +72,51 @@ def test_the_lines_say_target_rate_and_cost() -> None:
     assert words[0] == "teacher 16 tokens 400 texts/s in batches of 8 0.1250 per million texts"
     assert words[2] == "teacher 128 tokens no measured batch is answered in time"
     assert last == "at 0.18 per hour, for a machine that is never idle"
+
+
+def timed(system: str, rounds: list[list[float]]) -> LatencyCell:
+    """A cell of one text of four tokens from the seconds of its calls."""
+    return cell_of(system, np.zeros((1, 4), dtype=np.int64), rounds)
+
+
+def test_a_percentile_needs_a_hundred_calls() -> None:
+    few, many = timed("a", [[0.001] * 10, [0.005] * 2]), timed("a", [[0.001] * 99, [0.005] * 2])
+    assert (few.p99_ms, few.max_ms, few.tail_ms, tail(few)) == (None, 5.0, 5.0, "max 5.00")
+    assert many.p99_ms == pytest.approx(5.0)
+    assert tail(many) == "5.00"
+    report = REPORT.model_copy(update={"cells": (few,), "sizes_bytes": {"a": 1}})
+    assert "max     5.00 ms" in latency_lines(report)[0]
+    # Capacity counts the slowest of few calls: it cannot know that the others are usual.
+    slow = report.model_copy(update={"p99_target_ms": 4.0})
+    assert (report.capacity[0].batch_size, slow.capacity[0].batch_size) == (1, None)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A machine that is slower by a factor in one round is so for both, and says nothing."""
+    ours = timed("ours", [[0.001] * 60, [0.003] * 60, [0.001] * 60])
+    other = timed("other", [[0.002] * 60, [0.0066] * 60, [0.002] * 60])
+    assert times_as_fast(ours, other) == "2.0 times (2.0 to 2.2 over 3 rounds)"
+
+
+def test_a_busy_machine_is_called_so() -> None:
+    calm, noisy = timed("a", [[0.001] * 5, [0.0012] * 5]), timed("b", [[0.001] * 5, [0.002] * 5])
+    report = REPORT.model_copy(update={"cells": (calm,)})
+    assert not report.busy
+    assert busy_words(report) == ""
+    both = report.model_copy(update={"cells": (calm, noisy)})
+    assert both.busy
+    assert "differ by up to 2.0 times" in busy_words(both)
+
+
+def test_systems_take_turns() -> None:
+    turns = list[str]()
+    ids = np.zeros((1, 4), dtype=np.int64)
+
+    def system(name: str) -> Call:
+        return lambda _ids: turns.append(name)
+
+    systems = {name: system(name) for name in ("a", "b")}
+    rounds = measure(systems, ids, seconds=1e-9)
+    changes = [name for place, name in enumerate(turns) if place == 0 or turns[place - 1] != name]
+    assert changes == ["a", "b"] * len(rounds["a"])
+    assert {len(times) for each in rounds.values() for times in each} == {2}

@@ -20,6 +20,7 @@ from ad2kit.files import write_record
 from ad2kit.records import LatencyReport, OnnxArtifact
 from ad2kit.shipping import passed_variants
 from ad2kit.tasks import softmax
+from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,8 +148,7 @@ def test_what_is_no_list_of_texts_is_refused(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.text(st.characters(), min_size=1, max_size=120))
 def test_any_text_is_answered_or_refused(fp32: OnnxClassifier, text: str) -> None:
-    readable = bool(text.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in text)
-    if not readable:
+    if not is_text(text):
         with pytest.raises(UserError):
             fp32.predict([text])
         return

@@ -217,17 +217,17 @@ def list_label(path: Path) -> Path:
         (header_only, "validation split is empty"),
         (one_class, "validation split holds one class only: '1' in all 9 rows"),
         (empty_text, r"train\.tsv, line 42: 'text' must be a text with at least one visible"),
-        (not_utf8, r"not UTF-8: byte 0xe9 in line 3"),
+        (not_utf8, r"line 3: not UTF-8: byte 0xe9"),
         (missing_field, r"line 42: expected 2 fields \(text, label\), found 1"),
         (no_train_file, "expected exactly one train"),
         (two_train_files, r"expected exactly one train.*train\.tsv, train\.csv"),
         (broken_json, r"train\.jsonl, line 2: not JSON"),
-        (leaked, "all 40 validation texts are also training texts"),
-        (no_parquet, r"train\.parquet is not a Parquet table"),
+        (leaked, r"40 of 40 validation texts \(100.0%\) are also training"),
+        (no_parquet, r"train\.parquet is not a readable Parquet file"),
         (column_twice, "the column 'text' appears twice"),
         (old_line_ends, r"train\.csv, line \d+: not CSV"),
         (deep_json, r"train\.jsonl, line 1: not JSON"),
-        (half_a_surrogate, r"train\.jsonl, line 2: 'text' must be a text"),
+        (half_a_surrogate, r"train\.jsonl, line 2: holds half a surrogate pair"),
         (no_label, r"line 2: 'label' must be a label, a text or a whole number, found None"),
         (decimals, r"'label' holds decimal numbers such as 0\.0, not classes"),
         (list_label, r"line 2: 'label' must be a label, .* found \['x'\]"),
@@ -289,9 +289,29 @@ def test_a_label_that_does_not_fit_the_task_is_refused(
         load_data(recipe(source, task=task), 1)
 
 
+def test_leakage_is_an_error_from_a_share_on_that_the_user_sets(tmp_path: Path) -> None:
+    """Of 40 validation texts some stand in the training file too."""
+    lines, others = GOOD.splitlines(), OTHER.splitlines()
+    for known, allowed in ((4, 0.1), (5, 0.1), (36, 0.9), (37, 0.9)):
+        mixed = "\n".join([*others[: 41 - known], *lines[41 - known :]])
+        source = folder(tmp_path, validation=mixed)
+        if known <= 40 * allowed:
+            assert len(load_data(recipe(source, max_leakage=allowed), 1).validation) == 40
+            continue
+        with pytest.raises(DataError, match=f"{known} of 40 validation texts") as caught:
+            load_data(recipe(source, max_leakage=allowed), 1)
+        advice = float(caught.value.hint.rpartition("=")[2])
+        assert len(load_data(recipe(source, max_leakage=advice), 1).validation) == 40
+
+
 def test_an_imbalance_is_said_in_words() -> None:
     assert balance({"a": 60, "b": 40}, 100) == "a 60 (60.0%), b 40 (40.0%)"
     assert balance({"a": 95, "b": 5}, 100).endswith("; rare, and left as they are: b")
+    # Of many labels none is rare that has its share, and nobody reads all of them.
+    many = {f"label {number}": 40 for number in range(77)} | {"most": 60}
+    assert balance(many, 3_140) == "78 labels, from label 0 40 (1.3%) to most 60 (1.9%)"
+    few = many | {f"few {number}": 2 for number in range(12)}
+    assert balance(few, 3_164).endswith("few 8, few 9 and 2 more")
 
 
 def test_a_pair_recipe_on_single_texts_is_refused(tmp_path: Path) -> None:

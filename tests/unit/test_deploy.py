@@ -16,6 +16,8 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from ad2kit.service_arguments import Settings
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -99,6 +101,14 @@ def test_grafana_reads_every_key_of_the_dashboard() -> None:
     wrong = copy.deepcopy(DASHBOARD)
     wrong["panels"][0]["fieldConfigs"] = wrong["panels"][0].pop("fieldConfig")
     assert list(lost(wrong, as_grafana_reads_it(wrong))) == ["/panels/0/fieldConfigs"]
+
+
+def test_what_operators_read_names_every_setting_and_no_other() -> None:
+    settings = {f"AD2KIT_{name.upper()}" for name in Settings.model_fields}
+    readme = (SERVING.parent / "README.md").read_text()
+    said = set(re.findall(r"AD2KIT_[A-Z_]+", readme))
+    assert said == settings
+    assert set(re.findall(r"AD2KIT_[A-Z_]+", (DEPLOY / "kubernetes.yaml").read_text())) < settings
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:

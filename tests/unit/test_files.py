@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,7 @@ from ad2kit import files
 from ad2kit.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
 
 
 class Killed(BaseException):
@@ -46,32 +47,87 @@ def test_a_failure_leaves_the_old_folder_and_no_rubbish(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(("renames", "expected"), [(0, "one"), (1, "one"), (2, "two")])
-def test_a_kill_between_the_renames_loses_neither_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int, expected: str
+# Replaces a folder in child processes, each of which is interrupted one step later than the last:
+# at the n-th call that Python makes to make, open, rename or remove something.
+INTERRUPTIONS = """
+import os, shutil, signal, sys
+from pathlib import Path
+from ad2kit.files import whole_folder
+
+STEPS = {"os.mkdir", "open", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
+
+def write(path, text):
+    with whole_folder(path) as new:
+        for name in "ab":
+            (new / name).write_text(text)
+
+def child(path, how, left):
+    def interrupt(event, _arguments):
+        nonlocal left
+        if event in STEPS:
+            left -= 1
+            if left == 0:
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise KeyboardInterrupt
+    sys.addaudithook(interrupt)
+    try:
+        write(path, "two")
+        if left > 0:
+            os._exit(7)  # that was all
+    except KeyboardInterrupt:
+        pass
+    os._exit(0)
+
+root, how = Path(sys.argv[1]), sys.argv[2]
+for step in range(1, 100):
+    path = root / str(step) / "model"
+    write(path, "one")
+    process = os.fork()
+    if process == 0:
+        child(path, how, step)
+    _, status = os.waitpid(process, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 7:
+        break
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "exception"])
+def test_an_interruption_at_any_step_leaves_the_old_folder_or_the_new_one(
+    tmp_path: Path, how: str
 ) -> None:
-    """The old folder gives up its name just before the new one takes it."""
-    write(tmp_path / "model", "one")
-    rename: Callable[[Path, Path], Path] = Path.rename
-    done = 0
+    subprocess.run([sys.executable, "-c", INTERRUPTIONS, str(tmp_path), how], check=True)
+    *steps, _ = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    found = set[str]()
+    for step in steps:
+        if how == "exception":  # nobody has to tidy up before it is read
+            assert (step / "model").is_dir(), f"step {step.name}"
+        shutil.copytree(step, tmp_path / "again")
+        files.sweep(step)
+        content = {p.name: p.read_text() for p in (step / "model").iterdir()}
+        assert content in ({"a": "one", "b": "one"}, {"a": "two", "b": "two"}), f"step {step.name}"
+        assert [p.name for p in step.iterdir()] == ["model"]
+        found.add(content["a"])
+        # Where no lock is, nobody sweeps before the next one writes.
+        write(tmp_path / "again" / "model", "three", into="b")
+        assert {p.read_text() for p in (tmp_path / "again" / "model").iterdir()} == {"three"}
+        assert [p.name for p in (tmp_path / "again").iterdir()] == ["model"]
+        shutil.rmtree(tmp_path / "again")
+    assert len(steps) >= 8
+    assert found == {"one", "two"}
 
-    def killing_rename(self: Path, target: Path) -> Path:
-        nonlocal done
-        if done == renames:
-            raise Killed
-        done += 1
-        return rename(self, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killing_rename)
-        patch.setattr(shutil, "rmtree", lambda *_args, **_options: None)
-        try:
-            write(tmp_path / "model", "two")
-        except Killed:
-            assert renames < 2
-    files.sweep(tmp_path)
-    assert (tmp_path / "model" / "a").read_text() == expected
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+def test_a_folder_with_a_lock_of_its_own_is_left_to_those_who_hold_it(tmp_path: Path) -> None:
+    inner = tmp_path / "teacher-run"
+    for folder in (tmp_path / "onnx", inner / "onnx"):
+        (folder / ".tmp-new-int8").mkdir(parents=True)
+        (folder / ".tmp-new-1a2b-parity.json").write_text("half")
+    with files.locked(inner):
+        assert not list(inner.rglob(".tmp-*"))
+        (inner / "onnx" / ".tmp-new-int8").mkdir()
+        with files.locked(tmp_path):
+            assert [p.name for p in inner.rglob(".tmp-*")] == [".tmp-new-int8"]
+            assert not list((tmp_path / "onnx").iterdir())
 
 
 def test_a_file_that_was_not_finished_has_no_name(

@@ -266,11 +266,13 @@ def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
 ) -> None:
     recipe, made = load("smoke"), list[str]()
 
-    def clock(calls: dict[str, Call], ids: np.ndarray, seconds: float) -> dict[str, list[float]]:
+    def clock(
+        calls: dict[str, Call], ids: np.ndarray, seconds: float
+    ) -> dict[str, list[list[float]]]:
         assert ids.shape == (1, 64)
         assert seconds == recipe.bench.seconds_per_cell
         made.append("measured")
-        return {name: [0.001 * (place + 1)] * 10 for place, name in enumerate(calls)}
+        return {name: [[0.001 * (place + 1)] * 5] * 2 for place, name in enumerate(calls)}
 
     def systems() -> dict[str, System]:
         return {"teacher": (lambda _ids: None, 4), "fused": (lambda _ids: None, 2)}
@@ -286,6 +288,31 @@ def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
     assert len(made) == 1
     assert [e.speedup for e in stopwatch().measure("another", systems)] == pytest.approx([1.0, 0.5])
     assert len(made) == 2
+
+
+def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -> None:
+    file = tmp_path / ".shared" / "measured.json"
+    measured = list[int]()
+
+    def clock(
+        calls: dict[str, Call], _ids: np.ndarray, _seconds: float
+    ) -> dict[str, list[list[float]]]:
+        measured.append(1)
+        return {name: [[0.001] * 10] for name in calls}
+
+    def systems() -> dict[str, System]:
+        return {"fused": (lambda _ids: None, 2)}
+
+    ours, theirs, third = (Stopwatch(load("smoke"), target(), file, clock, 50) for _ in range(3))
+    ours.measure("one shape", systems)
+    theirs.measure("another", systems)
+    third.measure("a third", systems)
+    assert len(measured) == 3
+    last = Stopwatch(load("smoke"), target(), file, clock, 50)
+    for shape_name in ("one shape", "another", "a third"):
+        last.measure(shape_name, systems)
+    assert len(measured) == 3
+    assert (file.parent / ".lock").is_file()
 
 
 def test_lists_of_numbers() -> None:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ad2kit.batcher import Batcher
-from ad2kit.error_contract import Problem
-from ad2kit.http_api import Classify, Direct, Stages
+from ad2kit.classifier import Prediction
+from ad2kit.error_contract import ErrorContract, Problem
+from ad2kit.http_api import Classify, Direct, Stages, parse
+from ad2kit.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
     from ad2kit.error_contract import Message
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/classify", "headers": []}
+JSON = [(b"content-type", b"application/json")]
 
 
 class Echo(Classify):
     """Answers with what it read."""
 
     def __init__(self) -> None: ...
-
-    def insist_on_room(self) -> None: ...
 
     async def answer(self, body: bytes) -> tuple[bytes, Stages]:
         return body, Stages()
@@ -34,34 +43,66 @@ async def passed_on(*_: object) -> None:
     raise AssertionError("this was not for the application behind")
 
 
-def ask(parts: list[bytes], pause_s: float, read_s: float) -> list[Message]:
-    """Send a body in parts, with a pause before each, and return what was answered."""
+def ask(
+    parts: list[bytes],
+    handler: Callable[[], Classify] = Echo,
+    headers: list[tuple[bytes, bytes]] = JSON,
+) -> list[Message]:
+    """Send a body in parts, and return what was answered."""
     sent, waiting = list[Any](), list(parts)
 
     async def receive() -> Message:
         if not waiting:
             await asyncio.sleep(60)
-        await asyncio.sleep(pause_s)
         return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    api = Direct(passed_on, path="/classify", handler=Echo, read_s=read_s)
-    asyncio.run(api(dict(SCOPE), receive, send))
+    api = ErrorContract(Direct(passed_on, path="/classify", handler=handler), max_body_bytes=2**20)
+    asyncio.run(api({**SCOPE, "headers": headers}, receive, send))
     return sent
 
 
 def test_a_body_in_pieces_is_put_together() -> None:
-    start, body = ask([b"one ", b"two ", b"three"], pause_s=0, read_s=5)
+    start, body = ask([b"one ", b"two ", b"three"])
     assert (start["status"], body["body"]) == (200, b"one two three")
 
 
-def test_a_body_that_trickles_in_is_given_up() -> None:
-    with pytest.raises(Problem) as problem:
-        ask([b"a"] * 50, pause_s=0.02, read_s=0.2)
-    assert problem.value.status == 408
-    assert "0.2 s" in problem.value.detail
+@pytest.mark.parametrize(
+    "declared",
+    [
+        [(b"content-type", b"Application/JSON; charset=utf-8")],
+        [(b"content-type", b'application/json;charset="UTF-8"; odd')],
+        [*JSON, (b"content-encoding", b"identity"), (b"transfer-encoding", b"Chunked")],
+    ],
+)
+def test_plain_json_is_read_however_it_is_said(declared: list[tuple[bytes, bytes]]) -> None:
+    assert ask([b"{}"], headers=declared)[0]["status"] == 200
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ([], "found no Content-Type"),
+        ([(b"content-type", b"text/plain")], "found Content-Type text/plain"),
+        ([*JSON, (b"content-encoding", b"gzip")], "Content-Encoding gzip is not read"),
+        ([*JSON, (b"Content-Encoding", b" BR ")], "Content-Encoding BR is not read"),
+        ([*JSON, (b"content-encoding", b"\xff" * 999)], "is not read"),
+        ([*JSON, (b"transfer-encoding", b"gzip, chunked")], "Transfer-Encoding gzip, chunked is"),
+        ([(b"content-type", b"application/json; charset=latin-1")], "charset latin-1 is not read"),
+        ([(b"content-type", b"application/json;CharSet='utf-16'")], "only utf-8"),
+    ],
+)
+def test_a_body_in_an_encoding_that_is_not_read_is_told_so(
+    declared: list[tuple[bytes, bytes]], said: str
+) -> None:
+    start, body = ask([b"{}"], headers=declared)
+    error = json.loads(body["body"])["error"]
+    assert (start["status"], error["type"]) == (415, "unsupported_media_type")
+    assert said in error["message"]
+    assert len(error["message"]) < 200
+    assert error["hint"].startswith("send the header Content-Type: application/json")
 
 
 def test_what_comes_while_the_service_drains_is_told_so() -> None:
@@ -78,14 +119,238 @@ def test_what_comes_while_the_service_drains_is_told_so() -> None:
 
 
 class Tokens:
-    """A tokenizer of one token for each text."""
+    """A tokenizer of one token for each text, which remembers what it was given."""
 
-    def encode(self, texts: list[str]) -> list[SimpleNamespace]:
+    artifact = SimpleNamespace(text_columns=1)
+
+    def __init__(self) -> None:
+        self.seen = list[str]()
+        self.at_once = self.most_at_once = 0
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def encode(self, texts: list[str], first: int = 0) -> list[SimpleNamespace]:
+        assert first % 16 == 0  # lists come in pieces
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.seen += texts
+        self.entered.set()
+        assert self.go_on.wait(10)
+        self.at_once -= 1
         return [SimpleNamespace(ids=[1]) for _ in texts]
+
+    def predictions(self, encodings: list[Any], _logits: Any) -> list[Prediction]:
+        return [Prediction(tokens=1, truncated=False, label="a") for _ in encodings]
 
 
 class Uncounted:
     def tokenised(self, seconds: float) -> None: ...
+
+    def predicted(self, predictions: list[Prediction]) -> None: ...
+
+    def answered(self, seconds: float) -> None: ...
+
+
+@asynccontextmanager
+async def classifying(
+    tokens: Tokens, *, max_queue_texts: int = 1000, **more: Any
+) -> AsyncIterator[Classify]:
+    batcher = Batcher(lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=64,
+                      max_queue_texts=max_queue_texts)  # fmt: skip
+    given: dict[str, Any] = {"deadline_s": 10.0, "metrics": Uncounted(), **more}
+    api = Classify(tokens, batcher, **given)  # type: ignore[arg-type]
+    try:
+        yield api
+    finally:
+        tokens.go_on.set()
+        api.close()
+        await batcher.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def body_of(texts: list[str]) -> bytes:
+    return json.dumps({"texts": texts}).encode()
+
+
+def test_large_requests_are_read_beside_the_loop_and_huge_ones_one_at_a_time() -> None:
+    async def test() -> None:
+        tokens = Tokens()
+        async with classifying(tokens) as api:
+            tokens.go_on.clear()
+            huge = [asyncio.create_task(api.answer(body_of(["a" * 2**17]))) for _ in range(5)]
+            await asyncio.to_thread(tokens.entered.wait, 10)
+            large = asyncio.create_task(api.answer(body_of(["b" * 2**14])))
+            while len(tokens.seen) < 2:  # it does not wait for the huge ones
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert sorted(map(len, tokens.seen)) == [2**14, 2**17]
+            tokens.go_on.set()
+            content, _ = await large
+            assert json.loads(content)["predictions"][0]["label"] == "a"
+            assert len(await asyncio.gather(*huge)) == 5
+        assert tokens.most_at_once == 2
+
+    run(test)
+
+
+def test_of_a_list_that_was_given_up_no_more_is_tokenised() -> None:
+    async def test() -> None:
+        tokens = Tokens()
+        async with classifying(tokens) as api:
+            tokens.go_on.clear()
+            first, second = (
+                asyncio.create_task(api.answer(body_of([letter * 1000] * 100))) for letter in "ab"
+            )
+            await asyncio.to_thread(tokens.entered.wait, 10)
+            first.cancel()
+            second.cancel()
+            await asyncio.wait([first, second])
+            tokens.go_on.set()
+            await api.answer(body_of(["c" * 2**17]))
+        # Of one a piece was under way, of the other nothing.
+        assert tokens.seen == ["a" * 1000] * 16 + ["c" * 2**17]
+
+    run(test)
+
+
+def test_a_list_without_room_is_refused_before_it_is_tokenised() -> None:
+    async def test() -> None:
+        tokens = Tokens()
+        async with classifying(tokens, max_queue_texts=100) as api:
+            with pytest.raises(Problem) as problem:
+                await api.answer(body_of(["a"] * 101))
+            assert problem.value.status == 429
+            assert tokens.seen == []
+            # Room is held for what is tokenised now.
+            tokens.go_on.clear()
+            large = asyncio.create_task(api.answer(body_of(["b" * 500] * 90)))
+            await asyncio.to_thread(tokens.entered.wait, 10)
+            with pytest.raises(Problem) as problem:
+                await api.answer(body_of(["c"] * 11))
+            assert problem.value.status == 429
+            assert "c" not in tokens.seen
+            tokens.go_on.set()
+            await large
+            await api.answer(body_of(["c"] * 11))
+
+    run(test)
+
+
+def test_what_would_wait_too_long_to_be_read_is_refused_at_once() -> None:
+    async def test() -> None:
+        tokens = Tokens()
+        async with classifying(tokens, max_wait_s=0.05) as api:
+            tokens.go_on.clear()
+            slow = asyncio.create_task(api.answer(body_of(["a" * 2**17])))
+            await asyncio.to_thread(tokens.entered.wait, 10)
+            await asyncio.sleep(0.2)  # so is the rate known
+            tokens.go_on.set()
+            await slow
+            tokens.go_on.clear()
+            waiting = [asyncio.create_task(api.answer(body_of(["a" * 2**17]))) for _ in range(2)]
+            await asyncio.sleep(0)
+            with pytest.raises(Problem) as problem:
+                await api.answer(body_of(["b" * 2**17]))
+            assert (problem.value.status, problem.value.retry_after_s) == (429, 1)
+            tokens.go_on.set()
+            await api.answer(body_of(["small"]))
+            statuses = await asyncio.gather(*waiting, return_exceptions=True)
+            assert not isinstance(statuses[0], Exception)
+
+    run(test)
+
+
+def test_the_time_for_a_turn_counts_against_the_deadline() -> None:
+    async def test() -> None:
+        tokens = Tokens()
+        async with classifying(tokens, deadline_s=0.2) as api:
+            tokens.go_on.clear()
+            asked = (api.answer(body_of([letter * 2**17])) for letter in "ab")
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            assert [each.status for each in found if isinstance(each, Problem)] == [504, 504]
+        assert len(tokens.seen) == 1
+
+    run(test)
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["texts", "scores", "text"]), inner, max_size=3
+    ),
+)  # fmt: skip
+NEARLY = st.fixed_dictionaries(
+    {"texts": st.one_of(VALUES, st.lists(st.text(max_size=2) | st.lists(st.text(max_size=2)))),
+     },
+    optional={"scores": VALUES | st.booleans()},
+)  # fmt: skip
+
+
+@given(value=st.one_of(VALUES, NEARLY))
+def test_a_body_is_read_as_its_published_model_reads_it(value: Any) -> None:
+    body = json.dumps(value).encode()
+    try:
+        expected = ClassifyRequest.model_validate_json(body)
+    except ValidationError:
+        with pytest.raises(Problem) as problem:
+            parse(body, 1)
+        assert problem.value.status == 422
+        assert problem.value.detail
+        return
+    texts, scores = parse(body, 1)
+    assert [tuple(each) if isinstance(each, list) else each for each in texts] == expected.as_list()
+    assert scores is expected.scores
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b'{"texts": [["a", "b", "c"]]}', 422, "a text or a pair of texts, found 3 texts"),
+        (b'{"texts": ["a", ["a", 5]]}', 422, "texts.1.1: expected a text, found a number"),
+        (b'{"texts": ["a", {"text": "b"}]}', 422, "texts.1: expected a text, found an object"),
+        (b'{"texts": ["a", null]}', 422, "texts.1: expected a text, found null"),
+        (b'{"texts": 5}', 422, "texts: expected a text or a list of texts, found a number"),
+        (b'{"texts": []}', 422, "texts: expected at least 1 text, found an empty list"),
+        (b'{"text": "a"}', 422, "there is no field 'text' (did you mean 'texts'?)"),
+        (b'{"texts": "a", "scores": 1}', 422, "scores: expected true or false, found a number"),
+        (b'{}', 422, "texts: the field is missing"),
+        (b'[]', 422, "expected an object, found a list"),
+        (b'{"texts": ["a",]}', 400, "not valid JSON: trailing comma at line 1 column 16"),
+        (b'\xef\xbb\xbf{"texts": "a"}', 400, "begins with a byte order mark"),
+        (b'\x1f\x8b\x08\x00', 400, "begins with the mark of gzip"),
+        (json.dumps({"texts": ["a"] * 129}).encode(), 413, "at most 128 texts, found 129"),
+        (json.dumps({"texts": [["a", "b"]] * 200}).encode(), 413, "at most 128 texts, found 200"),
+    ],
+)  # fmt: skip
+def test_a_client_is_told_of_one_fault_in_words(body: bytes, status: int, said: str) -> None:
+    with pytest.raises(Problem) as problem:
+        parse(body, 1)
+    assert problem.value.status == status
+    assert said in problem.value.detail
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"' + b"k" * 2**20 + b'": 1}',
+        json.dumps({str(number): 1 for number in range(50_000)}).encode(),
+        b'{"texts": [' + b"[5]," * 200_000 + b"[5]]}",
+        b'{"texts": "' + b"a" * 2**20 + b'", "scores": "' + b"b" * 1000 + b'"}',
+    ],
+)
+def test_what_is_said_of_a_body_is_short_however_large_it_is(body: bytes) -> None:
+    with pytest.raises(Problem) as problem:
+        parse(body, 1)
+    assert len(problem.value.content()) < 400
+
+
+def test_a_model_of_pairs_asks_for_pairs() -> None:
+    with pytest.raises(Problem) as problem:
+        parse(b'{"texts": [["a"]]}', 2)
+    assert problem.value.hint.startswith('send {"texts": [["...", "..."]]} with 1 to 128 pairs')
 
 
 def test_stage_times_are_written_as_the_standard_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,25 +16,27 @@ PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
 LAYERS = {
-    0: {"errors", "markdown", "yaml_core"},
+    0: {"errors", "markdown", "texts", "yaml_core"},
     1: {
         "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
         "search_space", "sections", "shipping", "verdicts",
     },
     2: {
         "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
-        "compare_report", "corpus", "curve", "data", "error_contract", "first_token",
+        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "first_token",
         "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
-        "intermediate", "judge", "labels", "losses", "metrics", "mirror", "models", "objectives",
-        "observability", "openapi", "parquet_blocks", "parts", "plots", "prospects", "prune",
-        "quantize", "random_bert", "ray_workers", "references", "resumable", "scoring",
-        "service_arguments", "service_check", "service_metrics", "shadow", "shapes", "sources",
-        "stopwatch", "store", "students", "sweep_report", "tables", "tasks", "text_blocks",
-        "tokenise", "training", "tuning", "workers",
+        "intermediate", "judge", "label_order", "labels", "losses", "metrics", "mirror", "models",
+        "objectives", "observability", "openapi", "parquet_blocks", "parquet_rows",
+        "parts", "plots", "pretrained",
+        "prospects", "prune", "quantize", "random_bert", "ray_workers", "references", "resumable",
+        "scoring",
+        "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
+        "shapes", "sources", "stopwatch", "store", "students", "sweep_report", "tables",
+        "tasks", "text_blocks", "text_rows", "tokenise", "training", "tuning", "workers",
     },
     3: {
-        "bench", "distill", "doctor", "export", "model_parity", "package", "parity", "push",
-        "report", "score",
+        "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
+        "push", "report", "score",
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {
@@ -132,6 +135,31 @@ def test_help_imports_only_what_it_prints_with() -> None:
     assert not loaded_after(code) & (
         HEAVY | {"pydantic", "numpy", "onnxruntime", "bentoml", "rich"}
     )
+
+
+# What opens a folder of others, and asks on the terminal whether to run its code if nobody says no.
+OPENERS = re.compile(r"(transformers\.)?(Auto|ORTModel)\w*\.from_pretrained|main_export")
+
+
+def opened_without_a_word_on_code(tree: ast.AST) -> list[int]:
+    """The lines that open a model of others and do not say ``trust_remote_code=False``."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and OPENERS.fullmatch(ast.unparse(node.func))
+        and "trust_remote_code=False" not in map(ast.unparse, node.keywords)
+    ]
+
+
+def test_the_control_sees_an_open_door() -> None:
+    assert opened_without_a_word_on_code(ast.parse("AutoConfig.from_pretrained(folder)")) == [1]
+
+
+@pytest.mark.parametrize("place", ["ad2kit", "serving", "bench", "tests"])
+def test_no_call_leaves_open_whether_a_folder_may_run_code(place: str) -> None:
+    for path in (CHECKOUT / place).rglob("*.py"):
+        assert opened_without_a_word_on_code(ast.parse(path.read_text())) == [], path
 
 
 def test_no_module_is_too_long_to_read() -> None:

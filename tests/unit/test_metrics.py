@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,6 +107,38 @@ def test_the_interval_of_identical_models_is_a_point_and_grows_with_disagreement
     sd = np.sqrt(100) / 500 / 0.9
     assert high - low == pytest.approx(2 * 1.96 * sd, rel=0.1)
     assert metrics.retained_interval(draws(other, right, labels)) == (low, high)
+
+
+def drawn_shares(samples: int, seed: int, *cells: int) -> Any:
+    """Bootstrap scores of a student and a teacher: right both, only the one, the other, neither."""
+    rows = sum(cells)
+    counts = np.random.default_rng(seed).multinomial(rows, np.array(cells) / rows, size=samples)
+    return np.stack([counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]], axis=1) / rows
+
+
+def test_the_interval_grows_with_every_smaller_error_whatever_the_number_of_draws() -> None:
+    for samples in (100, 200, 2000):
+        few = drawn_shares(samples, 1, 740, 35, 45, 52)
+        errors = [0.05 / 2**halvings for halvings in range(20)]
+        found = [metrics.retained_interval(few, error) for error in errors]
+        for (low, high), (lower, higher) in itertools.pairwise(found):
+            assert lower < low < high < higher
+
+
+@pytest.mark.parametrize("cells", [(740, 35, 45, 52), (779, 5, 10, 78), (595, 19, 15, 11)])
+def test_a_tail_beyond_the_draws_lies_where_many_more_draws_put_it(cells: Any) -> None:
+    many = drawn_shares(1_000_000, 2, *cells)
+    retained = many[:, 0] / many[:, 1]
+    for error in (0.05, 0.05 / 2**6, 0.05 / 2**9):  # the first look, the seventh, the tenth
+        low, high = np.percentile(retained, [50 * error, 100 - 50 * error])
+        found = np.array([
+            metrics.retained_interval(drawn_shares(2000, seed, *cells), error)
+            for seed in range(20)
+        ])  # fmt: skip
+        assert found.mean(axis=0) == pytest.approx([low, high], abs=0.06 * (high - low))
+    # The control: for the tenth, the most extreme of 2,000 draws ends too early.
+    few = drawn_shares(2000, 3, *cells)
+    assert (few[:, 0] / few[:, 1]).min() > np.percentile(retained, 50 * 0.05 / 2**9)
 
 
 def test_a_teacher_that_scores_nothing_leaves_nothing_to_retain() -> None:

@@ -42,6 +42,16 @@ def test_what_was_sent_comes_back_whole(tmp_path: Path, folder: Path, scheme: st
     }  # fmt: skip
 
 
+def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path: Path, folder: Path) -> None:
+    mirror = Mirror(f"file://{tmp_path}/storage")
+    mirror.send(folder, "run", last="aaa.json")
+    back = tmp_path / "elsewhere" / "run"
+    (back.parent / ".tmp-new-run" / "student").mkdir(parents=True)
+    assert mirror.take(back, "run", last="aaa.json")
+    assert [p.name for p in back.parent.iterdir()] == ["run"]
+    assert not list(back.glob(".tmp-*"))
+
+
 def test_a_copy_that_was_cut_short_is_not_there(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from ad2kit.fuse import fuse, node_counts
 from ad2kit.losses import supervised
 from ad2kit.quantize import Way, quantize
 from ad2kit.recipe import load
+from ad2kit.runtime import cpu_flags, dot_products
 from ad2kit.sections import StudentRecipe
 from ad2kit.students import build_student
 from tests import families
@@ -119,7 +120,9 @@ def test_a_narrow_student_is_saved_loaded_exported_fused_and_quantised(
     # No worse than whole heads, which ONNX Runtime fuses into one node a layer.
     attentions = {"albert": 1}.get(family, 0 if family in HEADLESS else 2)
     assert node_counts(fused).get("Attention", 0) == attentions
-    for graph, gap in ((fp32, 1e-5), (fused, 1e-5), (int8, 0.3)):
+    # Without dot products of 8 bits the sums of two products are cut to 16 bits.
+    rough = 0.3 if dot_products(cpu_flags()) else 1.0
+    for graph, gap in ((fp32, 1e-5), (fused, 1e-5), (int8, rough)):
         session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         feed = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
         (logits,) = session.run(["logits"], feed)

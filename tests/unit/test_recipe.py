@@ -201,3 +201,25 @@ def test_the_sweep_section_decides_no_weights_and_spans_its_lists(tmp_path: Path
         Configuration(batch_size=16, lr=1e-4, radius=1e-2, alpha=alpha),
         Configuration(batch_size=16, lr=2e-4, radius=0.0, alpha=alpha),
     ]
+
+
+def test_latency_is_of_lengths_that_occur() -> None:
+    short = recipes.load("custom", ["data.max_length_tokens=64"])
+    assert short.bench_lengths_tokens == (16, 32)
+    assert recipes.load("custom", ["data.max_length_tokens=8"]).bench_lengths_tokens == (8,)
+    wrong = ["data.max_length_tokens=64", "bench.lengths_tokens=[16,128]"]
+    with pytest.raises(RecipeError, match=r"128 is longer than data\.max_length_tokens, 64"):
+        recipes.load("custom", wrong)
+    assert recipes.load("custom", [*wrong, "bench.lengths_tokens=null"]).bench_lengths_tokens == (
+        16,
+        32,
+    )
+
+
+def test_what_was_typed_is_blamed_and_not_the_file() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load("custom", ["data.text_columns=tweet"])
+    assert "custom.yaml" not in caught.value.message
+    assert "expected a list, such as data.text_columns=[tweet]" in caught.value.message
+    assert "(given as data.text_columns=tweet)" in caught.value.message
+    assert recipes.load("custom", ["data.text_columns=[tweet]"]).data.text_columns == ("tweet",)

@@ -165,9 +165,8 @@ def ours(kind: str, side: str, length: int, columns: int) -> Tokenise:
 
 def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
     """What transformers makes of the whole text."""
-    (encoding,) = (
-        tokenizer(*[[text] for text in example], truncation=True, max_length=length).encodings or ()
-    )
+    columns = [[text] for text in example]
+    encoding = (tokenizer(*columns, truncation=True, max_length=length).encodings or [])[0]
     types = encoding.type_ids if "token_type_ids" in tokenizer.model_input_names else None
     return Tokens(encoding.ids, types or [0] * len(encoding.ids), bool(encoding.overflowing))
 

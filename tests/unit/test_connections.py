@@ -1,0 +1,414 @@
+"""The bounds of a connection, over real sockets: a server of uvicorn with a small application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvicorn
+
+from ad2kit import connections
+from ad2kit.connections import bounded, insist_on_files
+from ad2kit.error_contract import ErrorContract, Problem, send_json
+from ad2kit.errors import UserError
+from ad2kit.service_arguments import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ad2kit.error_contract import Message, Receive, Send
+
+POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+LARGE = 2**20
+
+
+class Server:
+    """A running server, what its application saw, and the problems that clients were told."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.seen, self.told = list[Any](), list[tuple[int, str]]()
+        self.go_on = threading.Event()
+        self.go_on.set()
+        contract = ErrorContract(self.app, max_body_bytes=2**30)
+        self.full = False
+        self.protocol = bounded(
+            Settings(**limits), lambda *told: self.told.append(told), self.admit
+        )
+        config = uvicorn.Config(
+            contract, port=0, http=self.protocol, log_config=None, lifespan="off",
+            timeout_keep_alive=30,
+        )  # fmt: skip
+        self.server = uvicorn.Server(config)
+
+    def admit(self, method: bytes, path: bytes) -> None:
+        """Refuse POSTs to one path while the server is full."""
+        if self.full and (method, path) == (b"POST", b"/"):
+            raise Problem(429, "full", retry_after_s=7)
+
+    async def app(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer with the size of the body; nothing is read of a body for /unread."""
+        self.seen.append(scope)
+        size, more = 0, scope["path"] != "/unread"
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size += len(message["body"])
+            more = message["more_body"]
+        while not self.go_on.is_set():
+            await asyncio.sleep(0.01)
+        content = {"size": size} if scope["path"] != "/large" else {"large": "x" * 2**24}
+        await send_json(send, 200, json.dumps(content).encode())
+
+    def connect(self) -> socket.socket:
+        """Open a connection."""
+        address = self.server.servers[0].sockets[0].getsockname()
+        return socket.create_connection(address, timeout=20)
+
+    def ask(self, sent: bytes, count: int = 1) -> list[tuple[int, Any]]:
+        """Send bytes over a connection of their own; see :func:`ask`."""
+        with self.connect() as link:
+            return ask(link, sent, count)
+
+
+def ask(link: socket.socket, sent: bytes, count: int = 1) -> list[tuple[int, Any]]:
+    """Send bytes; return status and content of so many answers, or of all until the end."""
+    with contextlib.suppress(OSError):  # it was closed meanwhile; what was said is still there
+        link.sendall(sent)
+    received, found = b"", list[tuple[int, Any]]()
+    while len(found) < count:
+        head, whole, rest = received.partition(b"\r\n\r\n")
+        fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if whole)
+        length = int(fields.get(b"content-length", 0))
+        if whole and len(rest) >= length:
+            found.append((int(head[9:12]), json.loads(rest[:length])))
+            received = rest[length:]
+            continue
+        try:
+            data = link.recv(2**16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            assert received == b""
+            break
+        received += data
+    return found
+
+
+@contextlib.contextmanager
+def serving(**limits: Any) -> Iterator[Server]:
+    made = Server(**limits)
+    thread = threading.Thread(target=made.server.run)
+    thread.start()
+    try:
+        wait_for(lambda: made.server.started)
+        yield made
+    finally:
+        made.go_on.set()
+        made.server.should_exit = made.server.force_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_for(what: Any) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(max_header_bytes=2048, max_headers=10) as made:
+        yield made
+
+
+@pytest.fixture
+def seen(server: Server) -> list[Message]:
+    server.seen.clear()
+    server.told.clear()
+    return server.seen
+
+
+def sized(body: bytes) -> bytes:
+    return POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def error(found: list[tuple[int, Any]], status: int, kind: str) -> str:
+    """Check that the only answer is an error in the contract's shape; return its words."""
+    ((found_status, content),) = found
+    assert (found_status, content["error"]["type"]) == (status, kind), content
+    assert set(content["error"]) == {"type", "message", "hint"}
+    return str(content["error"]["message"])
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(GET, id="GET"),
+        pytest.param(sized(b"x" * LARGE), id="a large body"),
+        pytest.param(CHUNKED + b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n", id="many small chunks"),
+        pytest.param(CHUNKED + b"1;a=b\r\nx\r\n0\r\nA: b\r\n\r\n", id="extension and trailer"),
+        pytest.param(b"\r\n" + GET, id="an empty line before it"),
+        pytest.param(GET[:-2] + b"A: b\r\n" * 9 + b"\r\n", id="as many headers as may be"),
+        pytest.param(GET[:-2] + b"A: " + b"b" * 1900 + b"\r\n\r\n", id="nearly as many bytes"),
+    ],
+)
+def test_what_is_within_the_bounds_is_answered(
+    server: Server, seen: list[Message], sent: bytes
+) -> None:
+    ((status, _),) = server.ask(sent)
+    assert status == 200
+    assert len(seen) == 1
+    assert server.told == []
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(GET[:-2] + b"A: " + b"b" * 2100 + b"\r\n\r\n", id="one large header"),
+        pytest.param(GET[:-2] + (b"A: " + b"b" * 300 + b"\r\n") * 8 + b"\r\n", id="all together"),
+        pytest.param(GET[:-2] + b"A: " + b"b" * 3 * LARGE, id="one that never ends"),
+        pytest.param(GET[:-2] + b"a" * LARGE, id="a name that never ends"),
+        pytest.param(GET[:-2] + b"A: b\r\n" * 10 + b"\r\n", id="too many"),
+        pytest.param(b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", id="address"),
+        pytest.param(b"GET /?" + b"a" * 3000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", id="query"),
+        pytest.param(b"G" + b"\r\n" * 3000, id="a method") ,
+        pytest.param(b"\r\n" * 3000, id="empty lines"),
+        pytest.param(CHUNKED + b"1\r\nx\r\n0\r\nA: " + b"b" * LARGE, id="trailer"),
+        pytest.param(CHUNKED + b"1\r\nx\r\n0\r\n" + b"A: b\r\n" * 10 + b"\r\n", id="trailers"),
+        pytest.param(CHUNKED + b"1;" + b"a" * LARGE, id="extension of a chunk"),
+    ],
+)  # fmt: skip
+def test_headers_beyond_the_bounds_are_refused_and_nothing_more_is_read(
+    server: Server, seen: list[Message], sent: bytes
+) -> None:
+    found = server.ask(sent, 9)
+    if sent.startswith(b"G\r"):  # it is refused for what it is
+        error(found, 400, "malformed_request")
+        return
+    assert "2048 bytes, 10 headers" in error(found, 431, "headers_too_large")
+    assert server.told == [(431, "headers_too_large")]
+    # Of what comes behind its body a request only learns that its client is gone.
+    assert len(seen) <= sent.startswith(CHUNKED)
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        pytest.param(b"\x16\x03\x01\x00\xa5", "Invalid method", id="TLS"),
+        pytest.param(b"GET / HTTP/9.9\r\n\r\n", "Invalid HTTP version", id="version"),
+        pytest.param(GET[:-2] + b"A b: c\r\n\r\n", "Invalid header token", id="header"),
+        pytest.param(
+            CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n"), "Content-Length",
+            id="two lengths",
+        ),
+        pytest.param(CHUNKED + b"zz\r\n", "Invalid character in chunk size", id="chunk"),
+        pytest.param(b"CONNECT a:80 HTTP/1.1\r\n\r\n", "address cannot be read", id="CONNECT"),
+    ],
+)  # fmt: skip
+def test_what_is_no_http_is_told_so_in_the_shape_of_all_errors(
+    server: Server, seen: list[Message], sent: bytes, said: str
+) -> None:
+    assert said in error(server.ask(sent), 400, "malformed_request")
+    assert server.told == [(400, "malformed_request")]
+    assert len(seen) <= sent.startswith(CHUNKED)
+
+
+def test_the_answers_to_pipelined_requests_keep_their_order(
+    server: Server, seen: list[Message]
+) -> None:
+    sent = sized(b"one") + sized(b"three") + GET
+    assert server.ask(sent, 3) == [(200, {"size": 3}), (200, {"size": 5}), (200, {"size": 0})]
+    # What is wrong with a later one is said when the earlier ones have their answers.
+    *first, last = server.ask(sized(b"one") + GET + GET[:-2] + b"A: b\r\n" * 10 + b"\r\n" + GET, 9)
+    assert first == [(200, {"size": 3}), (200, {"size": 0})]
+    error([last], 431, "headers_too_large")
+    *first, last = server.ask(sized(b"one") + CHUNKED + b"zz\r\n", 9)
+    assert first == [(200, {"size": 3})]
+    error([last], 400, "malformed_request")
+    assert len(seen) == 3 + 2 + 1
+
+
+def test_no_more_requests_than_some_wait_for_one_before_them(
+    server: Server, seen: list[Message]
+) -> None:
+    *first, last = server.ask(GET * 1000, 99)
+    assert first == [(200, {"size": 0})] * 17
+    error([last], 429, "overloaded")
+    assert len(seen) == 17
+
+
+def test_a_query_reaches_neither_application_nor_log(server: Server, seen: list[Message]) -> None:
+    ((status, _),) = server.ask(b"GET /?text=secret HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert status == 200
+    assert (seen[0]["path"], seen[0]["query_string"]) == ("/", b"")
+    assert "secret" not in str(seen[0])
+
+
+def test_an_upgrade_to_another_protocol_is_answered_as_none(
+    server: Server, seen: list[Message]
+) -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    ((status, _),) = server.ask(GET[:-2] + upgrade + b"Sec-WebSocket-Key: YQ==\r\n\r\n")
+    assert status == 200
+    assert seen[0]["type"] == "http"
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        pytest.param(b"GET /", "the headers took longer than 0.3 s", id="method"),
+        pytest.param(GET[:-2] + b"A: ", "the headers took longer than 0.3 s", id="headers"),
+        pytest.param(
+            POST + b"Content-Length: 9999\r\n\r\n", "the body took longer than 0.4 s", id="body"
+        ),
+        pytest.param(CHUNKED + b"1;", "the body took longer than 0.4 s", id="chunk"),
+    ],
+)
+def test_a_client_that_sends_a_byte_at_a_time_is_closed_and_others_are_not(
+    first: bytes, told: str
+) -> None:
+    with serving(header_timeout_s=0.3, body_timeout_s=0.4) as server, server.connect() as slow:
+        slow.sendall(first)
+        try:
+            while not server.told:
+                slow.sendall(b"a")
+                assert server.ask(GET) == [(200, {"size": 0})]
+                time.sleep(0.02)
+        except OSError:
+            pass  # it was closed
+        assert told in error(ask(slow, b""), 408, "too_slow")
+        assert server.told == [(408, "too_slow")]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n"])
+def test_a_connection_without_a_request_is_closed(sent: bytes) -> None:
+    with serving(header_timeout_s=0.2) as server, server.connect() as idle:
+        idle.sendall(sent)
+        assert idle.recv(1) == b""
+        assert server.told == []
+
+
+def test_a_body_that_is_answered_before_it_is_here_keeps_nobody_waiting() -> None:
+    with serving() as server, server.connect() as link:
+        link.sendall(POST.replace(b" / ", b" /unread ") + b"Content-Length: 999\r\n\r\nx")
+        assert ask(link, b"", count=2) == [(200, {"size": 0})]  # until it is closed
+        # One that comes in time leaves the connection open for the next request.
+        body = b"x" * 2**17
+        unread = sized(body).replace(b" / ", b" /unread ")
+        assert server.ask(unread + sized(b"ab"), 2) == [(200, {"size": 0}), (200, {"size": 2})]
+
+
+def test_a_client_that_does_not_read_is_closed() -> None:
+    with serving(write_timeout_s=0.3) as server, server.connect() as deaf:
+        deaf.sendall(GET.replace(b" / ", b" /large "))
+        wait_for(lambda: server.seen)
+        wait_for(lambda: not server.server.server_state.connections)
+        assert server.ask(GET) == [(200, {"size": 0})]
+
+
+def test_a_connection_that_is_closed_with_an_answer_unread_does_not_stay() -> None:
+    """The answer fits into what the transport takes, but not into the socket."""
+    with serving(write_timeout_s=0.3) as server, server.connect() as deaf:
+        deaf.sendall(GET.replace(b" / ", b" /large ")[:-2] + b"Connection: close\r\n\r\n")
+        wait_for(lambda: server.seen)
+        wait_for(lambda: not server.server.server_state.connections)
+
+
+def test_connections_above_the_most_are_told_and_the_others_live_on() -> None:
+    with serving(max_connections=3) as server:
+        held = [server.connect() for _ in range(3)]
+        wait_for(lambda: len(server.server.server_state.connections) == 3)
+        assert "3 connections" in error(server.ask(GET), 503, "not_ready")
+        assert server.seen == []
+        # They are told no more when there are very many; some of these are closed at once.
+        many = [server.connect() for _ in range(connections._TOLD + 20)]
+        wait_for(lambda: len(server.server.server_state.connections) <= 3)
+        for link in [*held, *many]:
+            link.close()
+        wait_for(lambda: not server.server.server_state.connections)
+        assert server.ask(GET) == [(200, {"size": 0})]
+
+
+def test_bodies_of_all_connections_together_are_bounded() -> None:
+    """What waits is counted, what was answered is not, and small requests always have room."""
+    with serving(max_held_bytes=3 * LARGE) as server:
+        server.go_on.clear()
+        held = [server.connect() for _ in range(3)]
+        for link in held:
+            link.sendall(sized(b"x" * (LARGE - 1)))
+        wait_for(lambda: server.protocol.held_bytes >= 3 * (LARGE - 1 - 4096))
+        assert len(server.seen) == 3
+        refused = server.ask(sized(b"x" * LARGE))
+        assert "large" in error(refused, 429, "overloaded")
+        assert server.told == [(429, "overloaded")]
+        with server.connect() as small:
+            small.sendall(sized(b"x" * 4000))
+            wait_for(lambda: len(server.seen) == 5)
+            server.go_on.set()
+            assert ask(small, b"") == [(200, {"size": 4000})]
+        for link in held:
+            assert ask(link, b"") == [(200, {"size": LARGE - 1})]
+            link.close()
+        wait_for(lambda: server.protocol.held_bytes == 0)
+        assert server.ask(sized(b"x" * LARGE)) == [(200, {"size": LARGE})]
+
+
+def test_what_a_client_that_left_had_sent_is_let_go() -> None:
+    with serving() as server:
+        with server.connect() as leaving:
+            leaving.sendall(sized(b"x" * 100_000)[:-1])
+            wait_for(lambda: server.protocol.held_bytes > 90_000)
+        wait_for(lambda: server.protocol.held_bytes == 0)
+
+
+def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, changed = [(1024, 2000)], list[Any]()
+    monkeypatch.setattr("resource.getrlimit", lambda _what: limits[0])
+    monkeypatch.setattr("resource.setrlimit", lambda _what, given: changed.append(given))
+    insist_on_files(500)
+    assert changed == []  # there is room for them
+    insist_on_files(1500)
+    ((soft, hard),) = changed
+    assert 1500 < soft <= hard == 2000
+    with pytest.raises(
+        UserError, match=r"max_connections=4096 needs \d+ open files, .* 2000"
+    ) as no:
+        insist_on_files(4096)
+    insist_on_files(int(no.value.hint.partition("AD2KIT_MAX_CONNECTIONS=")[2].partition(",")[0]))
+
+
+def test_what_is_not_admitted_is_told_so_and_the_connection_lives_on() -> None:
+    with serving() as server, server.connect() as link:
+        server.full = True
+        for size in (10, LARGE):  # twice as many bytes as are thrown away of one request
+            for _ in range(8):
+                assert "full" in error(ask(link, sized(b"x" * size)), 429, "overloaded")
+        assert server.told == [(429, "overloaded")] * 16
+        assert server.seen == []
+        assert ask(link, GET) == [(200, {"size": 0})]  # others are
+        server.full = False
+        assert ask(link, sized(b"x" * 99)) == [(200, {"size": 99})]
+        wait_for(lambda: server.protocol.held_bytes == 0)
+        server.full = True
+        # A client that asks for no more is answered before it is closed.
+        assert "full" in error(
+            ask(link, sized(b"x").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), 9),
+            429, "overloaded",
+        )  # fmt: skip
+
+
+def test_who_is_not_admitted_and_sends_no_body_is_closed() -> None:
+    with serving() as server, server.connect() as link:
+        server.full = True
+        link.sendall(POST + b"Content-Length: 999\r\n\r\n")
+        assert "full" in error(ask(link, b"", 9), 429, "overloaded")

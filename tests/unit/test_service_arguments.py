@@ -1,0 +1,310 @@
+"""What an operator may set of the service: by which way, with which values, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ad2kit.errors import UserError
+from ad2kit.service_arguments import Settings, client_key, keys_of, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+BENTOML = "/usr/bin/bentoml"
+# One of each, as they are typed, and as they are read.
+ALL = {
+    "model": ("/runs/one", "/runs/one"),
+    "runs_dir": ("/runs", "/runs"),
+    "workers": ("3", 3),
+    "threads": ("2", 2),
+    "api_keys": ("one,two", "one,two"),
+    "api_keys_file": ("/keys", "/keys"),
+    "shadow": ("/teacher", "/teacher"),
+    "shadow_share": ("0.5", 0.5),
+    "access_log": ("true", True),
+    "max_body_bytes": ("2048", 2048),
+    "max_held_bytes": ("4096", 4096),
+    "max_header_bytes": ("1024", 1024),
+    "max_headers": ("9", 9),
+    "header_timeout_s": ("0.5", 0.5),
+    "body_timeout_s": ("1.5", 1.5),
+    "write_timeout_s": ("2.5", 2.5),
+    "max_connections": ("7", 7),
+}
+
+
+def read(
+    environment: Mapping[str, str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    command: Sequence[str] = (),
+    *,
+    packed: bool = False,
+) -> Settings:
+    """Read settings as the parent process of a service does."""
+    return read_settings(arguments or {}, environment or {}, [BENTOML, *command], packed=packed)
+
+
+def settings_of(**values: Any) -> Settings:
+    return Settings.model_validate(values)
+
+
+def refusal(*given: Any, **more: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        read(*given, **more)
+    return f"{refused.value.message}; {refused.value.hint}"
+
+
+def test_every_setting_can_be_set_by_the_environment() -> None:
+    assert set(ALL) == set(Settings.model_fields)
+    for name, (text, value) in ALL.items():
+        assert read({f"AD2KIT_{name.upper()}": text}) == settings_of(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"api_keys"}))
+def test_a_checkout_can_be_set_by_arguments_too(name: str, tmp_path: Path) -> None:
+    text, value = ALL[name]
+    file = tmp_path / "arguments.yaml"
+    file.write_text(f"{name}: {text}\n")
+    for command, handed_on in (
+        (["serve", "--arg", f"{name}={text}"], text),
+        (["serve", f"--arg={name}={text}"], text),
+        (["serve", "--arg-file", str(file)], value),  # YAML's numbers and truths
+        (["serve", f"--arg-file={file}"], value),
+        (["serve", "--", f"--arg={name}=other"], text),
+    ):
+        assert read({}, {name: handed_on}, command) == settings_of(**{name: value})
+    # Whoever says the same twice is understood.
+    assert read({f"AD2KIT_{name.upper()}": text}, {name: value}) == settings_of(**{name: value})
+
+
+def test_a_key_on_the_command_line_is_refused_and_not_repeated() -> None:
+    said = refusal({}, {"api_keys": "hunter2"}, ["serve", "--arg", "api_keys=hunter2"])
+    assert "other users of the machine can read it" in said
+    assert "AD2KIT_API_KEYS" in said
+    assert "hunter2" not in said
+    lost = refusal({}, {}, ["serve", "--arg=api_keys=hunter2"], packed=True)
+    assert "AD2KIT_API_KEYS=…" in lost
+    assert "hunter2" not in lost
+
+
+@pytest.mark.parametrize("spelling", ["apart", "joined", "file", "file joined"])
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_an_argument_that_was_lost_is_refused(name: str, spelling: str, tmp_path: Path) -> None:
+    text, _ = ALL[name]
+    file = tmp_path / "arguments.yaml"
+    file.write_text(f"{name}: {text}\n")
+    command = {
+        "apart": ["--arg", f"{name}={text}"],
+        "joined": [f"--arg={name}={text}"],
+        "file": ["--arg-file", str(file)],
+        "file joined": [f"--arg-file={file}"],
+    }[spelling]
+    for program in ("/usr/bin/bentoml", "/site-packages/bentoml/__main__.py"):
+        with pytest.raises(UserError, match=f"{name}=` was given, and BentoML drops it") as refused:
+            read_settings({}, {}, [program, "serve", "ad2kit-demo:1", *command], packed=True)
+        if name in ("model", "runs_dir"):
+            assert "leave it out" in refused.value.hint
+        elif name != "api_keys":
+            assert f"set AD2KIT_{name.upper()}={text} in".lower() in refused.value.hint.lower()
+    # What is no command of BentoML's has arguments of its own.
+    assert read_settings({}, {}, ["pytest", *command], packed=True) == Settings()
+
+
+def test_a_lost_path_is_shown_as_it_has_to_be_typed() -> None:
+    said = refusal({}, {}, ["serve", "--arg", "api_keys_file=my keys"], packed=True)
+    assert """AD2KIT_API_KEYS_FILE="$PWD"/'my keys' in""" in said
+
+
+def test_a_lost_file_that_cannot_be_found_again_is_refused() -> None:
+    said = refusal({}, {}, ["serve", "--arg-file", "elsewhere.yaml"], packed=True)
+    assert "`--arg-file elsewhere.yaml` was given, and BentoML drops it" in said
+    assert read({}, {"workers": "2"}, ["serve", "--arg-file", "elsewhere.yaml"]) == Settings(
+        workers=2
+    )
+
+
+def test_an_argument_that_was_given_twice_is_refused() -> None:
+    command = ["serve", "--arg", "workers=2", "--arg", "workers=3"]
+    assert "BentoML hands on '3': it was given twice" in refusal({}, {"workers": "3"}, command)
+
+
+def test_argument_and_variable_that_differ_are_refused() -> None:
+    said = refusal({"AD2KIT_WORKERS": "3"}, {"workers": "2"})
+    assert "as '2' by --arg and as '3' by AD2KIT_WORKERS" in said
+    assert read({"AD2KIT_SHADOW_SHARE": ".5"}, {"shadow_share": "0.50"}).shadow_share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("workers", "0", "a whole number, at least 1, at most 1024"),
+        ("workers", "2.5", "a whole number, at least 1, at most 1024"),
+        ("workers", "", "a whole number"),
+        ("workers", "True", "a whole number"),
+        ("threads", "-1", "a whole number, at least 1"),
+        ("threads", "two", "a whole number"),
+        ("shadow_share", "0", "a number, above 0, at most 1"),
+        ("shadow_share", "nan", "a number, above 0, at most 1"),
+        ("shadow_share", "1.1", "a number, above 0, at most 1"),
+        ("access_log", "maybe", "true or false"),
+        ("model", "", "a text that is not empty"),
+        ("api_keys_file", "", "a text that is not empty"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_is_right(name: str, text: str, expected: str) -> None:
+    said = refusal({f"AD2KIT_{name.upper()}": text})
+    assert f"AD2KIT_{name.upper()}: expected {expected}" in said
+    assert f"found {text!r}" in said
+    assert f"--arg {name}: expected {expected}" in refusal({}, {name: text})
+
+
+def test_a_truth_in_a_file_is_no_number() -> None:
+    assert "found 'True'" in refusal({}, {"workers": True})
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("AD2KIT_API_KEY", "AD2KIT_API_KEYS"),
+        ("AD2KIT_APIKEYS_FILE", "AD2KIT_API_KEYS_FILE"),
+        ("AD2KIT_WORKER", "AD2KIT_WORKERS"),
+        ("ad2kit_workers", "AD2KIT_WORKERS"),
+        ("AD2KIT_SHADOWSHARE", "AD2KIT_SHADOW_SHARE"),
+    ],
+)
+def test_a_misspelt_setting_is_refused_and_the_nearest_named(variable: str, meant: str) -> None:
+    assert f"has {variable}, and there is no such setting (did you mean '{meant}'?)" in refusal(
+        {variable: "1"}
+    )
+    name = variable.upper().removeprefix("AD2KIT_").lower()
+    if name not in Settings.model_fields:
+        nearest = meant.removeprefix("AD2KIT_").lower()
+        said = refusal({}, {name: "1"}, ["serve", f"--arg={name}=1"])
+        assert f"no argument '{name}' (did you mean '{nearest}'?)" in said
+        assert f"no argument '{name}'" in refusal({}, {}, ["serve", f"--arg={name}=1"], packed=True)
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    others = {
+        "AD2KIT_BENCH_MODEL": "x",
+        "AD2KIT_SERVER": "{}",
+        "BENTOML_HOME": "x",
+        # What Kubernetes gives to every pod beside a Service named ad2kit or ad2kit-demo.
+        "AD2KIT_SERVICE_HOST": "10.0.0.1",
+        "AD2KIT_SERVICE_PORT": "80",
+        "AD2KIT_SERVICE_PORT_HTTP": "80",
+        "AD2KIT_PORT": "tcp://10.0.0.1:80",
+        "AD2KIT_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "AD2KIT_PORT_80_TCP_PROTO": "tcp",
+        "AD2KIT_DEMO_SERVICE_HOST": "10.0.0.1",
+        "AD2KIT_DEMO_PORT": "tcp://10.0.0.1:80",
+        "AD2KIT_DEMO_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    assert read(others) == Settings()
+    assert "has AD2KIT_PORT," in refusal({"AD2KIT_PORT": "3000"})
+
+
+def test_a_bento_serves_the_model_that_it_holds() -> None:
+    for name in ("model", "runs_dir"):
+        said = refusal({f"AD2KIT_{name.upper()}": "/elsewhere"}, packed=True)
+        assert "serves the model that it holds" in said
+        assert f"unset AD2KIT_{name.upper()}" in said
+
+
+def test_settings_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(UserError, match=r"shadow_share=0\.5 .* there is no shadow") as refused:
+        Settings(shadow_share=0.5).insist_that_they_fit()
+    assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
+    with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
+        Settings(model="a", runs_dir="b").insist_that_they_fit()
+    with pytest.raises(
+        UserError, match=r"may have 1048576 bytes .* worker together 2048"
+    ) as refused:
+        Settings(max_held_bytes=2048).insist_that_they_fit()
+    assert "raise AD2KIT_MAX_HELD_BYTES" in refused.value.hint
+    Settings(shadow="a", shadow_share=0.5, model="b").insist_that_they_fit()
+
+
+def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read({"AD2KIT_SHADOW": "here"}).shadow == str(tmp_path / "here")
+    said = refusal({"AD2KIT_SHADOW": "my folder"}, packed=True)
+    assert "expected an absolute path" in said
+    assert """AD2KIT_SHADOW="$PWD"/'my folder'""" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        pytest.param(b"one\ntwo\n", ["one", "two"], id="a key a line"),
+        pytest.param(b"\xef\xbb\xbfone\r\ntwo", ["one", "two"], id="byte order mark, Windows"),
+        pytest.param(b"# of Ann\none\n\n \t\n  # of Bob\n two \n", ["one", "two"], id="comments"),
+        pytest.param(b"one\rtwo\r", ["one", "two"], id="an old Mac"),
+        pytest.param(b"a,b\nc#d\n", ["a,b", "c#d"], id="comma and number sign in a key"),
+    ],
+)
+def test_keys_are_read_from_a_file(content: bytes, keys: list[str], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    assert keys_of(tmp_path / "keys") == keys
+    assert Settings(api_keys_file=str(tmp_path / "keys")).keys() == keys
+    assert Settings(api_keys="x", api_keys_file=str(tmp_path / "keys")).keys() == ["x", *keys]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(b"", "there is none", id="empty"),
+        pytest.param(b" \r\n\t\n", "there is none", id="blank"),
+        pytest.param(b"\xef\xbb\xbf", "there is none", id="byte order mark alone"),
+        pytest.param(b"# nobody\n", "there is none", id="comments alone"),
+        pytest.param(b"\0\0\0\0", "line 1: an API key consists of visible ASCII", id="zero bytes"),
+        pytest.param(b"one\ntw\0o\n", "line 2: an API key consists", id="a zero byte"),
+        pytest.param(b"\xff\xfeo\0n\0e\0", "cannot read the API keys", id="UTF-16"),
+        pytest.param(b"\x80\x81secret", "cannot read the API keys", id="not UTF-8"),
+        pytest.param(b"one two\n", "line 1: an API key", id="two in a line"),
+        pytest.param("schl\u00fcssel\n".encode(), "line 1: an API key", id="not ASCII"),
+    ],
+)
+def test_a_file_without_keys_opens_nothing(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(UserError, match=said) as refused:
+        Settings(api_keys_file=str(tmp_path / "keys")).keys()
+    assert "key a line" in refused.value.hint
+    assert "secret" not in refused.value.message
+
+
+def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path, "a folder"), (tmp_path / "x", "absent"),
+                       (tmp_path / "pipe", "no file")):  # fmt: skip
+        with pytest.raises(UserError, match=f"it is {kind}"):
+            Settings(api_keys_file=str(path)).keys()
+
+
+def test_keys_in_the_environment() -> None:
+    assert Settings(api_keys=" one, two ,\n").keys() == ["one", "two"]
+    assert Settings().keys() == []
+    for text in ("", ",", " , \n"):
+        with pytest.raises(UserError, match="asked for and there is none"):
+            Settings(api_keys=text).keys()
+    for text in ("one\ntwo", "one, t w o"):
+        with pytest.raises(UserError, match=r"AD2KIT_API_KEYS, key [12]: an API key consists"):
+            Settings(api_keys=text).keys()
+    assert "hunter2" not in repr(Settings(api_keys="hunter2"))
+
+
+def test_a_client_sends_the_first_key_that_it_finds(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# old\none\ntwo\n")
+    assert client_key(None, {}) is None
+    assert client_key(None, {"AD2KIT_API_KEYS": "three,four"}) == "three"
+    assert client_key(None, {"AD2KIT_API_KEYS_FILE": str(file)}) == "one"
+    assert client_key(file, {"AD2KIT_API_KEYS": "three"}) == "one"
+    with pytest.raises(UserError, match="there is none"):
+        client_key(None, {"AD2KIT_API_KEYS": ""})
+    with pytest.raises(UserError, match="it is absent"):
+        client_key(tmp_path / "none", {})
