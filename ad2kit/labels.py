@@ -44,7 +44,9 @@ _CELLS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0,
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 # How Python and numpy write a list, a tuple, a set or an array of texts or numbers.
 _WRITTEN_LIST = re.compile(
-    r"(array|set|frozenset)?[\[({]\s*(['\"\[({0-9+.-].*)?[\])}]|\[\s*['\"].*", re.DOTALL
+    r"(array|set|frozenset)?[\[({]\s*((['\"\[({0-9+.-]|(True|False|None|nan)\b).*)?[\])}]"
+    r"|\[\s*['\"].*",
+    re.DOTALL,
 )
 _OTHER_SEPARATOR = re.compile(r"[;|/\n\t]")
 # Variation selectors choose between two pictures of one character.

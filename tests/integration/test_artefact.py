@@ -162,7 +162,7 @@ def test_a_foreign_model_is_read_by_the_settings_beside_it(trained: RunDir, tmp_
     names = ",".join(f"text{column}" for column in range(columns))
     recipe = recipes.load("custom", [
         f"data.text_columns=[{names}]", f"data.max_length_tokens={LENGTH}",
-        "compute.threads=1", "parity.bootstrap_samples=50",
+        "compute.threads=1", "parity.bootstrap_samples=100",
     ])  # fmt: skip
     folder = tmp_path / "model"
     folder.mkdir()

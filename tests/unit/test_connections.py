@@ -133,6 +133,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def seen(server: Server) -> list[Message]:
+    # The application may hear of a request that was refused already only after its client.
+    wait_for(lambda: not server.server.server_state.tasks)
     server.seen.clear()
     server.told.clear()
     return server.seen

