@@ -12,7 +12,7 @@ from ad2kit.export import export
 from ad2kit.files import sha256_of, write_record
 from ad2kit.parity import parity
 from ad2kit.report import report
-from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers
+from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers, VariantParity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,20 +71,25 @@ def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None
 
 def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
     judged = ParityReport.read(copied_run.parity_report)
-    last = judged.variants[-1]
-    checks = tuple(
-        c.model_copy(update={"threshold": 2.0, "bound": "at least"}) for c in last.checks
-    )
-    failed = last.model_copy(update={"checks": checks})
-    write_record(
-        copied_run.parity_report,
-        judged.model_copy(update={"variants": (*judged.variants[:-1], failed)}),
-    )
-    page = report(copied_run).read_text()
-    assert '<span class="bad">failed</span></h1>' in page
-    assert page.count('<details open><summary>int8: <span class="bad">') == 1
-    # The page is about the one that would be served.
+    failed = tuple(
+        each.model_copy(update={"checks": tuple(
+            check.model_copy(update={"threshold": 2.0, "bound": "at least"})
+            for check in each.checks
+        )})
+        for each in judged.variants
+    )  # fmt: skip
+
+    def page_of(variants: tuple[VariantParity, ...]) -> str:
+        write_record(copied_run.parity_report, judged.model_copy(update={"variants": variants}))
+        return report(copied_run).read_text()
+
+    page = page_of((*judged.variants[:-1], failed[-1]))
+    # A variant can be shipped: the page is about that one, and says which other cannot, and why.
+    assert '<span class="good">passed</span></h1>' in page
     assert "fused keeps" in page
+    assert page.count('<details open><summary>int8: <span class="bad">') == 1
+    assert "label flips is 0, expected at least 2" in page
+    assert '<span class="bad">failed</span></h1>' in page_of(failed)
 
 
 def test_what_belongs_to_other_artefacts_is_not_shown(copied_run: RunDir) -> None:

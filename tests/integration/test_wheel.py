@@ -115,7 +115,7 @@ def test_the_installed_command_lists_its_recipes(installed: Installed) -> None:
 def test_the_installed_command_checks_a_recipe(installed: Installed) -> None:
     checked = json.loads(installed.ad2kit("check", "smoke", "--json"))
     assert checked["recipe"]["name"] == "smoke"
-    assert all(checked["rows"].values())
+    assert all(split["rows"] for split in checked["splits"].values())
     wrong = installed.python("-c", MAIN, "check", "smok")
     assert wrong.returncode == 2
     assert "did you mean 'smoke'?" in wrong.stderr
