@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # So many texts of a split are tokenised.
 _SAMPLE = 2_000
+# Of more texts in quotation marks, something is likely to have put them there.
+_QUOTED = 0.2
 # So many labels are named.
 _NAMED = 12
 # The share of texts on which student and teacher are assumed to differ in being right.
@@ -44,7 +46,8 @@ class SplitCheck(Part):
     """What a split holds; lengths are of at most 2,000 of its texts, in tokens before cutting.
 
     ``duplicates`` and ``known`` are shares of its rows: texts that occur in it before, and
-    validation texts that are also training texts.
+    validation texts that are also training texts. ``quoted`` is the share of its texts that stand
+    in quotation marks, which belong to the text.
     """
 
     rows: int
@@ -55,6 +58,7 @@ class SplitCheck(Part):
     cut: float
     duplicates: float
     known: float | None
+    quoted: float
     example: tuple[str, ...]
 
 
@@ -146,6 +150,11 @@ def words(report: CheckReport) -> str:
     updates = " and ".join(f"{n:,} updates of the {model}" for model, n in report.updates.items())
     if report.task != "regression":
         lines += [f"labels, {order}: {names}{more}", f"in train: {train.labels}"]
+    if train.quoted > _QUOTED:
+        lines.append(
+            f"{train.quoted:.0%} of the training texts stand in quotation marks, which belong to "
+            "the text: TSV has no quoting; if they are not meant, write CSV"
+        )
     lines += [
         f"first row: {' | '.join(_short(text) for text in train.example)}",
         f"validation texts that are also training texts: {validation.known or 0:.1%}",
@@ -189,6 +198,8 @@ def _split(
         cut=float((lengths > recipe.data.max_length_tokens).mean()),
         duplicates=1 - len(Counter(split.texts)) / len(split),
         known=None if trained is None else sum(t in trained for t in split.texts) / len(split),
+        quoted=sum(text[:1] == text[-1:] == '"' for column in columns for text in column)
+        / sum(map(len, columns)),
         example=split.texts[0],
     )  # fmt: skip
 

@@ -77,7 +77,12 @@ class Target(Part):
 
 
 class Cost(Part):
-    """What a variant takes; ``speedup`` is over the fastest one of the teacher beside it."""
+    """What a variant takes; ``speedup`` is over the fastest one of the teacher beside it.
+
+    The systems took turns in rounds: ``speedup`` is the median of the ratios of their rounds,
+    ``speedup_range`` encloses them all, and ``spread`` is the slowest round over the fastest.
+    Files of 0.1.0 do not know these two.
+    """
 
     variant: str
     size_bytes: int
@@ -85,6 +90,8 @@ class Cost(Part):
     p99_ms: float
     calls: int
     speedup: float
+    speedup_range: tuple[float, float] | None = None
+    spread: float = 1.0
 
 
 class Shortfall(NamedTuple):

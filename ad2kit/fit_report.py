@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ad2kit.files import whole_file
 from ad2kit.markdown import table
+from ad2kit.records import BUSY_SPREAD
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,9 +41,11 @@ def trained_rows(report: FitReport) -> list[tuple[str, ...]]:
 
 
 def _figures(cost: Cost) -> tuple[str, ...]:
+    low, high = cost.speedup_range or (None, None)
+    speed = f"{cost.speedup:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
     return (
         cost.variant, f"{cost.size_bytes / 1e6:.1f}", f"{cost.p50_ms:.2f}", f"{cost.p99_ms:.2f}",
-        f"{cost.speedup:.2f}",
+        speed,
     )  # fmt: skip
 
 
@@ -62,8 +65,16 @@ def caption(report: FitReport) -> str:
         f"Target: {target}. Retained: {' and '.join(report.metrics)} on {report.rows} validation "
         f"rows, with a 95 % interval. Latency: forward pass of {target.batch_size} text(s) of "
         f"{target.length_tokens} tokens, of untrained students, {report.environment['threads']} "
-        f"threads of {report.environment['cpu']}; speed against the teacher's fastest variant."
+        f"threads of {report.environment['cpu']}; speed against the teacher's fastest variant, "
+        "with the range of the rounds."
     )
+    costs = [cost for each in report.candidates for cost in each.costs]
+    spread = max(cost.spread for cost in [*report.untrained_teacher, *costs, *report.trained])
+    if spread > BUSY_SPREAD:
+        text += (
+            f" The machine was busy: rounds of the same calls differ by up to {spread:.1f} times. "
+            "Search again when it is idle."
+        )
     answer = next((each for each in report.candidates if each.outcome == "found"), None)
     if answer is not None and (answer.retained_interval or (0.0,))[0] < target.retain:
         text += (

@@ -104,7 +104,8 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
             raise DataError(
                 f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
                 f"found {', '.join(path.name for path in found) or 'none'}",
-                hint="rename the files, or name them with data.train and data.validation",
+                hint=_cure(folder, stem)
+                or "rename the files, or name them with data.train and data.validation",
             )
         return found[0]
 
@@ -121,6 +122,31 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
             hint="correct the file, or give data.labels",
         )
     return train, validation, tuple(name for _, name in pairs)
+
+
+def _cure(folder: Path, stem: str) -> str | None:
+    """Return what makes one file of what other systems leave for a split, if that is seen."""
+    if (folder / "dataset_dict.json").is_file():
+        return (
+            "datasets.save_to_disk() wrote this folder: "
+            f"datasets.load_from_disk({str(folder)!r})[{stem!r}]"
+            f".to_parquet({f'NEW/{stem}.parquet'!r}) writes what ad2kit reads, for each split"
+        )
+    folders = [path for path in (folder / f"{stem}.parquet", folder / stem) if path.is_dir()]
+    parts: Path | list[str] | None = next((path for path in folders if _parquet(path)), None)
+    if parts is None:
+        parts = [str(path) for path in _parquet(folder) if path.name.startswith(f"{stem}-")]
+    if not parts:
+        return None
+    return (
+        f"the split lies in several files: pyarrow.parquet.write_table(pyarrow.parquet.read_table("
+        f"{parts if isinstance(parts, list) else str(parts)!r}), {f'NEW/{stem}.parquet'!r}) makes "
+        "one of them"
+    )
+
+
+def _parquet(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

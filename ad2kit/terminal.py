@@ -50,6 +50,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 _LINES_AT_ONCE = 256
 # Of a text that is shown in a command.
 _EXAMPLE_CHARACTERS = 80
+# So many lines are named.
+_NAMED = 10
 
 
 @contextmanager
@@ -229,19 +231,25 @@ def _example(folder: RunDir) -> tuple[str, ...]:
 
 
 def read_lines(file: Path | None) -> Iterator[str]:
-    """Yield the texts of a file, or of stdin, one a line.
+    """Yield the texts of a file, or of stdin, one a line; those that show nothing are counted.
 
     Raises:
-        UserError: no such file, or a line that is empty or not UTF-8.
+        UserError: no such file, or a line that is not UTF-8.
     """
     if file is not None and not file.is_file():
         raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
     name = "stdin" if file is None else str(file)
     with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
+        empty = list[int]()
         for number, text in text_rows.text_lines(stream, name):
-            if not is_text(text):
-                raise UserError(f"{name}, line {number}: empty text", hint="remove the line")
-            yield text
+            if is_text(text):
+                yield text
+            else:
+                empty.append(number)
+    if empty:
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        lines = ", ".join(map(str, empty[:_NAMED]))
+        _note(f"{name}: left out {len(empty)} empty lines: {lines}{more}")
 
 
 def answers(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:

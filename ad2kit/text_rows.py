@@ -92,7 +92,8 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
     """Return the names of the columns of a CSV or TSV file, and how many lines they take.
 
     Raises:
-        DataError: the file is empty, its first row is wrong, or two columns have one name.
+        DataError: the file is empty, its first row is wrong, two columns have one name, or the
+            names show that it is a table of another kind.
     """
     found = next(frames(lines, suffix), None)
     if found is None:
@@ -106,7 +107,25 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
     if error:
         raise bad_row(f"{name}, line {first + 1}", error, text,
                       "correct the line that names the columns")  # fmt: skip
+    _insist_on_format(f"{name}, line {first + 1}", names, suffix)
     return tuple(names), end
+
+
+def _insist_on_format(where: str, names: Sequence[str], suffix: str) -> None:
+    """Refuse a CSV file with other separators, and a TSV file whose cells are quoted as in CSV."""
+    separator = next((each for each in ";\t|" if len(names) == 1 and each in names[0]), None)
+    if suffix == "csv" and separator:
+        found = f"expected columns between commas, found one column named {names[0]!r}"
+    elif suffix == "tsv" and all(name[:1] == name[-1:] == '"' != name for name in names):
+        separator = "\t"
+        found = f"expected TSV, which has no quoting, found names in quotation marks: {names[0]}"
+    else:
+        return
+    raise DataError(
+        f"{where}: {found}",
+        hint=f"pandas.read_csv(OLD, sep={separator!r}, dtype=str, keep_default_na=False)"
+        ".to_csv(NEW, index=False) writes a CSV file that ad2kit reads",
+    )
 
 
 def rows(

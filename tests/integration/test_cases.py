@@ -196,6 +196,15 @@ class TestTables:
         texts = ["never dull", "boring plot", "last line without end"]
         assert tokens == [answer.tokens for answer in int8_of(tmp_path).predict(texts)]
 
+    @pytest.mark.parametrize("name", [".", "spark", "shards"])
+    def test_28_what_other_systems_leave(
+        self, case: Callable[[str], Path], ad2kit: Any, name: str
+    ) -> None:
+        case(f"28-save-to-disk-and-shards/{name}")
+        refused = ad2kit("check", CASES / "tinyr.yaml")
+        assert refused.code == 2
+        assert "NEW/train.parquet" in refused.err
+
     def test_26_unlabelled_lines_of_windows(self, case: Callable[[str], Path]) -> None:
         case("26-unlabelled-crlf")
         rows = read_unlabelled("more.txt", ("text",))

@@ -230,18 +230,25 @@ def test_predict_reads_arguments_a_file_and_stdin(
     assert ad2kit("predict", "--run", finished_run.path).out == given.out
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(b"good\n\nbad\n", "line 2: empty text"), (b"good\ncaf\xe9\n", "line 2: not UTF-8")],
-)
 def test_predict_names_the_line_that_is_wrong(
-    ad2kit: Any, finished_run: RunDir, tmp_path: Path, content: bytes, expected: str
+    ad2kit: Any, finished_run: RunDir, tmp_path: Path
 ) -> None:
     file = tmp_path / "texts.txt"
-    file.write_bytes(content)
+    file.write_bytes(b"good\ncaf\xe9\n")
     outcome = ad2kit("predict", "--file", file, "--run", finished_run.path)
     assert outcome.code == 2
-    assert expected in outcome.err
+    assert "line 2: not UTF-8" in outcome.err
+
+
+def test_predict_leaves_out_empty_lines_and_says_which(
+    ad2kit: Any, finished_run: RunDir, tmp_path: Path
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("\ngood\n \nbad\n\u200b\n\n", encoding="utf-8")
+    outcome = ad2kit("predict", "--file", file, "--run", finished_run.path)
+    assert outcome.code == 0
+    assert [json.loads(line)["text"] for line in outcome.out.splitlines()] == ["good", "bad"]
+    assert f"{file}: left out 4 empty lines: 1, 3, 5, 6" in outcome.err
 
 
 def test_predict_declares_a_text_that_was_cut(ad2kit: Any, finished_run: RunDir) -> None:

@@ -6,13 +6,17 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from ad2kit.data import Data, epoch_batches, load_data
 from ad2kit.errors import DataError
 from ad2kit.labels import balance
 from ad2kit.sections import DataRecipe
+from ad2kit.sources import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,9 +54,6 @@ def test_tsv_takes_a_quotation_mark_as_a_character(tmp_path: Path) -> None:
 
 
 def test_all_formats_read_the_same_rows(tmp_path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     plain: list[dict[str, object]] = [
         {"text": f"text, {i}\nsecond line", "label": i % 2} for i in range(40)
     ]
@@ -423,6 +424,40 @@ def test_half_a_surrogate_pair_in_a_label_is_refused(tmp_path: Path, where: str)
     source = folder(tmp_path, texts["train"], texts["validation"], suffix="jsonl")
     with pytest.raises(DataError, match=rf"{where}\.jsonl, line 21: holds half a surrogate pair"):
         load_data(recipe(source), 1)
+
+
+@pytest.mark.parametrize("kind", ["shards", "a folder of parts", "save_to_disk"])
+def test_a_split_in_several_files_is_refused_with_a_cure_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    texts = [f"text {number}" for number in range(8)]
+    table = pa.table({"text": texts, "label": ["a", "b"] * 4})
+    source = tmp_path / "data"
+    for name in ("train", "validation"):
+        if kind == "save_to_disk":
+            continue
+        parts = [f"{name}-{part:05}-of-00002.parquet" for part in range(2)]
+        where = source if kind == "shards" else source / f"{name}.parquet"
+        where.mkdir(parents=True, exist_ok=True)
+        for part, file in enumerate(parts):
+            parquet.write_table(table.slice(4 * part, 4), where / file)
+    if kind == "save_to_disk":
+        splits = {name: datasets.Dataset(table) for name in ("train", "validation")}
+        datasets.DatasetDict(splits).save_to_disk(source)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "NEW").mkdir()
+    with pytest.raises(DataError, match="expected exactly one train") as caught:
+        load_data(recipe(source), 1)
+    said = caught.value.hint.partition(": ")[2]
+    code = said.removesuffix(" makes one of them").removesuffix(
+        " writes what ad2kit reads, for each split"
+    )
+    assert code != said
+    for name in ("train", "validation"):
+        words = code.replace("train", name)
+        exec(words, {"pyarrow": pa, "datasets": datasets})  # noqa: S102  (our own words)
+        rows = read_file(tmp_path / "NEW" / f"{name}.parquet", ("text", "label"))
+        assert [row["text"] for _, row in rows] == texts
 
 
 def test_label_names_keep_what_splits_lines_elsewhere(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def cost(variant: str = "int8", *, ms: float = 2.0, megabytes: float = 10, speed
          ) -> Cost:  # fmt: skip
     return Cost(
         variant=variant, size_bytes=int(1e6 * megabytes), p50_ms=ms, p99_ms=1.5 * ms, calls=100,
-        speedup=speedup,
+        speedup=speedup, speedup_range=(0.9 * speedup, 1.1 * speedup), spread=1.1,
     )  # fmt: skip
 
 
@@ -288,6 +288,35 @@ def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
     assert len(made) == 1
     assert [e.speedup for e in stopwatch().measure("another", systems)] == pytest.approx([1.0, 0.5])
     assert len(made) == 2
+
+
+def test_a_busy_machine_is_measured_again_and_never_remembered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Both systems are as fast as each other; somebody else slows some rounds.
+    noise = iter([(1, 3, 1), (1, 2, 1), (1, 4, 1), (1, 1, 1)])
+
+    def clock(
+        calls: dict[str, Call], _ids: np.ndarray, _seconds: float
+    ) -> dict[str, list[list[float]]]:
+        factors = next(noise)
+        return {name: [[0.001 * factor] * 4 for factor in factors] for name in calls}
+
+    def systems() -> dict[str, System]:
+        return {"teacher": (lambda _ids: None, 4), "int8": (lambda _ids: None, 2)}
+
+    file = tmp_path / "shared" / "m.json"
+    busy = Stopwatch(load("smoke"), target(), file, clock, 50)
+    found = busy.measure("a shape", systems, ["teacher"])
+    assert [each.spread for each in found] == [2, 2]  # the calmest of the three
+    assert [each.speedup for each in found] == [1, 1]  # they took turns
+    assert "others use this machine" in caplog.text
+    assert busy.measure("a shape", systems, ["teacher"]) is found  # for this search
+    idle = Stopwatch(load("smoke"), target(), file, clock, 50)
+    assert [each.spread for each in idle.measure("a shape", systems, ["teacher"])] == [1, 1]
+    text = caption(report(target()).model_copy(update={"untrained_teacher": found}))
+    assert "The machine was busy: rounds of the same calls differ by up to 2.0 times" in text
+    assert "busy" not in caption(report(target()))
 
 
 def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -> None:

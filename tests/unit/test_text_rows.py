@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -218,6 +219,39 @@ def test_what_spark_wrote_is_refused_with_a_cure_that_works(
     rows = [row for _, row in read_file(tmp_path / "new.csv", ("text", "label"))]
     assert [row["text"] for row in rows] == ["plain", 'he said "never, dull" to me', 'ends "so"']
     assert [row["label"] for row in rows] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("in.csv", "text;label\nso, so;x\n", "found one column named 'text;label'"),
+        ("in.csv", "text\tlabel\nso, so\tx\n", r"found one column named 'text\\tlabel'"),
+        ("in.csv", "text|label\nso, so|x\n", r"found one column named 'text\|label'"),
+        ("in.tsv", '"text"\t"label"\n"so, so"\t"x"\n', "found names in quotation marks"),
+    ],
+)
+def test_a_table_of_another_kind_is_refused_with_a_cure_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, expected: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    error = refusal(path)
+    assert re.search(expected, error.message)
+    with pytest.raises(DataError, match=expected):
+        for_scoring(path, 100)
+    code, words, _ = error.hint.partition(" writes a CSV file")
+    assert words
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"pandas": pd, "OLD": name, "NEW": "new.csv"})  # noqa: S102  (our own words)
+    ((_, row),) = read_file(tmp_path / "new.csv", ("text", "label"))
+    assert row == {"text": "so, so", "label": "x"}
+
+
+def test_one_column_is_a_table_too(tmp_path: Path) -> None:
+    for name, content in (("in.csv", "a text\nb;c\n"), ("in.tsv", 'a "text"\nb;c\n')):
+        (tmp_path / name).write_text(content)
+        ((_, row),) = read_file(tmp_path / name, ())
+        assert list(row.values()) == ["b;c"]
 
 
 @pytest.mark.parametrize(
