@@ -200,7 +200,11 @@ def test_the_command_line_tells_of_the_refusal(ad2kit: Any, narrow: RunDir) -> N
         assert refused.code == 1
         assert "by the rule of `ad2kit fit` (retain 97 %)" in refused.err
         assert "next:" not in refused.err
-    assert ad2kit("report", narrow.path).out.count(" refused") == 3
+    table = ad2kit("report", narrow.path).out
+    # The gate's thresholds lie just below int8; how the others stand to it, the CPU decides.
+    (int8,) = (line for line in table.splitlines() if line.strip().startswith("int8 (ONNX)"))
+    assert " refused" in int8
+    assert " passed" not in table
     page = narrow.report.read_text()
     assert "<title>smoke: failed</title>" in page
     assert "at look 9" in page
