@@ -21,7 +21,7 @@ from ad2kit.sources import Row, read_file, read_rows, read_unlabelled
 from ad2kit.texts import is_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerFast
@@ -34,6 +34,7 @@ _SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
+_CHUNK_CHARACTERS = 65_536
 
 
 @dataclass(frozen=True)
@@ -202,15 +203,32 @@ def facts(
 
 
 def encode(split: Split, tokenizer: PreTrainedTokenizerFast, max_length_tokens: int) -> Encoded:
-    """Tokenise a split; longer texts are truncated and counted."""
-    columns = [list(column) for column in zip(*split.texts, strict=True)]
-    batch = tokenizer(*columns, truncation=True, max_length=max_length_tokens)
-    return Encoded(
-        batch["input_ids"],
-        batch["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else None,
-        split.labels,
-        np.asarray([bool(encoding.overflowing) for encoding in batch.encodings or ()]),
-    )
+    """Tokenise a split; longer texts are truncated and counted.
+
+    Some texts at a time: the tokenizer keeps all pieces of a text that is longer than the model,
+    300 times its bytes, until it is done.
+    """
+    ids, types, truncated = list[list[int]](), list[list[int]](), list[bool]()
+    for texts in _chunks(split.texts):
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        batch = tokenizer(*columns, truncation=True, max_length=max_length_tokens)
+        ids += batch["input_ids"]
+        types += batch.get("token_type_ids", [])
+        truncated += [bool(encoding.overflowing) for encoding in batch.encodings or ()]
+    segments = "token_type_ids" in tokenizer.model_input_names
+    return Encoded(ids, types if segments else None, split.labels, np.asarray(truncated, bool))
+
+
+def _chunks(texts: Sequence[tuple[str, ...]]) -> Iterator[Sequence[tuple[str, ...]]]:
+    """Yield the texts in parts of about so many characters, or of one that is longer."""
+    start = characters = 0
+    for place, columns in enumerate(texts):
+        characters += sum(map(len, columns))
+        if characters >= _CHUNK_CHARACTERS:
+            yield texts[start : place + 1]
+            start, characters = place + 1, 0
+    if start < len(texts):
+        yield texts[start:]
 
 
 def epoch_batches(

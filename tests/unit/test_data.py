@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -12,11 +12,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ad2kit.data import Data, epoch_batches, load_data
+from ad2kit.data import Data, Split, encode, epoch_batches, load_data
 from ad2kit.errors import DataError
 from ad2kit.labels import balance
 from ad2kit.sections import DataRecipe
 from ad2kit.sources import read_file
+from tests.models import tiny_bert
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -469,6 +470,32 @@ def test_the_hub_without_a_network_names_the_local_alternative() -> None:
     with pytest.raises(DataError, match="cannot load the data set 'nyu-mll/glue/sst2'") as caught:
         load_data(recipe("hub://nyu-mll/glue/sst2", text_columns=("sentence",)), 1)
     assert "data.source=FOLDER" in caught.value.hint
+
+
+def test_few_texts_are_tokenised_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_bert().tokenizer
+    texts = tuple((f"good {'! ' * number}", f"dull {number}") for number in range(60))
+    split = Split(texts, np.arange(60))
+    whole = encode(split, tokenizer, 32)
+    sizes = list[int]()
+    call = type(tokenizer).__call__
+
+    def seen(self: Any, *columns: list[str], **settings: Any) -> Any:
+        sizes.append(sum(map(len, columns[0] + columns[1])))
+        return call(self, *columns, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", seen)
+    monkeypatch.setattr("ad2kit.data._CHUNK_CHARACTERS", 300)
+    parts = encode(split, tokenizer, 32)
+    assert len(sizes) > 10
+    # The one text that reaches the limit is part of it.
+    assert max(sizes) < 300 + max(sum(map(len, columns)) for columns in texts)
+    assert parts.input_ids == whole.input_ids
+    assert parts.token_type_ids == whole.token_type_ids
+    assert {0, 1} == {kind for row in whole.token_type_ids or () for kind in row}
+    assert parts.truncated.tolist() == whole.truncated.tolist()
+    assert 0 < whole.truncated.sum() < 60
+    assert len(encode(split.take(np.arange(0)), tokenizer, 32)) == 0
 
 
 def test_an_epoch_holds_every_row_once_in_batches_of_similar_length() -> None:
