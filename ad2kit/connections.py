@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from ad2kit.error_contract import Problem
+from ad2kit.error_contract import Pace, Problem
 from ad2kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Bounded(HttpToolsProtocol):
     limits: ClassVar[Settings]
     observe: ClassVar[Callable[[int, str], None]]
     admit: ClassVar[Callable[[bytes, bytes], None]]
+    pace: ClassVar[Pace]
     held_bytes: ClassVar[int] = 0  # of requests of all connections, without their first bytes
     to_tidy: ClassVar[int] = 0  # how often memory is to be given back to the system
     tidied: ClassVar[float] = 0.0  # when this was last done
@@ -80,6 +81,7 @@ class Bounded(HttpToolsProtocol):
         self._unparsed_bytes = 0  # since the last of the body, or its begin: headers, chunk sizes
         self._body_bytes = self._held = self._rest_bytes = 0
         self._problem: Problem | None = None  # what the client is told last; then nothing is read
+        self._paced = False  # it was refused, and is read again in a moment
 
     # What the transport says
 
@@ -166,6 +168,8 @@ class Bounded(HttpToolsProtocol):
             try:
                 type(self).admit(self.parser.get_method(), self.url)
             except Problem as problem:
+                if self._paced:  # it had sent this one along, without waiting for an answer
+                    raise _RefusedError(problem) from None
                 self._answer_at_once(problem)
                 return
         super().on_headers_complete()
@@ -238,6 +242,18 @@ class Bounded(HttpToolsProtocol):
         self.cycle.response_started = self.cycle.response_complete = self._in_body = True
         self._say(problem)
         self.on_response_complete()
+        now = self.loop.time()
+        if wait_s := self.pace.wait_s(now):
+            self._paced = True
+            self.flow.pause_reading()
+            self.loop.call_at(now + wait_s, self._read_again)
+
+    def _read_again(self) -> None:
+        """Read what came while nothing was read from a client that had been refused."""
+        self._paced = False
+        self._due = max(self._due, self.loop.time() + _REST_S)
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _count(self, size: int) -> None:
         self._parsed_bytes += size
@@ -327,7 +343,7 @@ class Bounded(HttpToolsProtocol):
         closing = self.transport.is_closing()
         if closing and math.isinf(self._due):
             self._due = now + self.limits.write_timeout_s
-        if now < self._due and now < self._write_due:
+        if (now < self._due or self._paced) and now < self._write_due:
             return
         if closing or now >= self._write_due or self._problem is not None:
             self.transport.abort()
@@ -346,6 +362,7 @@ def bounded(
     limits: Settings,
     observe: Callable[[int, str], None],
     admit: Callable[[bytes, bytes], None] = lambda _method, _path: None,
+    pace: Pace | None = None,
 ) -> type[Bounded]:
     """Return the protocol for the connections of one worker.
 
@@ -354,12 +371,13 @@ def bounded(
         observe: is told the status and the type of each problem that a client is told here.
         admit: is asked about each request, by method and path, when its headers are here; raises
             what its client is told if it need not come any further.
+        pace: of such refusals: a client is read again when its turn has come.
     """
 
     class Within(Bounded):
         """A connection of this worker."""
 
-    Within.limits = limits
+    Within.limits, Within.pace = limits, pace or Pace()
     Within.observe, Within.admit = staticmethod(observe), staticmethod(admit)
     return Within
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import math
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +111,27 @@ class Problem(Exception):
         return []
 
 
+class Pace:
+    """Spaces out refusals, so that they leave the event loop its time for what is accepted.
+
+    A client that sends again at once, whatever Retry-After says, is refused in next to no time,
+    and then again. Hundreds of them would keep all others waiting.
+
+    Args:
+        per_second: refusals that go out; further ones wait for their turn.
+        at_once: how many may go out together after a calm moment.
+    """
+
+    def __init__(self, per_second: float = 400.0, at_once: int = 64) -> None:
+        self._interval_s, self._burst_s = 1 / per_second, at_once / per_second
+        self._last = -math.inf
+
+    def wait_s(self, now: float) -> float:
+        """Return how long one more refusal has to wait at a time in seconds."""
+        self._last = max(self._last, now - self._burst_s) + self._interval_s
+        return max(0.0, self._last - now)
+
+
 class ErrorContract:
     """ASGI middleware: bounds the body while it is read, and gives every error one shape.
 
@@ -121,6 +144,7 @@ class ErrorContract:
         max_body_bytes: the largest request body.
         hints: what the client should do instead, by status, where it is more than the default.
         observe: is told the status and the type of each error.
+        pace: of refusals for want of room.
     """
 
     def __init__(
@@ -130,8 +154,10 @@ class ErrorContract:
         max_body_bytes: int,
         hints: Mapping[int, str] | None = None,
         observe: Callable[[int, str], None] = lambda _status, _kind: None,
+        pace: Pace | None = None,
     ) -> None:
         self.app = app
+        self.pace = pace or Pace()
         self.max_body_bytes = max_body_bytes
         self.hints = hints or {}
         self.observe = observe
@@ -198,6 +224,8 @@ class ErrorContract:
         if problem.status == HTTPStatus.METHOD_NOT_ALLOWED and allow:
             headers.append((b"allow", allow))
         self.observe(problem.status, problem.kind)
+        if problem.status == HTTPStatus.TOO_MANY_REQUESTS:
+            await asyncio.sleep(self.pace.wait_s(asyncio.get_running_loop().time()))
         await send_json(send, problem.status, problem.content(), headers)
 
 

@@ -34,7 +34,7 @@ from ad2kit import __version__
 from ad2kit.batcher import Batcher, BatchFacts
 from ad2kit.classifier import OnnxClassifier
 from ad2kit.connections import bounded, insist_on_files
-from ad2kit.error_contract import ErrorContract
+from ad2kit.error_contract import ErrorContract, Pace
 from ad2kit.golden import warm_up
 from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.observability import log_as_json, tracing
@@ -233,7 +233,8 @@ def openapi() -> dict[str, Any]:
 
 # BentoML builds uvicorn's configuration itself and lets nobody choose a protocol. In this table
 # that configuration looks its default up; it takes a class in place of the name of one.
-HTTP_PROTOCOLS["auto"] = bounded(settings, reject, admit)  # type: ignore[assignment]
+PACE = Pace()
+HTTP_PROTOCOLS["auto"] = bounded(settings, reject, admit, PACE)  # type: ignore[assignment]
 TRACING = tracing()
 # From the outside to the inside.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
@@ -245,6 +246,7 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ErrorContract,
     max_body_bytes=settings.max_body_bytes,
     observe=reject,
+    pace=PACE,
     hints={
         413: f"send at most {MAX_TEXTS} texts per request",
         504: f"the deadline is {DEADLINE_S:g} s; retry, or send fewer texts",

@@ -15,7 +15,7 @@ import uvicorn
 
 from ad2kit import connections
 from ad2kit.connections import bounded, insist_on_files
-from ad2kit.error_contract import ErrorContract, Problem, send_json
+from ad2kit.error_contract import ErrorContract, Pace, Problem, send_json
 from ad2kit.errors import UserError
 from ad2kit.service_arguments import Settings
 
@@ -33,14 +33,14 @@ LARGE = 2**20
 class Server:
     """A running server, what its application saw, and the problems that clients were told."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, pace: Pace | None = None, **limits: Any) -> None:
         self.seen, self.told = list[Any](), list[tuple[int, str]]()
         self.go_on = threading.Event()
         self.go_on.set()
-        contract = ErrorContract(self.app, max_body_bytes=2**30)
+        contract = ErrorContract(self.app, max_body_bytes=2**30, pace=pace)
         self.full = False
         self.protocol = bounded(
-            Settings(**limits), lambda *told: self.told.append(told), self.admit
+            Settings(**limits), lambda *told: self.told.append(told), self.admit, pace
         )
         config = uvicorn.Config(
             contract, port=0, http=self.protocol, log_config=None, lifespan="off",
@@ -56,6 +56,8 @@ class Server:
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer with the size of the body; nothing is read of a body for /unread."""
         self.seen.append(scope)
+        if scope["path"] == "/full":
+            raise Problem(429, "no room for so many")
         size, more = 0, scope["path"] != "/unread"
         while more:
             message = await receive()
@@ -407,6 +409,52 @@ def test_what_is_not_admitted_is_told_so_and_the_connection_lives_on() -> None:
             ask(link, sized(b"x").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), 9),
             429, "overloaded",
         )  # fmt: skip
+
+
+def test_refusals_go_out_at_a_pace() -> None:
+    pace = Pace(per_second=10, at_once=3)
+    assert [pace.wait_s(100.0) for _ in range(5)] == pytest.approx([0, 0, 0, 0.1, 0.2])
+    assert pace.wait_s(100.2) == pytest.approx(0.1)
+    assert [pace.wait_s(200.0) for _ in range(4)] == pytest.approx([0, 0, 0, 0.1])
+
+
+@pytest.mark.parametrize("path", [b"/", b"/full"], ids=["at the door", "by the application"])
+def test_who_does_not_wait_when_it_is_refused_is_kept_waiting_and_nobody_else(path: bytes) -> None:
+    with serving(pace=Pace(per_second=10, at_once=2)) as server, server.connect() as link:
+        server.full = True
+        start, request = time.monotonic(), sized(b"x" * 10).replace(b"POST /", b"POST " + path, 1)
+        for number in range(12):
+            error(ask(link, request), 429, "overloaded")
+            if number == 6:
+                before = time.monotonic()
+                assert server.ask(GET) == [(200, {"size": 0})]
+                # Behind the refusals so far it would take their time too.
+                assert time.monotonic() - before < before - start
+        # The answer to the last one went out at its turn, or its request was read then.
+        assert time.monotonic() - start >= (12 - 2 - 1) / 10
+        server.full = False
+        assert ask(link, sized(b"x" * 99)) == [(200, {"size": 99})]
+
+
+def test_requests_that_are_sent_along_are_not_refused_one_by_one_for_ever() -> None:
+    with serving(pace=Pace(per_second=1, at_once=2)) as server, server.connect() as link:
+        server.full = True
+        found = ask(link, sized(b"x") * 1000, 1000)
+        assert 3 <= len(found) < 10
+        assert {status for status, _ in found} == {429}
+
+
+def test_a_client_that_is_read_later_keeps_the_connection() -> None:
+    """Its keep-alive ends while nothing is read of it, and the rest of its body comes then."""
+    with (
+        serving(pace=Pace(per_second=0.5, at_once=1), header_timeout_s=0.5) as server,
+        server.connect() as link,
+    ):
+        server.full = True
+        error(ask(link, sized(b"x")), 429, "overloaded")
+        error(ask(link, sized(b"x" * LARGE)), 429, "overloaded")  # not read to its end now
+        server.full = False
+        assert ask(link, sized(b"x" * 5)) == [(200, {"size": 5})]
 
 
 def test_who_is_not_admitted_and_sends_no_body_is_closed() -> None:
