@@ -122,7 +122,7 @@ class Pace:
         at_once: how many may go out together after a calm moment.
     """
 
-    def __init__(self, per_second: float = 400.0, at_once: int = 64) -> None:
+    def __init__(self, per_second: float = 200.0, at_once: int = 64) -> None:
         self._interval_s, self._burst_s = 1 / per_second, at_once / per_second
         self._last = -math.inf
 
