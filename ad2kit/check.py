@@ -196,20 +196,21 @@ def _gate_words(report: CheckReport, rows: int) -> list[str]:
     def shown(needed: int | None) -> str:
         return "by no number of rows" if needed is None else f"from about {needed:,} rows on"
 
-    lines = [
+    first = (
         f"the gate: with {rows:,} validation rows the interval of what is retained will be about "
         f"±{100 * report.half_width:.1f} points, if teacher and student differ on one text of ten; "
         f"{report.min_retained:g} can be shown {shown(report.rows_to_pass)} for a student as good "
         f"as its teacher, and the agreement of int8 or fp16 with fp32 {shown(report.rows_to_agree)}"
-    ]
-    if report.few_rows:
-        named = ", ".join(report.few_rows[:_NAMED])
-        more = f" and {len(report.few_rows) - _NAMED} more" if len(report.few_rows) > _NAMED else ""
-        lines.append(
-            f"with fewer than {report.rows_of_a_class} validation rows, too few to test whether "
-            f"the student lost them: {named}{more}"
-        )
-    return lines
+    )
+    if not report.few_rows:
+        return [first]
+    named = ", ".join(report.few_rows[:_NAMED])
+    more = f" and {len(report.few_rows) - _NAMED} more" if len(report.few_rows) > _NAMED else ""
+    second = (
+        f"labels on fewer than {report.rows_of_a_class} validation rows, too few to test whether "
+        f"the student lost them: {named}{more}"
+    )
+    return [first, second]
 
 
 def _short(text: str, characters: int = 70) -> str:

@@ -70,8 +70,8 @@ def rows_for_share(truth: float, target: float, limit: float) -> int | None:
     """Return how many rows show a share, see :func:`share`; None if no number does.
 
     Exact, by the binomial distribution: the least number of hits that passes, and the chance of as
-    many. The chance rises in teeth, one for each further miss that passes; the answer is the
-    beginning of a whole tooth on which it is large enough.
+    many. The chance rises in teeth, one for each further miss that passes; the answer lies on the
+    first tooth on which it is large enough in the mean, where it is large enough itself.
     """
     from scipy.stats import binom
 
@@ -79,14 +79,17 @@ def rows_for_share(truth: float, target: float, limit: float) -> int | None:
         return None
     tooth = np.arange(math.ceil(1 / max(1 - max(limit, target), 1e-3)) + 1)
 
-    def enough(rows: int) -> bool:
+    def chances(rows: int) -> NDArray[np.float64]:
         several = rows + tooth
         # The lower end of the interval reaches the limit where so many hits are too many for it.
         least = binom.isf(ERROR / 2, several, limit) + 1 if limit > 0 else np.zeros(len(several))
         least = np.maximum(least, np.ceil(target * several - 1e-9))
-        return bool((binom.sf(least - 1, several, truth) >= POWER).all())
+        return np.asarray(binom.sf(least - 1, several, truth))
 
-    return _smallest(enough)
+    rows = _smallest(lambda rows: bool(chances(rows).mean() >= POWER))
+    if rows is None:
+        return None
+    return rows + int(np.argmax(chances(rows) >= POWER))
 
 
 def correlation(value: float, rows: int) -> Estimate:

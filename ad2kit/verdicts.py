@@ -246,6 +246,21 @@ class ParityReport(Record):
             for found in self.variants
         ]
 
+    def rows_that_would_do(self) -> int | None:
+        """Return how many validation rows would show the variant that is nearest to it.
+
+        None if there is none that lacks rows alone.
+        """
+        found = list[int]()
+        for variant in self.variants:
+            if variant.verdict != "not shown":
+                continue
+            needed = [c.needed for c in variant.checks if c.verdict == "not shown" and c.needed]
+            rows = [each.rows for each in needed if each.rows and each.rows > each.present]
+            if needed and len(rows) == len(needed):
+                found.append(max(rows))
+        return min(found, default=None)
+
     def failures(self, variant: str | None = None) -> list[str]:
         """Return a line for each check that did not pass, of one variant or of all."""
         return [
@@ -329,11 +344,17 @@ def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = No
         return
     where = "" if report is None else f"the whole report is {report}; "
     if verdict.verdict == "not shown":
+        rows = verdict.rows_that_would_do()
+        cure = (
+            "train longer, change the student or the teacher, or lower the bound in `parity`: "
+            "more validation rows alone will hardly do"
+            if rows is None
+            else f"give about {rows:,} labelled validation rows, or lower the bound in `parity`"
+        )
         raise GateFailed(
-            f"the {verdict.rows:,} validation rows are too few for a verdict on {what}; nothing "
-            "that is not shown ships:\n  " + "\n  ".join(verdict.failures()),
-            hint=f"{where}give more labelled validation rows (each check names how many), or lower "
-            "in `parity` the target or the limit that was not reached",
+            f"the parity gate of {what} is not shown to be passed by {verdict.rows:,} validation "
+            "rows, and what is not shown does not ship:\n  " + "\n  ".join(verdict.failures()),
+            hint=f"{where}{cure}",
         )
     if report is None:
         hint = "look at tokenizer, labels and export; --json shows all checks"

@@ -31,7 +31,7 @@ from ad2kit.distill import distill
 from ad2kit.errors import DivergedError, UserError
 from ad2kit.export import export, export_fp32
 from ad2kit.files import fingerprint, sha256_of, write_record, write_text
-from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
+from ad2kit.fit_records import Candidate, Cost, FitReport, Outcome, Target, shortfalls
 from ad2kit.fit_report import markdown, plot
 from ad2kit.metrics import score
 from ad2kit.parity import parity
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ad2kit.data import Data
-    from ad2kit.fit_records import Outcome
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
     from ad2kit.records import DistillReport, StepRecord
