@@ -133,7 +133,8 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
             logger.warning("passed over: %s", error.message)
     but = "" if of_a_campaign is None else f" but those of campaigns, such as {of_a_campaign.path}"
     raise RunError(
-        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate{but}{reasons}",
+        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate"
+        f"{but}{reasons}",
         hint="make one with `ad2kit run demo`, or look at `ad2kit parity`"
         if of_a_campaign is None
         else "name the run that is meant",

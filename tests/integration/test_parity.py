@@ -14,9 +14,10 @@ import pytest
 from onnx import numpy_helper
 from onnxruntime.transformers.optimizer import optimize_model
 
+from ad2kit import load
 from ad2kit import recipe as recipes
 from ad2kit.bench import bench
-from ad2kit.classifier import MODEL_FILE, OnnxClassifier, load, read_artifact
+from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.data import Encoded, load_data
 from ad2kit.distill import distill
 from ad2kit.errors import GateFailed, ModelError, RunError
@@ -30,6 +31,7 @@ from ad2kit.sections import DataRecipe, ParityRecipe
 from ad2kit.shipping import passed_variants
 from ad2kit.verdicts import ParityReport, RowAnswers, insist_passed
 from tests.conftest import QUICK
+from tests.http_client import SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -253,7 +255,7 @@ def unsure_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe) -
     """The runs folder of `ad2kit run` on 60 validation rows, which show nothing near to 0.97."""
     folder = tmp_path_factory.mktemp("unsure")
     data = load_data(quick_recipe.data, quick_recipe.seed)
-    for name, split in (("train", data.train), ("validation", data.validation.take(range(60)))):
+    for name, split in (("train", data.train), ("validation", data.validation.take(np.arange(60)))):
         lines = [
             json.dumps({"text": texts[0], "label": data.labels[label]})
             for texts, label in zip(split.texts, split.labels, strict=True)
@@ -309,7 +311,7 @@ def test_what_is_not_shown_is_shipped_by_no_command(unsure_run: RunDir, ad2kit: 
     runs = unsure_run.path.parent
     for argument in (f"model={unsure_run.path}", f"runs_dir={runs}"):
         served = subprocess.run(
-            [sys.executable, "-m", "bentoml", "serve", "serving.service:TextClassifier",
+            [sys.executable, "-m", "bentoml", "serve", SERVICE,
              "--working-dir", str(CHECKOUT), f"--arg={argument}"],
             capture_output=True, text=True, check=False, timeout=120, cwd=CHECKOUT,
         )  # fmt: skip
