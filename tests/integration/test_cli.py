@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 import pytest
 
-from ad2kit import doctor
+from ad2kit import doctor, evidence
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
 from ad2kit.terminal import next_steps
@@ -64,9 +64,17 @@ def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:
     assert "validation texts that are also training texts: 10.0%" in shown
     assert 0.1 < report["splits"]["train"]["duplicates"] < 0.25
     assert 0.5 < report["splits"]["train"]["cut"] < 0.9
-    # 1.96 * sqrt(0.1 / 100), and the rows of an interval of min_retained_lower = 0.8
+    # 1.96 * sqrt(0.1 / 100); (2.80 * sqrt(0.1) / (1 - 0.8))**2 rows, min_retained_lower being 0.8
     assert report["half_width"] == pytest.approx(0.062, abs=1e-3)
-    assert report["rows_to_pass"] == 10
+    assert report["rows_to_pass"] == 20
+    (gate,) = [line for line in shown if line.startswith("the gate: ")]
+    assert "with 100 validation rows the interval of what is retained will be about ±6.2" in gate
+    assert "0.9 can be shown from about 20 rows on" in gate
+    # By the gate's own function.
+    assert report["rows_to_agree"] == evidence.rows_for_share(0.975, 0.95, 0.92)
+    assert (report["rows_of_a_class"], report["few_rows"]) == (6, [])
+    nothing = ad2kit("check", *options, "parity.min_retained=1", "parity.min_agreement_lower=1")
+    assert nothing.out.count("by no number of rows") == 2
     assert "student:" not in checked.out
     assert '"text_columns"' in ad2kit("check", *options, "--verbose").out
     refused = ad2kit("check", *options, "data.max_leakage=0.05")

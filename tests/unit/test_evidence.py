@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from scipy.stats import binom, binomtest, pearsonr
 
 from ad2kit import evidence
 from ad2kit.data import Encoded
+from ad2kit.errors import GateFailed
 from ad2kit.gate import Reference, agreement, agrees, conversion_cost, distillation_quality
 from ad2kit.sections import ParityRecipe
-from ad2kit.verdicts import Check, ParityReport, RowsNeeded, VariantParity
+from ad2kit.tables import untested_words
+from ad2kit.verdicts import Check, ParityReport, RowsNeeded, VariantParity, insist_passed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +55,14 @@ def judged(
 def check_of(verdict: VariantParity, name: str) -> Check:
     (found,) = [check for check in verdict.checks if check.name == name]
     return found
+
+
+def report_of(*variants: VariantParity) -> ParityReport:
+    return ParityReport(
+        inputs="", thresholds=ParityRecipe(), rows=100, truncated=0, teacher_score=0.9,
+        teacher_metrics={}, teacher_ece=None, student_score=0.9, answers_sha256=None,
+        variants=variants,
+    )  # fmt: skip
 
 
 def cells(shares: tuple[float, ...], rows: int, seed: int | None = None) -> tuple[Any, Any, Any]:
@@ -332,13 +343,38 @@ def test_a_verdict_belongs_to_the_best_variant() -> None:
     unsure, bad = judged(*cells(GOOD, 100)), judged(*cells(BAD, 2000))
     assert [v.verdict for v in (good, unsure, bad)] == ["passed", "not shown", "FAILED"]
 
-    def best(*variants: VariantParity) -> str:
-        return ParityReport(
-            inputs="", thresholds=ParityRecipe(), rows=100, truncated=0, teacher_score=0.9,
-            teacher_metrics={}, teacher_ece=None, student_score=0.9, answers_sha256=None,
-            variants=variants,
-        ).verdict  # fmt: skip
+    found = [report_of(*some).verdict for some in ((bad, unsure), (bad, unsure, good), (bad,))]
+    assert found == ["not shown", "passed", "FAILED"]
+    needed = check_of(unsure, "accuracy retained").needed
+    assert needed is not None
+    assert report_of(bad, unsure).rows_that_would_do() == needed.rows
+    assert report_of(bad, good).rows_that_would_do() is None
 
-    assert (best(bad, unsure), best(bad, unsure, good), best(bad)) == (
-        "not shown", "passed", "FAILED",
-    )  # fmt: skip
+
+def test_the_error_names_the_cure_of_each_verdict() -> None:
+    unsure, bad = judged(*cells(GOOD, 100)), judged(*cells(BAD, 2000))
+    # The value is too low, and of rows there are enough to show a better one.
+    low = judged(*cells((0.82, 0.03, 0.06, 0.09), 900))
+    assert (low.verdict, report_of(low).rows_that_would_do()) == ("not shown", None)
+    for variant, words, hint in (
+        (unsure, "is not shown to be passed by 100 validation rows", "labelled validation rows"),
+        (low, "hardly show it", "more validation rows alone will hardly do"),
+        (bad, "the parity gate of run failed", "train longer, change the student"),
+    ):
+        with pytest.raises(GateFailed) as caught:
+            insist_passed(report_of(variant), Path("run"), report=Path("run/parity.json"))
+        assert words in caught.value.message
+        assert hint in caught.value.hint
+        assert "run/parity.json" in caught.value.hint
+
+
+def test_classes_with_too_few_rows_are_named_in_words() -> None:
+    labels = np.concatenate([np.repeat([0, 1], 300), np.arange(2, 20)])
+    verdict = judged(labels, labels, labels, classes=20, samples=100)
+    assert verdict.passed
+    assert verdict.untested_classes == {f"c{index}": 1 for index in range(2, 20)}
+    words = untested_words(report_of(verdict))
+    assert words.startswith("The teacher gives these on too few validation texts")
+    assert words.endswith("c2 (1), c3 (1), c4 (1), c5 (1), c6 (1), c7 (1), c8 (1), c9 (1), "
+                          "c10 (1), c11 (1), c12 (1), c13 (1) and 6 more.")  # fmt: skip
+    assert untested_words(report_of(judged(*cells(GOOD, 500)))) == ""
