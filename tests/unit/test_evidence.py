@@ -378,3 +378,12 @@ def test_classes_with_too_few_rows_are_named_in_words() -> None:
     assert words.endswith("c2 (1), c3 (1), c4 (1), c5 (1), c6 (1), c7 (1), c8 (1), c9 (1), "
                           "c10 (1), c11 (1), c12 (1), c13 (1) and 6 more.")  # fmt: skip
     assert untested_words(report_of(judged(*cells(GOOD, 500)))) == ""
+
+
+def test_the_numbers_of_the_readme() -> None:
+    recipe = ParityRecipe()
+    bounds = recipe.min_retained, recipe.min_retained_lower
+    assert evidence.rows_for_mean(1.0, *bounds, math.sqrt(0.1)) == 314
+    # By hand: the limit binds, and (2.8016 * sqrt(0.1) / 0.05)**2 is 313.96.
+    agree = recipe.min_agreement, recipe.min_agreement_lower
+    assert evidence.rows_for_share(0.9925, *agree) == 290
