@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ad2kit import data as datasets
+from ad2kit import evidence
 from ad2kit.labels import balance, counts
 from ad2kit.records import Part
 from ad2kit.runtime import available_cpus
@@ -33,7 +34,6 @@ _QUOTED = 0.2
 _NAMED = 12
 # The share of texts on which student and teacher are assumed to differ in being right.
 _DIFFER = 0.1
-_CONFIDENCE = 1.96  # of the normal distribution, 95 %, two-sided
 # Bytes of a parameter that is trained: itself, its gradient, and Adam's two moments, float32.
 _TRAINED_BYTES, _READ_BYTES = 16, 4
 _PYTORCH_BYTES = 600e6
@@ -66,9 +66,13 @@ class CheckReport(Part):
     """What `ad2kit check` says of a recipe.
 
     ``half_width`` is what the 95 % interval of "retained" will reach to either side, as a
-    fraction, and ``rows_to_pass`` how many validation rows a student needs that is as good as its
-    teacher: both if teacher and student differ on one text of ten. Memory and minutes are rough:
-    from the number of parameters, and from one forward pass on this machine.
+    fraction, and ``rows_to_pass`` how many validation rows show a student that is as good as its
+    teacher: both if teacher and student differ on one text of ten. ``rows_to_agree`` show that a
+    conversion which moves a label on half as many texts as ``parity.min_agreement`` allows agrees
+    enough. By the functions of the gate (:mod:`ad2kit.evidence`); null is no number of rows.
+    ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows:
+    whether a student lost them cannot be tested. Memory and minutes are rough: from the number of
+    parameters, and from one forward pass on this machine.
     """
 
     task: str
@@ -78,6 +82,10 @@ class CheckReport(Part):
     max_length_tokens: int
     half_width: float
     rows_to_pass: int | None
+    rows_to_agree: int | None
+    rows_of_a_class: int
+    few_rows: tuple[str, ...]
+    min_retained: float
     teacher: str
     updates: dict[str, int]
     memory_mb: float
@@ -99,8 +107,6 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         name: _split(split, data, recipe, teacher, trained if name == "validation" else None)
         for name, split in data.splits().items()
     }
-    rows, least = len(data.validation), recipe.parity.min_retained_lower
-    width = _CONFIDENCE * math.sqrt(_DIFFER)
     phases: dict[str, TrainRecipe | None] = {
         "teacher": recipe.teacher.finetune, "student": recipe.distill,
     }  # fmt: skip
@@ -116,8 +122,7 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         ordered=data.order_given,
         splits=splits,
         max_length_tokens=recipe.data.max_length_tokens,
-        half_width=width / math.sqrt(rows),
-        rows_to_pass=math.ceil((width / (1 - least)) ** 2) if least < 1 else None,
+        **_evidence(recipe, data),
         teacher=recipe.teacher.model,
         updates=updates,
         memory_mb=_memory_bytes(recipe, teacher, splits["train"]) / 1e6,
@@ -159,13 +164,7 @@ def words(report: CheckReport) -> str:
         f"first row: {' | '.join(_short(text) for text in train.example)}",
         f"validation texts that are also training texts: {validation.known or 0:.1%}",
         f"texts are cut to {report.max_length_tokens} tokens, data.max_length_tokens",
-        f"the gate: {validation.rows:,} validation rows show what is retained to about "
-        f"±{100 * report.half_width:.1f} points, if teacher and student differ on one text of ten"
-        + (
-            f"; a student as good as its teacher passes from about {report.rows_to_pass:,} rows on"
-            if report.rows_to_pass
-            else ""
-        ),
+        *_gate_words(report, validation.rows),
         (
             f"the training: {updates}, roughly {report.minutes:.0f} min and "
             f"{report.memory_mb / 1e3:.1f} GB on this machine"
@@ -173,6 +172,54 @@ def words(report: CheckReport) -> str:
         f"ok: {report.task}; teacher {report.teacher}",
     ]
     return "\n".join(lines)
+
+
+def _evidence(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """Return what so many validation rows will show, by the functions of the gate."""
+    rows, thresholds, classes = len(data.validation), recipe.parity, len(data.labels)
+    found = counts(data.task, data.validation.labels, data.labels)
+    least = evidence.least_rows_of_a_class(classes)
+    deviation, agreement = (
+        math.sqrt(_DIFFER),
+        (thresholds.min_agreement, thresholds.min_agreement_lower),
+    )
+    truth = evidence.supposed(math.nan, agreement[0], 1.0)
+    rows_for = (
+        evidence.rows_for_correlation if data.task == "regression" else evidence.rows_for_share
+    )
+    return {
+        "half_width": evidence.half_width(deviation, rows),
+        "rows_to_pass": evidence.rows_for_mean(
+            1.0, thresholds.min_retained, thresholds.min_retained_lower, deviation
+        ),
+        "rows_to_agree": rows_for(truth, *agreement),
+        "rows_of_a_class": least,
+        "few_rows": tuple(name for name, n in found.items() if n < least),
+        "min_retained": thresholds.min_retained,
+    }
+
+
+def _gate_words(report: CheckReport, rows: int) -> list[str]:
+    """Return the lines that say what so many validation rows will show."""
+
+    def shown(needed: int | None) -> str:
+        return "by no number of rows" if needed is None else f"from about {needed:,} rows on"
+
+    first = (
+        f"the gate: with {rows:,} validation rows the interval of what is retained will be about "
+        f"±{100 * report.half_width:.1f} points, if teacher and student differ on one text of ten; "
+        f"{report.min_retained:g} can be shown {shown(report.rows_to_pass)} for a student as good "
+        f"as its teacher, and the agreement of int8 or fp16 with fp32 {shown(report.rows_to_agree)}"
+    )
+    if not report.few_rows:
+        return [first]
+    named = ", ".join(report.few_rows[:_NAMED])
+    more = f" and {len(report.few_rows) - _NAMED} more" if len(report.few_rows) > _NAMED else ""
+    second = (
+        f"labels on fewer than {report.rows_of_a_class} validation rows, too few to test whether "
+        f"the student lost them: {named}{more}"
+    )
+    return [first, second]
 
 
 def _short(text: str, characters: int = 70) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal[
     "too costly", "not needed", "diverged", "given up", "below on select", "missed when trained",
-    "failed the gate", "found",
+    "failed the gate", "not shown", "found",
 ]  # fmt: skip
 
 
@@ -205,15 +205,19 @@ def insist_found(report: FitReport, folder: Path) -> None:
         return
     target = report.target
     cheap = [each for each in report.candidates if each.outcome != "too costly"]
+    outcomes = {each.outcome for each in cheap}
     if cheap:
         nearest = max(cheap, key=lambda each: (each.retained or 0.0, each.select_score or 0.0))
-        words = f"{len(cheap)} shapes are cheap enough and none is good enough"
+        shown = "shown to be " if "not shown" in outcomes else ""
+        words = f"{len(cheap)} shapes are cheap enough and none is {shown}good enough"
     else:
         nearest = min(report.candidates, key=lambda each: miss(each.best(target), target))
         words = f"none of {len(report.candidates)} shapes is cheap enough, so none was distilled"
     raise GateFailed(
         f"no student meets the target ({target}): {words}\n"
         f"  nearest: {nearest.shape}: {nearest.outcome}: {nearest.reason}",
-        hint=f"all are in {folder / 'fit.md'}; ask for less, allow more data or epochs, or name "
-        "other shapes with --layers, --heads and --feed-forward",
+        hint=f"all are in {folder / 'fit.md'}; "
+        + ("give more labelled validation rows, " if "not shown" in outcomes else "")
+        + "ask for less, allow more data or epochs, or name other shapes with --layers, --heads "
+        "and --feed-forward",
     )

@@ -152,6 +152,7 @@ _NOT_JUDGED = ("diverged", "given up", "below on select", "missed when trained")
 _GROUPS = {
     "found": ("o", "#009E73", ("found",)),
     "distilled, failed the gate": ("X", "#D55E00", ("failed the gate",)),
+    "distilled, not shown to be good enough": ("D", "#CC79A7", ("not shown",)),
     "distilled, not judged": (
         "|",
         "#E69F00",

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ad2kit import metrics
+from ad2kit import evidence, metrics
 from ad2kit.label_order import better_order
 from ad2kit.labels import counts
 from ad2kit.tasks import answers, softmax
-from ad2kit.verdicts import Check, ClassRecall, LengthSlice, VariantParity
+from ad2kit.verdicts import Check, ClassRecall, LengthSlice, RowsNeeded, VariantParity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ad2kit.classifier import OnnxClassifier
     from ad2kit.data import Encoded
+    from ad2kit.evidence import Estimate, LostClasses
     from ad2kit.sections import Metric, ParityRecipe, Task
     from ad2kit.tokenise import Tokens
 
@@ -37,6 +38,8 @@ PROBES = 64
 # What keeps less than this share of its weights in 8 bits is a float model by another name.
 LEAST_8_BITS = 0.5
 POINTS_LOST = "points lost to fp32"
+# So many lost classes are named.
+_NAMED = 12
 # Of so many texts, and those that follow them, longer ones are made.
 _LONGER = 8
 
@@ -177,28 +180,58 @@ def longer_texts(encoded: Encoded, texts: Sequence[Texts], max_length_tokens: in
 
 
 def conversion_cost(
-    logits: Logits, alone: Logits, fp32: Logits, reference: Rows, thresholds: ParityRecipe
-) -> tuple[Check, ...]:
+    logits: Logits, alone: Logits, fp32: Logits, reference: Rows, thresholds: ParityRecipe,
+    seed: int | None = None,
+) -> tuple[Check, ...]:  # fmt: skip
     """Question 2: a converted variant against fp32; all arrays run over the same rows.
 
     The activations of a dynamic int8 graph are quantised over the whole batch, so that an answer
     depends a little on its company: the variant is judged in batches and one by one.
+
+    Without the ``seed`` of a bootstrap the points lost have no interval: what only compares
+    candidates does without.
     """
     question: Question = "conversion cost"
     finite, finite_alone = (np.nan_to_num(found) for found in (logits, alone))
-    score = reference.score(fp32)
-    lost = 100 * (score - min(reference.score(found) for found in (finite, finite_alone)))
-    what, least = "label agreement with fp32", thresholds.min_agreement
+    worse = min(finite, finite_alone, key=reference.score)
+    lost = 100 * (reference.score(fp32) - reference.score(worse))
+    what = "label agreement with fp32"
     if reference.task == "regression":
         what = "correlation with fp32"  # there are no labels to agree on
+    agreements = {what: finite, f"{what}, one by one": finite_alone}
+    most, limit = thresholds.max_points_lost, thresholds.max_points_lost_upper
     return (
         at_most(question, "converted logits not finite", not_finite(logits) + not_finite(alone), 0),
-        at_least(question, what, agreement(reference.task, finite, fp32), least),
-        at_least(
-            question, f"{what}, one by one", agreement(reference.task, finite_alone, fp32), least
+        *(
+            agrees(question, name, agreement(reference.task, found, fp32), thresholds)
+            for name, found in agreements.items()
         ),
-        at_most(question, POINTS_LOST, lost, thresholds.max_points_lost),
-    )
+        at_most(question, POINTS_LOST, lost, most)
+        if seed is None
+        else estimated(
+            question, POINTS_LOST, "at most",
+            _points_lost(lost, worse, fp32, reference, thresholds.bootstrap_samples, seed),
+            most, limit, best=0.0,
+        ),
+    )  # fmt: skip
+
+
+def _points_lost(
+    lost: float, converted: Logits, fp32: Logits, reference: Rows, samples: int, seed: int
+) -> Estimate:
+    found = [answers(reference.task, each) for each in (fp32, converted)]
+    draws = metrics.paired_bootstrap(reference.metrics, found, reference.labels, samples, seed)
+    differences = 100 * (draws[:, 0] - draws[:, 1])
+    tail = 100 * evidence.ERROR / 2
+    low, high = np.percentile(differences, [tail, 100 - tail]).tolist()
+    rows = len(reference.labels)
+    return evidence.mean(lost, (low, high), float(differences.std()), rows, unit=100.0)
+
+
+def agrees(question: Question, name: str, found: Estimate, thresholds: ParityRecipe) -> Check:
+    """Return the check that so many answers stayed the same."""
+    least, limit = thresholds.min_agreement, thresholds.min_agreement_lower
+    return estimated(question, name, "at least", found, least, limit, best=1.0)
 
 
 def mostly_8_bits(share: float) -> Check:
@@ -216,24 +249,23 @@ def distillation_quality(
     finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
     ours, teacher = answers(task, finite), answers(task, reference.teacher)
     score, teacher_score = reference.score(finite), reference.score(reference.teacher)
-    retained = score / teacher_score if teacher_score > 0 else 0.0
+    lost = None if task == "regression" else evidence.lost_classes(task, ours, teacher, len(names))
     draws = metrics.paired_bootstrap(
         reference.metrics, (ours, teacher), labels, thresholds.bootstrap_samples, seed
     )
-    interval = metrics.retained_interval(draws)
+    kept = retained(score, teacher_score, draws, len(labels))
     recall, teacher_recall = (
         metrics.recall_by_class(task, found, labels, names) for found in (ours, teacher)
     )
     support = counts(task, labels, names)
-    question: Question = "distillation quality"
     single = task == "single_label"
     return VariantParity(
         variant=variant,
         manifest_sha256=manifest_sha256,
         score=score,
         metrics={name: metrics.measure(name, ours, labels) for name in reference.metrics},
-        retained=retained,
-        retained_interval=interval,
+        retained=kept.value,
+        retained_interval=kept.interval,
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
         mcnemar_p=metrics.mcnemar_p(ours == labels, teacher == labels) if single else None,
         recall_by_class={
@@ -244,20 +276,49 @@ def distillation_quality(
         ece=_ece(finite / temperature, labels) if single else None,
         ece_unscaled=_ece(finite, labels) if single else None,
         slices=_slices(finite, reference),
+        untested_classes={}
+        if lost is None
+        else {names[index]: int(lost.given[index]) for index in lost.too_few},
         checks=(
             *earlier,
             *_teacher_knows(task, teacher, labels),
             *_order_of_labels(task, teacher, labels, names),
-            *_variety(task, ours, teacher),
-            at_least(
-                question, f"{reference_name(reference)} retained", retained,
-                thresholds.min_retained, interval,
-            ),
-            at_least(
-                question, f"{reference_name(reference)} retained, lower 95 % bound", interval[0],
-                thresholds.min_retained_lower,
-            ),
+            *_variety(task, ours),
+            *_classes_kept(task, lost, names),
+            retained_check(reference.metrics, kept, thresholds),
         ),
+    )  # fmt: skip
+
+
+def retained(
+    score: float, teacher_score: float, draws: NDArray[np.float64], rows: int,
+    error: float = evidence.ERROR,
+) -> Estimate:  # fmt: skip
+    """Return the student's score over its teacher's, with an interval of the error ``error``.
+
+    Args:
+        score: of the student.
+        teacher_score: of the teacher; where it is nothing, nothing is retained.
+        draws: paired bootstrap scores of student and teacher, shape [samples, 2].
+        rows: that they are of.
+        error: the chance that the interval misses the truth.
+    """
+    value = score / teacher_score if teacher_score > 0 else 0.0
+    unit = 1 / teacher_score if teacher_score > 0 else 1.0
+    teacher = np.where(draws[:, 1] > 0, draws[:, 1], np.inf)
+    deviation = float((draws[:, 0] / teacher).std())
+    interval = metrics.retained_interval(draws, error)
+    return evidence.mean(value, interval, deviation, rows, unit=unit, error=error)
+
+
+def retained_check(
+    names: tuple[Metric, ...], kept: Estimate, thresholds: ParityRecipe
+) -> Check:  # fmt: skip
+    """Return the check of what :func:`retained` found; ``names`` are the metrics of the score."""
+    name, least = f"{' and '.join(names)} retained", thresholds.min_retained
+    return estimated(
+        "distillation quality", name, "at least", kept, least, thresholds.min_retained_lower,
+        best=1.0,
     )  # fmt: skip
 
 
@@ -285,20 +346,21 @@ def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
     return tuple(found)
 
 
-def reference_name(reference: Reference) -> str:
-    """Return what the score is called, such as "accuracy" or "f1 and accuracy"."""
-    return " and ".join(reference.metrics)
-
-
 def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> tuple[Check, ...]:
     """Insist that the teacher is worth imitating: the student of a bad one keeps all of it."""
     if task != "single_label":
         return ()
-    most_frequent = np.bincount(labels).max() / len(labels)
+    # Paired: what is asked is whether it is better than one answer to everything.
+    right, often = teacher == labels, labels == np.bincount(labels).argmax()
+    rows, accuracy = len(labels), float(right.mean())
+    of_one = float((right.astype(int) - often).std())
+    half = evidence.half_width(of_one, rows)
+    interval = accuracy - half, accuracy + half
+    found = evidence.mean(accuracy, interval, of_one / rows**0.5, rows)
     return (
-        at_least(
+        estimated(
             "distillation quality", "teacher accuracy, against the most frequent label",
-            float((teacher == labels).mean()), float(most_frequent),
+            "at least", found, float(often.mean()), None, best=1.0,
         ),
     )  # fmt: skip
 
@@ -317,28 +379,72 @@ def _order_of_labels(
     return (check.model_copy(update={"note": None if found is None else found.words(names)}),)
 
 
-def _variety(task: Task, ours: NDArray[Any], teacher: NDArray[Any]) -> tuple[Check, ...]:
-    """Insist that the student has not given up on a class, which accuracy hardly notices."""
+def _variety(task: Task, ours: NDArray[Any]) -> tuple[Check, ...]:
+    """Insist that the student does not give one answer to everything, whatever its teacher does."""
     question: Question = "distillation quality"
     if task == "regression":
         return (at_least(question, "different values predicted", len(np.unique(ours)), 2),)
     if task == "multi_label":
-        lost = int((teacher.any(axis=0) & ~ours.any(axis=0)).sum())
-        return (at_most(question, "labels that only the teacher gives", lost, 0),)
-    lost = len(set(teacher.tolist()) - set(ours.tolist()))
-    return (
-        at_most(question, "classes that only the teacher answers", lost, 0),
-        # And where the teacher gives one answer to everything, nobody wants its student.
-        at_least(question, "classes predicted", len(np.unique(ours)), 2),
-    )
+        return ()
+    return (at_least(question, "classes predicted", len(np.unique(ours)), 2),)
 
 
-def agreement(task: Task, logits: Logits, fp32: Logits) -> float:
+def _classes_kept(
+    task: Task, found: LostClasses | None, names: tuple[str, ...]
+) -> tuple[Check, ...]:
+    """Insist that the student has not given up on a class, which accuracy hardly notices."""
+    if found is None:
+        return ()
+    what = "labels" if task == "multi_label" else "classes"
+    check = at_most(
+        "distillation quality", f"{what} that the student lost", len(found.lost), 0
+    )  # fmt: skip
+    if not found.lost:
+        return (check,)
+    words = [
+        f"{names[each]} ({found.kept[each]} of the {found.given[each]} rows of its teacher)"
+        for each in found.lost[:_NAMED]
+    ]
+    if len(found.lost) > _NAMED:
+        words.append(f"{len(found.lost) - _NAMED} more")
+    return (check.model_copy(update={"note": f"lost: {', '.join(words)}"}),)
+
+
+def agreement(task: Task, logits: Logits, fp32: Logits) -> Estimate:
     """Return the share of equal answers; for a regression, Pearson's correlation."""
     ours, theirs = answers(task, logits), answers(task, fp32)
     if task == "regression":
-        return metrics.measure("pearson", ours, theirs)
-    return float((ours == theirs).mean())
+        return evidence.correlation(metrics.measure("pearson", ours, theirs), len(ours))
+    same = (ours == theirs).reshape(len(ours), -1)
+    # Of several labels each row is a share: labels of one text are not independent.
+    return evidence.share(float(same.mean(axis=1).sum()), len(ours))
+
+
+def estimated(
+    question: Question, name: str, bound: Literal["at most", "at least"], found: Estimate,
+    threshold: float, limit: float | None, *, best: float,
+) -> Check:  # fmt: skip
+    """Return the check of an estimate, and how many rows would show it.
+
+    Args:
+        question: that it belongs to.
+        name: of the check.
+        bound: on which side of ``threshold`` the value has to be.
+        found: the value, its interval, and what more rows would show.
+        threshold: for the value.
+        limit: for the interval; None is none.
+        best: the value of a perfect model.
+    """
+    truth = evidence.supposed(found.value, threshold, best)
+    sign = 1 if bound == "at least" else -1
+    least = -np.inf if limit is None else sign * limit
+    needed = RowsNeeded(
+        truth=truth, rows=found.rows_for(sign * truth, sign * threshold, least), present=found.rows
+    )
+    return Check(
+        question=question, name=name, value=found.value, bound=bound, threshold=threshold,
+        interval=found.interval, limit=limit, needed=needed,
+    )  # fmt: skip
 
 
 def at_most(question: Question, name: str, value: float, threshold: float) -> Check:
@@ -348,14 +454,10 @@ def at_most(question: Question, name: str, value: float, threshold: float) -> Ch
     )  # fmt: skip
 
 
-def at_least(
-    question: Question, name: str, value: float, threshold: float,
-    interval: tuple[float, float] | None = None,
-) -> Check:  # fmt: skip
+def at_least(question: Question, name: str, value: float, threshold: float) -> Check:
     """Return the check ``value >= threshold``; NaN fails."""
     return Check(
-        question=question, name=name, value=value, bound="at least", threshold=threshold,
-        interval=interval,
+        question=question, name=name, value=value, bound="at least", threshold=threshold
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ad2kit import metrics, models
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.errors import ModelError
 from ad2kit.files import fingerprint, sha256_of_folder, write_record
-from ad2kit.gate import Reference, agreement, at_least, at_most, distillation_quality, not_finite
+from ad2kit.gate import Reference, agreement, agrees, at_most, distillation_quality, not_finite
 from ad2kit.label_order import numbers_of
 from ad2kit.records import OnnxArtifact
 from ad2kit.references import find_model
@@ -130,12 +130,13 @@ def _consistency(
     longest = max(encodings, key=lambda encoding: len(encoding.ids))
     alone = classifier.run_sorted(encodings, batch_size=1)
     padded = np.concatenate([classifier.run([encoding, longest])[:1] for encoding in encodings])
-    least = thresholds.min_agreement
     finite, batched, behind = (np.nan_to_num(found) for found in (alone, logits, padded))
     return (
         at_most(question, "logits not finite", not_finite(logits) + not_finite(alone), 0),
-        at_least(question, "answers kept in batches", agreement(task, batched, finite), least),
-        at_least(question, "answers kept behind padding", agreement(task, behind, finite), least),
+        *(
+            agrees(question, f"answers kept {where}", agreement(task, found, finite), thresholds)
+            for where, found in (("in batches", batched), ("behind padding", behind))
+        ),
     )
 
 

@@ -139,7 +139,9 @@ def parity(run: RunDir) -> ParityReport:
         )
         if name not in EXACT:
             alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
-            checks += conversion_cost(logits[name], alone, logits["fp32"], reference, recipe.parity)
+            checks += conversion_cost(
+                logits[name], alone, logits["fp32"], reference, recipe.parity, recipe.seed
+            )
         if (share := classifiers[name].artifact.weights_in_8_bits) is not None:
             checks += (mostly_8_bits(share),)
         verdict = distillation_quality(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ad2kit.errors import UserError
@@ -17,6 +18,7 @@ from ad2kit.runtime import stage
 from ad2kit.service_arguments import client_key
 from ad2kit.service_check import MAX_SCORE_GAP, ServiceAnswers
 from ad2kit.shipping import choose_variant, passed_variants
+from ad2kit.tables import untested_words
 from ad2kit.terminal import print_json, print_table
 from ad2kit.verdicts import ParityReport, insist_passed
 
@@ -60,7 +62,7 @@ def judge_model(
     model: Path, teacher: str | None, data: Path | None, recipe: str | None,
     overrides: Sequence[str], *, as_json: bool,
 ) -> None:  # fmt: skip
-    """Judge an ONNX folder that anyone made, print every check, and stop if one failed."""
+    """Judge an ONNX folder that anyone made, print every check, and stop if one did not pass."""
     if teacher is None or data is None:
         raise UserError(
             f"expected --teacher and --data beside --model, found --teacher {teacher} and --data "
@@ -96,12 +98,11 @@ def _print(report: ParityReport, *, as_json: bool) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    table = Table("question", "check", "value", "threshold", "verdict", box=box.SIMPLE_HEAD)
+    table = Table("question", "check", "value", "expected", "verdict", box=box.SIMPLE_HEAD)
     for verdict in report.variants:
         for check in verdict.checks:
             table.add_row(
-                check.question, check.name, f"{check.value:.4g}",
-                f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
+                check.question, check.name, escape(check.measured), check.expected, check.verdict
             )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
@@ -111,6 +112,8 @@ def _print(report: ParityReport, *, as_json: bool) -> None:
         f"differences below {100 * verdict.smallest_detectable_difference:.1f} points are noise",
         highlight=False,
     )
+    if untested := untested_words(report):
+        console.print(escape(untested), highlight=False)
 
 
 def _say(text: str) -> None:

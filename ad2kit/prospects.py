@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ad2kit.files import read_lines
-from ad2kit.metrics import paired_bootstrap, retained_interval
+from ad2kit.gate import retained, retained_check
+from ad2kit.metrics import paired_bootstrap
+from ad2kit.metrics import score as score_of
 from ad2kit.tasks import answers
 from ad2kit.verdicts import CampaignVerdict, QuantisationSearch, RowAnswers
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.run_dir import RunDir
-    from ad2kit.verdicts import ParityReport
+    from ad2kit.verdicts import ParityReport, Verdict
 
 _ERROR = 0.05
 # A candidate is given up where it would be wrong once in forty times, if nothing else were.
@@ -63,6 +65,7 @@ def error_of(look: int) -> float:
 class Look(NamedTuple):
     """What the validation rows say of a variant; it has passed if nothing speaks against it.
 
+    ``verdict`` is that of the gate, with the wider interval where the gate has passed it.
     ``number`` counts the looks at these rows; the interval is as wide as that demands. With
     ``weak`` only what it retains speaks against it, of which ``select`` had promised enough: the
     answers of the student's other variants are nearly the same.
@@ -74,6 +77,7 @@ class Look(NamedTuple):
     retained: float
     interval: tuple[float, float]
     failures: list[str]
+    verdict: Verdict
     weak: bool
 
     def facts(self) -> dict[str, Any]:
@@ -81,7 +85,7 @@ class Look(NamedTuple):
         return {"look": self.number, "variant": self.variant, "retained": self.retained,
                 "retained_interval": self.interval}  # fmt: skip
 
-    def verdict(self) -> CampaignVerdict:
+    def record(self) -> CampaignVerdict:
         """Return what is written into the run."""
         return CampaignVerdict(
             variant=self.variant, manifest_sha256=self.manifest_sha256, look=self.number,
@@ -146,14 +150,19 @@ class Judge:
         draws = paired_bootstrap(
             recipe.data.judged_by, found, self.labels, recipe.parity.bootstrap_samples, recipe.seed
         )
-        interval = retained_interval(draws, error_of(self.looks))
-        least, failures = recipe.parity.min_retained_lower, report.failures(variant)
-        if not failures and interval[0] < least:
-            words = f"{variant}: lower bound of what is retained, at look {self.looks},"
-            failures = [f"{words} is {interval[0]:.4g}, expected at least {least:g}"]
-        (verdict,) = (each for each in report.variants if each.variant == variant)
-        failed = {check.question for check in verdict.checks if not check.passed}
-        weak = bool(failures) and failed <= {"distillation quality"}
+        score, teacher_score = (
+            score_of(recipe.data.judged_by, each, self.labels) for each in found
+        )  # fmt: skip
+        kept = retained(score, teacher_score, draws, len(self.labels), error_of(self.looks))
+        check = retained_check(recipe.data.judged_by, kept, recipe.parity)
+        (judged,) = (each for each in report.variants if each.variant == variant)
+        failures, verdict = report.failures(variant), judged.verdict
+        if judged.passed and not check.passed:
+            failures, verdict = [f"{variant}, at look {self.looks}: {check.words}"], check.verdict
+        weak = bool(failures) and {
+            check.question for check in judged.checks if not check.passed
+        } <= {"distillation quality"}
         return Look(
-            self.looks, variant, verdict.manifest_sha256, verdict.retained, interval, failures, weak
-        )
+            self.looks, variant, judged.manifest_sha256, judged.retained, kept.interval, failures,
+            verdict, weak,
+        )  # fmt: skip

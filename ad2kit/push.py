@@ -97,10 +97,8 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
         base_model=teacher.removeprefix("hub://") if teacher.startswith("hub://") else None,
     )
     checks = [
-        (check.name, f"{check.value:.4g}", f"{check.bound} {check.threshold:g}",
-         "passed" if check.passed else "FAILED")
-        for check in verdict.checks
-    ]  # fmt: skip
+        (check.name, check.measured, check.expected, check.verdict) for check in verdict.checks
+    ]
     header = f"---\n{data.to_yaml()}\n---\n\n# {repository.rpartition('/')[2]}\n"
     what = (
         f"A text classifier, distilled from a larger teacher ({teacher}) by ad2kit with AD2 "
@@ -120,7 +118,7 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
         header, what, kept,
         *table(tables.HEADER, tables.rows(run)), "", f"{tables.caption(run)}\n",
         "## What it was judged by\n",
-        *table(("check", "value", "threshold", "verdict"), checks), "",
+        *table(("check", "value", "expected", "verdict"), checks), "",
         "The whole verdict is in `parity.json`, the sha256 of every file in `manifest.json`.\n",
         use, "## Lineage\n", *lineage, "",
     ])  # fmt: skip

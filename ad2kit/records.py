@@ -89,7 +89,8 @@ class Record(Part):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise RunError(
-                f"{where} is not a {cls.__name__} of schema version {SCHEMA_VERSION}: "
+                f"{where} is not a {cls.__name__} of schema version "
+                f"{cls.model_fields['schema_version'].default}: "
                 f"{key}: {first['msg']}",
                 hint=f"the file was edited or comes from another version of ad2kit; {cls.cure}",
             ) from error

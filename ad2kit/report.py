@@ -71,13 +71,13 @@ def _context(run: RunDir) -> Context:
     )
     return {
         "run": recipe,
-        "passed": parity.passed and not refused,
+        "verdict": "refused" if refused and parity.passed else parity.verdict,
         "summary": [*_summary(variant, latency), *refused],
         "models": {
             "header": tables.HEADER, "rows": tables.rows(run), "caption": tables.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),
-        "gate": [(*_checks(each), _failures(each), _recall(each)) for each in parity.variants],
+        "gate": [(*_checks(each), each.reasons(), _recall(each)) for each in parity.variants],
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [
@@ -171,19 +171,14 @@ def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
         (
             check.question, check.name, f"{check.value:.4g}",
             f"{check.interval[0]:.4g} to {check.interval[1]:.4g}" if check.interval else "",
-            f"{check.bound} {check.threshold:g}", "passed" if check.passed else "FAILED",
+            check.expected, check.verdict,
         )
         for check in variant.checks
     ]  # fmt: skip
     if variant.mcnemar_p is not None:
         p = f"{variant.mcnemar_p:.3g}"
         lines.append(("distillation quality", "McNemar's test, p", p, "", "not a check", ""))
-    return variant.variant, "passed" if variant.passed else "FAILED", lines
-
-
-def _failures(variant: VariantParity) -> list[str]:
-    """Return in words why a variant did not pass."""
-    return [check.words for check in variant.checks if not check.passed]
+    return variant.variant, variant.verdict, lines
 
 
 def _recall(variant: VariantParity) -> list[tuple[str, ...]]:

@@ -277,14 +277,21 @@ class ExportRecipe(Section):
 
 
 class ParityRecipe(Section):
-    """The thresholds of the parity gate; agreement and retention are fractions."""
+    """The thresholds of the parity gate; agreement and retention are fractions.
+
+    What is estimated from validation rows has a target for the value and a limit for its 95 %
+    interval: ``min_retained`` and ``min_retained_lower``, ``min_agreement`` and
+    ``min_agreement_lower``, ``max_points_lost`` and ``max_points_lost_upper``.
+    """
 
     max_logit_gap: NotNegative = 1e-4
     max_label_flips: Annotated[int, Field(ge=0)] = 0
     min_retained: Fraction = 0.97
     min_retained_lower: Fraction = 0.95
     min_agreement: Fraction = 0.985
+    min_agreement_lower: Fraction = 0.97
     max_points_lost: NotNegative = 1.0
+    max_points_lost_upper: NotNegative = 3.0
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2_000
 
 

@@ -117,7 +117,7 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
         RunError: none has passed.
     """
     reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
-    of_a_campaign = None
+    of_a_campaign, reasons = None, ""
     for report in reversed(reports):
         run = RunDir(report.parent)
         try:
@@ -125,12 +125,16 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
                 if not run.campaign_record.is_file():
                     return run
                 of_a_campaign = of_a_campaign or run
+            elif not reasons and not run.campaign_record.is_file():
+                against = [reason for found in refusals(run).values() for reason in found]
+                reasons = "\n  ".join([f"; the latest, {run.path}:", *against])
         except RunError as error:
             # One damaged run must not take the others out of service.
             logger.warning("passed over: %s", error.message)
     but = "" if of_a_campaign is None else f" but those of campaigns, such as {of_a_campaign.path}"
     raise RunError(
-        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate{but}",
+        f"no run under {runs_dir.resolve()} has a variant that passed the parity gate"
+        f"{but}{reasons}",
         hint="make one with `ad2kit run demo`, or look at `ad2kit parity`"
         if of_a_campaign is None
         else "name the run that is meant",

@@ -126,7 +126,11 @@ def parity(
     runs_dir: options.RunsDir = options.RUNS,
     as_json: options.Json = False,
 ) -> None:
-    """Judge the variants of a run, or any ONNX model with --model; exit code 1 if one fails."""
+    """Judge the variants of a run, or any ONNX model with --model; exit code 1 if none passes.
+
+    A variant passed, FAILED, or is not shown to be good enough by so few validation rows. What is
+    not shown does not ship either; the verdict says how many rows would show it.
+    """
     from ad2kit.parity_terminal import judge_model, judge_run, judge_service, one_run
     from ad2kit.terminal import use_run
 

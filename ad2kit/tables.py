@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ad2kit.records import LatencyCell
     from ad2kit.run_dir import RunDir
 
+# So many classes are named.
+_NAMED = 12
 HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
           "texts/s", "gate")  # fmt: skip
 
@@ -53,7 +55,7 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
         table.append((
             f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
             f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
-            "FAILED" if not verdict.passed else "refused" if refused else "passed",
+            "refused" if verdict.passed and refused else verdict.verdict,
         ))  # fmt: skip
     return table
 
@@ -78,6 +80,8 @@ def caption(run: RunDir) -> str:
         "differences below "
         f"{100 * difference:.1f} points are within their noise."
     )
+    if untested := untested_words(parity):
+        text += f" {untested}"
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
     if int8 := _int8_words(run):
@@ -90,6 +94,20 @@ def caption(run: RunDir) -> str:
         f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
         f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
         f"{busy_words(latency)}"
+    )
+
+
+def untested_words(parity: ParityReport) -> str:
+    """Return a sentence that names the classes with too few rows; "" if there are none."""
+    # The teacher's answers decide which they are, so they are the same for every variant.
+    rows = {name: n for each in parity.variants for name, n in each.untested_classes.items()}
+    if not rows:
+        return ""
+    named = [f"{name} ({n})" for name, n in list(rows.items())[:_NAMED]]
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return (
+        "The teacher gives these on too few validation texts to test whether a student lost them: "
+        f"{', '.join(named)}{more}."
     )
 
 

@@ -158,7 +158,7 @@ def print_table(folder: RunDir) -> None:
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(caption(folder), highlight=False)
+    console.print(caption(folder), highlight=False, markup=False)
     if folder.report.is_file():
         console.print(f"report: {folder.report}", highlight=False)
 

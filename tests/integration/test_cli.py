@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 import pytest
 
-from ad2kit import doctor
+from ad2kit import doctor, evidence
 from ad2kit.run_dir import RunDir
 from ad2kit.runtime import available_cpus
 from ad2kit.terminal import next_steps
+from ad2kit.verdicts import ParityReport
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:
@@ -64,9 +65,18 @@ def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:
     assert "validation texts that are also training texts: 10.0%" in shown
     assert 0.1 < report["splits"]["train"]["duplicates"] < 0.25
     assert 0.5 < report["splits"]["train"]["cut"] < 0.9
-    # 1.96 * sqrt(0.1 / 100), and the rows of an interval of min_retained_lower = 0.8
+    # 1.96 * sqrt(0.1 / 100). With min_retained_lower at 0.8, an interval of 24 rows reaches as far
+    # as no row of 24 allows: 1 - 0.8 - (1 - 0.025**(1 / 24)) > 0.84 * sqrt(0.1 / 24).
     assert report["half_width"] == pytest.approx(0.062, abs=1e-3)
-    assert report["rows_to_pass"] == 10
+    assert report["rows_to_pass"] == 24
+    (gate,) = [line for line in shown if line.startswith("the gate: ")]
+    assert "with 100 validation rows the interval of what is retained will be about ±6.2" in gate
+    assert "0.9 can be shown from about 24 rows on" in gate
+    # By the gate's own function.
+    assert report["rows_to_agree"] == evidence.rows_for_share(0.975, 0.95, 0.92)
+    assert (report["rows_of_a_class"], report["few_rows"]) == (6, [])
+    nothing = ad2kit("check", *options, "parity.min_retained=1", "parity.min_agreement_lower=1")
+    assert nothing.out.count("by no number of rows") == 2
     assert "student:" not in checked.out
     assert '"text_columns"' in ad2kit("check", *options, "--verbose").out
     refused = ad2kit("check", *options, "data.max_leakage=0.05")
@@ -201,7 +211,9 @@ def test_a_gate_that_fails_ends_with_1_and_leaves_its_report(
     assert outcome.code == 1
     assert "the parity gate of" in outcome.err
     assert "expected at least 1" in outcome.err
-    assert "FAILED" in outcome.out
+    verdicts = {each.verdict for each in ParityReport.read(copied_run.parity_report).variants}
+    assert "passed" not in verdicts
+    assert all(verdict in outcome.out for verdict in verdicts)
     assert json.loads(copied_run.parity_report.read_text())["variants"]
     assert ad2kit("package", copied_run.path).code == 1
 

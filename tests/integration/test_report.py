@@ -89,7 +89,7 @@ def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
     assert "fused keeps" in page
     assert page.count('<details open><summary>int8: <span class="bad">') == 1
     assert "label flips is 0, expected at least 2" in page
-    assert '<span class="bad">failed</span></h1>' in page_of(failed)
+    assert '<span class="bad">FAILED</span></h1>' in page_of(failed)
 
 
 def test_what_belongs_to_other_artefacts_is_not_shown(copied_run: RunDir) -> None:

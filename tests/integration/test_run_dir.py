@@ -150,7 +150,7 @@ def judged_at(run: RunDir, look: int, variant: str = "int8") -> CampaignRecord:
     """Write into a run what `fit` says of a variant at its n-th look at the validation rows."""
     report = ParityReport.read(run.parity_report)
     judge = Judge(0.5, load_data(run.recipe.data, run.recipe.seed).validation.labels, look - 1)
-    verdict = judge.look(run, report, variant).verdict()
+    verdict = judge.look(run, report, variant).record()
     record = FIT.model_copy(update={"verdicts": (verdict,)})
     write_record(run.campaign_record, record)
     return record
@@ -179,7 +179,7 @@ def test_what_fit_refuses_is_not_shipped_though_the_gate_has_passed_it(narrow: R
     assert (refused.look, refused.error) == (9, 0.05 / 2**8)
     assert ParityReport.read(narrow.parity_report).variants[-1].passed
     assert passed_variants(narrow) == []
-    words = r"int8: lower bound of what is retained, at look 9, is .* by the rule of `ad2kit fit`"
+    words = r"int8, at look 9: accuracy retained is .*not shown: .* by the rule of `ad2kit fit`"
     with pytest.raises(GateFailed, match=words) as caught:
         choose_variant(narrow, "int8")
     assert f"ad2kit package {narrow.path} --variant int8 --allow-failed-parity" in caught.value.hint
@@ -206,7 +206,7 @@ def test_the_command_line_tells_of_the_refusal(ad2kit: Any, narrow: RunDir) -> N
     assert " refused" in int8
     assert " passed" not in table
     page = narrow.report.read_text()
-    assert "<title>smoke: failed</title>" in page
+    assert "<title>smoke: refused</title>" in page
     assert "at look 9" in page
     named = ad2kit("predict", "--run", narrow.path, "fine")
     assert (named.code, "at look 9" in named.err) == (2, True)

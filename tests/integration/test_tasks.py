@@ -93,7 +93,7 @@ def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
     names = {check.name for check in report.variants[-1].checks}
     expected = {
         "three classes of pairs": {"label flips", "classes predicted", "accuracy retained"},
-        "several labels": {"labels that only the teacher gives", "label flips"},
+        "several labels": {"labels that the student lost", "label flips"},
         "a number": {"correlation with fp32", "different values predicted",
                      "pearson and spearman retained"},
     }[task]  # fmt: skip
@@ -139,7 +139,7 @@ def test_a_lost_label_and_a_constant_value_fail_their_gates() -> None:
         "fp32", "", student, reference, ("a", "b"), (), ParityRecipe(), 0
     )
     failed = {check.name for check in verdict.checks if not check.passed}
-    assert "labels that only the teacher gives" in failed
+    assert "labels that the student lost" in failed
     values = np.linspace(0, 5, 100, dtype=np.float32)
     constant = np.ones((100, 1), dtype=np.float32)
     reference = judged(values, values[:, None], constant, "regression")
@@ -147,7 +147,6 @@ def test_a_lost_label_and_a_constant_value_fail_their_gates() -> None:
     failed = {check.name for check in verdict.checks if not check.passed}
     assert failed == {
         "different values predicted", "pearson and spearman retained",
-        "pearson and spearman retained, lower 95 % bound",
     }  # fmt: skip
 
 

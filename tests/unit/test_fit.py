@@ -232,6 +232,11 @@ def test_where_none_is_good_enough_the_best_is_named(tmp_path: Path) -> None:
         insist_found(report(aim, worse, better), tmp_path)
     assert "nearest: 2 layers, 4 heads, feed-forward 128: failed the" in caught.value.message
     assert "int8: accuracy retained is 0.955, expected at least 0.97" in caught.value.message
+    assert "validation rows" not in caught.value.hint
+    unsure = better.ended("not shown", "int8, at look 1: accuracy retained is 0.975")
+    with pytest.raises(GateFailed, match="none is shown to be good enough") as caught:
+        insist_found(report(aim, worse, unsure), tmp_path)
+    assert "give more labelled validation rows" in caught.value.hint
     found = report(aim, worse, better).model_copy(update={"package": ("tiny-1", "int8")})
     insist_found(found, tmp_path)
 
@@ -243,9 +248,10 @@ def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> 
     judged = Candidate(shape=shape(2), costs=(cost(),), variant="int8", retained=0.95, look=1,
                        retained_interval=(0.93, 1.0))  # fmt: skip
     failed = judged.ended("failed the gate", "int8: too little")
+    unsure = judged.ended("not shown", "int8: too few rows", shape=shape(5))
     found = judged.ended("found", "", shape=shape(3), retained=0.98, look=2)
     unused = Candidate(shape=shape(4), costs=(cost(speedup=1.2),))
-    page = report(aim, gone, failed, found, Candidate.measured(shape(4), unused.costs, aim))
+    page = report(aim, gone, failed, unsure, found, Candidate.measured(shape(4), unused.costs, aim))
     text = markdown(page)
     assert [row[0] for row in rows(page)] == ["teacher", *(str(c.shape) for c in page.candidates)]
     assert "| 98.00% | 93.00% to 100.00% | found |" in text
@@ -257,7 +263,8 @@ def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> 
     plot(page, tmp_path / "fit.svg")
     drawn = (tmp_path / "fit.svg").read_text()
     assert drawn.startswith("<?xml")
-    for words in ("teacher", "target", "found", "distilled, failed the gate", "too costly"):
+    for words in ("teacher", "target", "found", "distilled, failed the gate", "too costly",
+                  "distilled, not shown to be good enough"):  # fmt: skip
         assert f"<!-- {words} -->" in drawn
 
 

@@ -23,8 +23,9 @@ LAYERS = {
     },
     2: {
         "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
-        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "first_token",
-        "fit_records", "fit_report", "fuse", "gate", "golden", "http_api", "int8_search",
+        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "evidence",
+        "first_token", "fit_records", "fit_report", "fuse", "gate", "golden", "http_api",
+        "int8_search",
         "intermediate", "judge", "label_order", "labels", "losses", "metrics", "mirror", "models",
         "objectives", "observability", "openapi", "parquet_blocks", "parquet_rows",
         "parts", "plots", "pretrained",
