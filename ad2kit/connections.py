@@ -242,11 +242,9 @@ class Bounded(HttpToolsProtocol):
         self.cycle.response_started = self.cycle.response_complete = self._in_body = True
         self._say(problem)
         self.on_response_complete()
-        now = self.loop.time()
-        if wait_s := self.pace.wait_s(now):
+        if self.pace.wait(self._read_again):
             self._paced = True
             self.flow.pause_reading()
-            self.loop.call_at(now + wait_s, self._read_again)
 
     def _read_again(self) -> None:
         """Read what came while nothing was read from a client that had been refused."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -115,21 +116,44 @@ class Pace:
     """Spaces out refusals, so that they leave the event loop its time for what is accepted.
 
     A client that sends again at once, whatever Retry-After says, is refused in next to no time,
-    and then again. Hundreds of them would keep all others waiting.
+    and then again; hundreds of them would keep all others waiting. So refusals go out at a rate,
+    and besides one for each request that was answered: that one has left room, and somebody who
+    waits here may want it.
 
     Args:
-        per_second: refusals that go out; further ones wait for their turn.
+        per_second: refusals that go out in any case.
         at_once: how many may go out together after a calm moment.
     """
 
     def __init__(self, per_second: float = 200.0, at_once: int = 64) -> None:
-        self._interval_s, self._burst_s = 1 / per_second, at_once / per_second
-        self._last = -math.inf
+        self._interval_s, self._at_once = 1 / per_second, at_once
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._free, self._since = float(at_once), -math.inf  # refusals that may go out, and when
 
-    def wait_s(self, now: float) -> float:
-        """Return how long one more refusal has to wait at a time in seconds."""
-        self._last = max(self._last, now - self._burst_s) + self._interval_s
-        return max(0.0, self._last - now)
+    def wait(self, go_on: Callable[[], object]) -> bool:
+        """Call ``go_on`` when the turn of one more refusal has come; False if it is now."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._free = min(self._at_once, self._free + (now - self._since) / self._interval_s)
+        self._since = now
+        if self._free >= 1 and not self._waiting:
+            self._free -= 1
+            return False
+        if not self._waiting:
+            loop.call_later(self._interval_s, self._tick)
+        self._waiting.append(go_on)
+        return True
+
+    def answered(self) -> None:
+        """Let the next one go on: a request was answered."""
+        if len(self._waiting) > 1:  # the last one is for the tick that is due
+            self._waiting.popleft()()
+
+    def _tick(self) -> None:
+        self._free, self._since = 0.0, asyncio.get_running_loop().time()
+        self._waiting.popleft()()
+        if self._waiting:
+            asyncio.get_running_loop().call_later(self._interval_s, self._tick)
 
 
 class ErrorContract:
@@ -192,6 +216,8 @@ class ErrorContract:
                 allow = dict(message["headers"]).get(b"allow", b"")
                 status = 413 if received > self.max_body_bytes else message["status"]
             if status < 400:
+                if message["type"] == "http.response.start":
+                    self.pace.answered()
                 await send(message)
             elif message["type"] == "http.response.body":
                 answer += message.get("body", b"")
@@ -225,7 +251,9 @@ class ErrorContract:
             headers.append((b"allow", allow))
         self.observe(problem.status, problem.kind)
         if problem.status == HTTPStatus.TOO_MANY_REQUESTS:
-            await asyncio.sleep(self.pace.wait_s(asyncio.get_running_loop().time()))
+            turn = asyncio.Event()
+            if self.pace.wait(turn.set):
+                await turn.wait()
         await send_json(send, problem.status, problem.content(), headers)
 
 

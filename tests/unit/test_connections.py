@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -411,11 +412,24 @@ def test_what_is_not_admitted_is_told_so_and_the_connection_lives_on() -> None:
         )  # fmt: skip
 
 
-def test_refusals_go_out_at_a_pace() -> None:
-    pace = Pace(per_second=10, at_once=3)
-    assert [pace.wait_s(100.0) for _ in range(5)] == pytest.approx([0, 0, 0, 0.1, 0.2])
-    assert pace.wait_s(100.2) == pytest.approx(0.1)
-    assert [pace.wait_s(200.0) for _ in range(4)] == pytest.approx([0, 0, 0, 0.1])
+def test_refusals_go_out_at_a_pace_and_one_more_for_each_answer() -> None:
+    async def out_after(seconds: float, answers: int) -> list[int]:
+        pace, out = Pace(per_second=20, at_once=3), list[int]()
+        at_once = [number for number in range(40) if not pace.wait(partial(out.append, number))]
+        assert at_once == [0, 1, 2]
+        for _ in range(answers):
+            pace.answered()
+        await asyncio.sleep(seconds)
+        return out
+
+    # Never more than the rate allows; a slow machine may have had less.
+    slow = asyncio.run(out_after(0.5, 0))
+    assert slow == list(range(3, 3 + len(slow)))
+    assert 1 <= len(slow) <= 10
+    assert asyncio.run(out_after(0.0, 30)) == list(range(3, 33))
+    # What answers let through is not counted twice, and the last one waits for its tick.
+    assert asyncio.run(out_after(0.0, 1000)) == list(range(3, 39))
+    assert asyncio.run(out_after(0.3, 1000)) == list(range(3, 40))
 
 
 @pytest.mark.parametrize("path", [b"/", b"/full"], ids=["at the door", "by the application"])
