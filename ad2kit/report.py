@@ -65,7 +65,9 @@ def _context(run: RunDir) -> Context:
     recipe, variant = run.recipe, _shown(run, parity)
     curve = read_curve(run.curve("student"))
     answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
-    latency, campaign = tables.measured_latency(run), campaign_of(run)
+    latency, campaign, looked = (
+        tables.measured_latency(run), campaign_of(run), tables.teacher_report(run)
+    )  # fmt: skip
     refused = (
         [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)
     )
@@ -78,6 +80,7 @@ def _context(run: RunDir) -> Context:
         },
         "latency_plot": _latency_plot(parity, latency),
         "gate": [(*_checks(each), _failures(each), _recall(each)) for each in parity.variants],
+        "teacher": None if looked is None else tables.teacher_table(looked),
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [

@@ -137,11 +137,13 @@ class TrainRecipe(Section):
 class TeacherRecipe(Section):
     """The model to distil: ``hub://owner/name``, ``package://module/folder``,
     ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
-    teacher that is a finished classifier.
+    teacher that is a finished classifier. With ``accept`` it is imitated even if a simpler model
+    is far better; it changes no weight.
     """  # noqa: D205
 
     model: str
     finetune: TrainRecipe | None
+    accept: bool = False
 
 
 class StudentRecipe(Section):
