@@ -14,7 +14,7 @@ several, ridge regression for a number.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def baseline_answers(
     task, length = data.task, recipe.data.max_length_tokens
     train = data.train.take(np.arange(min(len(data.train), TRAIN_ROWS)))
     asked = (data.select, data.validation)
-    encoder.module.to(device)
+    cast("torch.nn.Module", encoder.module).to(device)
     read, *others = (
         read_vectors(encoder, datasets.encode(split, encoder.tokenizer, length), device)
         for split in (train, *asked)
@@ -225,10 +225,10 @@ def _unanswered(data: Data, teacher: Array) -> dict[str, int]:
     every = range(len(data.labels))
     labels = data.select.labels
     if data.task == "single_label":
-        given, rows = np.isin(every, teacher), np.bincount(labels, minlength=len(every))
+        given, rows = set(teacher.tolist()), np.bincount(labels, minlength=len(every))
     else:
-        given, rows = teacher.any(axis=0), labels.sum(axis=0)
-    return {data.labels[i]: int(rows[i]) for i in every if rows[i] and not given[i]}
+        given, rows = set(np.flatnonzero(teacher.any(axis=0)).tolist()), labels.sum(axis=0)
+    return {data.labels[i]: int(rows[i]) for i in every if rows[i] and i not in given}
 
 
 def untrained_encoder(recipe: Recipe, data: Data, teacher: TextModel) -> TextModel:

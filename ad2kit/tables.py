@@ -86,14 +86,14 @@ def teacher_table(report: TeacherReport) -> dict[str, Any]:
         for each in report.baselines
     ]  # fmt: skip
     return {
-        "words": f"{' and '.join(report.metrics)} on the {report.rows} rows of select. The simpler "
-        f"models were trained on {report.train_rows} training rows. The probes are linear models on "
-        "what the encoder gave before its fine-tuning: on what the head reads, and on the mean of "
-        "the token vectors.",
+        "words": f"{' and '.join(report.metrics)} on the {report.rows} rows of select. The "
+        f"simpler models were trained on {report.train_rows} training rows. The probes are linear "
+        "models on what the encoder gave before its fine-tuning: on what the head reads, and on "
+        "the mean of the token vectors.",
         "header": ("model", "score", "teacher is better by, points", "standard error", ""),
         "rows": [*lines, (f"teacher {report.teacher}", f"{report.score:.4f}", "", "", "")],
         "findings": report.findings,
-        "cure": report.cure,
+        "remedy": report.remedy,
     }
 
 

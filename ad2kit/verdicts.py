@@ -134,7 +134,7 @@ class TeacherReport(Record):
         return tuple(lines)
 
     @property
-    def cure(self) -> str:
+    def remedy(self) -> str:
         """What makes a better teacher, as settings to type."""
         ways = []
         if self.cut > _CUT and any(each.name == BAG_OF_WORDS for each in self.better):
@@ -163,19 +163,19 @@ class TeacherReport(Record):
             accepted: the recipe says to go on with it as it is.
 
         Raises:
-            GateFailed: names the teacher, the models that are better, and the cure.
+            GateFailed: names the teacher, the models that are better, and a remedy.
         """
         far = self.far_better
         if far and not accepted:
             raise GateFailed(
                 "the teacher is not worth imitating:\n  " + "\n  ".join(self.findings),
-                hint=f"{self.cure}; or go on with it as it is: teacher.accept=true",
+                hint=f"{self.remedy}; or go on with it as it is: teacher.accept=true",
             )
         for line in self.findings:
             logger.warning("%s", line)
         if self.findings:
             accepted_words = "; teacher.accept lets it pass" if far else ""
-            logger.warning("a better teacher: %s%s", self.cure, accepted_words)
+            logger.warning("a better teacher: %s%s", self.remedy, accepted_words)
 
 
 class QuantisationTrial(Part):
@@ -407,7 +407,7 @@ def insist_passed(
 
 
 def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path | None) -> str:
-    """Return what a failed gate is due to, conversion, teacher, rows or student, and the cure."""
+    """Return what a failed gate is due to, conversion, teacher, rows or student, and a remedy."""
     failed = [
         [check for check in found.checks if not check.passed] for found in verdict.variants
     ]  # fmt: skip
@@ -422,7 +422,8 @@ def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path |
         )
     if teacher is not None and teacher.far_better:
         return (
-            f"the reason is the teacher, before the student: {teacher.findings[0]}. {teacher.cure}"
+            f"the reason is the teacher, before the student: {teacher.findings[0]}. "
+            f"{teacher.remedy}"
         )
     if any(check.name.startswith("teacher") for checks in failed for check in checks):
         return (
