@@ -19,7 +19,7 @@ from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
 from ad2kit.intermediate import check_terms, comparison
 from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
-from ad2kit.losses import soft_targets
+from ad2kit.losses import balanced_weights, soft_targets
 from ad2kit.metrics import score
 from ad2kit.objectives import distillation, finetuning
 from ad2kit.prune import check_widths, narrow
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
     from ad2kit.run_dir import RunDir
+    from ad2kit.sections import TrainRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ def distill(
     teacher_logits = stage.teacher_logits(teacher, reading)
     prepare(student, recipe.compute)
     state = trainer.train(
-        student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
+        student, encoded, teacher_logits,
+        distillation(accelerator, settings, insides, stage.class_weights(settings)), settings,
         lambda model: stage.evaluate(model, select, told if settings.imitates else None),
         phase="student", seed=recipe.seed if settings.seed is None else settings.seed,
         inputs=inputs,
@@ -304,9 +306,10 @@ class _Stage:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
                 prepare(teacher, recipe.compute)
+                objective = finetuning(self.accelerator, self.class_weights(settings))
                 teacher = self.trainer.train(
-                    teacher, self.encode(teacher, data.train), None, finetuning(self.accelerator),
-                    settings, lambda model: self.evaluate(model, select),
+                    teacher, self.encode(teacher, data.train), None, objective, settings,
+                    lambda model: self.evaluate(model, select),
                     phase="teacher", seed=recipe.seed, inputs=inputs,
                 ).model  # fmt: skip
             if first:
@@ -314,6 +317,13 @@ class _Stage:
                 store.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()
         self.trainer.clean_up("teacher")
+
+    def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
+        """Return the weights of the classes in the loss of the hard labels, if they have any."""
+        if settings.class_weights == "none":
+            return None
+        data = self.data
+        return balanced_weights(data.task, data.train.labels, len(data.labels))
 
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""

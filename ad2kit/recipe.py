@@ -57,6 +57,15 @@ class Recipe(Section):
             raise ValueError(msg)
         return self
 
+    @model_validator(mode="after")
+    def _has_classes_to_weigh(self) -> Self:
+        phases = {"teacher.finetune": self.teacher.finetune, "distill": self.distill}
+        for key, phase in phases.items():
+            if phase and phase.class_weights != "none" and self.data.task == "regression":
+                msg = f"{key}.class_weights: a regression has no classes; set it to none"
+                raise ValueError(msg)
+        return self
+
     @property
     def bench_lengths_tokens(self) -> tuple[int, ...]:
         """The lengths that latency is measured at; see :class:`ad2kit.sections.BenchRecipe`."""

@@ -112,7 +112,12 @@ class DataRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping."""
+    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping.
+
+    ``class_weights: balanced`` lets rare classes count as much as frequent ones in the loss of the
+    hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c; of
+    several labels each is such a choice between two. See :func:`ad2kit.losses.balanced_weights`.
+    """
 
     epochs: Positive
     batch_size: Positive
@@ -122,6 +127,7 @@ class TrainRecipe(Section):
     weight_decay: NotNegative = 0.01
     max_grad_norm: AboveZero = 1.0
     checkpoint_every_steps: Positive = 200
+    class_weights: Literal["none", "balanced"] = "none"
 
     @model_validator(mode="after")
     def _micro_batches_are_whole(self) -> Self:

@@ -91,6 +91,8 @@ def test_texts_of_signs_and_single_characters_have_words() -> None:
     assert baselines.bag_of_words("single_label", split)(split).tolist() == [0, 1, 0, 1]
 
 
+# On import transformers compiles parts of DeBERTa, in a way that torch gives up.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_last_layer_makes_the_logits_of_the_vectors_that_a_probe_reads(family: str) -> None:
     model, split = families.tiny(family), models.split()
@@ -153,7 +155,7 @@ def test_the_standard_error_is_that_of_the_paired_difference() -> None:
     assert words.standard_error == pytest.approx(np.sqrt(0.3 * 0.7 / 100), rel=0.1)
     assert [each.name for each in report.baselines if not each.bar] == [baselines.MEAN_PROBE]
     assert report.score == pytest.approx(0.7)
-    assert report.far_better == (words,) == report.better
+    assert words in report.far_better
     assert report.finetune is not None
     assert report.train_rows == 300
 
