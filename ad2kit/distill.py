@@ -13,7 +13,7 @@ from ad2kit import data as datasets
 from ad2kit import models, store
 from ad2kit.baselines import look_at_teacher, untrained_encoder
 from ad2kit.checkpoint import Evaluation
-from ad2kit.curve import read_curve, select_scores, verdict
+from ad2kit.curve import overrun, read_curve, select_scores, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
 from ad2kit.intermediate import check_terms, comparison
@@ -139,6 +139,8 @@ def distill(
         write_record(run.distill_report, report)
     trainer.clean_up("student")
     logger.info("%s", words)
+    if late := overrun(run, recipe.plan):
+        logger.warning("%s", late)
     return report
 
 
@@ -172,7 +174,7 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
     teacher = models.load_reference(
         recipe.teacher.model, data, seed=seed, finished=finished, key="teacher.model"
     )
-    student = _before_training(teacher, recipe, data)
+    student = before_training(teacher, recipe, data)
     check_widths(teacher, recipe.student)
     check_terms(teacher, student, recipe.distill.intermediate)
     length = recipe.data.max_length_tokens
@@ -184,7 +186,7 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
     return teacher
 
 
-def _before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
+def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
     """Return the student with all of its heads and neurons."""
     source, layers = teacher, recipe.student.layers
     if recipe.student.model is not None:
@@ -327,7 +329,7 @@ class _Stage:
 
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""
-        student, train = _before_training(teacher, self.recipe, self.data), self.data.train
+        student, train = before_training(teacher, self.recipe, self.data), self.data.train
         encode = functools.partial(self.encode, teacher, train)
         narrow(student, teacher, self.recipe.student, encode, self.accelerator)
         return student

@@ -23,6 +23,7 @@ from ad2kit.sections import (
     DistillRecipe,
     ExportRecipe,
     ParityRecipe,
+    PlanRecipe,
     Section,
     Seed,
     StudentRecipe,
@@ -49,6 +50,7 @@ class Recipe(Section):
     bench: BenchRecipe = BenchRecipe()
     sweep: SweepRecipe = SweepRecipe()
     compute: ComputeRecipe = ComputeRecipe()
+    plan: PlanRecipe | None = None
 
     @model_validator(mode="after")
     def _has_probabilities_to_calibrate(self) -> Self:

@@ -140,6 +140,22 @@ class TrainRecipe(Section):
         return self
 
 
+class PlanRecipe(Section):
+    """What `--max-minutes` has planned before the first update; it decides nothing any more.
+
+    Epochs and rows of the plan stand in their own sections. ``seconds_per_update`` and ``updates``
+    are of ``teacher`` (if it is fine-tuned) and ``student``, ``read_seconds`` what the teacher needs
+    for all training texts and both models for `select`; ``minutes`` is the sum.
+    """
+
+    max_minutes: AboveZero
+    rows: Positive
+    updates: dict[str, Positive]
+    seconds_per_update: dict[str, AboveZero]
+    read_seconds: AboveZero
+    minutes: AboveZero
+
+
 class TeacherRecipe(Section):
     """The model to distil: ``hub://owner/name``, ``package://module/folder``,
     ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a

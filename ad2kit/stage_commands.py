@@ -70,13 +70,14 @@ def distill(
     overrides: options.Overrides = None,
     runs_dir: options.RunsDir = options.RUNS,
     run: options.RunOption = None,
+    max_minutes: options.MaxMinutes = None,
     allow_inexact: options.Inexact = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune the teacher if need be; distil the student."""
     from ad2kit.terminal import print_result, start_run, training_progress
 
-    folder = start_run(recipe_name, overrides, runs_dir, run)
+    folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
     work = stage("ad2kit.distill", "distill")
     with training_progress() as on_step:
         report = work(folder, on_step=on_step, allow_inexact=allow_inexact)

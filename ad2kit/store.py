@@ -3,10 +3,12 @@
     runs/.shared/teachers/<key>/        as in a run folder
     runs/.shared/teacher-reports/<key>.json
     runs/.shared/logits/<key>.safetensors
+    runs/.shared/plans/<key>.json       recipes that --max-minutes has planned
     runs/.shared/measured.json          what systems cost here, see ad2kit.stopwatch
 
 A key is the fingerprint of everything that the content depends on, so that a change of any of it
-looks for another entry; only `measured.json` is updated. A run keeps its own teacher (hard links
+looks for another entry; only `measured.json` is updated. A plan depends on how fast the machine was
+when it was made, which is why it is kept. A run keeps its own teacher (hard links
 where the file system has them), so that deleting this folder costs time and no result.
 """
 
@@ -60,6 +62,11 @@ def write_teacher_report(path: Path, report: TeacherReport) -> None:
     with writing(path.parent.parent):
         path.parent.mkdir(exist_ok=True)
         write_record(path, report)
+
+
+def plan_file(store: Path, key: str) -> Path:
+    """Return where the recipe that was planned for a recipe and its minutes lies, or would."""
+    return store / "plans" / f"{key[:16]}.json"
 
 
 def logits_file(store: Path, key: str) -> Path:

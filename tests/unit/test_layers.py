@@ -41,7 +41,8 @@ LAYERS = {
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {
-        "campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run", "campaigns.sweep",
+        "campaigns", "campaigns.compare", "campaigns.fit", "campaigns.plan", "campaigns.run",
+        "campaigns.sweep",
         "campaigns.teacher",
     },
     5: {
