@@ -144,8 +144,8 @@ class PlanRecipe(Section):
     """What `--max-minutes` has planned before the first update; it decides nothing any more.
 
     Epochs and rows of the plan stand in their own sections. ``seconds_per_update`` and ``updates``
-    are of ``teacher`` (if it is fine-tuned) and ``student``, ``read_seconds`` what the teacher needs
-    for all training texts and both models for `select`; ``minutes`` is the sum.
+    are of ``teacher`` (if it is fine-tuned) and ``student``; ``read_seconds`` is what the teacher
+    needs for all training texts, and both models for `select`; ``minutes`` is the sum.
     """
 
     max_minutes: AboveZero

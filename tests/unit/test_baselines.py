@@ -13,7 +13,7 @@ from ad2kit import baselines, metrics, recipe
 from ad2kit.data import Data, Split, collate, encode
 from ad2kit.errors import GateFailed
 from ad2kit.probe import last_linear, read_vectors
-from ad2kit.verdicts import Baseline, TeacherReport
+from ad2kit.verdicts import BAG_OF_WORDS, Baseline, TeacherReport
 from tests import families, models
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def looked_at(wrong: int, task: Task = "single_label") -> TeacherReport:
 
 def test_the_standard_error_is_that_of_the_paired_difference() -> None:
     report = looked_at(wrong=30)
-    words = next(each for each in report.baselines if each.name == baselines.BAG_OF_WORDS)
+    words = next(each for each in report.baselines if each.name == BAG_OF_WORDS)
     assert words.select_score == 1.0
     assert words.difference == pytest.approx(-0.3)
     assert words.standard_error == pytest.approx(np.sqrt(0.3 * 0.7 / 100), rel=0.1)
@@ -165,7 +165,7 @@ def test_a_perfect_teacher_is_below_nothing_and_a_bad_one_is(task: Task) -> None
     good, bad = looked_at(wrong=0, task=task), looked_at(wrong=80, task=task)
     assert good.better == ()
     assert not any("simpler model" in line for line in good.findings)
-    assert baselines.BAG_OF_WORDS in {each.name for each in bad.far_better}
+    assert BAG_OF_WORDS in {each.name for each in bad.far_better}
     first = "mean" if task == "regression" else "largest class"
     assert good.baselines[0].name == first
     assert (bad.labels, good.rows) == ({"regression": 1}.get(task, 3), 100)
@@ -231,7 +231,7 @@ def test_the_settings_that_a_bad_teacher_is_mended_with_are_settings(finetune: b
 
 
 def test_what_is_cut_off_is_named_where_a_bag_of_words_reads_on() -> None:
-    better = (beside(-0.2, name=baselines.BAG_OF_WORDS),)
+    better = (beside(-0.2, name=BAG_OF_WORDS),)
     assert "data.max_length_tokens" in report(baselines=better, cut=0.4).remedy
     assert "data.max_length_tokens" not in report(baselines=better, cut=0.05).remedy
     assert "data.max_length_tokens" not in report(baselines=(beside(-0.2),), cut=0.4).remedy
