@@ -157,7 +157,9 @@ def test_the_commands_end_with_1_and_go_on_where_it_is_accepted(
         assert "ad2kit: the teacher is not worth imitating" in stopped.err
     (run,) = (RunDir(path.parent) for path in (tmp_path / "runs").glob("*/recipe.json"))
     assert no_student(run)
-    assert ad2kit("distill", *typed, "teacher.accept=true").code == 0
+    accepted = ad2kit("distill", *typed, "teacher.accept=true")
+    assert accepted.code == 0
+    assert "bag of words 1.0000, linear probe " in accepted.out
     assert run.recipe.teacher.accept
 
 
