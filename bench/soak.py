@@ -30,7 +30,8 @@ from ad2kit.verdicts import ParityReport
 # The first traces of the stages, in the order of the chain.
 MARKERS = (
     "recipe.json", "teacher-training.jsonl", "teacher-checkpoint", "teacher", "teacher.json",
-    "training.jsonl", "checkpoint", "student", "onnx/fp32", "onnx/int8", "parity.json", "latency.json",
+    "training.jsonl", "checkpoint", "student", "onnx/fp32", "onnx/int8", "parity.json",
+    "latency.json",
 )  # fmt: skip
 
 
