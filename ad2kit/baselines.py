@@ -42,8 +42,8 @@ LINEAR_PROBE = "linear probe"
 MEAN_PROBE = "mean-vector probe"
 # More would take minutes, and these models gain little from them.
 TRAIN_ROWS = 5_000
-# A standard error of 500 draws is itself known within 3 %.
-_DRAWS = 500
+# A standard error of 200 draws is itself known within 5 %.
+_DRAWS = 200
 # Inverse strengths of the regularisation. Vectors of TF-IDF have length 1 and thousands of
 # dimensions, where scikit-learn's 1.0 learns too little; standardised vectors of an encoder have
 # some hundred, where it learns too much.

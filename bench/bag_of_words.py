@@ -16,9 +16,10 @@ import sys
 import numpy as np
 
 from ad2kit import metrics
-from ad2kit.baselines import BAG_OF_WORDS, bag_of_words
+from ad2kit.baselines import bag_of_words
 from ad2kit.data import Split, load_data
 from ad2kit.recipe import load
+from ad2kit.verdicts import BAG_OF_WORDS
 
 
 def main() -> None:

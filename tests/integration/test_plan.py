@@ -107,8 +107,8 @@ def test_updates_of_both_models_are_timed(more: tuple[str, ...]) -> None:
 def test_a_plan_is_made_once_and_trained_to_its_end(
     ad2kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = ["distill", "smoke", *QUICK, "distill.epochs=8", "data.max_train_rows=300",
-             "--runs-dir", tmp_path, "--max-minutes", "1"]  # fmt: skip
+    settings = [*QUICK, "distill.epochs=8", "data.max_train_rows=300"]
+    typed = ["distill", "smoke", *settings, "--runs-dir", tmp_path, "--max-minutes", "1"]
     monkeypatch.setattr(planning, "measure", lambda *_: COSTS)
     assert ad2kit(*typed).code == 0
     (run,) = (RunDir(path.parent) for path in tmp_path.glob("*/recipe.json"))
@@ -124,7 +124,7 @@ def test_a_plan_is_made_once_and_trained_to_its_end(
     (stored,) = (tmp_path / ".shared" / "plans").iterdir()
     stored.write_text(json.dumps({"name": "other"}))
     with pytest.raises(RunError, match="is damaged"):
-        planned(recipes.load("smoke", typed[2:-4]), 1.0, tmp_path)
+        planned(recipes.load("smoke", settings), 1.0, tmp_path)
 
 
 def test_what_took_longer_is_said_and_not_cut(finished_run: RunDir) -> None:

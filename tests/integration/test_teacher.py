@@ -217,7 +217,7 @@ def test_a_failed_gate_says_who_is_the_reason(finished_run: RunDir) -> None:
     quality: Any = "distillation quality"
     kept = check(quality, "accuracy retained", 0.3, 0.5)
     low = check(quality, "accuracy retained, lower 95 % bound", 0.2, 0.3)
-    weak = {"retained": 0.3, "retained_interval": (0.2, 0.4), "checks": (kept, low)}
+    weak: dict[str, Any] = {"retained": 0.3, "retained_interval": (0.2, 0.4), "checks": (kept, low)}
     assert reason(finished_run, **weak).startswith("the reason is the student")
     report = TeacherReport.read(finished_run.teacher_report)
     good = report.model_copy(update={"baselines": ()})
@@ -229,7 +229,7 @@ def test_a_failed_gate_says_who_is_the_reason(finished_run: RunDir) -> None:
     assert "teacher.finetune.epochs=" in hint
     order = check(quality, "teacher accuracy, against the most frequent label", 0.3, 0.5)
     assert reason(finished_run, checks=(order,)).startswith("the reason is the teacher")
-    few = {"retained": 0.6, "retained_interval": (0.2, 1.0), "checks": (low,)}
+    few: dict[str, Any] = {"retained": 0.6, "retained_interval": (0.2, 1.0), "checks": (low,)}
     hint = reason(finished_run, **few)
     assert hint.startswith("the reason is too few validation rows")
     assert "about 1,138 rows" in hint  # 640 * (0.4 / 0.3)²
