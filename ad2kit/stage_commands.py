@@ -9,7 +9,7 @@ import typer
 
 from ad2kit import options
 from ad2kit.errors import UserError
-from ad2kit.runtime import stage
+from ad2kit.runtime import is_first_process, stage
 
 
 def recipes(as_json: options.Json = False) -> None:
@@ -82,7 +82,8 @@ def distill(
     work = stage("ad2kit.distill", "distill")
     with training_progress() as on_step:
         report = work(folder, on_step=on_step, allow_inexact=allow_inexact)
-    looked = teacher_report(folder)
+    # The others of several processes may come here before the files are written.
+    looked = teacher_report(folder) if is_first_process() else None
     simpler = (
         "".join(f"{b.name} {b.select_score:.4f}, " for b in looked.baselines) if looked else ""
     )
