@@ -11,6 +11,7 @@ def run(
     overrides: options.Overrides = None,
     runs_dir: options.RunsDir = options.RUNS,
     run: options.RunOption = None,
+    max_minutes: options.MaxMinutes = None,
     allow_inexact: options.Inexact = False,
     as_json: options.Json = False,
 ) -> None:
@@ -26,7 +27,7 @@ def run(
         training_progress,
     )
 
-    folder = start_run(recipe_name, overrides, runs_dir, run)
+    folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
     campaign = stage("ad2kit.campaigns.run", "run_all")
     with training_progress() as on_step:
         record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)

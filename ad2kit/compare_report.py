@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from ad2kit.files import whole_file
 from ad2kit.markdown import table
 from ad2kit.records import Part, Record
@@ -51,13 +53,17 @@ class Difference(Part):
 
 
 class CompareReport(Record):
-    """Several methods from one teacher, judged on the labelled validation set."""
+    """Several methods from one teacher, judged on the labelled validation set.
+
+    ``baselines`` holds the scores of simpler models; see :mod:`ad2kit.baselines`.
+    """
 
     recipe: str
     inputs: str
     metrics: tuple[Metric, ...]
     rows: int
     teacher_score: float
+    baselines: dict[str, float] = Field(default_factory=dict)
     students: tuple[StudentResult, ...]
     methods: tuple[MethodResult, ...]
     differences: tuple[Difference, ...]
@@ -70,7 +76,8 @@ DIFFERENCES = ("points", "difference", "95 % interval", "p", "detectable")
 
 def tables(report: CompareReport) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Return the rows under :data:`HEADER` and those under :data:`DIFFERENCES`, as text."""
-    results = [("teacher", f"{report.teacher_score:.4f}", *[""] * 5)]
+    before = {**report.baselines, "teacher": report.teacher_score}
+    results = [(name, f"{score:.4f}", *[""] * 5) for name, score in before.items()]
     results += [
         (
             each.method, f"{each.median:.4f}", f"{each.lowest:.4f}", f"{each.highest:.4f}",

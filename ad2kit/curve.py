@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ad2kit.sections import DistillRecipe
+    from ad2kit.run_dir import RunDir
+    from ad2kit.sections import DistillRecipe, PlanRecipe
 
 # Below this share of the clean loss, the adversary has changed nothing that training could feel.
 IDLE_GAIN = 0.01
@@ -29,6 +30,26 @@ def read_curve(path: Path) -> list[StepRecord]:
 def select_scores(path: Path) -> list[float]:
     """Return the scores on ``select`` of a training so far, in the order of its evaluations."""
     return [r.select_score for r in read_curve(path) if r.select_score is not None]
+
+
+def overrun(run: RunDir, plan: PlanRecipe | None) -> str:
+    """Return in words by how much the updates of a run took longer than planned; "" if not.
+
+    A teacher that another run has made took no time here.
+    """
+    if plan is None:
+        return ""
+    took = {
+        name: sum(record.seconds for record in read_curve(run.curve(name))) for name in plan.updates
+    }
+    planned = {name: plan.updates[name] * plan.seconds_per_update[name] for name in plan.updates}
+    if sum(took.values()) <= sum(planned.values()):
+        return ""
+    parts = ", ".join(f"{name} {took[name] / 60:.1f} of {planned[name] / 60:.1f}" for name in took)
+    return (
+        f"the training took longer than --max-minutes {plan.max_minutes:g} has planned: minutes of "
+        f"updates, {parts}; nothing was cut"
+    )
 
 
 def verdict(

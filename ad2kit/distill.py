@@ -11,14 +11,15 @@ import torch
 
 from ad2kit import data as datasets
 from ad2kit import models, store
+from ad2kit.baselines import look_at_teacher, untrained_encoder
 from ad2kit.checkpoint import Evaluation
-from ad2kit.curve import read_curve, verdict
+from ad2kit.curve import overrun, read_curve, select_scores, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
 from ad2kit.intermediate import check_terms, comparison
 from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
-from ad2kit.losses import soft_targets
+from ad2kit.losses import balanced_weights, soft_targets
 from ad2kit.metrics import score
 from ad2kit.objectives import distillation, finetuning
 from ad2kit.prune import check_widths, narrow
@@ -31,6 +32,7 @@ from ad2kit.runtime import environment, peak_memory_mb
 from ad2kit.students import build_student
 from ad2kit.tasks import answers
 from ad2kit.training import check_compute, predict_logits, prepare
+from ad2kit.verdicts import TeacherReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
     from ad2kit.run_dir import RunDir
+    from ad2kit.sections import TrainRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ def distill(
 
     Raises:
         DataError, ModelError, RunError, DivergedError: see the functions that this one calls.
+        GateFailed: a simpler model is far better than the teacher, and the recipe does not accept
+            that.
     """
     stage = _Stage.of(run, on_step, allow_inexact)
     recipe, data, trainer = stage.recipe, stage.data, stage.trainer
@@ -82,6 +87,8 @@ def distill(
             logger.info("student is already distilled: %s", run.student)
             return report
 
+    told = stage.select_logits(teacher)
+    stage.look_at(teacher, told)
     student = stage.student(teacher)
     logger.info(
         "student: %d layers, %.1f M parameters", student.module.config.num_hidden_layers,
@@ -90,12 +97,11 @@ def distill(
     insides = comparison(teacher, student, settings.intermediate)
     reading, select = data.distillation(), stage.encode(student, data.select)
     encoded = stage.encode(student, reading)
-    teacher.module.to(accelerator.device)
-    told = stage.select_logits(teacher)
     teacher_logits = stage.teacher_logits(teacher, reading)
     prepare(student, recipe.compute)
     state = trainer.train(
-        student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
+        student, encoded, teacher_logits,
+        distillation(accelerator, settings, insides, stage.class_weights(settings)), settings,
         lambda model: stage.evaluate(model, select, told if settings.imitates else None),
         phase="student", seed=recipe.seed if settings.seed is None else settings.seed,
         inputs=inputs,
@@ -133,6 +139,8 @@ def distill(
         write_record(run.distill_report, report)
     trainer.clean_up("student")
     logger.info("%s", words)
+    if late := overrun(run, recipe.plan):
+        logger.warning("%s", late)
     return report
 
 
@@ -145,8 +153,7 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
     """
     stage = _Stage.of(run, lambda _record: None, allow_inexact)
     teacher = stage.teacher()
-    teacher.module.to(stage.accelerator.device)
-    stage.select_logits(teacher)
+    stage.look_at(teacher, stage.select_logits(teacher))
     stage.teacher_logits(teacher, stage.data.distillation())
 
 
@@ -167,7 +174,7 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
     teacher = models.load_reference(
         recipe.teacher.model, data, seed=seed, finished=finished, key="teacher.model"
     )
-    student = _before_training(teacher, recipe, data)
+    student = before_training(teacher, recipe, data)
     check_widths(teacher, recipe.student)
     check_terms(teacher, student, recipe.distill.intermediate)
     length = recipe.data.max_length_tokens
@@ -179,7 +186,7 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
     return teacher
 
 
-def _before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
+def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
     """Return the student with all of its heads and neurons."""
     source, layers = teacher, recipe.student.layers
     if recipe.student.model is not None:
@@ -261,7 +268,9 @@ class _Stage:
         """Return the teacher of the run, which is made now if it is not there yet."""
         recipe, run, data = self.recipe, self.run, self.data
         inputs = fingerprint(
-            recipe.seed, self.data_sha256(), recipe.teacher.model_dump(mode="json")
+            recipe.seed,
+            self.data_sha256(),
+            recipe.teacher.model_dump(mode="json", exclude={"accept"}),
         )
         if self._missing(run.teacher / models.MANIFEST):
             self._make_teacher(inputs)
@@ -299,9 +308,10 @@ class _Stage:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
                 prepare(teacher, recipe.compute)
+                objective = finetuning(self.accelerator, self.class_weights(settings))
                 teacher = self.trainer.train(
-                    teacher, self.encode(teacher, data.train), None, finetuning(self.accelerator),
-                    settings, lambda model: self.evaluate(model, select),
+                    teacher, self.encode(teacher, data.train), None, objective, settings,
+                    lambda model: self.evaluate(model, select),
                     phase="teacher", seed=recipe.seed, inputs=inputs,
                 ).model  # fmt: skip
             if first:
@@ -310,9 +320,16 @@ class _Stage:
             self.accelerator.wait_for_everyone()
         self.trainer.clean_up("teacher")
 
+    def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
+        """Return the weights of the classes in the loss of the hard labels, if they have any."""
+        if settings.class_weights == "none":
+            return None
+        data = self.data
+        return balanced_weights(data.task, data.train.labels, len(data.labels))
+
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""
-        student, train = _before_training(teacher, self.recipe, self.data), self.data.train
+        student, train = before_training(teacher, self.recipe, self.data), self.data.train
         encode = functools.partial(self.encode, teacher, train)
         narrow(student, teacher, self.recipe.student, encode, self.accelerator)
         return student
@@ -320,12 +337,38 @@ class _Stage:
     def select_logits(self, teacher: TextModel) -> torch.Tensor:
         """Return the teacher's logits on ``select``, or refuse one with its labels in disorder."""
         data = self.data
+        teacher.module.to(self.accelerator.device)
         logits = self.logits(teacher, self.encode(teacher, data.select))
         insist_on_order(
             data.task, answers(data.task, logits.numpy()), data.select.labels, data.labels,
             finished=self.recipe.teacher.finetune is None,
         )  # fmt: skip
         return logits
+
+    def look_at(self, teacher: TextModel, select_logits: torch.Tensor) -> None:
+        """Put the teacher beside simpler models, once for all runs, and stop if it is no good.
+
+        Raises:
+            GateFailed: see :meth:`ad2kit.verdicts.TeacherReport.insist_worth_imitating`.
+        """
+        run, recipe = self.run, self.recipe
+        # The second is of the data, and of what the teacher was before its training.
+        key = fingerprint(self.teacher_sha256(), models.saved_inputs(run.teacher))
+        path, first = store.teacher_report_file(run.shared, key), self.accelerator.is_main_process
+        if self._missing(path) and first:
+            logger.info("looking at the teacher: simpler models on the same rows")
+            report = look_at_teacher(
+                recipe, self.data, untrained_encoder(recipe, self.data, teacher),
+                select_logits.numpy(), self.accelerator.device, inputs=key,
+                teacher_sha256=self.teacher_sha256(),
+                curve=tuple(select_scores(run.curve("teacher"))),
+            )  # fmt: skip
+            store.write_teacher_report(path, report)
+        self.accelerator.wait_for_everyone()
+        report = TeacherReport.read(path)
+        if first:
+            write_record(run.teacher_report, report)
+        report.insist_worth_imitating(accepted=recipe.teacher.accept)
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on what the student reads, computed once for all runs.

@@ -225,7 +225,7 @@ def balance(found: dict[str, int], rows: int) -> str:
     if not rare:
         return words
     more = f" and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""
-    return f"{words}; rare, and left as they are: {', '.join(rare[:_NAMED])}{more}"
+    return f"{words}; rare (see class_weights): {', '.join(rare[:_NAMED])}{more}"
 
 
 def _name(where: str, value: object, column: str) -> str:

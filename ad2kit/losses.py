@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -11,30 +12,68 @@ from ad2kit.labels import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
+
+    from numpy.typing import NDArray
 
     from ad2kit.sections import Task
 
 
-def supervised(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def balanced_weights(task: Task, labels: NDArray[Any], outputs: int) -> torch.Tensor:
+    """Return the weights with which all classes count alike, whatever their rows.
+
+    Of n rows and k classes that occur, a row of class c with n_c rows gets ``n / (k n_c)``
+    (King and Zeng, *Logistic Regression in Rare Events Data*, 2001; scikit-learn's "balanced"). Of
+    several labels each is a choice between two classes: rows that have label j get
+    ``n / (2 n_j)``, those without it ``n / (2 (n - n_j))``. The mean weight of the rows is 1.
+
+    Args:
+        task: not a regression.
+        labels: of all rows that train and have labels.
+        outputs: number of classes or labels.
+
+    Returns:
+        float32 [classes]; for several labels [2, labels], without and with the label. What has no
+        row, or every one, has the weight 1.
+    """
+    if task == "single_label":
+        rows = np.bincount(labels, minlength=outputs)
+        found = np.where(rows > 0, len(labels) / ((rows > 0).sum() * np.maximum(rows, 1)), 1.0)
+    else:
+        have = labels.sum(axis=0)
+        both = np.stack([len(labels) - have, have])
+        found = np.where(both.min(axis=0) > 0, len(labels) / (2 * np.maximum(both, 1)), 1.0)
+    return torch.from_numpy(found).float()
+
+
+def supervised(
+    task: Task, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """The task's own loss: cross entropy, binary cross entropy (mean over labels), or MSE.
 
     A row without a label adds 0 and still counts, so that the terms of a batch keep their
-    proportions however it is divided.
+    proportions however it is divided. Weights do not change by what the sum is divided.
 
     Args:
         task: decides the form.
         logits: shape [batch, outputs].
         labels: as :func:`ad2kit.labels.read_labels` returns them; without a label
             :data:`~ad2kit.labels.NO_CLASS` or NaN.
+        weights: see :func:`balanced_weights`; all alike if None.
     """
     logits = logits.float()
+    weights = None if weights is None else weights.to(logits.device)
     if task == "single_label":
-        total = functional.cross_entropy(logits, labels, ignore_index=NO_CLASS, reduction="sum")
+        total = functional.cross_entropy(
+            logits, labels, weights, ignore_index=NO_CLASS, reduction="sum"
+        )
         return total / len(labels)
     labelled = ~torch.isnan(labels)
     target = torch.where(labelled, labels, torch.zeros_like(labels))
     if task == "multi_label":
         each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        if weights is not None:
+            each = each * torch.where(target == 1, weights[1], weights[0])
     else:
         each = (logits[:, 0] - target) ** 2
     return (each * labelled).mean()

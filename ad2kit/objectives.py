@@ -50,12 +50,18 @@ Objective = Callable[[TextModel, Batch, float], StepLosses]
 scaled by the batch's share of the rows of its update."""
 
 
-def finetuning(accelerator: Accelerator) -> Objective:
-    """Return the objective of plain fine-tuning: the task's own loss."""
+def finetuning(accelerator: Accelerator, weights: torch.Tensor | None = None) -> Objective:
+    """Return the objective of plain fine-tuning: the task's own loss.
+
+    Args:
+        accelerator: precision and backward pass.
+        weights: of the classes; see :func:`ad2kit.losses.balanced_weights`.
+    """
 
     def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
         with accelerator.autocast():
-            loss = supervised(model.task, model.module(**batch.inputs).logits, batch.labels)
+            logits = model.module(**batch.inputs).logits
+            loss = supervised(model.task, logits, batch.labels, weights)
         accelerator.backward(loss * share)
         return StepLosses(loss.item(), {"supervised": loss.item()})
 
@@ -63,9 +69,12 @@ def finetuning(accelerator: Accelerator) -> Objective:
 
 
 def distillation(
-    accelerator: Accelerator, settings: DistillRecipe, insides: Comparison | None = None
-) -> Objective:
+    accelerator: Accelerator, settings: DistillRecipe, insides: Comparison | None = None,
+    weights: torch.Tensor | None = None,
+) -> Objective:  # fmt: skip
     """Return the objective of a distillation; a term of weight 0 costs nothing.
+
+    ``weights`` of the classes are those of the hard labels; see :func:`finetuning`.
 
     With an adversary the clean pass runs with a zero δ that records its gradient, so that the
     first ascent step from a zero start needs no pass of its own. The adversarial passes replay
@@ -88,7 +97,7 @@ def distillation(
         kd = soft_targets(model.task, logits, teacher_logits, settings.temperature)
         weighted = {"kd": (settings.kd_weight, kd)}
         if settings.hard_label_weight:
-            hard = supervised(model.task, logits, batch.labels)
+            hard = supervised(model.task, logits, batch.labels, weights)
             weighted["supervised"] = (settings.hard_label_weight, hard)
         if insides is not None and inner is not None:
             with torch.no_grad(), accelerator.autocast():

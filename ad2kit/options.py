@@ -27,6 +27,13 @@ Inexact = Annotated[
     bool,
     typer.Option("--allow-inexact", help="Resume under other threads, device or versions."),
 ]
+MaxMinutes = Annotated[
+    float | None,
+    typer.Option(
+        "--max-minutes",
+        help="Plan epochs, then rows, so that teacher and student train for at most so long here.",
+    ),
+]
 RUNS = Path("runs")
 
 # Of `parity`, which judges a run or any ONNX folder.

@@ -18,7 +18,7 @@ from ad2kit.runtime import stage
 from ad2kit.service_arguments import client_key
 from ad2kit.service_check import MAX_SCORE_GAP, ServiceAnswers
 from ad2kit.shipping import choose_variant, passed_variants
-from ad2kit.tables import untested_words
+from ad2kit.tables import teacher_report, untested_words
 from ad2kit.terminal import print_json, print_table
 from ad2kit.verdicts import ParityReport, insist_passed
 
@@ -35,7 +35,7 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
         print_json(verdict.model_dump(mode="json"))
     else:
         print_table(run)
-    insist_passed(verdict, run.path, report=run.parity_report)
+    insist_passed(verdict, run.path, report=run.parity_report, teacher=teacher_report(run))
     choose_variant(run, None)  # a campaign may have refused what the gate has passed
     shipped, *others = (folder.name for folder in passed_variants(run))
     more = f" (or --variant {' or '.join(others)})" if others else ""

@@ -23,6 +23,7 @@ from ad2kit.sections import (
     DistillRecipe,
     ExportRecipe,
     ParityRecipe,
+    PlanRecipe,
     Section,
     Seed,
     StudentRecipe,
@@ -49,12 +50,22 @@ class Recipe(Section):
     bench: BenchRecipe = BenchRecipe()
     sweep: SweepRecipe = SweepRecipe()
     compute: ComputeRecipe = ComputeRecipe()
+    plan: PlanRecipe | None = None
 
     @model_validator(mode="after")
     def _has_probabilities_to_calibrate(self) -> Self:
         if self.export.calibrate and self.data.task == "regression":
             msg = "export.calibrate: a regression has no probabilities; set it to false"
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _has_classes_to_weigh(self) -> Self:
+        phases = {"teacher.finetune": self.teacher.finetune, "distill": self.distill}
+        for key, phase in phases.items():
+            if phase and phase.class_weights != "none" and self.data.task == "regression":
+                msg = f"{key}.class_weights: a regression has no classes; set it to none"
+                raise ValueError(msg)
         return self
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit import metrics, tables
-from ad2kit.curve import read_curve
+from ad2kit.curve import overrun, read_curve
 from ad2kit.errors import MissingExtra, RunError
 from ad2kit.files import read_lines, sha256_of, write_text
 from ad2kit.records import BentoRecord, DistillReport, LatencyReport
@@ -65,7 +65,9 @@ def _context(run: RunDir) -> Context:
     recipe, variant = run.recipe, _shown(run, parity)
     curve = read_curve(run.curve("student"))
     answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
-    latency, campaign = tables.measured_latency(run), campaign_of(run)
+    latency, campaign, looked = (
+        tables.measured_latency(run), campaign_of(run), tables.teacher_report(run)
+    )  # fmt: skip
     refused = (
         [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)
     )
@@ -78,6 +80,7 @@ def _context(run: RunDir) -> Context:
         },
         "latency_plot": _latency_plot(parity, latency),
         "gate": [(*_checks(each), each.reasons(), _recall(each)) for each in parity.variants],
+        "teacher": None if looked is None else tables.teacher_table(looked),
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [
@@ -95,7 +98,8 @@ def _context(run: RunDir) -> Context:
             "words": f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
             f"({distilled.examples_per_s:.0f} examples/s), best at {distilled.best_step}; "
             f"{distilled.verdict}. Peak memory: "
-            + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items()),
+            + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items())
+            + _plan(run),
             "plot": _markup(plots.training(curve)),
             "select": _markup(plots.selection(curve, " and ".join(distilled.metrics))),
         },
@@ -286,6 +290,21 @@ def _calibration(
         "below it too sure.",
         "plot": _markup(plots.calibration(bins)),
     }
+
+
+def _plan(run: RunDir) -> str:
+    plan = run.recipe.plan
+    if plan is None:
+        return ""
+    late = overrun(run, plan)
+    return (
+        f". Planned for at most {plan.max_minutes:g} min: {plan.rows:,} rows, "
+        + " and ".join(
+            f"{updates:,} updates of the {name} at {plan.seconds_per_update[name]:.3f} s"
+            for name, updates in plan.updates.items()
+        )
+        + f", {plan.minutes:.1f} min" + (f"; {late}" if late else "")
+    )  # fmt: skip
 
 
 def _bento(run: RunDir) -> str:

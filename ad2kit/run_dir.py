@@ -3,7 +3,7 @@
     runs/<recipe>-<fingerprint>/
         recipe.json                 the resolved recipe
         teacher/  student/          safetensors, tokenizer, sha256 manifest
-        teacher-training.jsonl  training.jsonl
+        teacher-training.jsonl  training.jsonl  teacher.json
         teacher-checkpoint/  checkpoint/   only while training
         distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
         answers.jsonl               what each model says of each validation row
@@ -32,7 +32,7 @@ from ad2kit.errors import RecipeError, RunError, no_room_left
 from ad2kit.files import LOCK, TEMPORARY, fingerprint, locked, write_record
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.runtime import first_process_first, is_first_process
-from ad2kit.verdicts import CampaignRecord
+from ad2kit.verdicts import CampaignRecord, TeacherReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,6 +76,7 @@ class RunDir:
     recipe_file = _Inside("recipe.json")
     teacher = _Inside("teacher")
     student = _Inside("student")
+    teacher_report = _Inside(TeacherReport.file_name)
     distill_report = _Inside("distill.json")
     parity_report = _Inside("parity.json")
     answers = _Inside("answers.jsonl")
@@ -198,7 +199,8 @@ def exclusive(
 def _training_part(recipe: Recipe) -> str:
     """Return the fingerprint of what decides the weights."""
     sections = {"seed", "data", "teacher", "student", "distill"}
-    return fingerprint(recipe.model_dump(mode="json", include=sections), recipe.compute.precision)
+    plain = recipe.model_dump(mode="json", include=sections, exclude={"teacher": {"accept"}})
+    return fingerprint(plain, recipe.compute.precision)
 
 
 def run_folder(recipe: Recipe, runs_dir: Path) -> Path:

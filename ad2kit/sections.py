@@ -112,7 +112,12 @@ class DataRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping."""
+    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping.
+
+    ``class_weights: balanced`` lets rare classes count as much as frequent ones in the loss of the
+    hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c; of
+    several labels each is such a choice between two. See :func:`ad2kit.losses.balanced_weights`.
+    """
 
     epochs: Positive
     batch_size: Positive
@@ -122,6 +127,7 @@ class TrainRecipe(Section):
     weight_decay: NotNegative = 0.01
     max_grad_norm: AboveZero = 1.0
     checkpoint_every_steps: Positive = 200
+    class_weights: Literal["none", "balanced"] = "none"
 
     @model_validator(mode="after")
     def _micro_batches_are_whole(self) -> Self:
@@ -134,14 +140,32 @@ class TrainRecipe(Section):
         return self
 
 
+class PlanRecipe(Section):
+    """What `--max-minutes` has planned before the first update; it decides nothing any more.
+
+    Epochs and rows of the plan stand in their own sections. ``seconds_per_update`` and ``updates``
+    are of ``teacher`` (if it is fine-tuned) and ``student``; ``read_seconds`` is what the teacher
+    needs for all training texts, and both models for `select`; ``minutes`` is the sum.
+    """
+
+    max_minutes: AboveZero
+    rows: Positive
+    updates: dict[str, Positive]
+    seconds_per_update: dict[str, AboveZero]
+    read_seconds: AboveZero
+    minutes: AboveZero
+
+
 class TeacherRecipe(Section):
     """The model to distil: ``hub://owner/name``, ``package://module/folder``,
     ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
-    teacher that is a finished classifier.
+    teacher that is a finished classifier. With ``accept`` it is imitated even if a simpler model
+    is far better; it changes no weight.
     """  # noqa: D205
 
     model: str
     finetune: TrainRecipe | None
+    accept: bool = False
 
 
 class StudentRecipe(Section):

@@ -9,7 +9,7 @@ import typer
 
 from ad2kit import options
 from ad2kit.errors import UserError
-from ad2kit.runtime import stage
+from ad2kit.runtime import is_first_process, stage
 
 
 def recipes(as_json: options.Json = False) -> None:
@@ -70,20 +70,28 @@ def distill(
     overrides: options.Overrides = None,
     runs_dir: options.RunsDir = options.RUNS,
     run: options.RunOption = None,
+    max_minutes: options.MaxMinutes = None,
     allow_inexact: options.Inexact = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune the teacher if need be; distil the student."""
+    from ad2kit.tables import teacher_report
     from ad2kit.terminal import print_result, start_run, training_progress
 
-    folder = start_run(recipe_name, overrides, runs_dir, run)
+    folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
     work = stage("ad2kit.distill", "distill")
     with training_progress() as on_step:
         report = work(folder, on_step=on_step, allow_inexact=allow_inexact)
+    # The others of several processes may come here before the files are written.
+    looked = teacher_report(folder) if is_first_process() else None
+    simpler = (
+        "".join(f"{b.name} {b.select_score:.4f}, " for b in looked.baselines) if looked else ""
+    )
     print_result(
         report,
-        f"select {' and '.join(report.metrics)}: teacher {report.teacher_select_score:.4f}, "
-        f"student {report.student_select_score:.4f}\nnext: ad2kit export",
+        f"select {' and '.join(report.metrics)}: {simpler}teacher "
+        f"{report.teacher_select_score:.4f}, student {report.student_select_score:.4f}\n"
+        "next: ad2kit export",
         as_json=as_json,
     )
 

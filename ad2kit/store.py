@@ -1,11 +1,14 @@
-"""What the runs under one folder share: fine-tuned teachers and their logits.
+"""What the runs under one folder share: fine-tuned teachers, what is known of them, their logits.
 
     runs/.shared/teachers/<key>/        as in a run folder
+    runs/.shared/teacher-reports/<key>.json
     runs/.shared/logits/<key>.safetensors
+    runs/.shared/plans/<key>.json       recipes that --max-minutes has planned
     runs/.shared/measured.json          what systems cost here, see ad2kit.stopwatch
 
 A key is the fingerprint of everything that the content depends on, so that a change of any of it
-looks for another entry; only `measured.json` is updated. A run keeps its own teacher (hard links
+looks for another entry; only `measured.json` is updated. A plan depends on how fast the machine was
+when it was made, which is why it is kept. A run keeps its own teacher (hard links
 where the file system has them), so that deleting this folder costs time and no result.
 """
 
@@ -21,13 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ad2kit.errors import RunError
-from ad2kit.files import LOCK, sweep, whole_file, whole_folder
+from ad2kit.files import LOCK, sweep, whole_file, whole_folder, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     import torch
+
+    from ad2kit.verdicts import TeacherReport
 
 
 def take_teacher(store: Path, key: str, target: Path) -> bool:
@@ -45,6 +50,23 @@ def give_teacher(store: Path, key: str, source: Path) -> None:
     with writing(store):
         if not target.is_dir():
             link_folder(source, target)
+
+
+def teacher_report_file(store: Path, key: str) -> Path:
+    """Return where the report on a teacher lies, or would."""
+    return store / "teacher-reports" / f"{key[:16]}.json"
+
+
+def write_teacher_report(path: Path, report: TeacherReport) -> None:
+    """Store a report where :func:`teacher_report_file` says, for this run and others."""
+    with writing(path.parent.parent):
+        path.parent.mkdir(exist_ok=True)
+        write_record(path, report)
+
+
+def plan_file(store: Path, key: str) -> Path:
+    """Return where the recipe that was planned for a recipe and its minutes lies, or would."""
+    return store / "plans" / f"{key[:16]}.json"
 
 
 def logits_file(store: Path, key: str) -> Path:

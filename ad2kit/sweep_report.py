@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
 from ad2kit.files import read_lines, whole_file, write_text
 from ad2kit.markdown import table
@@ -97,6 +98,7 @@ class SweepReport(Record):
     teacher_sha256: str
     teacher_select_score: float
     teacher_score: float
+    baselines: dict[str, float] = Field(default_factory=dict)
     trials: tuple[Trial, ...]
     configurations: tuple[ConfigurationResult, ...]
     selected: Configuration
@@ -165,6 +167,7 @@ def tables(
         for each in report.configurations
     ]  # fmt: skip
     return configurations, [
+        *((name, f"{score:.4f}", "", "", "") for name, score in report.baselines.items()),
         ("teacher", f"{report.teacher_score:.4f}", "", "", ""),
         (str(report.selected), *_numbers(report.score), f"{report.retained:.2%}"),
     ]

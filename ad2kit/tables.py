@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.records import LatencyReport, OnnxArtifact
+from ad2kit.records import DistillReport, LatencyReport, OnnxArtifact
 from ad2kit.shipping import campaign_of
-from ad2kit.verdicts import ParityReport, QuantisationSearch
+from ad2kit.verdicts import ParityReport, QuantisationSearch, TeacherReport
 
 if TYPE_CHECKING:
     from ad2kit.records import LatencyCell
@@ -19,7 +19,7 @@ HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p
 
 
 def rows(run: RunDir) -> list[tuple[str, ...]]:
-    """Return one row for the teacher, the student and each variant, under :data:`HEADER`.
+    """Return a row for each baseline, teacher, student and each variant, under :data:`HEADER`.
 
     Latency is of one text of the shortest measured length, throughput of the largest batch of
     that length. What has not been measured yet is left blank.
@@ -42,6 +42,7 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
 
     teacher, student = "teacher (PyTorch)", "student (PyTorch)"
     table = [
+        *((name, f"{score:.4f}", *[""] * 7) for name, score in baseline_scores(run).items()),
         (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
         (
             student, f"{parity.student_score:.4f}",
@@ -58,6 +59,44 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
             "refused" if verdict.passed and refused else verdict.verdict,
         ))  # fmt: skip
     return table
+
+
+def teacher_report(run: RunDir) -> TeacherReport | None:
+    """Return what is known of the teacher of a distilled run beside simpler models, if anything."""
+    if not run.teacher_report.is_file():
+        return None
+    report, distilled = (
+        TeacherReport.read(run.teacher_report),
+        DistillReport.read(run.distill_report),
+    )
+    return report if report.teacher_sha256 == distilled.teacher_sha256 else None
+
+
+def baseline_scores(run: RunDir) -> dict[str, float]:
+    """Return what simpler models than the teacher score on the validation rows; see above."""
+    report = teacher_report(run)
+    return {each.name: each.validation_score for each in report.baselines} if report else {}
+
+
+def teacher_table(report: TeacherReport) -> dict[str, Any]:
+    """Return the teacher beside the baselines, on ``select``."""
+    lines: list[tuple[str, ...]] = [
+        (
+            each.name, f"{each.select_score:.4f}", f"{100 * each.difference:+.1f}",
+            f"{100 * each.standard_error:.1f}", "" if each.bar else "for information",
+        )
+        for each in report.baselines
+    ]  # fmt: skip
+    return {
+        "words": f"{' and '.join(report.metrics)} on the {report.rows} rows of select. The "
+        f"simpler models were trained on {report.train_rows} training rows. The probes are linear "
+        "models on what the encoder gave before its fine-tuning: on what the head reads, and on "
+        "the mean of the token vectors.",
+        "header": ("model", "score", "teacher is better by, points", "standard error", ""),
+        "rows": [*lines, (f"teacher {report.teacher}", f"{report.score:.4f}", "", "", "")],
+        "findings": report.findings,
+        "remedy": report.remedy,
+    }
 
 
 def measured_latency(run: RunDir) -> LatencyReport | None:
@@ -84,6 +123,11 @@ def caption(run: RunDir) -> str:
         text += f" {untested}"
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
+    if looked := teacher_report(run):
+        text += (
+            f" Rows above the teacher: simpler models, trained on {looked.train_rows} rows; the "
+            "probes read its encoder as it was before fine-tuning."
+        )
     if int8 := _int8_words(run):
         text += f" {int8}"
     latency = measured_latency(run)

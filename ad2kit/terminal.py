@@ -27,7 +27,7 @@ from ad2kit import files, text_rows
 from ad2kit.errors import UserError
 from ad2kit.recipe import load
 from ad2kit.run_dir import find_run, named_folder, open_run
-from ad2kit.runtime import is_first_process
+from ad2kit.runtime import is_first_process, stage
 from ad2kit.shipping import latest_passed_run
 from ad2kit.tables import HEADER, caption, rows
 from ad2kit.texts import is_text
@@ -100,11 +100,15 @@ def show_messages() -> None:
 
 
 def start_run(
-    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None
-) -> RunDir:
-    """Create the run of a recipe, or find it again, and say where it lies."""
+    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None,
+    max_minutes: float | None = None,
+) -> RunDir:  # fmt: skip
+    """Create the run of a recipe, planned if need be, or find it again, and say where it lies."""
     show_messages()
-    run = open_run(load(recipe_name, overrides or ()), runs_dir, folder)
+    recipe = load(recipe_name, overrides or ())
+    if max_minutes is not None:
+        recipe = stage("ad2kit.campaigns.plan", "planned")(recipe, max_minutes, runs_dir)
+    run = open_run(recipe, runs_dir, folder)
     _note(f"run: {run.path}")
     return run
 

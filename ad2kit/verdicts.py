@@ -1,15 +1,20 @@
-"""What the judges write to disk: the search for int8, the checks of the gate, and its report."""
+"""What the judges write to disk: of the teacher, of the search for int8, and of the gate."""
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import computed_field
 
 from ad2kit.errors import GateFailed
 from ad2kit.records import Part, Record
-from ad2kit.sections import ParityRecipe  # noqa: TC001  (pydantic reads it at run time)
+from ad2kit.sections import (  # noqa: TC001  (pydantic reads them at run time)
+    Metric,
+    ParityRecipe,
+    TrainRecipe,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +23,162 @@ logger = logging.getLogger(__name__)
 
 Verdict = Literal["passed", "FAILED", "not shown"]
 """Not shown: the validation rows are too few to say that it passed, or that it failed."""
+
+# A teacher this many paired standard errors below a baseline is not worth imitating.
+_TOO_FAR_BELOW_SE = 2.0
+# With fewer rows a standard error says too little to stop a run for.
+_FEWEST_ROWS = 30
+# Labels without any answer are named if they have as many rows of `select` together: with many
+# classes a good teacher misses a few that have one row each.
+_ROWS_UNANSWERED = 5
+_NAMED = 10
+# From this share of cut texts on, a bag of words may know more than a teacher only by reading on.
+_CUT = 0.1
+BAG_OF_WORDS = "bag of words"
+
+
+class Baseline(Part):
+    """A simpler model beside the teacher, trained on rows of ``train``.
+
+    ``difference`` is the teacher's score on ``select`` minus its own, and ``standard_error`` that
+    of this difference, paired over the rows. The teacher should not be below one that is a ``bar``;
+    the others are for the reader.
+    """
+
+    name: str
+    bar: bool
+    select_score: float
+    validation_score: float
+    difference: float
+    standard_error: float
+
+
+class TeacherReport(Record):
+    """``teacher.json``: the teacher beside simpler models, before anybody imitates it.
+
+    ``score`` and its ``standard_error`` are of the teacher on the ``rows`` of ``select``. The
+    baselines were trained on ``train_rows`` rows, and their ``validation_score`` decides nothing.
+    ``unanswered`` holds the labels of ``select`` that the teacher never gives, with their rows
+    there. ``curve`` holds its scores on ``select`` while it was fine-tuned, if this run saw it.
+    ``cut`` is the share of the rows whose texts are longer than the teacher may read.
+    """
+
+    file_name: ClassVar[str] = "teacher.json"
+
+    inputs: str
+    teacher: str
+    teacher_sha256: str
+    finetune: TrainRecipe | None
+    metrics: tuple[Metric, ...]
+    rows: int
+    train_rows: int
+    score: float
+    standard_error: float
+    baselines: tuple[Baseline, ...]
+    labels: int
+    unanswered: dict[str, int]
+    curve: tuple[float, ...]
+    cut: float
+
+    @property
+    def better(self) -> tuple[Baseline, ...]:
+        """The baselines that score more than the teacher and should not, the best first."""
+        found = (each for each in self.baselines if each.bar and each.difference < 0)
+        return tuple(sorted(found, key=lambda each: each.difference))
+
+    @property
+    def far_better(self) -> tuple[Baseline, ...]:
+        """Those of them that are more than two paired standard errors above the teacher."""
+        if self.rows < _FEWEST_ROWS:
+            return ()
+        return tuple(
+            each
+            for each in self.better
+            if each.difference < -_TOO_FAR_BELOW_SE * each.standard_error
+        )
+
+    @property
+    def still_rises(self) -> bool:
+        """Whether its curve ends at its best, a standard error above where it was before.
+
+        That is the evaluation after three quarters of the training, or the last but one.
+        """
+        if len(self.curve) < 2:
+            return False
+        before = min(len(self.curve) - 2, math.ceil(0.75 * len(self.curve)) - 1)
+        last = self.curve[-1]
+        return last == max(self.curve) and last - self.curve[before] > self.standard_error
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What speaks against the teacher, in words; nothing if it is worth imitating."""
+        metric, teacher = " and ".join(self.metrics), f"the teacher {self.teacher}"
+        lines = [
+            f"{teacher} is below a simpler model on {self.rows} rows of select: {metric} "
+            f"{self.score:.4f}, {each.name} {each.select_score:.4f} ({100 * each.difference:.1f} "
+            f"points, standard error {100 * each.standard_error:.1f})"
+            for each in self.better
+        ]
+        rows = sum(self.unanswered.values())
+        if rows >= _ROWS_UNANSWERED:
+            names = sorted(self.unanswered, key=lambda name: -self.unanswered[name])
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(
+                f"{teacher} never answers {len(names)} of {self.labels} labels, which {rows} of "
+                f"{self.rows} rows of select have: {', '.join(names[:_NAMED])}{more}; no student "
+                "of it will"
+            )
+        if self.still_rises:
+            lines.append(
+                f"{teacher} was still getting better when its training ended: {metric} "
+                f"{', '.join(f'{score:.4f}' for score in self.curve[-4:])}"
+            )
+        return tuple(lines)
+
+    @property
+    def remedy(self) -> str:
+        """What makes a better teacher, as settings to type."""
+        ways = []
+        if self.cut > _CUT and any(each.name == BAG_OF_WORDS for each in self.better):
+            ways.append(
+                f"{self.cut:.0%} of its texts are cut, and a bag of words reads on: raise "
+                "data.max_length_tokens"
+            )
+        if self.finetune is None:
+            ways.append(
+                "the teacher came as a finished classifier: see that data.labels has its order and "
+                "that it was made for such rows, or train a new head on them: 'teacher.finetune="
+                "{epochs: 5, batch_size: 32, lr: 1e-4}'"
+            )
+        else:
+            ways.append(
+                f"train the teacher longer and faster: teacher.finetune.epochs="
+                f"{3 * self.finetune.epochs} teacher.finetune.lr={2 * self.finetune.lr:g}; or take "
+                "an encoder that knows such texts (teacher.model)"
+            )
+        return "; ".join(ways)
+
+    def insist_worth_imitating(self, *, accepted: bool) -> None:
+        """Say what speaks against the teacher, and stop where a simpler model is far better.
+
+        Args:
+            accepted: the recipe says to go on with it as it is.
+
+        Raises:
+            GateFailed: names the teacher, the models that are better, and a remedy.
+        """
+        far = self.far_better
+        if far and not accepted:
+            raise GateFailed(
+                "the teacher is not worth imitating:\n  " + "\n  ".join(self.findings),
+                hint=f"{self.remedy}; or go on with it as it is: teacher.accept=true",
+            )
+        for line in self.findings:
+            logger.warning("%s", line)
+        if self.findings:
+            accepted_words = "; teacher.accept lets it pass" if far else ""
+            logger.warning("a better teacher: %s%s", self.remedy, accepted_words)
 
 
 class QuantisationTrial(Part):
@@ -327,13 +488,17 @@ class RowAnswers(Record):
     logits: dict[str, tuple[float, ...]]
 
 
-def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = None) -> None:
+def insist_passed(
+    verdict: ParityReport, what: Path, *, report: Path | None = None,
+    teacher: TeacherReport | None = None,
+) -> None:  # fmt: skip
     """Say the verdict on each variant, and stop where none passed.
 
     Args:
         verdict: of the gate.
         what: was judged.
         report: where the whole verdict lies.
+        teacher: what is known of the teacher beside simpler models.
 
     Raises:
         GateFailed: names every check that did not pass, with its value and its threshold.
@@ -342,36 +507,58 @@ def insist_passed(verdict: ParityReport, what: Path, *, report: Path | None = No
         for line in verdict.words():
             logger.info("parity: %s", line)
         return
-    where = "" if report is None else f"the whole report is {report}; "
+    whole = "--json shows all checks" if report is None else f"the whole report is {report}"
+    reason = _reason(verdict, teacher, report)
+    said = f"the parity gate of {what} failed"
     if verdict.verdict == "not shown":
-        rows = verdict.rows_that_would_do()
-        cure = (
-            "train longer, change the student or the teacher, or lower the bound in `parity`: "
-            "more validation rows alone will hardly do"
-            if rows is None
-            else f"give about {rows:,} labelled validation rows, or lower the bound in `parity`"
-        )
-        raise GateFailed(
+        said = (
             f"the parity gate of {what} is not shown to be passed by {verdict.rows:,} validation "
-            "rows, and what is not shown does not ship:\n  " + "\n  ".join(verdict.failures()),
-            hint=f"{where}{cure}",
+            "rows, and what is not shown does not ship"
         )
-    if report is None:
-        hint = "look at tokenizer, labels and export; --json shows all checks"
-    elif any(_is_unfaithful(check) for found in verdict.variants for check in found.checks):
-        hint = (
-            f"{where}the artefact computes something else than the student "
-            "that was trained, which no training mends: look at the first of these checks, and "
+        rows = verdict.rows_that_would_do()
+        reason = (
+            f"more validation rows alone will hardly do; {reason}"
+            if rows is None
+            else f"the reason is too few validation rows: give about {rows:,} labelled ones, or "
+            "lower the bound in `parity`"
+        )
+    raise GateFailed(f"{said}:\n  " + "\n  ".join(verdict.failures()), hint=f"{reason}; {whole}")
+
+
+def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path | None) -> str:
+    """Return what a failed gate is due to, conversion, teacher or student, and a remedy."""
+    failed = [
+        [check for check in found.checks if not check.passed] for found in verdict.variants
+    ]  # fmt: skip
+    if any(check.question == "export fidelity" for checks in failed for check in checks):
+        again = "look at tokenizer, labels and export" if report is None else (
             f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
+        )  # fmt: skip
+        return (
+            "the reason is the conversion: the artefact computes something else than the student "
+            "that was trained, which no training mends; look at the first of these checks, and "
+            f"{again}"
         )
-    else:
-        hint = (
-            f"{where}train longer, change the student, or leave the variant out (export.variants)"
+    if teacher is not None and teacher.far_better:
+        return (
+            f"the reason is the teacher, before the student: {teacher.findings[0]}. "
+            f"{teacher.remedy}"
         )
-    raise GateFailed(
-        f"the parity gate of {what} failed:\n  " + "\n  ".join(verdict.failures()), hint=hint
+    if any(check.name.startswith("teacher") for checks in failed for check in checks):
+        return (
+            "the reason is the teacher: a student of it can be no better than it is; see that "
+            "data.labels has its order, and train it longer (teacher.finetune) or take another one"
+        )
+    if any(all(check.question == "conversion cost" for check in checks) for checks in failed):
+        return (
+            "the reason is the conversion: the student is good enough, and what was made from it "
+            "is not; raise export.search_seconds, or ship another variant (export.variants)"
+        )
+    best = max(verdict.variants, key=lambda found: found.retained)
+    low, high = best.retained_interval
+    return (
+        f"the reason is the student: the best variant, {best.variant}, retains {best.retained:.2%} "
+        f"({low:.2%} to {high:.2%}) of its teacher; train it longer "
+        "(distill.epochs, distill.lr), give it more layers (student.layers) or texts without "
+        "labels (data.unlabelled)"
     )
-
-
-def _is_unfaithful(check: Check) -> bool:
-    return check.question == "export fidelity" and not check.passed

@@ -1,11 +1,11 @@
-"""How far does counting words get on a recipe's data? The floor under the teacher's accuracy.
+"""How far does counting words get on a recipe's data? The floor under the teacher's score.
 
     python bench/bag_of_words.py demo
     python bench/bag_of_words.py sst2-minilm data.source=../shared/data/sst2
 
-Logistic regression on unigram and on unigram and bigram counts (scikit-learn, its defaults but
-for the number of iterations), trained on the recipe's train and select rows together, which is more
-than the teacher trains on, and judged on its validation rows. Ends with a line of JSON.
+The bag of words that every teacher is compared with (see `ad2kit/baselines.py`), here trained on
+all of the recipe's train and select rows together, which is more than the teacher trains on, and
+judged on its validation rows. Ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -13,33 +13,28 @@ from __future__ import annotations
 import json
 import sys
 
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+import numpy as np
 
+from ad2kit import metrics
+from ad2kit.baselines import bag_of_words
 from ad2kit.data import Split, load_data
 from ad2kit.recipe import load
-
-
-def texts(split: Split) -> list[str]:
-    """Return the texts of a split, the two of a pair joined."""
-    return [" ".join(columns) for columns in split.texts]
+from ad2kit.verdicts import BAG_OF_WORDS
 
 
 def main() -> None:
-    """Print the accuracy of both baselines."""
+    """Print what a bag of words scores."""
     recipe = load(sys.argv[1] if len(sys.argv) > 1 else "demo", sys.argv[2:])
     data = load_data(recipe.data, recipe.seed)
-    labels = [*data.train.labels, *data.select.labels]
-    result: dict[str, float | str] = {"recipe": recipe.name}
-    for name, longest in (("unigrams", 1), ("unigrams_and_bigrams", 2)):
-        model = make_pipeline(
-            CountVectorizer(ngram_range=(1, longest)), LogisticRegression(max_iter=2_000)
-        )
-        model.fit(texts(data.train) + texts(data.select), labels)
-        result[name] = float(model.score(texts(data.validation), data.validation.labels))
-        print(f"{name:<22} accuracy {result[name]:.4f} on {len(data.validation)} texts")
-    print(json.dumps(result))
+    rows = Split(
+        data.train.texts + data.select.texts,
+        np.concatenate([data.train.labels, data.select.labels]),
+    )
+    found = bag_of_words(data.task, rows)(data.validation)
+    score = metrics.score(recipe.data.judged_by, found, data.validation.labels)
+    what = " and ".join(recipe.data.judged_by)
+    print(f"{BAG_OF_WORDS}: {what} {score:.4f} on {len(data.validation)} texts")
+    print(json.dumps({"recipe": recipe.name, BAG_OF_WORDS: score}))
 
 
 if __name__ == "__main__":

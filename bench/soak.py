@@ -1,6 +1,6 @@
 """Kill -9 the whole chain at random moments, start it again each time, and compare the end.
 
-    python bench/soak.py [--kills 11] [--seed 0] [--recipe smoke]
+    python bench/soak.py [--kills 12] [--seed 0] [--recipe smoke]
 
 A straight run is made first. Then `ad2kit run` of the same recipe is killed (its whole process
 group, so also a build or a service under way) a random moment after a stage left its first trace,
@@ -29,8 +29,9 @@ from ad2kit.verdicts import ParityReport
 
 # The first traces of the stages, in the order of the chain.
 MARKERS = (
-    "recipe.json", "teacher-training.jsonl", "teacher-checkpoint", "teacher", "training.jsonl",
-    "checkpoint", "student", "onnx/fp32", "onnx/int8", "parity.json", "latency.json",
+    "recipe.json", "teacher-training.jsonl", "teacher-checkpoint", "teacher", "teacher.json",
+    "training.jsonl", "checkpoint", "student", "onnx/fp32", "onnx/int8", "parity.json",
+    "latency.json",
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from ad2kit.judge import Judge
 from ad2kit.recipe import from_data
 from ad2kit.run_dir import open_run
 from ad2kit.runtime import is_first_process
+from ad2kit.tables import baseline_scores
 from ad2kit.verdicts import CampaignRecord
 
 if TYPE_CHECKING:
@@ -84,14 +85,14 @@ def compare(
 
     Raises:
         RecipeError: an unknown method, or `ad2` of a recipe without an adversary.
-        UserError: see :func:`ad2kit.distill.distill`.
+        UserError, GateFailed: see :func:`ad2kit.distill.distill`.
     """
     variants = {method: _variant(recipe, method) for method in methods}
     data = datasets.load_data(recipe.data, recipe.seed)
     judge = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
     found: dict[str, list[Answers]] = {method: [] for method in variants}
-    teacher, environment = 0.0, dict[str, str]()
+    teacher, simpler, environment = 0.0, dict[str, float](), dict[str, str]()
     for seed in range(recipe.seed, recipe.seed + seeds):
         for method, variant in variants.items():
             run = open_run(
@@ -103,7 +104,7 @@ def compare(
             distilled = distill(run, on_step=on_step, allow_inexact=allow_inexact)
             found[method].append(judge.answers(run.student))
             teacher = judge.score(judge.answers(run.teacher))
-            environment = distilled.environment
+            simpler, environment = baseline_scores(run), distilled.environment
             students.append(
                 StudentResult(
                     method=method,
@@ -123,6 +124,7 @@ def compare(
         metrics=recipe.data.judged_by,
         rows=len(data.validation),
         teacher_score=teacher,
+        baselines=simpler,
         students=tuple(students),
         methods=tuple(_summary(method, students, teacher) for method in variants),
         differences=judge.differences(found),

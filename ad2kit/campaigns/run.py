@@ -12,6 +12,7 @@ from ad2kit.package import package
 from ad2kit.parity import parity
 from ad2kit.report import report
 from ad2kit.runtime import processes
+from ad2kit.tables import teacher_report
 from ad2kit.verdicts import insist_passed
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def run_all(
     where nothing passed.
 
     Raises:
-        GateFailed: no variant passed, or the service differs from its artefact.
+        GateFailed: the teacher is not worth imitating, no variant passed, or the service differs
+            from its artefact.
         UserError: see the stages.
     """
     if processes() > 1:
@@ -47,7 +49,8 @@ def run_all(
         export(held)
         verdict = parity(held)
         report(held)
-        insist_passed(verdict, run.path, report=run.parity_report)
+        looked = teacher_report(held)
+        insist_passed(verdict, run.path, report=run.parity_report, teacher=looked)
         bench(held, again=False)
         record = package(held)
         report(held)

@@ -37,6 +37,7 @@ from ad2kit.sweep_report import (
     markdown,
     plot,
 )
+from ad2kit.tables import baseline_scores
 from ad2kit.tuning import RESTARTS, Tuning, trial_resources
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def sweep(
         RecipeError: a configuration is no valid recipe.
         RunError: another process works on this sweep.
         UserError: no cluster at the address, no such storage, or no trial finished.
+        GateFailed: the teacher is not worth imitating; see :func:`ad2kit.distill.distill`.
     """
     if processes() > 1:
         raise UserError(
@@ -178,8 +180,8 @@ def _teach(job: Job, resources: dict[str, float]) -> None:
             hint="look for what killed it (memory?); the same command goes on from its checkpoint",
         ) from error
     if problem:
-        message, hint = problem
-        raise UserError(message, hint=hint)
+        kind, message, hint = problem
+        raise kind(message, hint=hint)
 
 
 def _best(trials: list[Trial]) -> Configuration:
@@ -205,11 +207,13 @@ def _report(job: Job, inputs: str, trials: list[Trial], best: Configuration) -> 
     data = datasets.load_data(recipe.data, recipe.seed)
     judge = Judge(recipe, data, job.runs_dir)
     students, distilled, teacher = list[SelectedStudent](), list[DistillReport](), 0.0
+    simpler = dict[str, float]()
     for trial in trials:
         if trial.configuration == best and trial.state == "finished":
             run = job.run(*trial.key)
             distilled.append(DistillReport.read(run.distill_report))
             teacher = judge.score(judge.answers(run.teacher))
+            simpler = baseline_scores(run)
             students.append(
                 SelectedStudent(
                     seed=trial.seed, run=trial.run, student_sha256=distilled[-1].student_sha256,
@@ -230,6 +234,7 @@ def _report(job: Job, inputs: str, trials: list[Trial], best: Configuration) -> 
         teacher_sha256=distilled[0].teacher_sha256,
         teacher_select_score=distilled[0].teacher_select_score,
         teacher_score=teacher,
+        baselines=simpler,
         trials=tuple(trials),
         configurations=tuple(by_configuration(trials)),
         selected=best,

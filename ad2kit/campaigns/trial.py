@@ -14,7 +14,7 @@ from ad2kit import models
 from ad2kit.checkpoint import Evaluation
 from ad2kit.curve import read_curve
 from ad2kit.distill import distill, teach
-from ad2kit.errors import DivergedError, UserError, no_room_left
+from ad2kit.errors import DivergedError, GateFailed, UserError, no_room_left
 from ad2kit.files import fingerprint
 from ad2kit.recipe import Recipe, from_data
 from ad2kit.run_dir import open_run, run_folder
@@ -92,28 +92,32 @@ class Job:
 
     def teacher_name(self) -> str:
         """Return what the teacher is called in the storage."""
-        shared = self.recipe.model_dump(mode="json", include={"seed", "data", "teacher"})
+        sections = {"seed", "data", "teacher"}
+        not_weights = {"teacher": {"accept"}}
+        shared = self.recipe.model_dump(mode="json", include=sections, exclude=not_weights)
         return f"teacher-{fingerprint(shared, self.recipe.compute.precision)[:16]}"
 
 
-def make_teacher(job: Job) -> tuple[str, str] | None:
+def make_teacher(job: Job) -> tuple[type[UserError | GateFailed], str, str] | None:
     """Make the teacher in the run of the first trial, and send it to the storage.
 
     Returns:
-        Message and hint where the user has to do something: an error of ours would not reach the
-        other process whole.
+        Kind, message and hint where the user has to do something: an error of ours would not reach
+        the other process whole.
     """
     try:
         run = job.enter(*job.first())
         teach(run, allow_inexact=job.allow_inexact)
         if job.mirror:
             job.mirror.send(run.teacher, job.teacher_name(), last=models.MANIFEST)
+    except GateFailed as error:
+        return GateFailed, error.message, error.hint
     except UserError as error:
-        return error.message, error.hint
+        return UserError, error.message, error.hint
     except Exception as error:
         if not no_room_left(error):
             raise
-        return _explain(error), "make room, then run the same command again"
+        return UserError, _explain(error), "make room, then run the same command again"
     return None
 
 

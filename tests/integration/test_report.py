@@ -32,8 +32,8 @@ def test_a_browser_shows_the_whole_report_without_a_complaint(
     shown, console = browser(page.as_uri())
     assert console == []
     headings = re.findall(r"<h2>(.*?)</h2>", shown)
-    assert headings == ["Models", "The gate", "Where teacher and student differ", "Calibration",
-                        "Training", "int8", "Where it comes from"]  # fmt: skip
+    assert headings == ["Models", "The teacher", "The gate", "Where teacher and student differ",
+                        "Calibration", "Training", "int8", "Where it comes from"]  # fmt: skip
     assert shown.count("<svg") == 4
     judged = ParityReport.read(copied_run.parity_report)
     for verdict in judged.variants:

@@ -228,7 +228,8 @@ def test_a_full_disk_ends_its_trial_alone_and_the_trial_goes_on(
 def test_a_teacher_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
     recipe = load("smoke", [*SPACE, "student.layers=[7]"])
     job = Job(recipe, tmp_path, tmp_path, None, allow_inexact=False)
-    message, hint = make_teacher(job) or ("", "")
+    kind, message, hint = make_teacher(job) or (None, "", "")
+    assert kind is UserError
     assert "student.layers names layer 7, but" in message
     assert hint == "choose from 0 to 3"
     with pytest.raises(UserError, match="are 0 to 3") as caught:

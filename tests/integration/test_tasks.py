@@ -10,6 +10,7 @@ import pytest
 
 import ad2kit
 from ad2kit import recipe as recipes
+from ad2kit.curve import read_curve
 from ad2kit.distill import distill
 from ad2kit.errors import DataError, ModelError
 from ad2kit.export import export
@@ -216,3 +217,30 @@ def test_bulk_scoring_gives_every_task_its_columns(
         assert facts.keys() == expected.keys()
         for name, value in expected.items():
             assert facts[name] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("task", ["three classes of pairs", "several labels"])
+def test_weights_of_the_classes_reach_both_trainings(tmp_path: Path, task: str) -> None:
+    for seed, (name, count) in enumerate((("train", 60), ("validation", 20))):
+        lines = (json.dumps(row) for row in rows(task, seed, count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    first = {}
+    for taught, distilled in (("none", "none"), ("balanced", "none"), ("none", "balanced")):
+        plain = recipes.load("smoke", [*QUICK, "distill.hard_label_weight=1"]).model_dump(
+            mode="json"
+        )
+        plain["data"] = {"source": str(tmp_path), "max_length_tokens": 32, **TASKS[task]}
+        plain["teacher"]["finetune"] |= {"epochs": 1, "class_weights": taught}
+        plain["distill"] |= {"epochs": 1, "class_weights": distilled}
+        run = open_run(recipes.from_data(plain, where=task), tmp_path / "runs")
+        distill(run)
+        first[taught, distilled] = {
+            phase: read_curve(run.curve(phase))[0].terms["supervised"]
+            for phase in ("teacher", "student")
+            if run.curve(phase).is_file()  # the last one takes the teacher of the first
+        }
+    # The first updates are of the same rows, by the same model: only the weights differ.
+    plain_losses = first["none", "none"]
+    taught_losses, distilled_losses = first["balanced", "none"], first["none", "balanced"]
+    assert plain_losses["teacher"] != pytest.approx(taught_losses["teacher"], rel=1e-4)
+    assert plain_losses["student"] != pytest.approx(distilled_losses["student"], rel=1e-4)

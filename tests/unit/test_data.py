@@ -308,7 +308,7 @@ def test_leakage_is_an_error_from_a_share_on_that_the_user_sets(tmp_path: Path) 
 
 def test_an_imbalance_is_said_in_words() -> None:
     assert balance({"a": 60, "b": 40}, 100) == "a 60 (60.0%), b 40 (40.0%)"
-    assert balance({"a": 95, "b": 5}, 100).endswith("; rare, and left as they are: b")
+    assert balance({"a": 95, "b": 5}, 100).endswith("; rare (see class_weights): b")
     # Of many labels none is rare that has its share, and nobody reads all of them.
     many = {f"label {number}": 40 for number in range(77)} | {"most": 60}
     assert balance(many, 3_140) == "78 labels, from label 0 40 (1.3%) to most 60 (1.9%)"

@@ -34,6 +34,7 @@ LAYERS = {
         "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
         "shapes", "sources", "stopwatch", "store", "students", "sweep_report", "tables",
         "tasks", "text_blocks", "text_rows", "tokenise", "training", "tuning", "workers",
+        "baselines", "probe",
     },
     3: {
         "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
@@ -41,7 +42,8 @@ LAYERS = {
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {
-        "campaigns", "campaigns.compare", "campaigns.fit", "campaigns.run", "campaigns.sweep",
+        "campaigns", "campaigns.compare", "campaigns.fit", "campaigns.plan", "campaigns.run",
+        "campaigns.sweep",
         "campaigns.teacher",
     },
     5: {

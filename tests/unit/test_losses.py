@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from ad2kit import losses
-from ad2kit.losses import soft_target_kl, soft_targets, supervised
+from ad2kit.losses import balanced_weights, soft_target_kl, soft_targets, supervised
 
 
 def test_cross_entropy_of_a_known_distribution() -> None:
@@ -85,6 +86,32 @@ def test_a_row_without_a_label_adds_nothing_and_still_counts() -> None:
     found = supervised("multi_label", logits, several).item()
     each = [-math.log(1 / (1 + math.exp(-x))) for x in (1.0, 1.0, 2.0, 1.0)]
     assert found == pytest.approx(sum(each) / 6, rel=1e-6)
+
+
+def test_balanced_weights_let_classes_count_alike() -> None:
+    classes = np.array([0, 0, 0, 0, 0, 0, 2, 2])  # nobody has class 1
+    weights = balanced_weights("single_label", classes, 3)
+    assert weights.tolist() == pytest.approx([8 / (2 * 6), 1.0, 8 / (2 * 2)])
+    assert weights[classes].mean().item() == pytest.approx(1.0)
+    # The first label is in one row of four, nobody has the second and everybody the third.
+    several = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float32)
+    found = balanced_weights("multi_label", several, 3)
+    assert found.tolist() == [pytest.approx([4 / (2 * 3), 1, 1]), pytest.approx([4 / 2, 1, 1])]
+
+
+def test_weights_multiply_the_loss_of_their_rows() -> None:
+    logits = torch.tensor([[1.0, -1.0], [0.5, 0.0], [2.0, 1.0]])
+    labels, weights = torch.tensor([0, 1, -100]), torch.tensor([0.5, 3.0])
+    first = math.log(1 + math.exp(-2.0))
+    second = math.log(1 + math.exp(0.5))
+    found = supervised("single_label", logits, labels, weights).item()
+    assert found == pytest.approx((0.5 * first + 3.0 * second) / 3, rel=1e-6)
+    several, pairs = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 2.0], [3.0, 7.0]])
+    each = [math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(-1.0))]
+    found = supervised("multi_label", logits[:1], several, pairs).item()
+    assert found == pytest.approx((3.0 * each[0] + 2.0 * each[1]) / 2, rel=1e-6)
+    plain = supervised("single_label", logits, labels).item()
+    assert plain == pytest.approx((first + second) / 3, rel=1e-6)
 
 
 def test_the_soft_targets_of_several_labels_are_a_mean_of_bernoulli_kls() -> None:

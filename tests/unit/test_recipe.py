@@ -203,6 +203,14 @@ def test_the_sweep_section_decides_no_weights_and_spans_its_lists(tmp_path: Path
     ]
 
 
+def test_a_regression_has_no_classes_to_weigh() -> None:
+    weighed = ["distill.class_weights=balanced", "data.label_column=label"]
+    assert recipes.load("smoke", weighed).distill.class_weights == "balanced"
+    for key in ("distill", "teacher.finetune"):
+        with pytest.raises(RecipeError, match=rf"{key}\.class_weights: a regression has no"):
+            recipes.load("smoke", ["data.task=regression", f"{key}.class_weights=balanced"])
+
+
 def test_latency_is_of_lengths_that_occur() -> None:
     short = recipes.load("custom", ["data.max_length_tokens=64"])
     assert short.bench_lengths_tokens == (16, 32)

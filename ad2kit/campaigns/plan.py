@@ -1,0 +1,244 @@
+"""`--max-minutes`: how much can be trained in a given time, decided before the first update.
+
+Some updates of teacher and student are timed; where the recipe asks for more than fits, it gets
+fewer epochs, and with one epoch each fewer rows. The plan is kept, so that the same command finds
+it again and the clock decides nothing later: what is trained depends on the planned recipe alone,
+and is never cut.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ad2kit import data as datasets
+from ad2kit import store
+from ad2kit.checkpoint import Evaluation
+from ad2kit.distill import before_training, open_models
+from ad2kit.errors import RecipeError, RunError, UserError
+from ad2kit.files import fingerprint, write_record
+from ad2kit.intermediate import comparison
+from ad2kit.objectives import distillation, finetuning
+from ad2kit.recipe import from_data
+from ad2kit.runtime import accelerator, processes
+from ad2kit.sections import PlanRecipe
+from ad2kit.training import new_state, predict_logits, prepare, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ad2kit.data import Data
+    from ad2kit.recipe import Recipe
+    from ad2kit.sections import TrainRecipe
+
+logger = logging.getLogger(__name__)
+
+# Updates that are timed, after one that warms up.
+_TIMED = 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of an update of each model that is trained, and of a text that the teacher reads."""
+
+    seconds_per_update: dict[str, float]
+    read_seconds: float
+
+
+def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
+    """Return a recipe whose trainings take at most ``max_minutes`` on this machine.
+
+    The minutes are those of updates and evaluations of teacher and student, and of the teacher's
+    reading of the training texts; what comes after the distillation is not in them.
+
+    Args:
+        recipe: as it was asked for.
+        max_minutes: for both trainings together.
+        runs_dir: where the plan is kept.
+
+    Raises:
+        RecipeError: not even one epoch of a batch fits.
+        RunError: the plan that lies there is damaged.
+        UserError: several processes, each of which would time something else; or what
+            :func:`ad2kit.distill.open_models` refuses.
+    """
+    if not (max_minutes > 0 and math.isfinite(max_minutes)):
+        raise UserError(
+            f"expected minutes above 0 for --max-minutes, found {max_minutes:g}",
+            hint="for example: --max-minutes 30",
+        )
+    if processes() > 1:
+        raise UserError(
+            "--max-minutes takes one process: it times updates, and all have to follow one plan",
+            hint="plan without `accelerate launch`, stop, and give the epochs of its recipe.json",
+        )
+    key = fingerprint(recipe.model_dump(mode="json"), max_minutes)
+    path = store.plan_file(runs_dir / ".shared", key)
+    if path.is_file():
+        found = _read(path)
+    else:
+        data = datasets.load_data(recipe.data, recipe.seed)
+        found = fitted(recipe, data, measure(recipe, data), max_minutes)
+        with store.writing(runs_dir / ".shared"):
+            path.parent.mkdir(exist_ok=True)
+            write_record(path, found)
+    logger.info("%s", words(recipe, found))
+    return found
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        return from_data(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except (ValueError, RecipeError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}", hint=f"delete {path}: a new plan is made"
+        ) from error
+
+
+def words(asked: Recipe, found: Recipe) -> str:
+    """Return the plan in words, with what it has changed."""
+    plan = found.plan
+    assert plan is not None  # noqa: S101  (a caller's defect)
+    updates = " and ".join(
+        f"{count:,} updates of the {name} at {plan.seconds_per_update[name]:.3f} s"
+        for name, count in plan.updates.items()
+    )
+    text = f"plan: {plan.rows:,} rows, {updates}: {plan.minutes:.1f} of {plan.max_minutes:g} min"
+    changes = []
+    if asked.teacher.finetune and found.teacher.finetune:
+        before, after = asked.teacher.finetune.epochs, found.teacher.finetune.epochs
+        changes += [f"teacher.finetune.epochs {before} to {after}"] * (before != after)
+    if asked.distill.epochs != found.distill.epochs:
+        changes.append(f"distill.epochs {asked.distill.epochs} to {found.distill.epochs}")
+    if asked.data.max_train_rows != found.data.max_train_rows:
+        changes.append(f"data.max_train_rows to {found.data.max_train_rows}")
+    return f"{text}; {', '.join(changes) or 'the recipe fits as it is'}"
+
+
+def fitted(recipe: Recipe, data: Data, costs: Costs, max_minutes: float) -> Recipe:
+    """Return the recipe with as many epochs, and then rows, as fit into the minutes.
+
+    Args:
+        recipe: as it was asked for.
+        data: of the recipe.
+        costs: of its updates, here.
+        max_minutes: for teacher and student together.
+    """
+    most = max(phase.epochs for phase in _phases(recipe).values())
+    shares = [epochs / most for epochs in range(most, 0, -1)]
+    rows = len(data.train)
+    for share in shares:
+        plan = _plan(recipe, data, costs, max_minutes, share, rows)
+        if plan.minutes <= max_minutes:
+            return _with(recipe, plan, share, None)
+    # Of the rows that a recipe may ask for, a part becomes `select`: so there are fewer than that.
+    batch = max(phase.batch_size for phase in _phases(recipe).values())
+    while rows > batch:
+        rows = max(batch, math.floor(0.95 * rows))
+        plan = _plan(recipe, data, costs, max_minutes, shares[-1], rows)
+        if plan.minutes <= max_minutes:
+            return _with(recipe, plan, shares[-1], rows)
+    least = _plan(recipe, data, costs, max_minutes, shares[-1], min(rows, batch)).minutes
+    raise RecipeError(
+        f"one epoch of {min(rows, batch)} rows and {len(data.unlabelled):,} unlabelled texts takes "
+        f"{least:.2f} min here, more than --max-minutes {max_minutes:g}",
+        hint=f"give --max-minutes {math.ceil(10 * least) / 10:g} or more"
+        + (", or fewer texts in data.unlabelled" if len(data.unlabelled) else ""),
+    )
+
+
+def _phases(recipe: Recipe) -> dict[str, TrainRecipe]:
+    found = {"teacher": recipe.teacher.finetune, "student": recipe.distill}
+    return {name: phase for name, phase in found.items() if phase is not None}
+
+
+def _epochs(phase: TrainRecipe, share: float) -> int:
+    return max(1, math.floor(phase.epochs * share + 1e-9))
+
+
+def _plan(
+    recipe: Recipe, data: Data, costs: Costs, max_minutes: float, share: float, rows: int
+) -> PlanRecipe:
+    """Return what a share of the epochs on some of the rows takes."""
+    reads = {"teacher": rows, "student": rows + len(data.unlabelled)}
+    phases = _phases(recipe)
+    epochs = {name: _epochs(phase, share) for name, phase in phases.items()}
+    updates = {
+        name: epochs[name] * math.ceil(reads[name] / phase.batch_size)
+        for name, phase in phases.items()
+    }
+    # The student is faster at `select` than the teacher, by whose time it is counted.
+    texts = reads["student"] + (sum(epochs.values()) + 1) * len(data.select)
+    seconds = sum(updates[name] * costs.seconds_per_update[name] for name in phases)
+    return PlanRecipe(
+        max_minutes=max_minutes,
+        rows=rows,
+        updates=updates,
+        seconds_per_update={name: costs.seconds_per_update[name] for name in phases},
+        read_seconds=texts * costs.read_seconds,
+        minutes=(seconds + texts * costs.read_seconds) / 60,
+    )
+
+
+def _with(recipe: Recipe, plan: PlanRecipe, share: float, rows: int | None) -> Recipe:
+    """Return the recipe that a plan asks for."""
+    plain: dict[str, Any] = recipe.model_dump(mode="json")
+    plain["plan"] = plan.model_dump(mode="json")
+    phases = {"teacher": plain["teacher"]["finetune"], "student": plain["distill"]}
+    for name, phase in _phases(recipe).items():
+        phases[name]["epochs"] = _epochs(phase, share)
+    if rows is not None:
+        plain["data"]["max_train_rows"] = rows
+    return from_data(plain, where="the planned recipe")
+
+
+def measure(recipe: Recipe, data: Data) -> Costs:
+    """Time some updates of teacher and student, on copies that are thrown away.
+
+    A student that is narrower than its teacher is timed with all heads and neurons.
+    """
+    ours = accelerator(recipe.compute)
+    model, length = open_models(recipe, data), recipe.data.max_length_tokens
+    logger.info("--max-minutes: timing some updates")
+    seconds: dict[str, float] = {}
+
+    def timed(phase: Literal["teacher", "student"], settings: TrainRecipe, trained: Any,
+              encoded: Any, logits: Any, objective: Any) -> float:  # fmt: skip
+        prepare(trained, recipe.compute)
+        records = train(
+            new_state(trained, settings, ours), encoded, logits, objective,
+            settings.model_copy(update={"epochs": 1}), lambda _: Evaluation(0.0), ours,
+            phase=phase, seed=recipe.seed,
+        )  # fmt: skip
+        found = [record.seconds for record in records]
+        return float(np.mean(found[1:] or found))
+
+    def some(settings: TrainRecipe) -> datasets.Split:
+        reading, count = data.distillation(), (_TIMED + 1) * settings.batch_size
+        chosen = np.random.default_rng([recipe.seed, 3]).permutation(len(reading))[:count]
+        return reading.take(np.sort(chosen))
+
+    student, texts = before_training(model, recipe, data), some(recipe.distill)
+    model.module.to(ours.device)
+    read = datasets.encode(texts, model.tokenizer, length)
+    predict_logits(model, read, ours.device)  # the first call warms up
+    start = time.perf_counter()
+    logits = predict_logits(model, read, ours.device)
+    reading_seconds = time.perf_counter() - start
+    insides = comparison(model, student, recipe.distill.intermediate)
+    seconds["student"] = timed(
+        "student", recipe.distill, student, datasets.encode(texts, student.tokenizer, length),
+        logits, distillation(ours, recipe.distill, insides),
+    )  # fmt: skip
+    if recipe.teacher.finetune is not None:
+        settings = recipe.teacher.finetune
+        rows = data.train.take(np.arange(min(len(data.train), (_TIMED + 1) * settings.batch_size)))
+        encoded = datasets.encode(rows, model.tokenizer, length)
+        seconds["teacher"] = timed("teacher", settings, model, encoded, None, finetuning(ours))
+    return Costs(seconds, reading_seconds / len(texts))
