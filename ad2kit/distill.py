@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 
 from ad2kit import data as datasets
-from ad2kit import models, store
+from ad2kit import models, selection, store
 from ad2kit.checkpoint import Evaluation
 from ad2kit.curve import read_curve, verdict
 from ad2kit.errors import RunError
-from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
+from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.intermediate import check_terms, comparison
 from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
@@ -33,7 +34,7 @@ from ad2kit.tasks import answers
 from ad2kit.training import check_compute, predict_logits, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ad2kit.data import Data, Encoded, Split
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
+    from ad2kit.records import Selection, SelectPoint
     from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ def distill(
         report = DistillReport.read(run.distill_report)
         if report.inputs == inputs and (run.student / models.MANIFEST).is_file():
             models.load(run.student, data.labels, data.task)  # refuses one that was tampered with
+            trainer.clean_up("student")
             logger.info("student is already distilled: %s", run.student)
             return report
 
@@ -94,14 +97,16 @@ def distill(
     told = stage.select_logits(teacher)
     teacher_logits = stage.teacher_logits(teacher, reading)
     prepare(student, recipe.compute)
-    state = trainer.train(
+    state, kept, logits = trainer.train(
         student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
         lambda model: stage.evaluate(model, select, told if settings.imitates else None),
-        phase="student", seed=recipe.seed if settings.seed is None else settings.seed,
-        inputs=inputs,
+        functools.partial(stage.choose, select), phase="student",
+        seed=recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
     )  # fmt: skip
     if accelerator.is_main_process:
         models.save(state.model, run.student, inputs=inputs)
+        with whole_file(run.select_logits) as new:
+            save_file({"logits": logits}, new)
     accelerator.wait_for_everyone()
     records = read_curve(run.curve("student"))
     kd, gain, words = verdict(records, settings)
@@ -118,8 +123,8 @@ def distill(
         task=data.task,
         metrics=recipe.data.judged_by,
         teacher_select_score=stage.score(told, select),
-        student_select_score=state.best_score,
-        best_step=state.best_step,
+        student_select_score=kept.kept.score,
+        selection=kept,
         steps=state.step,
         train_seconds=seconds,
         examples_per_s=sum(record.examples for record in records) / seconds,
@@ -255,7 +260,16 @@ class _Stage:
         if teacher_logits is not None:
             temperature = self.recipe.distill.temperature
             distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
-        return Evaluation(self.score(logits, encoded), distance)
+        found = answers(self.data.task, logits.numpy())
+        constant = bool((found == found[0]).all())
+        return Evaluation(self.score(logits, encoded), logits, distance, constant)
+
+    def choose(
+        self, encoded: Encoded, points: Sequence[SelectPoint], logits: Sequence[torch.Tensor]
+    ) -> Selection:
+        """Say which update of a training is kept, given its answers on ``select``."""
+        found = [answers(self.data.task, each.numpy()) for each in logits]
+        return selection.keep(points, found, encoded.labels, self.recipe.data.judged_by)
 
     def teacher(self) -> TextModel:
         """Return the teacher of the run, which is made now if it is not there yet."""
@@ -265,6 +279,7 @@ class _Stage:
         )
         if self._missing(run.teacher / models.MANIFEST):
             self._make_teacher(inputs)
+        self.trainer.clean_up("teacher")
         if models.saved_inputs(run.teacher) != inputs:
             raise RunError(
                 f"{run.teacher} was made from other data than this run reads now",
@@ -299,16 +314,17 @@ class _Stage:
                 logger.info("fine-tuning the teacher %s", source)
                 select = self.encode(teacher, data.select)
                 prepare(teacher, recipe.compute)
-                teacher = self.trainer.train(
+                state, _, _ = self.trainer.train(
                     teacher, self.encode(teacher, data.train), None, finetuning(self.accelerator),
                     settings, lambda model: self.evaluate(model, select),
+                    functools.partial(self.choose, select),
                     phase="teacher", seed=recipe.seed, inputs=inputs,
-                ).model  # fmt: skip
+                )  # fmt: skip
+                teacher = state.model
             if first:
                 models.save(teacher, run.teacher, inputs=inputs)
                 store.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()
-        self.trainer.clean_up("teacher")
 
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""

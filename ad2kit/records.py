@@ -122,6 +122,37 @@ class StepRecord(Record):
     select_distance: float | None = None
 
 
+class SelectPoint(Part):
+    """A model on ``select`` after one update: its score, and a student's distance from its teacher.
+
+    ``constant`` says that it gives every row the same answer.
+    """
+
+    step: int
+    score: float
+    distance: float | None = None
+    constant: bool = False
+
+
+class Selection(Part):
+    """Which update of a training was kept, and why; see :mod:`ad2kit.selection`.
+
+    ``best_step`` has the best score; ``good_enough`` counts the updates that came into question.
+    ``points`` holds both curves, and ends with the last update.
+    """
+
+    kept_step: int
+    best_step: int
+    good_enough: int
+    points: tuple[SelectPoint, ...]
+    reason: str
+
+    @property
+    def kept(self) -> SelectPoint:
+        """The point of the kept update."""
+        return next(point for point in self.points if point.step == self.kept_step)
+
+
 class SplitFacts(Part):
     """What one split holds: its size, its class counts, and how many texts were truncated."""
 
@@ -135,6 +166,7 @@ class DistillReport(Record):
     """What the distill stage did, and on which inputs.
 
     ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
+    ``selection`` is None where there was nothing to train.
     """
 
     inputs: str
@@ -148,7 +180,7 @@ class DistillReport(Record):
     metrics: tuple[Metric, ...]
     teacher_select_score: float
     student_select_score: float
-    best_step: int
+    selection: Selection | None
     steps: int
     train_seconds: float
     examples_per_s: float

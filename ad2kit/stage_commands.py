@@ -83,7 +83,9 @@ def distill(
     print_result(
         report,
         f"select {' and '.join(report.metrics)}: teacher {report.teacher_select_score:.4f}, "
-        f"student {report.student_select_score:.4f}\nnext: ad2kit export",
+        f"student {report.student_select_score:.4f}"
+        + (f"\n{report.selection.reason}" if report.selection else "")
+        + "\nnext: ad2kit export",
         as_json=as_json,
     )
 

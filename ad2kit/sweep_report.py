@@ -26,8 +26,9 @@ SELECTED = ("on validation", "median", "lowest", "highest", "retained")
 class Trial(Record):
     """One student of a sweep, and how it ended; a line of ``trials.jsonl``.
 
-    ``run`` is the name of its folder. Score and distance on `select` are those of its best epoch;
-    ``criterion`` is what the best has most of, the least there is for one that was lost.
+    ``run`` is the name of its folder. Score and distance on `select` are those of the update that
+    was kept, or of the best so far; ``criterion`` is the score, the least there is for one that was
+    lost.
     """
 
     configuration: Configuration
@@ -35,7 +36,7 @@ class Trial(Record):
     run: str
     state: Literal["begun", "finished", "stopped", "diverged", "failed"] = "begun"
     message: str = ""
-    epochs: int = 0
+    evaluations: int = 0
     criterion: float = -math.inf
     select_score: float | None = None
     select_distance: float | None = None
@@ -65,7 +66,7 @@ class Spread(Part):
 
 
 class ConfigurationResult(Part):
-    """The trials of one configuration, on `select`; None where no epoch was evaluated."""
+    """The trials of one configuration, on `select`; None where none was evaluated."""
 
     configuration: Configuration
     trials: int
@@ -183,8 +184,9 @@ def caption(report: SweepReport) -> str:
         origin = "the validation rows, as in the paper, which flatters their scores"
     words = (
         f"{' and '.join(report.metrics)}. Configurations are compared on `select`, here {origin}: "
-        "by the median over the seeds of their distance from the teacher (of their score if no "
-        f"teacher teaches). The best is {report.selected}. On {report.rows} validation rows the "
+        "by the median of their score over the seeds; of those within one standard error of the "
+        "best (of the paired difference, by bootstrap) the nearest to the teacher is taken: "
+        f"{report.selected}. On {report.rows} validation rows the "
         f"median of its {len(report.students)} student(s) is {report.score.median:.4f}, and the "
         f"teacher's score {report.teacher_score:.4f}."
     )

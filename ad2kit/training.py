@@ -79,8 +79,9 @@ def train(
     """Advance ``state`` to its last update; the loop of every training in ad2kit.
 
     Yields a record after each update, with ``state`` consistent: the caller logs, saves a
-    checkpoint, or stops. At the end of each epoch the model is evaluated and the best kept.
-    Several processes share the rows of each update, and stay equal.
+    checkpoint, or stops. At the end of each epoch the model is evaluated; ``state.evaluation``
+    then holds what the caller has to write down. Several processes share the rows of each update,
+    and stay equal.
 
     Raises:
         DivergedError: a loss or gradient norm is not finite; the optimiser has not stepped.
@@ -130,7 +131,8 @@ def train(
         found = None
         if state.step % steps_per_epoch == 0:
             found = evaluate(model)
-            state.keep_if_best(found)
+            state.points.append(found.point(state.step))
+        state.evaluation = found
         yield StepRecord(
             phase=phase, step=state.step, total_steps=total, epoch=epoch, lr=lr, loss=sums.loss,
             terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,

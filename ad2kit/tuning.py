@@ -1,8 +1,9 @@
 """Ray Tune, as far as a sweep uses it: which trial runs where, and which stops early.
 
 The trainable is called with the ``trial`` of a config: the fields of a configuration, and a seed.
-It reports ``epoch`` and the fields of :class:`ad2kit.sweep_report.Trial` that it knows, and returns
-them with a ``state`` at its end; what it raises counts as the death of its worker.
+It reports ``progress``, of as many steps as there are epochs, and the fields of
+:class:`ad2kit.sweep_report.Trial` that it knows, and returns them with a ``state`` at its end; what
+it raises counts as the death of its worker.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Tuning:
     def _fit(self, space: dict[str, Any], early_stopping: bool, **settings: Any) -> None:
         if early_stopping and self.epochs > 1:
             settings["scheduler"] = ASHAScheduler(
-                time_attr="epoch", metric="criterion", mode="max", max_t=self.epochs,
+                time_attr="progress", metric="criterion", mode="max", max_t=self.epochs,
                 reduction_factor=_REDUCTION, stop_last_trials=False,
             )  # fmt: skip
         trainable = self.trainable
@@ -189,7 +190,8 @@ def _say(record: Trial) -> None:
     state = "" if record.state == "begun" else f" {record.state}"
     score = "" if record.select_score is None else f", select {record.select_score:.4f}"
     why = f": {record.message}" if record.message else ""
-    logger.info("%s:%s epoch %d%s%s", _name(record), state, record.epochs, score, why)
+    at = f" evaluation {record.evaluations}"
+    logger.info("%s:%s%s%s%s", _name(record), state, at, score, why)
 
 
 def _name(record: Trial) -> str:

@@ -279,7 +279,8 @@ class _Search:
         try:
             return distill(run, on_step=watch, allow_inexact=self.allow_inexact)
         except _GivenUp:
-            shutil.rmtree(run.checkpoint("student"), ignore_errors=True)
+            for folder in (run.checkpoint("student"), run.snapshots("student")):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _hopeless(self, run: RunDir) -> bool:

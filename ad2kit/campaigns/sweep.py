@@ -16,17 +16,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import ray
 
 from ad2kit import data as datasets
+from ad2kit import store
 from ad2kit.campaigns.trial import Job, make_teacher, run_trial
 from ad2kit.cluster import insist_on_answer, ray_cluster
 from ad2kit.errors import UserError
 from ad2kit.files import fingerprint, locked, write_record, write_text
 from ad2kit.judge import Judge
+from ad2kit.metrics import paired_bootstrap
 from ad2kit.mirror import Mirror
 from ad2kit.records import DistillReport
 from ad2kit.runtime import processes
+from ad2kit.selection import good_enough
 from ad2kit.sweep_report import (
     Ledger,
     SelectedStudent,
@@ -37,16 +41,21 @@ from ad2kit.sweep_report import (
     markdown,
     plot,
 )
+from ad2kit.tasks import answers
 from ad2kit.tuning import RESTARTS, Tuning, trial_resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ad2kit.data import Data
     from ad2kit.recipe import Recipe
     from ad2kit.search_space import Configuration
     from ad2kit.sweep_report import Key
 
 logger = logging.getLogger(__name__)
+
+# As in metrics.paired_standard_errors, but of medians over seeds.
+_DRAWS = 200
 
 
 def sweep(
@@ -89,9 +98,10 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), ExitStack() as stack:
         search = _Search(job, Ledger(folder / "trials.jsonl"), address, stack)
-        best = _best(search.explore())
+        data = datasets.load_data(recipe.data, recipe.seed)
+        best = _best(job, data, search.explore())
         search.train((best, seed) for seed in job.seeds())
-        report = _report(job, inputs, search.trials(), best)
+        report = _report(job, data, inputs, search.trials(), best)
         write_record(folder / "sweep.json", report)
         write_text(folder / "sweep.md", markdown(report))
         plot(report, folder / "sweep.svg")
@@ -182,12 +192,35 @@ def _teach(job: Job, resources: dict[str, float]) -> None:
         raise UserError(message, hint=hint)
 
 
-def _best(trials: list[Trial]) -> Configuration:
-    """Return the configuration with the highest median criterion."""
-    best = by_configuration(trials)[0]
-    if best.criterion == -math.inf:
+def _best(job: Job, data: Data, trials: list[Trial]) -> Configuration:
+    """Return the best configuration by the rule of :mod:`ad2kit.selection`.
+
+    Its score is the median over its seeds. One whose score is within one standard error of the best
+    is nearer to the teacher than all others of these.
+    """
+    known = [each for each in by_configuration(trials) if each.criterion > -math.inf]
+    if not known:
         raise _all_lost("no configuration has students for most of its seeds", trials)
-    return best.configuration
+    answered = {
+        each.configuration: [
+            answers(data.task, store.read_logits(job.run(*trial.key).select_logits).numpy())
+            for trial in trials
+            if trial.configuration == each.configuration and trial.state == "finished"
+        ]
+        for each in known
+    }
+    # Of those that were stopped early nothing but the score is known.
+    able = [each for each in known if answered[each.configuration]]
+    if known[0] not in able or known[0].select_distance is None:
+        return known[0].configuration
+    models = [model for each in able for model in answered[each.configuration]]
+    draws = paired_bootstrap(job.recipe.data.judged_by, models, data.select.labels, _DRAWS, seed=0)
+    ends = np.cumsum([len(answered[each.configuration]) for each in able])
+    medians = [np.median(part, axis=1) for part in np.split(draws, ends[:-1], axis=1)]
+    errors = np.array([(median - medians[0]).std() for median in medians])
+    enough = good_enough(np.array([each.criterion for each in able]), errors)
+    near = [each for each, good in zip(able, enough, strict=True) if good]
+    return min(near, key=lambda each: each.select_distance or 0.0).configuration
 
 
 def _all_lost(what: str, trials: list[Trial]) -> UserError:
@@ -199,10 +232,11 @@ def _all_lost(what: str, trials: list[Trial]) -> UserError:
     )
 
 
-def _report(job: Job, inputs: str, trials: list[Trial], best: Configuration) -> SweepReport:
+def _report(
+    job: Job, data: Data, inputs: str, trials: list[Trial], best: Configuration
+) -> SweepReport:
     """Judge the finished students of the best configuration on the validation set."""
     recipe = job.recipe
-    data = datasets.load_data(recipe.data, recipe.seed)
     judge = Judge(recipe, data, job.runs_dir)
     students, distilled, teacher = list[SelectedStudent](), list[DistillReport](), 0.0
     for trial in trials:

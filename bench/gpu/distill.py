@@ -314,8 +314,8 @@ class Checks:
         torch.manual_seed(0)
         state = new_state(model, settings, accelerator)
         updates = train(
-            state, encoded, logits, objective, settings, lambda _model: Evaluation(0.0),
-            accelerator, phase="student", seed=0,
+            state, encoded, logits, objective, settings,
+            lambda _model: Evaluation(0.0, torch.zeros(1, 1)), accelerator, phase="student", seed=0,
         )  # fmt: skip
         next(updates)
         return state

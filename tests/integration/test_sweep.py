@@ -254,9 +254,9 @@ def tuned(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
         def trainable(point: dict[str, Any]) -> dict[str, Any]:
             if point["lr"] == 13:
                 os.kill(os.getpid(), signal.SIGKILL)
-            told = {"epochs": 1, "criterion": point["lr"], "select_score": 0.5}
-            ray.tune.report({"epoch": 1, **told})
-            return {**told, "epoch": 4, "epochs": 4, "state": "finished"}
+            told = {"evaluations": 1, "criterion": point["lr"], "select_score": 0.5}
+            ray.tune.report({"progress": 1, **told})
+            return {**told, "progress": 4, "evaluations": 4, "state": "finished"}
 
         ledger = Ledger(tmp_path / "trials.jsonl")
         resources = {"cpu": 1.0, "gpu": 0.0}

@@ -29,10 +29,10 @@ LAYERS = {
         "objectives", "observability", "openapi", "parquet_blocks", "parquet_rows",
         "parts", "plots", "pretrained",
         "prospects", "prune", "quantize", "random_bert", "ray_workers", "references", "resumable",
-        "scoring",
+        "scoring", "selection",
         "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
-        "shapes", "sources", "stopwatch", "store", "students", "sweep_report", "tables",
-        "tasks", "text_blocks", "text_rows", "tokenise", "training", "tuning", "workers",
+        "shapes", "snapshots", "sources", "stopwatch", "store", "students", "sweep_report",
+        "tables", "tasks", "text_blocks", "text_rows", "tokenise", "training", "tuning", "workers",
     },
     3: {
         "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
