@@ -28,12 +28,14 @@ class CheckpointFacts(Record):
     """``checkpoint.json``: where the training stood, and what a resume must share with it.
 
     ``points`` are the updates evaluated so far, of which :mod:`ad2kit.snapshots` has the weights.
+    ``decay_from`` is the update after which patience has begun the last part of the training.
     ``scaler`` is the state of the loss scaler of fp16; empty in other precisions.
     """
 
     inputs: str
     step: int
     points: tuple[SelectPoint, ...]
+    decay_from: int | None
     scaler: dict[str, float]
     environment: dict[str, str]
     sha256: str
@@ -69,6 +71,7 @@ class TrainState:
     optimizer: AcceleratedOptimizer
     step: int = 0
     points: list[SelectPoint] = field(default_factory=list)
+    decay_from: int | None = None
     evaluation: Evaluation | None = None
 
 
@@ -94,6 +97,7 @@ def save_checkpoint(
             inputs=inputs,
             step=state.step,
             points=tuple(state.points),
+            decay_from=state.decay_from,
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else {},
             environment=environment,
             sha256=sha256_of(new / "state.safetensors"),
@@ -151,6 +155,7 @@ def restore_checkpoint(
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step, state.points = facts.step, list(facts.points)
+    state.decay_from = facts.decay_from
     if accelerator.scaler and facts.scaler:
         accelerator.scaler.load_state_dict(facts.scaler)
     generators = part("rng")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from ad2kit.checkpoint import Evaluation
 from ad2kit.curve import read_curve, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
+from ad2kit.head import start_head
 from ad2kit.intermediate import check_terms, comparison
 from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
@@ -29,6 +30,8 @@ from ad2kit.resumable import Trainer
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
 from ad2kit.runtime import environment, peak_memory_mb
+from ad2kit.schedule import rate_of_width
+from ad2kit.sections import TrainRecipe
 from ad2kit.students import build_student
 from ad2kit.tasks import answers
 from ad2kit.training import check_compute, predict_logits, prepare
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
+
+Training = TypeVar("Training", bound=TrainRecipe)
 
 
 @exclusive
@@ -71,7 +76,7 @@ def distill(
     """
     stage = _Stage.of(run, on_step, allow_inexact)
     recipe, data, trainer = stage.recipe, stage.data, stage.trainer
-    settings, accelerator = recipe.distill, stage.accelerator
+    accelerator = stage.accelerator
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
@@ -90,6 +95,8 @@ def distill(
         "student: %d layers, %.1f M parameters", student.module.config.num_hidden_layers,
         student.parameters() / 1e6,
     )  # fmt: skip
+    settings = with_rate(recipe.distill, student)
+    logger.info("student: learning rate %.3g", settings.rate)
     insides = comparison(teacher, student, settings.intermediate)
     reading, select = data.distillation(), stage.encode(student, data.select)
     encoded = stage.encode(student, reading)
@@ -102,6 +109,7 @@ def distill(
         lambda model: stage.evaluate(model, select, told if settings.imitates else None),
         functools.partial(stage.choose, select), phase="student",
         seed=recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
+        start=stage.head_start(settings, encoded, teacher_logits if settings.imitates else None),
     )  # fmt: skip
     if accelerator.is_main_process:
         models.save(state.model, run.student, inputs=inputs)
@@ -110,6 +118,9 @@ def distill(
     accelerator.wait_for_everyone()
     records = read_curve(run.curve("student"))
     kd, gain, words = verdict(records, settings)
+    rates = {"student": settings.rate}
+    if recipe.teacher.finetune is not None:
+        rates["teacher"] = with_rate(recipe.teacher.finetune, teacher).rate
     seconds = sum(record.seconds for record in records)
     validation = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     report = DistillReport(
@@ -124,6 +135,7 @@ def distill(
         metrics=recipe.data.judged_by,
         teacher_select_score=stage.score(told, select),
         student_select_score=kept.kept.score,
+        learning_rates=rates,
         selection=kept,
         steps=state.step,
         train_seconds=seconds,
@@ -182,6 +194,13 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
         models.check_length(model, length, key="data.max_length_tokens")
         models.try_out(model, data.train.texts[:2], length, key=key)
     return teacher
+
+
+def with_rate(settings: Training, model: TextModel) -> Training:
+    """Return the settings of a training with their learning rate, by the width if null."""
+    if settings.lr is not None:
+        return settings
+    return settings.model_copy(update={"lr": rate_of_width(model.module.config.hidden_size)})
 
 
 def _before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
@@ -271,6 +290,17 @@ class _Stage:
         found = [answers(self.data.task, each.numpy()) for each in logits]
         return selection.keep(points, found, encoded.labels, self.recipe.data.judged_by)
 
+    def head_start(
+        self, settings: TrainRecipe, encoded: Encoded, teacher_logits: torch.Tensor | None
+    ) -> Callable[[TextModel], None] | None:
+        """Return what starts the head of a model, of a student with its teacher's answers."""
+        if not settings.start_head:
+            return None
+        targets = encoded.labels
+        if teacher_logits is not None:
+            targets = answers(self.data.task, teacher_logits.numpy())
+        return lambda model: start_head(model, encoded, targets, self.accelerator)
+
     def teacher(self) -> TextModel:
         """Return the teacher of the run, which is made now if it is not there yet."""
         recipe, run, data = self.recipe, self.run, self.data
@@ -311,14 +341,16 @@ class _Stage:
         if self._missing(run.teacher / models.MANIFEST):
             teacher = open_models(recipe, data)
             if settings is not None:
-                logger.info("fine-tuning the teacher %s", source)
+                settings = with_rate(settings, teacher)
+                logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
                 select = self.encode(teacher, data.select)
+                encoded = self.encode(teacher, data.train)
                 prepare(teacher, recipe.compute)
                 state, _, _ = self.trainer.train(
-                    teacher, self.encode(teacher, data.train), None, finetuning(self.accelerator),
-                    settings, lambda model: self.evaluate(model, select),
-                    functools.partial(self.choose, select),
-                    phase="teacher", seed=recipe.seed, inputs=inputs,
+                    teacher, encoded, None, finetuning(self.accelerator), settings,
+                    lambda model: self.evaluate(model, select),
+                    functools.partial(self.choose, select), phase="teacher", seed=recipe.seed,
+                    inputs=inputs, start=self.head_start(settings, encoded, None),
                 )  # fmt: skip
                 teacher = state.model
             if first:

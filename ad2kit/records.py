@@ -166,7 +166,8 @@ class DistillReport(Record):
     """What the distill stage did, and on which inputs.
 
     ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
-    ``selection`` is None where there was nothing to train.
+    ``learning_rates`` are the highest of teacher and student, those of the recipe or by the width
+    of the encoder. ``selection`` is None where there was nothing to train.
     """
 
     inputs: str
@@ -180,6 +181,7 @@ class DistillReport(Record):
     metrics: tuple[Metric, ...]
     teacher_select_score: float
     student_select_score: float
+    learning_rates: dict[str, float]
     selection: Selection | None
     steps: int
     train_seconds: float

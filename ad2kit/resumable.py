@@ -57,12 +57,14 @@ class Trainer:
         self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None,
         objective: Objective, settings: TrainRecipe, evaluate: Callable[[TextModel], Evaluation],
         choose: Choose, *, phase: Literal["teacher", "student"], seed: int, inputs: str,
+        start: Callable[[TextModel], None] | None = None,
     ) -> tuple[TrainState, Selection, torch.Tensor]:  # fmt: skip
         """Train a model, and leave the weights of one of its updates in it.
 
         See :func:`ad2kit.training.train`. ``choose`` says which update, given all that were
         evaluated and their logits on ``select``. ``inputs`` is the fingerprint of all that the
         result depends on beside the surroundings: a checkpoint of other inputs is refused.
+        ``start`` changes the model before the first update, and what it makes is evaluated.
 
         Returns:
             The state at its end, what was kept, and its logits on ``select``.
@@ -87,18 +89,25 @@ class Trainer:
             snapshots.restore(state.points)
             records = [r for r in read_curve(curve) if r.step <= state.step]
             write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
+        if start is not None and not state.points and state.step == 0:
+            start(state.model)
+            found = evaluate(state.model)
+            state.points.append(found.point(0))
+            self._write(snapshots, state, found)
         with deferred_interrupt() as interrupted:
             for record in train(
                 state, encoded, teacher_logits, objective, settings, evaluate, accelerator,
                 phase=phase, seed=seed,
             ):  # fmt: skip
                 if accelerator.is_main_process:
-                    if found := state.evaluation:
-                        weights = state.model.module.state_dict()
-                        snapshots.write(state.points[-1], found.logits, weights)
                     with curve.open("a", encoding="utf-8") as lines:
                         lines.write(f"{record.model_dump_json()}\n")
                     self.on_step(record)
+                if state.evaluation is not None:
+                    self._write(snapshots, state, state.evaluation)
+                    if state.decay_from == state.step:
+                        logger.info("%s: %d evaluations brought nothing new, the rate falls from "
+                                    "here on", phase, settings.patience)  # fmt: skip
                 stopping = self._any_process(interrupted.is_set())
                 if stopping or record.step % settings.checkpoint_every_steps == 0:
                     save_checkpoint(checkpoint, state, inputs, self.surroundings, accelerator)
@@ -116,6 +125,10 @@ class Trainer:
         # Else the next training would hold this one's moments, and unscale its gradients in fp16.
         accelerator.free_memory()
         return state, selection, logits[selection.kept_step]
+
+    def _write(self, snapshots: Snapshots, state: TrainState, found: Evaluation) -> None:
+        if self.accelerator.is_main_process:
+            snapshots.write(state.points[-1], found.logits, state.model.module.state_dict())
 
     def clean_up(self, phase: str) -> None:
         """Remove what is left of a training whose result is saved."""

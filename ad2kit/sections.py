@@ -112,16 +112,50 @@ class DataRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping."""
+    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping.
+
+    The training has as many updates as the ``epochs`` make, and at least ``min_updates``. ``lr`` is
+    the highest rate; null takes one by the width of the encoder
+    (:func:`ad2kit.schedule.rate_of_width`). It rises over ``warmup_ratio`` of the updates and falls
+    over the last ``decay_ratio``, or over all that are left if that is 1. The model is evaluated
+    ``evaluations`` times at equal distances; null stands for the end of each epoch. After
+    ``patience`` evaluations that were no better the last part begins early; null waits for it.
+    ``start_head`` fits the last layer by regression before the first update (:mod:`ad2kit.head`).
+    """
 
     epochs: Positive
+    min_updates: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive
     accumulation_steps: Positive = 1
-    lr: AboveZero
+    lr: AboveZero | None
     warmup_ratio: Fraction = 0.1
+    decay_ratio: Fraction = 1.0
+    evaluations: Annotated[int, Field(ge=1, le=20)] | None = None
+    patience: Positive | None = None
+    start_head: bool = False
     weight_decay: NotNegative = 0.01
     max_grad_norm: AboveZero = 1.0
     checkpoint_every_steps: Positive = 200
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, once it is known."""
+        if self.lr is None:
+            msg = "the learning rate by the width of the encoder was not filled in"
+            raise ValueError(msg)
+        return self.lr
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the progress of a training is counted, about one for an evaluation."""
+        return self.evaluations or self.epochs
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_end(self) -> Self:
+        if self.patience is not None and self.decay_ratio == 1:
+            msg = "'patience' begins the last part early: give a 'decay_ratio' below 1, such as 0.2"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _micro_batches_are_whole(self) -> Self:

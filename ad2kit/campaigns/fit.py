@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from ad2kit.stopwatch import System
 
 logger = logging.getLogger(__name__)
+
+# A curve of more evaluations is thinned to about so many before it is judged.
+_LOOKS_AT_A_CURVE = 6
 
 
 class _GivenUp(Exception):
@@ -212,7 +216,7 @@ class _Search:
         except _GivenUp:
             scores = select_scores(run.curve("student"))
             return candidate.ended(
-                "given up", f"{scores[-1]:.4f} on select after {len(scores)} epochs",
+                "given up", f"{scores[-1]:.4f} on select after {len(scores)} evaluations",
                 select_score=scores[-1],
             )  # fmt: skip
         except DivergedError as error:
@@ -284,7 +288,10 @@ class _Search:
             raise
 
     def _hopeless(self, run: RunDir) -> bool:
-        scores, select = select_scores(run.curve("student")), self.data.select
+        # At a few equal distances: from one of many evaluations to the next little happens.
+        apart = math.ceil(self.recipe.distill.parts / _LOOKS_AT_A_CURVE)
+        scores = select_scores(run.curve("student"))[apart - 1 :: apart]
+        select = self.data.select
         if not scores:
             return False
         if self.teacher_score is None:

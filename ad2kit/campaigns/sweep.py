@@ -169,7 +169,7 @@ class _Search:
                 ledger=self.ledger,
                 run_name=job.run_name,
                 resources=resources,
-                epochs=job.recipe.distill.epochs,
+                parts=job.recipe.distill.parts,
             )
         return self.started
 

@@ -133,7 +133,7 @@ def run_trial(job: Job, point: dict[str, Any]) -> dict[str, Any]:
     def tell(record: StepRecord) -> None:
         if record.phase != "student" or record.select_score is None:
             return
-        progress = -(-record.step * job.recipe.distill.epochs // record.total_steps)
+        progress = -(-record.step * job.recipe.distill.parts // record.total_steps)
         if progress <= told["progress"]:
             return
         told.update(progress=progress, evaluations=told["evaluations"] + 1)

@@ -260,7 +260,7 @@ def tuned(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 
         ledger = Ledger(tmp_path / "trials.jsonl")
         resources = {"cpu": 1.0, "gpu": 0.0}
-        tuning = Tuning(trainable, ledger, lambda key: f"run-{key[0].lr}", resources, epochs=4)
+        tuning = Tuning(trainable, ledger, lambda key: f"run-{key[0].lr}", resources, parts=4)
         getattr(tuning, method)(*args, early_stopping=early_stopping)
         trials = list(Ledger(tmp_path / "trials.jsonl").trials.values())
         return Tried(

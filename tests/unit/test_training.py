@@ -18,7 +18,7 @@ from ad2kit.objectives import distillation, finetuning
 from ad2kit.recipe import load
 from ad2kit.references import RANDOM
 from ad2kit.students import build_student
-from ad2kit.training import learning_rate, new_state, train
+from ad2kit.training import new_state, train
 from tests.models import batch, cpu, encoded, gradients, settings, teacher_logits, tiny_bert
 
 if TYPE_CHECKING:
@@ -268,21 +268,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser() -> None:
     assert "lower distill.lr" in caught.value.hint
     after = state.model.module.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
-    recipe = settings(lr=1.0, warmup_ratio=0.1)
-    rates = [learning_rate(step, 100, recipe) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == 1.0
-    assert rates[10] == 1.0
-    assert rates[99] == pytest.approx(1 / 90)
-    assert learning_rate(100, 100, recipe) == 0.0
-    assert learning_rate(0, 5, replace_warmup(0.0)) == 1.0
-
-
-def replace_warmup(ratio: float) -> Any:
-    return settings(lr=1.0, warmup_ratio=ratio)
 
 
 def test_biases_and_norms_do_not_decay() -> None:
