@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 5_000
 """So many of the (shuffled) training rows are read: more rows cost time and change little."""
-# Of the squared weights of standardised features.
-_PENALTY = 10.0
+# Of the squared weights of features whose mean square is 1.
+_PENALTY = 1.0
 _ITERATIONS = 200
 
 
@@ -149,10 +149,12 @@ def fit(
     from sklearn.linear_model import LogisticRegression, Ridge
     from threadpoolctl import threadpool_limits
 
-    mean, deviation = read.mean(axis=0), read.std(axis=0)
-    # A feature that never changes says nothing, and must not be divided by nothing.
-    deviation = np.where(deviation > 1e-6 * max(deviation.max(), 1e-12), deviation, np.inf)
-    scaled = (read - mean) / deviation
+    # Not by the deviation: dropout multiplies what is there, and would shake a feature that is large
+    # and hardly varies. A penalty on the size is what dropout itself comes to (Wager, Wang and
+    # Liang, *Dropout Training as Adaptive Regularization*, NeurIPS 2013).
+    size = np.sqrt((read**2).mean(axis=0))
+    size = np.where(size > 0, size, np.inf)  # a feature that is always 0 says nothing
+    scaled = read / size
     logistic = LogisticRegression(C=1 / _PENALTY, max_iter=_ITERATIONS)
     with threadpool_limits(1), warnings.catch_warnings():
         # It is a start, and good enough wherever it has come to.
@@ -173,5 +175,4 @@ def fit(
             index, weights, bias = found.classes_.tolist(), found.coef_, found.intercept_
             if len(index) == 2:  # one sigmoid, which is the softmax of its half on either side
                 weights, bias = weights * [[-0.5], [0.5]], bias * [-0.5, 0.5]
-    weights = weights / deviation
-    return np.array(index, np.int64), weights, bias - weights @ mean
+    return np.array(index, np.int64), weights / size, bias
