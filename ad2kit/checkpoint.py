@@ -46,12 +46,14 @@ class Evaluation:
     """A model on the ``select`` split: its score, and its distance from its teacher if it has one.
 
     ``logits`` are its answers, float32 [rows, outputs]; ``constant`` says that all are the same.
+    ``inner_losses`` are those of :func:`ad2kit.objectives.inner_losses` where there is an adversary.
     """
 
     score: float
     logits: torch.Tensor
     distance: float | None = None
     constant: bool = False
+    inner_losses: tuple[float, float] | tuple[None, None] = (None, None)
 
     def point(self, step: int) -> SelectPoint:
         """Return what stays in memory of it."""

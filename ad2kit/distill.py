@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -22,7 +23,7 @@ from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
 from ad2kit.losses import soft_targets
 from ad2kit.metrics import score
-from ad2kit.objectives import distillation, finetuning
+from ad2kit.objectives import Batch, distillation, finetuning, inner_losses
 from ad2kit.prune import check_widths, narrow
 from ad2kit.records import DistillReport, ModelManifest, StepRecord
 from ad2kit.references import RANDOM, find_model
@@ -34,7 +35,7 @@ from ad2kit.schedule import rate_of_width
 from ad2kit.sections import TrainRecipe
 from ad2kit.students import build_student
 from ad2kit.tasks import answers
-from ad2kit.training import check_compute, predict_logits, prepare
+from ad2kit.training import check_compute, padded, predict_logits, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,8 +48,12 @@ if TYPE_CHECKING:
     from ad2kit.recipe import Recipe
     from ad2kit.records import Selection, SelectPoint
     from ad2kit.run_dir import RunDir
+    from ad2kit.sections import DistillRecipe
 
 logger = logging.getLogger(__name__)
+
+# Rows of `select` that show what the adversary does; a batch.
+_ATTACKED_ROWS = 32
 
 Training = TypeVar("Training", bound=TrainRecipe)
 
@@ -106,7 +111,7 @@ def distill(
     prepare(student, recipe.compute)
     state, kept, logits = trainer.train(
         student, encoded, teacher_logits, distillation(accelerator, settings, insides), settings,
-        lambda model: stage.evaluate(model, select, told if settings.imitates else None),
+        lambda model: stage.evaluate(model, select, told if settings.imitates else None, settings),
         functools.partial(stage.choose, select), phase="student",
         seed=recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
         start=stage.head_start(settings, encoded, teacher_logits if settings.imitates else None),
@@ -273,15 +278,26 @@ class _Stage:
         return score(self.recipe.data.judged_by, found, encoded.labels)
 
     def evaluate(
-        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None
-    ) -> Evaluation:
+        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None,
+        settings: DistillRecipe | None = None,
+    ) -> Evaluation:  # fmt: skip
+        """Look at a model on ``select``, and at its adversary if the settings have one."""
         logits, distance = self.logits(model, encoded), None
         if teacher_logits is not None:
             temperature = self.recipe.distill.temperature
             distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
         found = answers(self.data.task, logits.numpy())
         constant = bool((found == found[0]).all())
-        return Evaluation(self.score(logits, encoded), logits, distance, constant)
+        inner: tuple[float, float] | tuple[None, None] = (None, None)
+        if settings is not None and settings.alpha and teacher_logits is not None:
+            rows, device = np.arange(min(len(encoded), _ATTACKED_ROWS)), self.accelerator.device
+            batch = Batch(
+                padded(model, encoded, rows, device),
+                torch.from_numpy(encoded.labels[rows]).to(device),
+                teacher_logits[rows].to(device),
+            )
+            inner = inner_losses(model, batch, self.accelerator, settings)
+        return Evaluation(self.score(logits, encoded), logits, distance, constant, inner)
 
     def choose(
         self, encoded: Encoded, points: Sequence[SelectPoint], logits: Sequence[torch.Tensor]

@@ -57,8 +57,10 @@ def training(records: Sequence[StepRecord]) -> str:
             values = [record.terms.get(name, np.nan) for record in records]
             axes.plot(steps, _smooth(values), color=colour, label=name)
         if any(record.adversarial_gain is not None for record in records):
-            gains = [np.nan if r.adversarial_gain is None else r.adversarial_gain for r in records]
-            axes.plot(steps, _smooth(gains), ":", color="#888888", label="adversarial gain")
+            gains = [
+                (r.step, r.adversarial_gain) for r in records if r.adversarial_gain is not None
+            ]
+            axes.plot(*zip(*gains, strict=True), ".:", color="#888888", label="adversarial gain")
         axes.set_yscale("symlog", linthresh=1e-4)
         axes.set_xlabel("update")
         axes.set_ylabel("loss terms, running median")

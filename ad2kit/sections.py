@@ -216,7 +216,8 @@ class AdversaryRecipe(Section):
     """The inner maximisation of AD2: projected gradient ascent on the word embeddings.
 
     ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, of
-    the Euclidean norm over an example's real tokens for ``l2``.
+    the Euclidean norm over an example's real tokens for ``l2``. Each adversarial pass draws dropout
+    of its ``own``, or the masks of the clean pass are ``replayed`` in it.
     """
 
     norm: Literal["linf", "l2"] = "linf"
@@ -224,6 +225,7 @@ class AdversaryRecipe(Section):
     step_size: NotNegative = 1e-3
     steps: Positive = 1
     start: Literal["zero", "random"] = "zero"
+    dropout: Literal["own", "replayed"] = "own"
 
 
 class IntermediateRecipe(Section):

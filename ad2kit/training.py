@@ -132,9 +132,8 @@ def train(
             loss=sums.loss, terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,
             select_score=None if found is None else found.score,
             select_distance=None if found is None else found.distance,
-            inner_loss_before=sums.inner.get("inner_loss_before"),
-            inner_loss_after=sums.inner.get("inner_loss_after"),
-            adversarial_gain=sums.inner.get("adversarial_gain"),
+            inner_loss_before=None if found is None else found.inner_losses[0],
+            inner_loss_after=None if found is None else found.inner_losses[1],
         )  # fmt: skip
 
 
@@ -157,9 +156,8 @@ def _accumulate(
         )
         losses = objective(model, batch, share)
         sums.loss += share * losses.loss
-        for total, values in ((sums.terms, losses.terms), (sums.inner, losses.inner)):
-            for name, value in values.items():
-                total[name] = total.get(name, 0.0) + share * value
+        for name, value in losses.terms.items():
+            sums.terms[name] = sums.terms.get(name, 0.0) + share * value
     return sums
 
 
@@ -172,14 +170,9 @@ def _sum_over_processes(model: TextModel, sums: StepLosses, accelerator: Acceler
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in found]), "sum")
     for mine, total in zip(found, flat.split([g.numel() for g in found]), strict=True):
         mine.copy_(total.view_as(mine))
-    values = [sums.loss, *sums.terms.values(), *sums.inner.values()]
-    added = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
-    last = 1 + len(sums.terms)
-    return StepLosses(
-        added[0],
-        dict(zip(sums.terms, added[1:last], strict=True)),
-        dict(zip(sums.inner, added[last:], strict=True)),
-    )
+    values = torch.tensor([sums.loss, *sums.terms.values()], device=accelerator.device)
+    loss, *terms = accelerator.reduce(values, "sum").tolist()
+    return StepLosses(loss, dict(zip(sums.terms, terms, strict=True)))
 
 
 @torch.inference_mode()
