@@ -46,7 +46,7 @@ class Evaluation:
     """A model on the ``select`` split: its score, and its distance from its teacher if it has one.
 
     ``logits`` are its answers, float32 [rows, outputs]; ``constant`` says that all are the same.
-    ``inner_losses`` are those of :func:`ad2kit.objectives.inner_losses` where there is an adversary.
+    ``inner_losses`` are those of :func:`ad2kit.objectives.inner_losses`, None without an adversary.
     """
 
     score: float

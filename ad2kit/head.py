@@ -149,9 +149,9 @@ def fit(
     from sklearn.linear_model import LogisticRegression, Ridge
     from threadpoolctl import threadpool_limits
 
-    # Not by the deviation: dropout multiplies what is there, and would shake a feature that is large
-    # and hardly varies. A penalty on the size is what dropout itself comes to (Wager, Wang and
-    # Liang, *Dropout Training as Adaptive Regularization*, NeurIPS 2013).
+    # Not by the deviation: dropout multiplies what is there, and would shake a feature that is
+    # large and hardly varies. A penalty on the size is what dropout itself comes to (Wager, Wang
+    # and Liang, *Dropout Training as Adaptive Regularization*, NeurIPS 2013).
     size = np.sqrt((read**2).mean(axis=0))
     size = np.where(size > 0, size, np.inf)  # a feature that is always 0 says nothing
     scaled = read / size
