@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 MOST_ROWS = 5_000
 """So many of the (shuffled) training rows are read: more rows cost time and change little."""
 # Of the squared weights of features whose mean square is 1.
-_PENALTY = 3.0
+_PENALTY = 10.0
 _ITERATIONS = 200
 
 

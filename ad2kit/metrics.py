@@ -68,7 +68,7 @@ def measure(metric: Metric, answers: Array, labels: Array) -> float:
 def _right(answers: Array, labels: Array) -> Array:
     """Return which rows are answered right, bool [rows]; of several labels all have to be."""
     same = answers == labels
-    return same.all(axis=1) if same.ndim == 2 else same
+    return np.asarray(same.all(axis=1) if same.ndim == 2 else same)
 
 
 def score(metrics: Sequence[Metric], answers: Array, labels: Array) -> float:

@@ -75,7 +75,7 @@ def distillation(
     def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
         assert batch.teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
         mask, attack = batch.inputs["attention_mask"], settings.adversary
-        masks_of_the_clean_pass = _rng_state(mask.device)
+        clean_masks = _rng_state(mask.device)
         delta = None
         if settings.alpha:
             delta = adv.no_perturbation(mask, model.word_embeddings.embedding_dim)
@@ -99,19 +99,13 @@ def distillation(
         if gradient is None:
             gradient = delta.grad
 
-        replays = attack.dropout == "replayed"
-        inner = _inner_loss(
-            model, batch, accelerator, settings, masks_of_the_clean_pass if replays else None
-        )
+        masks = clean_masks if attack.dropout == "replayed" else None
+        inner = _inner_loss(model, batch, accelerator, settings, masks)
         if attack.start == "random":
             gradient = None
         delta = _most_different(inner, batch, model, attack, accelerator, gradient)
-        # Replaying rewinds the generator; the next update must not draw this one's noise again.
-        drawn = _rng_state(mask.device)
         adversarial = inner(delta)
         accelerator.backward(settings.alpha * adversarial * share)
-        if replays:
-            _set_rng_state(mask.device, drawn)
         terms["adversarial"] = adversarial.item()
         return StepLosses(loss + settings.alpha * adversarial.item(), terms)
 
@@ -166,16 +160,20 @@ def _inner_loss(
 ) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
     """Return the distance from the teacher as a function of δ.
 
-    ``masks`` is the state of the generator that dropout is drawn from each time; None leaves it.
+    ``masks`` is the state of the generator to draw the same dropout from each time; with None each
+    call draws its own.
     """
     teacher_logits = batch.teacher_logits
     assert teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
 
     def inner(delta: torch.Tensor) -> torch.Tensor:
+        drawn = _rng_state(delta.device)
         if masks is not None:
             _set_rng_state(delta.device, masks)
         with adv.perturbed(model.word_embeddings, delta), accelerator.autocast():
             logits = model.module(**batch.inputs).logits
+        if masks is not None:  # the next update must not draw this one's noise again
+            _set_rng_state(delta.device, drawn)
         return soft_targets(model.task, logits, teacher_logits, settings.temperature)
 
     return inner

@@ -99,15 +99,17 @@ class Trainer:
                 state, encoded, teacher_logits, objective, settings, evaluate, accelerator,
                 phase=phase, seed=seed,
             ):  # fmt: skip
+                if state.evaluation is not None:
+                    self._write(snapshots, state, state.evaluation)
                 if accelerator.is_main_process:
                     with curve.open("a", encoding="utf-8") as lines:
                         lines.write(f"{record.model_dump_json()}\n")
                     self.on_step(record)
-                if state.evaluation is not None:
-                    self._write(snapshots, state, state.evaluation)
-                    if state.decay_from == state.step:
-                        logger.info("%s: %d evaluations brought nothing new, the rate falls from "
-                                    "here on", phase, settings.patience)  # fmt: skip
+                if state.decay_from == state.step:
+                    logger.info(
+                        "%s: %d evaluations brought nothing new, the rate falls from here on",
+                        phase, settings.patience,
+                    )  # fmt: skip
                 stopping = self._any_process(interrupted.is_set())
                 if stopping or record.step % settings.checkpoint_every_steps == 0:
                     save_checkpoint(checkpoint, state, inputs, self.surroundings, accelerator)

@@ -10,7 +10,7 @@ import torch
 
 from ad2kit import metrics, selection
 from ad2kit.errors import RunError
-from ad2kit.records import SelectPoint
+from ad2kit.records import Selection, SelectPoint
 from ad2kit.snapshots import Snapshots
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def points(*values: tuple[int, float | None], constant: tuple[int, ...] = ()) ->
     ]
 
 
-def kept(found: list[SelectPoint], answers: list[Any] | None = None) -> selection.Selection:
+def kept(found: list[SelectPoint], answers: list[Any] | None = None) -> Selection:
     answers = answers or [right_on(round(point.score * ROWS)) for point in found]
     return selection.keep(found, answers, LABELS, ("accuracy",))
 
