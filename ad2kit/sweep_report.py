@@ -9,15 +9,21 @@ import numpy as np
 
 from ad2kit.files import read_lines, whole_file, write_text
 from ad2kit.markdown import table
+from ad2kit.metrics import paired_bootstrap
 from ad2kit.records import Part, Record
 from ad2kit.search_space import Configuration
 from ad2kit.sections import Metric  # noqa: TC001  (pydantic reads it at run time)
+from ad2kit.selection import good_enough
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from ad2kit.metrics import Array
+
 Key = tuple[Configuration, int]
+
+_DRAWS = 200
 
 HEADER = ("batch", "lr", "radius", "alpha", "finished", "median", "lowest", "highest", "distance")
 SELECTED = ("on validation", "median", "lowest", "highest", "retained")
@@ -150,6 +156,35 @@ def _summary(configuration: Configuration, trials: Sequence[Trial]) -> Configura
         select_score=Spread.of(scores) if scores else None,
         select_distance=float(np.median(distances)) if distances else None,
     )
+
+
+def select(
+    known: Sequence[ConfigurationResult], found: Mapping[Configuration, Sequence[Array]],
+    labels: Array, metrics: Sequence[Metric],
+) -> ConfigurationResult:  # fmt: skip
+    """Return the best configuration by the rule of :mod:`ad2kit.selection`.
+
+    Of those whose median score over the seeds is within one standard error of the best (of the
+    paired difference, by 200 bootstrap draws) it is the nearest to the teacher.
+
+    Args:
+        known: the best first.
+        found: the answers on ``select`` of the finished students of each; of one that was stopped
+            early nothing but the score is known, and it is taken only if that is the best.
+        labels: of ``select``.
+        metrics: their mean is the score.
+    """
+    able = [each for each in known if found[each.configuration]]
+    if known[0] not in able or known[0].select_distance is None:
+        return known[0]
+    models = [model for each in able for model in found[each.configuration]]
+    draws = paired_bootstrap(metrics, models, labels, _DRAWS, seed=0)
+    ends = np.cumsum([len(found[each.configuration]) for each in able])
+    medians = [np.median(part, axis=1) for part in np.split(draws, ends[:-1], axis=1)]
+    errors = np.array([(median - medians[0]).std() for median in medians])
+    enough = good_enough(np.array([each.criterion for each in able]), errors)
+    near = [each for each, good in zip(able, enough, strict=True) if good]
+    return min(near, key=lambda each: each.select_distance or 0.0)
 
 
 def tables(

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import ray
 
 from ad2kit import data as datasets
@@ -26,11 +25,9 @@ from ad2kit.cluster import insist_on_answer, ray_cluster
 from ad2kit.errors import UserError
 from ad2kit.files import fingerprint, locked, write_record, write_text
 from ad2kit.judge import Judge
-from ad2kit.metrics import paired_bootstrap
 from ad2kit.mirror import Mirror
 from ad2kit.records import DistillReport
 from ad2kit.runtime import processes
-from ad2kit.selection import good_enough
 from ad2kit.sweep_report import (
     Ledger,
     SelectedStudent,
@@ -40,6 +37,7 @@ from ad2kit.sweep_report import (
     by_configuration,
     markdown,
     plot,
+    select,
 )
 from ad2kit.tasks import answers
 from ad2kit.tuning import RESTARTS, Tuning, trial_resources
@@ -53,9 +51,6 @@ if TYPE_CHECKING:
     from ad2kit.sweep_report import Key
 
 logger = logging.getLogger(__name__)
-
-# As in metrics.paired_standard_errors, but of medians over seeds.
-_DRAWS = 200
 
 
 def sweep(
@@ -193,15 +188,11 @@ def _teach(job: Job, resources: dict[str, float]) -> None:
 
 
 def _best(job: Job, data: Data, trials: list[Trial]) -> Configuration:
-    """Return the best configuration by the rule of :mod:`ad2kit.selection`.
-
-    Its score is the median over its seeds. One whose score is within one standard error of the best
-    is nearer to the teacher than all others of these.
-    """
+    """Return the best configuration; see :func:`ad2kit.sweep_report.select`."""
     known = [each for each in by_configuration(trials) if each.criterion > -math.inf]
     if not known:
         raise _all_lost("no configuration has students for most of its seeds", trials)
-    answered = {
+    found = {
         each.configuration: [
             answers(data.task, store.read_logits(job.run(*trial.key).select_logits).numpy())
             for trial in trials
@@ -209,18 +200,7 @@ def _best(job: Job, data: Data, trials: list[Trial]) -> Configuration:
         ]
         for each in known
     }
-    # Of those that were stopped early nothing but the score is known.
-    able = [each for each in known if answered[each.configuration]]
-    if known[0] not in able or known[0].select_distance is None:
-        return known[0].configuration
-    models = [model for each in able for model in answered[each.configuration]]
-    draws = paired_bootstrap(job.recipe.data.judged_by, models, data.select.labels, _DRAWS, seed=0)
-    ends = np.cumsum([len(answered[each.configuration]) for each in able])
-    medians = [np.median(part, axis=1) for part in np.split(draws, ends[:-1], axis=1)]
-    errors = np.array([(median - medians[0]).std() for median in medians])
-    enough = good_enough(np.array([each.criterion for each in able]), errors)
-    near = [each for each, good in zip(able, enough, strict=True) if good]
-    return min(near, key=lambda each: each.select_distance or 0.0).configuration
+    return select(known, found, data.select.labels, job.recipe.data.judged_by).configuration
 
 
 def _all_lost(what: str, trials: list[Trial]) -> UserError:
