@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Target, shortfalls
 from ad2kit.fit_report import markdown, plot
 from ad2kit.metrics import score
 from ad2kit.parity import parity
-from ad2kit.prospects import Judge, hopeless, lost_on_select
+from ad2kit.prospects import Judge, hopeless, lost_on_select, thinned
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.runtime import processes
@@ -56,9 +55,6 @@ if TYPE_CHECKING:
     from ad2kit.stopwatch import System
 
 logger = logging.getLogger(__name__)
-
-# A curve of more evaluations is thinned to about so many before it is judged.
-_LOOKS_AT_A_CURVE = 6
 
 
 class _GivenUp(Exception):
@@ -288,10 +284,8 @@ class _Search:
             raise
 
     def _hopeless(self, run: RunDir) -> bool:
-        # At a few equal distances: from one of many evaluations to the next little happens.
-        apart = math.ceil(self.recipe.distill.parts / _LOOKS_AT_A_CURVE)
-        scores = select_scores(run.curve("student"))[apart - 1 :: apart]
-        select = self.data.select
+        scores, select = select_scores(run.curve("student")), self.data.select
+        scores = thinned(scores, self.recipe.distill.parts)
         if not scores:
             return False
         if self.teacher_score is None:
