@@ -78,12 +78,14 @@ class Schedule:
         """Tell whether the last part should begin now, after the last of ``points``.
 
         It should if none of the last ``patience`` evaluations had a better score than all before,
-        or, of a student, a smaller distance. A training that has not learned yet to tell rows apart
-        is not at its end.
+        or, of a student, a smaller distance. What comes before the end of the warm-up does not
+        count: a started head is disturbed at first, when the encoder begins to move. A training
+        that has not learned yet to tell rows apart is not at its end.
         """
+        points = [point for point in points if point.step >= self.warmup]
         if patience is None or not points or points[-1].constant:
             return False
-        if not self.warmup <= points[-1].step < self.decay_from:
+        if points[-1].step >= self.decay_from:
             return False
         news = 0
         for index in range(1, len(points)):

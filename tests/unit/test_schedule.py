@@ -78,6 +78,12 @@ def test_patience_waits_for_a_better_score_or_a_nearer_student() -> None:
     nearer = points((0.5, 0.4), (0.7, 0.3), (0.7, 0.3), (0.6, 0.2))
     assert not schedule.is_stale(nearer, 2)
     assert schedule.is_stale(points((0.5, 0.4), (0.7, 0.3), (0.7, 0.3), (0.6, 0.3)), 2)
+    # A started head is better than what the warm-up leaves of it.
+    started = [SelectPoint(step=0, score=0.8), *points((0.5, None), (0.6, None), (0.7, None))]
+    assert not schedule.is_stale(started, 2)
+    assert schedule.is_stale(
+        [*started, *points(*[(0.0, None)] * 3, (0.7, None), (0.7, None))[3:]], 2
+    )
     # Not in the last part, which has begun, nor for one that has not learned anything yet.
     assert not schedule.is_stale(points(*[(0.5, None)] * 8), 2)
     same = SelectPoint(step=50, score=0.5, constant=True)
