@@ -119,14 +119,13 @@ class Trainer:
                     logger.info("%s: stopped after update %d, saved", phase, record.step)
                     raise KeyboardInterrupt
         accelerator.wait_for_everyone()  # the first has written what all read now
-        logits = {point.step: snapshots.logits(point.step) for point in state.points}
-        selection = choose(state.points, list(logits.values()))
+        selection = choose(state.points, [snapshots.logits(point.step) for point in state.points])
         logger.info("%s: %s", phase, selection.reason)
         kept = snapshots.weights(selection.kept_step)
         state.model.module.load_state_dict(kept, strict=True)
         # Else the next training would hold this one's moments, and unscale its gradients in fp16.
         accelerator.free_memory()
-        return state, selection, logits[selection.kept_step]
+        return state, selection, snapshots.logits(selection.kept_step)
 
     def _write(self, snapshots: Snapshots, state: TrainState, found: Evaluation) -> None:
         if self.accelerator.is_main_process:

@@ -76,7 +76,8 @@ def test_a_resumed_run_is_bit_identical_to_a_straight_one(
 # Heads that are started, a last part that patience begins early, and more evaluations than epochs.
 WITH_PATIENCE = (
     *QUICK, "teacher.finetune.start_head=true", "teacher.finetune.decay_ratio=0.2",
-    "teacher.finetune.evaluations=12", "teacher.finetune.patience=1", "distill.start_head=true",
+    "teacher.finetune.evaluations=20", "teacher.finetune.patience=1",
+    "teacher.finetune.min_updates=160", "distill.start_head=true",
     "distill.min_updates=90", "distill.evaluations=9", "distill.decay_ratio=0.3",
     "distill.patience=1", "distill.lr=null", "data.max_train_rows=900",
 )  # fmt: skip
@@ -96,7 +97,7 @@ def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_pa
     run = open_run(recipe, tmp_path / "stopped")
     last = points[-1].step
     # Before the first checkpoint, about the decision of patience, and in the last part.
-    moments = [("teacher", 2), *[("teacher", ended - back) for back in (12, 8, 1)],
+    moments = [("teacher", 2), *[("teacher", ended - back) for back in (40, 31, 1)],
                ("student", 4), ("student", last - 11), ("student", last - 1)]  # fmt: skip
     for phase, step in moments:
         with pytest.raises(Stopped):
