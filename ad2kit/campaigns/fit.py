@@ -284,8 +284,8 @@ class _Search:
             raise
 
     def _hopeless(self, run: RunDir) -> bool:
-        scores, select = select_scores(run.curve("student")), self.data.select
-        scores = thinned(scores, self.recipe.distill.parts)
+        select = self.data.select
+        scores = thinned(select_scores(run.curve("student")), self.recipe.distill.parts)
         if not scores:
             return False
         if self.teacher_score is None:
