@@ -224,10 +224,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: RunDir) -> None:
+@pytest.mark.parametrize("settings", [QUICK, WITH_PATIENCE], ids=["plain", "with patience"])
+def test_kill_9_at_random_moments_changes_nothing(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     """The short form of `make soak`, which kills the whole chain more often."""
+    straight = open_run(recipes.load("smoke", settings), tmp_path / "straight")
+    steps = distill(straight).steps
+    runs_dir = tmp_path / "killed"
     command = [sys.executable, "-m", "ad2kit", "distill", "smoke",
-               *QUICK, "--runs-dir", str(tmp_path)]  # fmt: skip
+               *settings, "--runs-dir", str(runs_dir)]  # fmt: skip
     # The start-up takes seconds: counted from the first line of the curve, kills hit the work.
     for marker, delay in (
         ("teacher-training.jsonl", 0.15), ("training.jsonl", 0.05), ("training.jsonl", 0.3),
@@ -235,7 +241,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: 
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
-            found = list(tmp_path.glob(f"*/{marker}"))
+            found = list(runs_dir.glob(f"*/{marker}"))
             if found and found[0].stat().st_size:
                 time.sleep(delay)
                 break
@@ -244,10 +250,10 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: 
         process.wait()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("smoke-*")
+    (folder,) = runs_dir.glob("smoke-*")
     run = RunDir(folder)
-    assert weights(run) == weights(finished_run)
-    assert DistillReport.read(run.distill_report).steps == 68
+    assert weights(run) == weights(straight)
+    assert DistillReport.read(run.distill_report).steps == steps
     assert not list(folder.rglob(".tmp-*"))
 
 
