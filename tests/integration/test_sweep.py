@@ -96,7 +96,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
     def kill_the_first(self: Any, *, trial: Any, result: dict[str, Any], **rest: Any) -> None:
         shown(self, trial=trial, result=result, **rest)
-        if not killed and result.get("epochs"):
+        if not killed and result.get("evaluations"):
             killed.append(result["pid"])
             os.kill(result["pid"], signal.SIGKILL)
 
