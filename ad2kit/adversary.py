@@ -4,9 +4,10 @@
 
 after Zhang, Uma Naresh and He, *Adversarial Data Augmentation for Task-Specific Knowledge
 Distillation of Pre-trained Transformers*, AAAI 2022. The description leaves open the norm, the
-start and where e(x) is taken; our reading: e(x) is the output of the word-embedding module, before
-position embeddings and LayerNorm; δ is zero on padding; ``g / ‖g‖`` is ``sign(g)`` for the ℓ∞
-ball and g over its Euclidean norm over the real tokens of one example for the ℓ2 ball.
+start, the dropout of the adversarial pass and where e(x) is taken; our reading: e(x) is the output
+of the word-embedding module, before position embeddings and LayerNorm; δ is zero on padding;
+``g / ‖g‖`` is ``sign(g)`` for the ℓ∞ ball and g over its Euclidean norm over the real tokens of one
+example for the ℓ2 ball; each pass draws dropout of its own.
 """
 
 from __future__ import annotations

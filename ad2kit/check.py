@@ -19,6 +19,7 @@ from ad2kit import evidence
 from ad2kit.labels import balance, counts
 from ad2kit.records import Part
 from ad2kit.runtime import available_cpus
+from ad2kit.schedule import Schedule
 
 if TYPE_CHECKING:
     from ad2kit.data import Data, Split
@@ -112,7 +113,7 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
     }  # fmt: skip
     texts = {"teacher": len(data.train), "student": len(data.train) + len(data.unlabelled)}
     updates = {
-        name: phase.epochs * math.ceil(texts[name] / phase.batch_size)
+        name: Schedule.planned(texts[name], phase).total
         for name, phase in phases.items()
         if phase is not None
     }
@@ -288,6 +289,6 @@ def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, 
     ascents = (settings.adversary.steps - (settings.adversary.start == "zero")) * adversarial
     passes = _PASS * (1 + adversarial) + 2 * ascents
     # The teacher reads the training texts once.
-    answers = math.ceil(updates["student"] / settings.epochs)
+    answers = math.ceil((len(data.train) + len(data.unlabelled)) / settings.batch_size)
     forward = updates.get("teacher", 0) * _PASS + answers + updates["student"] * passes * kept
     return seconds * forward / 60

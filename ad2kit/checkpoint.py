@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ad2kit.errors import RunError
 from ad2kit.files import sha256_of, whole_folder, write_record
-from ad2kit.records import Record
+from ad2kit.records import Record, SelectPoint
 from ad2kit.runtime import DECIDE_BITS
 
 if TYPE_CHECKING:
@@ -28,14 +27,15 @@ Weights = dict[str, torch.Tensor]
 class CheckpointFacts(Record):
     """``checkpoint.json``: where the training stood, and what a resume must share with it.
 
+    ``points`` are the updates evaluated so far, of which :mod:`ad2kit.snapshots` has the weights.
+    ``decay_from`` is the update after which patience has begun the last part of the training.
     ``scaler`` is the state of the loss scaler of fp16; empty in other precisions.
     """
 
     inputs: str
     step: int
-    best_step: int
-    best_score: float
-    best_criterion: float
+    points: tuple[SelectPoint, ...]
+    decay_from: int | None
     scaler: dict[str, float]
     environment: dict[str, str]
     sha256: str
@@ -45,52 +45,47 @@ class CheckpointFacts(Record):
 class Evaluation:
     """A model on the ``select`` split: its score, and its distance from its teacher if it has one.
 
-    A student's weights are chosen by the distance: it needs no labels and uses the whole of each
-    answer, so that some hundred rows tell epochs apart which their accuracy cannot.
+    ``logits`` are its answers, float32 [rows, outputs]; ``constant`` says that all are the same.
+    ``inner_losses`` are those of :func:`ad2kit.objectives.inner_losses`, None without an adversary.
     """
 
     score: float
+    logits: torch.Tensor
     distance: float | None = None
+    constant: bool = False
+    inner_losses: tuple[float, float] | tuple[None, None] = (None, None)
 
-    @property
-    def criterion(self) -> float:
-        """What the best weights have most of."""
-        return self.score if self.distance is None else -self.distance
+    def point(self, step: int) -> SelectPoint:
+        """Return what stays in memory of it."""
+        return SelectPoint(
+            step=step, score=self.score, distance=self.distance, constant=self.constant
+        )
 
 
 @dataclass
 class TrainState:
-    """A training under way; it lives as long as the loop that advances it."""
+    """A training under way; it lives as long as the loop that advances it.
+
+    ``evaluation`` is that of the present update, None if there was none after it.
+    """
 
     model: TextModel
     optimizer: AcceleratedOptimizer
     step: int = 0
-    best_step: int = 0
-    best_score: float = 0.0
-    best_criterion: float = -math.inf
-    best_weights: Weights = field(default_factory=dict)
-
-    def keep_if_best(self, found: Evaluation) -> None:
-        """Keep a copy of the weights if none was better; of equals the longer trained."""
-        if found.criterion >= self.best_criterion:
-            self.best_step, self.best_score = self.step, found.score
-            self.best_criterion = found.criterion
-            self.best_weights = {
-                key: value.detach().cpu().clone()
-                for key, value in self.model.module.state_dict().items()
-            }
+    points: list[SelectPoint] = field(default_factory=list)
+    decay_from: int | None = None
+    evaluation: Evaluation | None = None
 
 
 def save_checkpoint(
     folder: Path, state: TrainState, inputs: str, environment: dict[str, str],
     accelerator: Accelerator,
 ) -> None:  # fmt: skip
-    """Write weights, best weights, optimiser moments and generator states, atomically.
+    """Write weights, optimiser moments and generator states, atomically.
 
     Every process calls it, and the first one writes.
     """
     tensors = {f"model.{key}": value for key, value in state.model.module.state_dict().items()}
-    tensors |= {f"best.{key}": value for key, value in state.best_weights.items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
     tensors |= _generators(accelerator)
@@ -103,9 +98,8 @@ def save_checkpoint(
         facts = CheckpointFacts(
             inputs=inputs,
             step=state.step,
-            best_step=state.best_step,
-            best_score=state.best_score,
-            best_criterion=state.best_criterion,
+            points=tuple(state.points),
+            decay_from=state.decay_from,
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else {},
             environment=environment,
             sha256=sha256_of(new / "state.safetensors"),
@@ -162,10 +156,8 @@ def restore_checkpoint(
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.step = facts.step
-    state.best_step, state.best_score = facts.best_step, facts.best_score
-    state.best_criterion = facts.best_criterion
-    state.best_weights = part("best")
+    state.step, state.points = facts.step, list(facts.points)
+    state.decay_from = facts.decay_from
     if accelerator.scaler and facts.scaler:
         accelerator.scaler.load_state_dict(facts.scaler)
     generators = part("rng")

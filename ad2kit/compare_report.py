@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class StudentResult(Part):
-    """One student of a comparison; ``run`` is the name of its folder."""
+    """One student of a comparison; ``run`` is the name of its folder.
+
+    ``constant`` says that it gives all rows of ``select`` the same answer, as all its updates did.
+    """
 
     method: str
     seed: int
@@ -27,6 +30,7 @@ class StudentResult(Part):
     train_seconds: float
     examples_per_s: float
     verdict: str
+    constant: bool = False
 
 
 class MethodResult(Part):
@@ -106,7 +110,12 @@ def caption(report: CompareReport) -> str:
         "seeds, the p of an approximate randomisation test, and the smallest difference that four "
         "of five such comparisons would find."
     )
-    return f"{text} {idle[0].run}: {idle[0].verdict}." if idle else text
+    if idle:
+        text += f" {idle[0].run}: {idle[0].verdict}."
+    constant = [student.run for student in report.students if student.constant]
+    if constant:
+        text += f" Students that give every row the same answer: {', '.join(constant)}."
+    return text
 
 
 def markdown(report: CompareReport) -> str:

@@ -55,13 +55,17 @@ def overrun(run: RunDir, plan: PlanRecipe | None) -> str:
 def verdict(
     records: Sequence[StepRecord], settings: DistillRecipe
 ) -> tuple[float, float | None, str]:
-    """Return mean clean distance to the teacher, mean adversarial gain, and what they mean."""
+    """Return mean clean distance to the teacher, mean adversarial gain, and what they mean.
+
+    See :class:`ad2kit.records.DistillReport`.
+    """
     kd = float(np.mean([record.terms["kd"] for record in records]))
     gains = [r.adversarial_gain for r in records if r.adversarial_gain is not None]
     if not gains:
         if settings.imitates:
             return kd, None, "no adversary: alpha is 0, this was plain distillation"
         return kd, None, "no teacher: only hard labels have a weight, this was fine-tuning"
+    kd = float(np.mean([r.inner_loss_before for r in records if r.inner_loss_before is not None]))
     gain, attack = float(np.mean(gains)), settings.adversary
     facts = (
         f"radius {attack.radius:g} ({attack.norm}) raised the distance to the teacher by "

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.05, 200, 2_000
+_SELECT_FRACTION, _SELECT_LEAST, _SELECT_MOST = 0.1, 200, 2_000
+# Of a single_label task: so that `select` sees something of each class.
+_SELECT_ROWS_PER_CLASS = 4
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
@@ -123,7 +125,10 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
     labels = found.names
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     own = recipe.select_from == "validation"
-    wanted = min(max(round(len(order) * _SELECT_FRACTION), _SELECT_LEAST), _SELECT_MOST)
+    wanted = max(round(len(order) * _SELECT_FRACTION), _SELECT_LEAST)
+    if recipe.task == "single_label":
+        wanted = max(wanted, _SELECT_ROWS_PER_CLASS * len(labels))
+    wanted = min(wanted, _SELECT_MOST)
     select_rows = 0 if own else max(1, min(wanted, int(len(order) * _SELECT_SHARE_LIMIT)))
     unlabelled = tuple(text for each in recipe.unlabelled for text in _unlabelled(each, recipe))
     data = Data(

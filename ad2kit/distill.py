@@ -5,23 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from ad2kit import data as datasets
-from ad2kit import models, store
+from ad2kit import models, selection, store
 from ad2kit.baselines import look_at_teacher, untrained_encoder
 from ad2kit.checkpoint import Evaluation
 from ad2kit.curve import overrun, read_curve, select_scores, verdict
 from ad2kit.errors import RunError
-from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, write_record
+from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
+from ad2kit.head import start_head
 from ad2kit.intermediate import check_terms, comparison
 from ad2kit.label_order import insist_on_order
 from ad2kit.labels import balance, counts
 from ad2kit.losses import balanced_weights, soft_targets
 from ad2kit.metrics import score
-from ad2kit.objectives import distillation, finetuning
+from ad2kit.objectives import Batch, distillation, finetuning, inner_losses
 from ad2kit.prune import check_widths, narrow
 from ad2kit.records import DistillReport, ModelManifest, StepRecord
 from ad2kit.references import RANDOM, find_model
@@ -29,13 +32,15 @@ from ad2kit.resumable import Trainer
 from ad2kit.run_dir import exclusive
 from ad2kit.runtime import accelerator as make_accelerator
 from ad2kit.runtime import environment, peak_memory_mb
+from ad2kit.schedule import rate_of_width
+from ad2kit.sections import TrainRecipe
 from ad2kit.students import build_student
 from ad2kit.tasks import answers
-from ad2kit.training import check_compute, predict_logits, prepare
+from ad2kit.training import check_compute, padded, predict_logits, prepare
 from ad2kit.verdicts import TeacherReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -43,10 +48,16 @@ if TYPE_CHECKING:
     from ad2kit.data import Data, Encoded, Split
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
+    from ad2kit.records import Selection, SelectPoint
     from ad2kit.run_dir import RunDir
-    from ad2kit.sections import TrainRecipe
+    from ad2kit.sections import DistillRecipe
 
 logger = logging.getLogger(__name__)
+
+# Rows of `select` that show what the adversary does; a batch.
+_ATTACKED_ROWS = 32
+
+Training = TypeVar("Training", bound=TrainRecipe)
 
 
 @exclusive
@@ -74,7 +85,7 @@ def distill(
     """
     stage = _Stage.of(run, on_step, allow_inexact)
     recipe, data, trainer = stage.recipe, stage.data, stage.trainer
-    settings, accelerator = recipe.distill, stage.accelerator
+    accelerator = stage.accelerator
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
@@ -84,6 +95,7 @@ def distill(
         report = DistillReport.read(run.distill_report)
         if report.inputs == inputs and (run.student / models.MANIFEST).is_file():
             models.load(run.student, data.labels, data.task)  # refuses one that was tampered with
+            trainer.clean_up("student")
             logger.info("student is already distilled: %s", run.student)
             return report
 
@@ -94,23 +106,31 @@ def distill(
         "student: %d layers, %.1f M parameters", student.module.config.num_hidden_layers,
         student.parameters() / 1e6,
     )  # fmt: skip
+    settings = with_rate(recipe.distill, student)
+    logger.info("student: learning rate %.3g", settings.rate)
     insides = comparison(teacher, student, settings.intermediate)
     reading, select = data.distillation(), stage.encode(student, data.select)
     encoded = stage.encode(student, reading)
     teacher_logits = stage.teacher_logits(teacher, reading)
     prepare(student, recipe.compute)
-    state = trainer.train(
+    state, kept, logits = trainer.train(
         student, encoded, teacher_logits,
         distillation(accelerator, settings, insides, stage.class_weights(settings)), settings,
-        lambda model: stage.evaluate(model, select, told if settings.imitates else None),
-        phase="student", seed=recipe.seed if settings.seed is None else settings.seed,
-        inputs=inputs,
+        lambda model: stage.evaluate(model, select, told if settings.imitates else None, settings),
+        functools.partial(stage.choose, select), phase="student",
+        seed=recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
+        start=stage.head_start(settings, encoded, teacher_logits if settings.imitates else None),
     )  # fmt: skip
     if accelerator.is_main_process:
         models.save(state.model, run.student, inputs=inputs)
+        with whole_file(run.select_logits) as new:
+            save_file({"logits": logits}, new)
     accelerator.wait_for_everyone()
     records = read_curve(run.curve("student"))
     kd, gain, words = verdict(records, settings)
+    rates = {"student": settings.rate}
+    if recipe.teacher.finetune is not None:
+        rates["teacher"] = with_rate(recipe.teacher.finetune, teacher).rate
     seconds = sum(record.seconds for record in records)
     validation = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     report = DistillReport(
@@ -124,8 +144,9 @@ def distill(
         task=data.task,
         metrics=recipe.data.judged_by,
         teacher_select_score=stage.score(told, select),
-        student_select_score=state.best_score,
-        best_step=state.best_step,
+        student_select_score=kept.kept.score,
+        learning_rates=rates,
+        selection=kept,
         steps=state.step,
         train_seconds=seconds,
         examples_per_s=sum(record.examples for record in records) / seconds,
@@ -184,6 +205,13 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
         models.check_length(model, length, key="data.max_length_tokens")
         models.try_out(model, data.train.texts[:2], length, key=key)
     return teacher
+
+
+def with_rate(settings: Training, model: TextModel) -> Training:
+    """Return the settings of a training with their learning rate, by the width if null."""
+    if settings.lr is not None:
+        return settings
+    return settings.model_copy(update={"lr": rate_of_width(model.module.config.hidden_size)})
 
 
 def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
@@ -256,13 +284,44 @@ class _Stage:
         return score(self.recipe.data.judged_by, found, encoded.labels)
 
     def evaluate(
-        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None
-    ) -> Evaluation:
+        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None,
+        settings: DistillRecipe | None = None,
+    ) -> Evaluation:  # fmt: skip
+        """Look at a model on ``select``, and at its adversary if the settings have one."""
         logits, distance = self.logits(model, encoded), None
         if teacher_logits is not None:
             temperature = self.recipe.distill.temperature
             distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
-        return Evaluation(self.score(logits, encoded), distance)
+        found = answers(self.data.task, logits.numpy())
+        constant = bool((found == found[0]).all())
+        inner: tuple[float, float] | tuple[None, None] = (None, None)
+        if settings is not None and settings.alpha and teacher_logits is not None:
+            rows, device = np.arange(min(len(encoded), _ATTACKED_ROWS)), self.accelerator.device
+            batch = Batch(
+                padded(model, encoded, rows, device),
+                torch.from_numpy(encoded.labels[rows]).to(device),
+                teacher_logits[rows].to(device),
+            )
+            inner = inner_losses(model, batch, self.accelerator, settings)
+        return Evaluation(self.score(logits, encoded), logits, distance, constant, inner)
+
+    def choose(
+        self, encoded: Encoded, points: Sequence[SelectPoint], logits: Sequence[torch.Tensor]
+    ) -> Selection:
+        """Say which update of a training is kept, given its answers on ``select``."""
+        found = [answers(self.data.task, each.numpy()) for each in logits]
+        return selection.keep(points, found, encoded.labels, self.recipe.data.judged_by)
+
+    def head_start(
+        self, settings: TrainRecipe, encoded: Encoded, teacher_logits: torch.Tensor | None
+    ) -> Callable[[TextModel], None] | None:
+        """Return what starts the head of a model, of a student with its teacher's answers."""
+        if not settings.start_head:
+            return None
+        targets = encoded.labels
+        if teacher_logits is not None:
+            targets = answers(self.data.task, teacher_logits.numpy())
+        return lambda model: start_head(model, encoded, targets, self.accelerator)
 
     def teacher(self) -> TextModel:
         """Return the teacher of the run, which is made now if it is not there yet."""
@@ -274,6 +333,7 @@ class _Stage:
         )
         if self._missing(run.teacher / models.MANIFEST):
             self._make_teacher(inputs)
+        self.trainer.clean_up("teacher")
         if models.saved_inputs(run.teacher) != inputs:
             raise RunError(
                 f"{run.teacher} was made from other data than this run reads now",
@@ -305,20 +365,23 @@ class _Stage:
         if self._missing(run.teacher / models.MANIFEST):
             teacher = open_models(recipe, data)
             if settings is not None:
-                logger.info("fine-tuning the teacher %s", source)
+                settings = with_rate(settings, teacher)
+                logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
                 select = self.encode(teacher, data.select)
+                encoded = self.encode(teacher, data.train)
                 prepare(teacher, recipe.compute)
                 objective = finetuning(self.accelerator, self.class_weights(settings))
-                teacher = self.trainer.train(
-                    teacher, self.encode(teacher, data.train), None, objective, settings,
+                state, _, _ = self.trainer.train(
+                    teacher, encoded, None, objective, settings,
                     lambda model: self.evaluate(model, select),
-                    phase="teacher", seed=recipe.seed, inputs=inputs,
-                ).model  # fmt: skip
+                    functools.partial(self.choose, select), phase="teacher", seed=recipe.seed,
+                    inputs=inputs, start=self.head_start(settings, encoded, None),
+                )  # fmt: skip
+                teacher = state.model
             if first:
                 models.save(teacher, run.teacher, inputs=inputs)
                 store.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()
-        self.trainer.clean_up("teacher")
 
     def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
         """Return the weights of the classes in the loss of the hard labels, if they have any."""

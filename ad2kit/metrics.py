@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Floats = NDArray[np.float64]
 
+# For a standard error alone, whose own error is then 5 %.
+_DRAWS_OF_AN_ERROR = 200
 # Four of five samples find a difference of this many standard errors at the two-sided 5 % level.
 _DETECTABLE_SE = 1.960 + 0.842
 # Of bootstrap draws: as many of them say with some certainty where a tail begins.
@@ -45,8 +47,7 @@ def measure(metric: Metric, answers: Array, labels: Array) -> float:
     ``f1`` is of class 1 of two. A correlation with a constant is 0: no answer follows the labels.
     """
     if metric == "accuracy":
-        same = answers == labels
-        return float((same.all(axis=1) if same.ndim == 2 else same).mean())
+        return float(_right(answers, labels).mean())
     if metric == "matthews":
         from sklearn.metrics import matthews_corrcoef
 
@@ -62,6 +63,12 @@ def measure(metric: Metric, answers: Array, labels: Array) -> float:
 
     average = {"f1": "binary", "macro_f1": "macro", "micro_f1": "micro"}[metric]
     return float(f1_score(labels, answers, average=average, zero_division=0.0))
+
+
+def _right(answers: Array, labels: Array) -> Array:
+    """Return which rows are answered right, bool [rows]; of several labels all have to be."""
+    same = answers == labels
+    return np.asarray(same.all(axis=1) if same.ndim == 2 else same)
 
 
 def score(metrics: Sequence[Metric], answers: Array, labels: Array) -> float:
@@ -154,6 +161,30 @@ def paired_bootstrap(
         rows = generator.integers(len(labels), size=len(labels))
         sample[:] = [score(metrics, answers[rows], labels[rows]) for answers in models]
     return found
+
+
+def paired_standard_errors(
+    metrics: Sequence[Metric], models: Sequence[Array], labels: Array, reference: int
+) -> Floats:
+    """Return the standard error of the difference in score between each model and one of them.
+
+    Of accuracy, a mean over rows, it is that of the mean difference per row; of all else the
+    standard deviation over a paired bootstrap of 200 draws, always the same.
+
+    Args:
+        metrics: their mean is the score.
+        models: the answers of each model.
+        labels: of the rows.
+        reference: the index of the model that the others are compared with.
+
+    Returns:
+        Shape [models]; 0 for the reference.
+    """
+    if set(metrics) == {"accuracy"}:
+        right = np.stack([_right(answers, labels) for answers in models]).astype(np.float64)
+        return np.asarray((right - right[reference]).std(axis=1) / np.sqrt(len(labels)))
+    draws = paired_bootstrap(metrics, models, labels, _DRAWS_OF_AN_ERROR, seed=0)
+    return np.asarray((draws - draws[:, [reference]]).std(axis=0))
 
 
 def retained_interval(draws: Floats, error: float = 0.05) -> tuple[float, float]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ad2kit.metrics import Bin
-    from ad2kit.records import StepRecord
+    from ad2kit.records import Selection, StepRecord
 
 # Told apart by those who see no red or green, and on black as on white (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -57,8 +57,10 @@ def training(records: Sequence[StepRecord]) -> str:
             values = [record.terms.get(name, np.nan) for record in records]
             axes.plot(steps, _smooth(values), color=colour, label=name)
         if any(record.adversarial_gain is not None for record in records):
-            gains = [np.nan if r.adversarial_gain is None else r.adversarial_gain for r in records]
-            axes.plot(steps, _smooth(gains), ":", color="#888888", label="adversarial gain")
+            gains = [
+                (r.step, r.adversarial_gain) for r in records if r.adversarial_gain is not None
+            ]
+            axes.plot(*zip(*gains, strict=True), ".:", color="#888888", label="adversarial gain")
         axes.set_yscale("symlog", linthresh=1e-4)
         axes.set_xlabel("update")
         axes.set_ylabel("loss terms, running median")
@@ -67,18 +69,20 @@ def training(records: Sequence[StepRecord]) -> str:
     return _svg("training", draw, "loss terms over the updates")
 
 
-def selection(records: Sequence[StepRecord], score: str) -> str:
+def selection(found: Selection | None, score: str) -> str:
     """Draw the score on `select`, and the distance from the teacher, at each evaluation."""
-    judged = [record for record in records if record.select_score is not None]
+    points = found.points if found else ()
 
     def draw(axes: Any) -> None:
-        steps = [record.step for record in judged]
-        axes.plot(steps, [r.select_score for r in judged], "o-", color=COLOURS[0])
+        steps = [point.step for point in points]
+        axes.plot(steps, [point.score for point in points], "o-", color=COLOURS[0])
         axes.set_ylabel(score, color=COLOURS[0])
-        if all(record.select_distance is not None for record in judged):
+        if found:
+            axes.axvline(found.kept_step, linestyle=":", color="#888888", label="kept")
+            axes.legend()
+        if all(point.distance is not None for point in points):
             other = axes.twinx()
-            values = [record.select_distance for record in judged]
-            other.plot(steps, values, "s--", color=COLOURS[1])
+            other.plot(steps, [point.distance for point in points], "s--", color=COLOURS[1])
             other.set_ylabel("distance from the teacher", color=COLOURS[1])
         axes.set_xlabel("update")
 

@@ -37,13 +37,17 @@ def last_linear(module: torch.nn.Module) -> torch.nn.Linear:
 
 
 @torch.inference_mode()
-def read_vectors(model: TextModel, encoded: Encoded, device: torch.device) -> Vectors:
-    """Return the vectors of all rows, without dropout.
+def read_vectors(
+    model: TextModel, encoded: Encoded, device: torch.device,
+    chosen: NDArray[np.int64] | None = None,
+) -> Vectors:  # fmt: skip
+    """Return the vectors of rows, without dropout.
 
     Args:
         model: lies on ``device``; it is in evaluation mode afterwards.
         encoded: texts, by the model's own tokenizer.
         device: where the model lies.
+        chosen: the rows to read; all if None.
     """
     module = model.module.eval()
     heads: list[torch.Tensor] = []
@@ -53,10 +57,12 @@ def read_vectors(model: TextModel, encoded: Encoded, device: torch.device) -> Ve
         last_linear(module).register_forward_pre_hook(lambda _, given: heads.append(given[0])),
         module.base_model.register_forward_hook(lambda _, __, found: states.append(found[0])),
     )
-    batches = datasets.by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH)
+    every = np.arange(len(encoded)) if chosen is None else chosen
+    lengths = [len(encoded.input_ids[row]) for row in every]
+    batches = datasets.by_length(lengths, EVALUATION_BATCH)
     try:
         for rows in batches:
-            inputs = padded(model, encoded, rows, device)
+            inputs = padded(model, encoded, every[rows], device)
             module(**inputs)
             mask = inputs["attention_mask"].unsqueeze(-1).double()
             means.append((states.pop().double() * mask).sum(dim=1) / mask.sum(dim=1))

@@ -29,18 +29,33 @@ if TYPE_CHECKING:
 _ERROR = 0.05
 # A candidate is given up where it would be wrong once in forty times, if nothing else were.
 _STANDARD_ERRORS = 2.0
+_LOOKS_AT_A_CURVE = 6
+
+
+def thinned(scores: Sequence[float], planned: int) -> Sequence[float]:
+    """Return the scores at about six equal distances of a training.
+
+    From one of many evaluations to the next little happens, and chance decides what: it would make
+    a training hopeless that has only begun.
+
+    Args:
+        scores: on ``select``, of the evaluations so far.
+        planned: how many evaluations the whole training has.
+    """
+    apart = math.ceil(planned / _LOOKS_AT_A_CURVE)
+    return scores[apart - 1 :: apart]
 
 
 def hopeless(scores: Sequence[float], rows: int, needed: float) -> bool:
-    """Tell whether a training is not worth its remaining epochs.
+    """Tell whether a training is not worth the rest of its updates.
 
-    Learning curves flatten: if an epoch brings at most half of what the one before brought, all
+    Learning curves flatten: if a part brings at most half of what the one before brought, all
     that are to come bring at most what the last did. A training is hopeless if its last score, with
     the last gain once more, lies below ``needed`` by more than two standard errors of a share of so
-    many rows. Nothing is said of a single epoch.
+    many rows. Nothing is said of a single score.
 
     Args:
-        scores: on ``select``, at the end of each epoch so far.
+        scores: on ``select``, at equal distances so far, some six in a training.
         rows: of ``select``.
         needed: the score that it has to reach.
     """

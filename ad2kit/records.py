@@ -100,10 +100,10 @@ class StepRecord(Record):
     """One update of the training loop.
 
     ``terms`` holds the loss terms in nats, before their weights. ``grad_norm`` is the global
-    Euclidean norm before clipping. ``adversarial_gain`` is the adversarial minus the clean KL;
-    ``inner_loss_before`` and ``inner_loss_after`` are the inner objective at the start and at the
-    end of the ascent. ``seconds`` is of the update alone. ``select_score`` and, for a student,
-    ``select_distance`` (from its teacher) are set where the model was evaluated after this update.
+    Euclidean norm before clipping. ``seconds`` is of the update alone. The rest is set where the
+    model was evaluated after this update: ``select_score`` and, for a student, ``select_distance``
+    (from its teacher); with an adversary ``inner_loss_before`` and ``inner_loss_after``, the
+    distance on some rows of ``select`` without and with what the ascent finds, without dropout.
     """
 
     phase: Literal["teacher", "student"]
@@ -118,9 +118,46 @@ class StepRecord(Record):
     seconds: float
     inner_loss_before: float | None = None
     inner_loss_after: float | None = None
-    adversarial_gain: float | None = None
     select_score: float | None = None
     select_distance: float | None = None
+
+    @property
+    def adversarial_gain(self) -> float | None:
+        """How much the ascent raised the distance."""
+        if self.inner_loss_before is None or self.inner_loss_after is None:
+            return None
+        return self.inner_loss_after - self.inner_loss_before
+
+
+class SelectPoint(Part):
+    """A model on ``select`` after one update: its score, and a student's distance from its teacher.
+
+    ``constant`` says that it gives every row the same answer.
+    """
+
+    step: int
+    score: float
+    distance: float | None = None
+    constant: bool = False
+
+
+class Selection(Part):
+    """Which update of a training was kept, and why; see :mod:`ad2kit.selection`.
+
+    ``best_step`` has the best score; ``good_enough`` counts the updates that came into question.
+    ``points`` holds both curves, and ends with the last update.
+    """
+
+    kept_step: int
+    best_step: int
+    good_enough: int
+    points: tuple[SelectPoint, ...]
+    reason: str
+
+    @property
+    def kept(self) -> SelectPoint:
+        """The point of the kept update."""
+        return next(point for point in self.points if point.step == self.kept_step)
 
 
 class SplitFacts(Part):
@@ -136,6 +173,10 @@ class DistillReport(Record):
     """What the distill stage did, and on which inputs.
 
     ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
+    ``learning_rates`` are the highest of teacher and student, those of the recipe or by the width
+    of the encoder. ``mean_clean_kl`` and ``mean_adversarial_gain`` are means over the evaluations
+    (see :class:`StepRecord`), the first over the updates where there is no adversary.
+    ``selection`` is None where there was nothing to train.
     """
 
     inputs: str
@@ -149,7 +190,8 @@ class DistillReport(Record):
     metrics: tuple[Metric, ...]
     teacher_select_score: float
     student_select_score: float
-    best_step: int
+    learning_rates: dict[str, float]
+    selection: Selection | None
     steps: int
     train_seconds: float
     examples_per_s: float

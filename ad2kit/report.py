@@ -96,12 +96,15 @@ def _context(run: RunDir) -> Context:
         else None,
         "training": {
             "words": f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
-            f"({distilled.examples_per_s:.0f} examples/s), best at {distilled.best_step}; "
+            f"({distilled.examples_per_s:.0f} examples/s); "
+            f"{distilled.selection.reason if distilled.selection else 'nothing was trained'}. "
             f"{distilled.verdict}. Peak memory: "
             + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items())
             + _plan(run),
             "plot": _markup(plots.training(curve)),
-            "select": _markup(plots.selection(curve, " and ".join(distilled.metrics))),
+            "select": _markup(
+                plots.selection(distilled.selection, " and ".join(distilled.metrics))
+            ),
         },
         "search": tables.int8_search(run),
         "splits": [

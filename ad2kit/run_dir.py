@@ -4,7 +4,8 @@
         recipe.json                 the resolved recipe
         teacher/  student/          safetensors, tokenizer, sha256 manifest
         teacher-training.jsonl  training.jsonl  teacher.json
-        teacher-checkpoint/  checkpoint/   only while training
+        teacher-checkpoint/  teacher-snapshots/  checkpoint/  snapshots/   only while training
+        select-logits.safetensors   what the student says of `select`
         distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
         answers.jsonl               what each model says of each validation row
         campaign.json               only in the run of a campaign: its rule and its verdicts
@@ -77,6 +78,7 @@ class RunDir:
     teacher = _Inside("teacher")
     student = _Inside("student")
     teacher_report = _Inside(TeacherReport.file_name)
+    select_logits = _Inside("select-logits.safetensors")
     distill_report = _Inside("distill.json")
     parity_report = _Inside("parity.json")
     answers = _Inside("answers.jsonl")
@@ -98,6 +100,10 @@ class RunDir:
     def checkpoint(self, phase: str) -> Path:
         """Return the folder of the unfinished training of ``teacher`` or ``student``."""
         return self.path / ("checkpoint" if phase == "student" else "teacher-checkpoint")
+
+    def snapshots(self, phase: str) -> Path:
+        """Return the folder of the evaluated weights of that training."""
+        return self.path / ("snapshots" if phase == "student" else "teacher-snapshots")
 
     @property
     def shared(self) -> Path:

@@ -38,8 +38,9 @@ class SweepRecipe(Section):
     seeds. Empty ``radii`` and ``alphas`` stand for the recipe's own.
 
     ``early_stopping`` is ASHA (Li et al., *A System for Massively Parallel Hyperparameter Tuning*,
-    MLSys 2020): after epochs 1, 3, 9, ... a trial is stopped if it is not among the best third of
-    those that came so far.
+    MLSys 2020): after 1, 3, 9, ... parts of the training (its epochs, or its evaluations if the
+    recipe gives their number) a trial is stopped if it is not among the best third of those that
+    came so far.
     """
 
     search: Literal["grid", "optuna"] = "grid"

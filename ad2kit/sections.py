@@ -114,20 +114,53 @@ class DataRecipe(Section):
 class TrainRecipe(Section):
     """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping.
 
+    The training has as many updates as the ``epochs`` make, and at least ``min_updates``. ``lr`` is
+    the highest rate; null takes one by the width of the encoder
+    (:func:`ad2kit.schedule.rate_of_width`). It rises over ``warmup_ratio`` of the updates and falls
+    over the last ``decay_ratio``, or over all that are left if that is 1. The model is evaluated
+    ``evaluations`` times at equal distances; null stands for the end of each epoch. After
+    ``patience`` evaluations that were no better the last part begins early; null waits for it.
+    ``start_head`` fits the last layer by regression before the first update (:mod:`ad2kit.head`).
+
     ``class_weights: balanced`` lets rare classes count as much as frequent ones in the loss of the
     hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c; of
     several labels each is such a choice between two. See :func:`ad2kit.losses.balanced_weights`.
     """
 
     epochs: Positive
+    min_updates: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive
     accumulation_steps: Positive = 1
-    lr: AboveZero
+    lr: AboveZero | None
     warmup_ratio: Fraction = 0.1
+    decay_ratio: Fraction = 1.0
+    evaluations: Annotated[int, Field(ge=1, le=20)] | None = None
+    patience: Positive | None = None
+    start_head: bool = False
     weight_decay: NotNegative = 0.01
     max_grad_norm: AboveZero = 1.0
     checkpoint_every_steps: Positive = 200
     class_weights: Literal["none", "balanced"] = "none"
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, once it is known."""
+        if self.lr is None:
+            msg = "the learning rate by the width of the encoder was not filled in"
+            raise ValueError(msg)
+        return self.lr
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the progress of a training is counted, about one for an evaluation."""
+        return self.evaluations or self.epochs
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_end(self) -> Self:
+        if self.patience is not None and self.decay_ratio == 1:
+            msg = "'patience' begins the last part early: give a 'decay_ratio' below 1, such as 0.2"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _micro_batches_are_whole(self) -> Self:
@@ -206,7 +239,8 @@ class AdversaryRecipe(Section):
     """The inner maximisation of AD2: projected gradient ascent on the word embeddings.
 
     ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, of
-    the Euclidean norm over an example's real tokens for ``l2``.
+    the Euclidean norm over an example's real tokens for ``l2``. Each adversarial pass draws dropout
+    of its ``own``, or the masks of the clean pass are ``replayed`` in it.
     """
 
     norm: Literal["linf", "l2"] = "linf"
@@ -214,6 +248,7 @@ class AdversaryRecipe(Section):
     step_size: NotNegative = 1e-3
     steps: Positive = 1
     start: Literal["zero", "random"] = "zero"
+    dropout: Literal["own", "replayed"] = "own"
 
 
 class IntermediateRecipe(Section):

@@ -90,8 +90,9 @@ def distill(
     print_result(
         report,
         f"select {' and '.join(report.metrics)}: {simpler}teacher "
-        f"{report.teacher_select_score:.4f}, student {report.student_select_score:.4f}\n"
-        "next: ad2kit export",
+        f"{report.teacher_select_score:.4f}, student {report.student_select_score:.4f}"
+        + (f"\n{report.selection.reason}" if report.selection else "")
+        + "\nnext: ad2kit export",
         as_json=as_json,
     )
 

@@ -10,15 +10,21 @@ from pydantic import Field
 
 from ad2kit.files import read_lines, whole_file, write_text
 from ad2kit.markdown import table
+from ad2kit.metrics import paired_bootstrap
 from ad2kit.records import Part, Record
 from ad2kit.search_space import Configuration
 from ad2kit.sections import Metric  # noqa: TC001  (pydantic reads it at run time)
+from ad2kit.selection import good_enough
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from ad2kit.metrics import Array
+
 Key = tuple[Configuration, int]
+
+_DRAWS = 200
 
 HEADER = ("batch", "lr", "radius", "alpha", "finished", "median", "lowest", "highest", "distance")
 SELECTED = ("on validation", "median", "lowest", "highest", "retained")
@@ -27,8 +33,9 @@ SELECTED = ("on validation", "median", "lowest", "highest", "retained")
 class Trial(Record):
     """One student of a sweep, and how it ended; a line of ``trials.jsonl``.
 
-    ``run`` is the name of its folder. Score and distance on `select` are those of its best epoch;
-    ``criterion`` is what the best has most of, the least there is for one that was lost.
+    ``run`` is the name of its folder. Score and distance on `select` are those of the update that
+    was kept, or of the best so far; ``criterion`` is the score, the least there is for one that was
+    lost.
     """
 
     configuration: Configuration
@@ -36,7 +43,7 @@ class Trial(Record):
     run: str
     state: Literal["begun", "finished", "stopped", "diverged", "failed"] = "begun"
     message: str = ""
-    epochs: int = 0
+    evaluations: int = 0
     criterion: float = -math.inf
     select_score: float | None = None
     select_distance: float | None = None
@@ -66,7 +73,7 @@ class Spread(Part):
 
 
 class ConfigurationResult(Part):
-    """The trials of one configuration, on `select`; None where no epoch was evaluated."""
+    """The trials of one configuration, on `select`; None where none was evaluated."""
 
     configuration: Configuration
     trials: int
@@ -153,6 +160,35 @@ def _summary(configuration: Configuration, trials: Sequence[Trial]) -> Configura
     )
 
 
+def select(
+    known: Sequence[ConfigurationResult], found: Mapping[Configuration, Sequence[Array]],
+    labels: Array, metrics: Sequence[Metric],
+) -> ConfigurationResult:  # fmt: skip
+    """Return the best configuration by the rule of :mod:`ad2kit.selection`.
+
+    Of those whose median score over the seeds is within one standard error of the best (of the
+    paired difference, by 200 bootstrap draws) it is the nearest to the teacher.
+
+    Args:
+        known: the best first.
+        found: the answers on ``select`` of the finished students of each; of one that was stopped
+            early nothing but the score is known, and it is taken only if that is the best.
+        labels: of ``select``.
+        metrics: their mean is the score.
+    """
+    able = [each for each in known if found[each.configuration]]
+    if known[0] not in able or known[0].select_distance is None:
+        return known[0]
+    models = [model for each in able for model in found[each.configuration]]
+    draws = paired_bootstrap(metrics, models, labels, _DRAWS, seed=0)
+    ends = np.cumsum([len(found[each.configuration]) for each in able])
+    medians = [np.median(part, axis=1) for part in np.split(draws, ends[:-1], axis=1)]
+    errors = np.array([(median - medians[0]).std() for median in medians])
+    enough = good_enough(np.array([each.criterion for each in able]), errors)
+    near = [each for each, good in zip(able, enough, strict=True) if good]
+    return min(near, key=lambda each: each.select_distance or 0.0)
+
+
 def tables(
     report: SweepReport,
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
@@ -186,8 +222,9 @@ def caption(report: SweepReport) -> str:
         origin = "the validation rows, as in the paper, which flatters their scores"
     words = (
         f"{' and '.join(report.metrics)}. Configurations are compared on `select`, here {origin}: "
-        "by the median over the seeds of their distance from the teacher (of their score if no "
-        f"teacher teaches). The best is {report.selected}. On {report.rows} validation rows the "
+        "by the median of their score over the seeds; of those within one standard error of the "
+        "best (of the paired difference, by bootstrap) the nearest to the teacher is taken: "
+        f"{report.selected}. On {report.rows} validation rows the "
         f"median of its {len(report.students)} student(s) is {report.score.median:.4f}, and the "
         f"teacher's score {report.teacher_score:.4f}."
     )

@@ -19,6 +19,7 @@ from ad2kit.checkpoint import Evaluation, TrainState
 from ad2kit.errors import DivergedError, ModelError
 from ad2kit.objectives import Batch, StepLosses
 from ad2kit.records import StepRecord
+from ad2kit.schedule import Schedule
 from ad2kit.students import layer_stack
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
     from ad2kit.sections import ComputeRecipe, TrainRecipe
 
 EVALUATION_BATCH = 64
-
-
-def learning_rate(step: int, total_steps: int, settings: TrainRecipe) -> float:
-    """Return the rate of update ``step`` (from 0): linear warm-up, then linear decay to 0."""
-    warmup = math.ceil(total_steps * settings.warmup_ratio)
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    return settings.lr * (total_steps - step) / max(1, total_steps - warmup)
 
 
 def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator) -> TrainState:
@@ -58,7 +51,7 @@ def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator)
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ],
-        lr=settings.lr,
+        lr=settings.rate,
         fused=True,
     )
     return TrainState(replace(model), accelerator.prepare_optimizer(optimizer))
@@ -79,8 +72,9 @@ def train(
     """Advance ``state`` to its last update; the loop of every training in ad2kit.
 
     Yields a record after each update, with ``state`` consistent: the caller logs, saves a
-    checkpoint, or stops. At the end of each epoch the model is evaluated and the best kept.
-    Several processes share the rows of each update, and stay equal.
+    checkpoint, or stops. Where the schedule says so the model is evaluated; ``state.evaluation``
+    then holds what the caller has to write down. Several processes share the rows of each update,
+    and stay equal.
 
     Raises:
         DivergedError: a loss or gradient norm is not finite; the optimiser has not stepped.
@@ -88,17 +82,16 @@ def train(
     """
     model, optimizer = state.model, state.optimizer
     lengths = [len(ids) for ids in encoded.input_ids]
-    steps_per_epoch = math.ceil(len(encoded) / settings.batch_size)
-    total = steps_per_epoch * settings.epochs
+    plan = Schedule.planned(len(encoded), settings)
     parts = settings.accumulation_steps
     batches: list[np.ndarray] = []
-    while state.step < total:
+    while state.step < (schedule := plan.decaying_from(state.decay_from)).total:
         start = time.perf_counter()
-        epoch, index = divmod(state.step, steps_per_epoch)
+        epoch, index = divmod(state.step, plan.steps_per_epoch)
         if index == 0 or not batches:
             batches = datasets.epoch_batches(lengths, settings.batch_size, seed, epoch)
         rows = batches[index]
-        lr = learning_rate(state.step, total, settings)
+        lr = settings.rate * schedule.rate(state.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.module.train()
@@ -128,17 +121,19 @@ def train(
         state.step += 1
         seconds = time.perf_counter() - start
         found = None
-        if state.step % steps_per_epoch == 0:
+        if schedule.evaluates(state.step):
             found = evaluate(model)
-            state.keep_if_best(found)
+            state.points.append(found.point(state.step))
+            if state.decay_from is None and plan.is_stale(state.points, settings.patience):
+                state.decay_from = state.step
+        state.evaluation = found
         yield StepRecord(
-            phase=phase, step=state.step, total_steps=total, epoch=epoch, lr=lr, loss=sums.loss,
-            terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,
+            phase=phase, step=state.step, total_steps=schedule.total, epoch=epoch, lr=lr,
+            loss=sums.loss, terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,
             select_score=None if found is None else found.score,
             select_distance=None if found is None else found.distance,
-            inner_loss_before=sums.inner.get("inner_loss_before"),
-            inner_loss_after=sums.inner.get("inner_loss_after"),
-            adversarial_gain=sums.inner.get("adversarial_gain"),
+            inner_loss_before=None if found is None else found.inner_losses[0],
+            inner_loss_after=None if found is None else found.inner_losses[1],
         )  # fmt: skip
 
 
@@ -161,9 +156,8 @@ def _accumulate(
         )
         losses = objective(model, batch, share)
         sums.loss += share * losses.loss
-        for total, values in ((sums.terms, losses.terms), (sums.inner, losses.inner)):
-            for name, value in values.items():
-                total[name] = total.get(name, 0.0) + share * value
+        for name, value in losses.terms.items():
+            sums.terms[name] = sums.terms.get(name, 0.0) + share * value
     return sums
 
 
@@ -176,14 +170,9 @@ def _sum_over_processes(model: TextModel, sums: StepLosses, accelerator: Acceler
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in found]), "sum")
     for mine, total in zip(found, flat.split([g.numel() for g in found]), strict=True):
         mine.copy_(total.view_as(mine))
-    values = [sums.loss, *sums.terms.values(), *sums.inner.values()]
-    added = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
-    last = 1 + len(sums.terms)
-    return StepLosses(
-        added[0],
-        dict(zip(sums.terms, added[1:last], strict=True)),
-        dict(zip(sums.inner, added[last:], strict=True)),
-    )
+    values = torch.tensor([sums.loss, *sums.terms.values()], device=accelerator.device)
+    loss, *terms = accelerator.reduce(values, "sum").tolist()
+    return StepLosses(loss, dict(zip(sums.terms, terms, strict=True)))
 
 
 @torch.inference_mode()

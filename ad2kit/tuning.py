@@ -1,8 +1,9 @@
 """Ray Tune, as far as a sweep uses it: which trial runs where, and which stops early.
 
 The trainable is called with the ``trial`` of a config: the fields of a configuration, and a seed.
-It reports ``epoch`` and the fields of :class:`ad2kit.sweep_report.Trial` that it knows, and returns
-them with a ``state`` at its end; what it raises counts as the death of its worker.
+It reports ``progress``, of as many parts as it has, and the fields of
+:class:`ad2kit.sweep_report.Trial` that it knows, and returns them with a ``state`` at its end; what
+it raises counts as the death of its worker.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ class Tuning:
         ledger: takes the trials.
         run_name: returns the name of the run folder of a trial.
         resources: of one trial; see :func:`trial_resources`.
-        epochs: of one trial.
+        parts: of one trial, which its ``progress`` counts.
     """
 
     trainable: Callable[[dict[str, Any]], dict[str, Any]]
     ledger: Ledger
     run_name: Callable[[Key], str]
     resources: dict[str, float]
-    epochs: int
+    parts: int
 
     def train(self, keys: Sequence[Key], *, early_stopping: bool) -> None:
         """Run some trials to their ends."""
@@ -123,9 +124,9 @@ class Tuning:
         self._fit({"trial": space}, early_stopping, num_samples=trials, search_alg=sampler)
 
     def _fit(self, space: dict[str, Any], early_stopping: bool, **settings: Any) -> None:
-        if early_stopping and self.epochs > 1:
+        if early_stopping and self.parts > 1:
             settings["scheduler"] = ASHAScheduler(
-                time_attr="epoch", metric="criterion", mode="max", max_t=self.epochs,
+                time_attr="progress", metric="criterion", mode="max", max_t=self.parts,
                 reduction_factor=_REDUCTION, stop_last_trials=False,
             )  # fmt: skip
         trainable = self.trainable
@@ -189,7 +190,8 @@ def _say(record: Trial) -> None:
     state = "" if record.state == "begun" else f" {record.state}"
     score = "" if record.select_score is None else f", select {record.select_score:.4f}"
     why = f": {record.message}" if record.message else ""
-    logger.info("%s:%s epoch %d%s%s", _name(record), state, record.epochs, score, why)
+    at = f" evaluation {record.evaluations}"
+    logger.info("%s:%s%s%s%s", _name(record), state, at, score, why)
 
 
 def _name(record: Trial) -> str:

@@ -152,10 +152,15 @@ class TeacherReport(Record):
                 "{epochs: 5, batch_size: 32, lr: 1e-4}'"
             )
         else:
+            settings = self.finetune
+            longer = f"teacher.finetune.epochs={3 * settings.epochs}"
+            if settings.min_updates:
+                longer += f" teacher.finetune.min_updates={3 * settings.min_updates}"
+            if settings.lr is not None:
+                longer += f" teacher.finetune.lr={2 * settings.lr:g}"
             ways.append(
-                f"train the teacher longer and faster: teacher.finetune.epochs="
-                f"{3 * self.finetune.epochs} teacher.finetune.lr={2 * self.finetune.lr:g}; or take "
-                "an encoder that knows such texts (teacher.model)"
+                f"train the teacher longer: {longer}; or take an encoder that knows such texts "
+                "(teacher.model)"
             )
         return "; ".join(ways)
 

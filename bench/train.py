@@ -105,8 +105,9 @@ class Workbench:
         return train(
             new_state(model, settings, self.accelerator),
             encode(split, model.tokenizer, self.recipe.data.max_length_tokens),
-            logits, objective, settings, lambda _model: Evaluation(0.0), self.accelerator,
-            phase="teacher" if logits is None else "student", seed=self.recipe.seed,
+            logits, objective, settings, lambda _model: Evaluation(0.0, torch.zeros(1, 1)),
+            self.accelerator, phase="teacher" if logits is None else "student",
+            seed=self.recipe.seed,
         )  # fmt: skip
 
 

@@ -116,6 +116,7 @@ def compare(
                     train_seconds=distilled.train_seconds,
                     examples_per_s=distilled.examples_per_s,
                     verdict=distilled.verdict,
+                    constant=distilled.selection is not None and distilled.selection.kept.constant,
                 )
             )
     report = CompareReport(

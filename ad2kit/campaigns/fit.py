@@ -35,7 +35,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Outcome, Target, shor
 from ad2kit.fit_report import markdown, plot
 from ad2kit.metrics import score
 from ad2kit.parity import parity
-from ad2kit.prospects import Judge, hopeless, lost_on_select
+from ad2kit.prospects import Judge, hopeless, lost_on_select, thinned
 from ad2kit.records import OnnxArtifact
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.runtime import processes
@@ -212,7 +212,7 @@ class _Search:
         except _GivenUp:
             scores = select_scores(run.curve("student"))
             return candidate.ended(
-                "given up", f"{scores[-1]:.4f} on select after {len(scores)} epochs",
+                "given up", f"{scores[-1]:.4f} on select after {len(scores)} evaluations",
                 select_score=scores[-1],
             )  # fmt: skip
         except DivergedError as error:
@@ -282,11 +282,13 @@ class _Search:
         try:
             return distill(run, on_step=watch, allow_inexact=self.allow_inexact)
         except _GivenUp:
-            shutil.rmtree(run.checkpoint("student"), ignore_errors=True)
+            for folder in (run.checkpoint("student"), run.snapshots("student")):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _hopeless(self, run: RunDir) -> bool:
-        scores, select = select_scores(run.curve("student")), self.data.select
+        select = self.data.select
+        scores = thinned(select_scores(run.curve("student")), self.recipe.distill.parts)
         if not scores:
             return False
         if self.teacher_score is None:

@@ -16,17 +16,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from ad2kit import data as datasets
 from ad2kit import store
 from ad2kit.checkpoint import Evaluation
-from ad2kit.distill import before_training, open_models
+from ad2kit.distill import before_training, open_models, with_rate
 from ad2kit.errors import RecipeError, RunError, UserError
 from ad2kit.files import fingerprint, write_record
 from ad2kit.intermediate import comparison
 from ad2kit.objectives import distillation, finetuning
 from ad2kit.recipe import from_data
 from ad2kit.runtime import accelerator, processes
+from ad2kit.schedule import Schedule
 from ad2kit.sections import PlanRecipe
 from ad2kit.training import new_state, predict_logits, prepare, train
 
@@ -158,8 +160,14 @@ def _phases(recipe: Recipe) -> dict[str, TrainRecipe]:
     return {name: phase for name, phase in found.items() if phase is not None}
 
 
-def _epochs(phase: TrainRecipe, share: float) -> int:
-    return max(1, math.floor(phase.epochs * share + 1e-9))
+def _shortened(phase: TrainRecipe, share: float) -> TrainRecipe:
+    """Return a training of a share of the epochs, one at least, and of its least updates."""
+    return phase.model_copy(
+        update={
+            "epochs": max(1, math.floor(phase.epochs * share + 1e-9)),
+            "min_updates": math.floor(phase.min_updates * share + 1e-9),
+        }
+    )
 
 
 def _plan(
@@ -168,13 +176,14 @@ def _plan(
     """Return what a share of the epochs on some of the rows takes."""
     reads = {"teacher": rows, "student": rows + len(data.unlabelled)}
     phases = _phases(recipe)
-    epochs = {name: _epochs(phase, share) for name, phase in phases.items()}
-    updates = {
-        name: epochs[name] * math.ceil(reads[name] / phase.batch_size)
+    schedules = {
+        name: Schedule.planned(reads[name], _shortened(phase, share))
         for name, phase in phases.items()
     }
+    updates = {name: schedule.total for name, schedule in schedules.items()}
+    evaluations = sum(math.ceil(each.total / each.every) for each in schedules.values())
     # The student is faster at `select` than the teacher, by whose time it is counted.
-    texts = reads["student"] + (sum(epochs.values()) + 1) * len(data.select)
+    texts = reads["student"] + (evaluations + 1) * len(data.select)
     seconds = sum(updates[name] * costs.seconds_per_update[name] for name in phases)
     return PlanRecipe(
         max_minutes=max_minutes,
@@ -192,7 +201,8 @@ def _with(recipe: Recipe, plan: PlanRecipe, share: float, rows: int | None) -> R
     plain["plan"] = plan.model_dump(mode="json")
     phases = {"teacher": plain["teacher"]["finetune"], "student": plain["distill"]}
     for name, phase in _phases(recipe).items():
-        phases[name]["epochs"] = _epochs(phase, share)
+        shorter = _shortened(phase, share)
+        phases[name] |= {"epochs": shorter.epochs, "min_updates": shorter.min_updates}
     if rows is not None:
         plain["data"]["max_train_rows"] = rows
     return from_data(plain, where="the planned recipe")
@@ -211,10 +221,11 @@ def measure(recipe: Recipe, data: Data) -> Costs:
     def timed(phase: Literal["teacher", "student"], settings: TrainRecipe, trained: Any,
               encoded: Any, logits: Any, objective: Any) -> float:  # fmt: skip
         prepare(trained, recipe.compute)
+        short = {"epochs": 1, "min_updates": 0, "evaluations": 1, "patience": None}
+        settings = with_rate(settings, trained).model_copy(update=short)
         records = train(
-            new_state(trained, settings, ours), encoded, logits, objective,
-            settings.model_copy(update={"epochs": 1}), lambda _: Evaluation(0.0), ours,
-            phase=phase, seed=recipe.seed,
+            new_state(trained, settings, ours), encoded, logits, objective, settings,
+            lambda _: Evaluation(0.0, torch.zeros(0)), ours, phase=phase, seed=recipe.seed,
         )  # fmt: skip
         found = [record.seconds for record in records]
         return float(np.mean(found[1:] or found))

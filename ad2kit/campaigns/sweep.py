@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from ad2kit import data as datasets
+from ad2kit import store
 from ad2kit.campaigns.trial import Job, make_teacher, run_trial
 from ad2kit.cluster import insist_on_answer, ray_cluster
 from ad2kit.errors import UserError
@@ -36,13 +37,16 @@ from ad2kit.sweep_report import (
     by_configuration,
     markdown,
     plot,
+    select,
 )
 from ad2kit.tables import baseline_scores
+from ad2kit.tasks import answers
 from ad2kit.tuning import RESTARTS, Tuning, trial_resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ad2kit.data import Data
     from ad2kit.recipe import Recipe
     from ad2kit.search_space import Configuration
     from ad2kit.sweep_report import Key
@@ -91,9 +95,10 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), ExitStack() as stack:
         search = _Search(job, Ledger(folder / "trials.jsonl"), address, stack)
-        best = _best(search.explore())
+        data = datasets.load_data(recipe.data, recipe.seed)
+        best = _best(job, data, search.explore())
         search.train((best, seed) for seed in job.seeds())
-        report = _report(job, inputs, search.trials(), best)
+        report = _report(job, data, inputs, search.trials(), best)
         write_record(folder / "sweep.json", report)
         write_text(folder / "sweep.md", markdown(report))
         plot(report, folder / "sweep.svg")
@@ -161,7 +166,7 @@ class _Search:
                 ledger=self.ledger,
                 run_name=job.run_name,
                 resources=resources,
-                epochs=job.recipe.distill.epochs,
+                parts=job.recipe.distill.parts,
             )
         return self.started
 
@@ -184,12 +189,20 @@ def _teach(job: Job, resources: dict[str, float]) -> None:
         raise kind(message, hint=hint)
 
 
-def _best(trials: list[Trial]) -> Configuration:
-    """Return the configuration with the highest median criterion."""
-    best = by_configuration(trials)[0]
-    if best.criterion == -math.inf:
+def _best(job: Job, data: Data, trials: list[Trial]) -> Configuration:
+    """Return the best configuration; see :func:`ad2kit.sweep_report.select`."""
+    known = [each for each in by_configuration(trials) if each.criterion > -math.inf]
+    if not known:
         raise _all_lost("no configuration has students for most of its seeds", trials)
-    return best.configuration
+    found = {
+        each.configuration: [
+            answers(data.task, store.read_logits(job.run(*trial.key).select_logits).numpy())
+            for trial in trials
+            if trial.configuration == each.configuration and trial.state == "finished"
+        ]
+        for each in known
+    }
+    return select(known, found, data.select.labels, job.recipe.data.judged_by).configuration
 
 
 def _all_lost(what: str, trials: list[Trial]) -> UserError:
@@ -201,10 +214,11 @@ def _all_lost(what: str, trials: list[Trial]) -> UserError:
     )
 
 
-def _report(job: Job, inputs: str, trials: list[Trial], best: Configuration) -> SweepReport:
+def _report(
+    job: Job, data: Data, inputs: str, trials: list[Trial], best: Configuration
+) -> SweepReport:
     """Judge the finished students of the best configuration on the validation set."""
     recipe = job.recipe
-    data = datasets.load_data(recipe.data, recipe.seed)
     judge = Judge(recipe, data, job.runs_dir)
     students, distilled, teacher = list[SelectedStudent](), list[DistillReport](), 0.0
     simpler = dict[str, float]()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from ad2kit import models
-from ad2kit.checkpoint import Evaluation
 from ad2kit.curve import read_curve
 from ad2kit.distill import distill, teach
 from ad2kit.errors import DivergedError, GateFailed, UserError, no_room_left
@@ -125,25 +124,26 @@ def run_trial(job: Job, point: dict[str, Any]) -> dict[str, Any]:
     """Train one student in a worker, from wherever its run folder stands.
 
     The evaluations that the folder has on record are reported first, so that the scheduler can
-    compare them after a restart. The last epoch is not reported but returned: no scheduler may stop
-    a student that is trained and not saved yet.
+    compare them after a restart. The last is not reported but returned: no scheduler may stop a
+    student that is trained and not saved yet.
 
     Returns:
-        The fields of its :class:`~ad2kit.sweep_report.Trial`, and its last epoch.
+        The fields of its :class:`~ad2kit.sweep_report.Trial`, and how far it has come.
     """
     point = dict(point)
     seed = point.pop("seed")
-    told: dict[str, Any] = {"epoch": 0, "epochs": 0, "criterion": -math.inf}
+    told: dict[str, Any] = {"progress": 0, "evaluations": 0, "criterion": -math.inf}
 
     def tell(record: StepRecord) -> None:
-        epoch = record.epoch + 1
-        if record.phase != "student" or record.select_score is None or epoch <= told["epoch"]:
+        if record.phase != "student" or record.select_score is None:
             return
-        told.update(epoch=epoch, epochs=epoch)
-        criterion = Evaluation(record.select_score, record.select_distance).criterion
-        if criterion >= told["criterion"]:
+        progress = -(-record.step * job.recipe.distill.parts // record.total_steps)
+        if progress <= told["progress"]:
+            return
+        told.update(progress=progress, evaluations=told["evaluations"] + 1)
+        if record.select_score >= told["criterion"]:
             told.update(
-                criterion=criterion, select_score=record.select_score,
+                criterion=record.select_score, select_score=record.select_score,
                 select_distance=record.select_distance,
             )  # fmt: skip
         if record.step < record.total_steps:
@@ -153,14 +153,18 @@ def run_trial(job: Job, point: dict[str, Any]) -> dict[str, Any]:
         run = job.enter(Configuration.model_validate(point), seed)
         for record in read_curve(run.curve("student")):
             tell(record)
-        distill(run, on_step=tell, allow_inexact=job.allow_inexact)
+        report = distill(run, on_step=tell, allow_inexact=job.allow_inexact)
         if job.mirror:
             job.mirror.send(run.path, run.path.name, last=run.distill_report.name)
     except DivergedError as error:
         return told | {"state": "diverged", "message": error.message, "criterion": -math.inf}
     except Exception as error:  # it is in the report, and ends this trial alone
         return told | {"state": "failed", "message": _explain(error), "criterion": -math.inf}
-    return told | {"state": "finished"}
+    score, selection = report.student_select_score, report.selection
+    told |= {"criterion": score, "select_score": score}
+    return told | {
+        "state": "finished", "select_distance": selection.kept.distance if selection else None,
+    }  # fmt: skip
 
 
 def _explain(error: Exception) -> str:

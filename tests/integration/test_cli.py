@@ -40,8 +40,8 @@ def test_check_accepts_the_demo_and_prints_it_whole(ad2kit: Any) -> None:
     result = json.loads(checked.out)
     assert result["recipe"]["distill"]["lr"] == 5e-5
     rows = {name: split["rows"] for name, split in result["splits"].items()}
-    assert rows == {"train": 2200, "select": 200, "validation": 640}
-    assert result["updates"] == {"teacher": 207, "student": 138}  # 3 and 2 epochs of 69
+    assert rows == {"train": 2160, "select": 240, "validation": 640}
+    assert result["updates"] == {"teacher": 204, "student": 136}  # 3 and 2 epochs of 68
 
 
 def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ad2kit import metrics
 from ad2kit.campaigns.compare import METHODS, compare
-from ad2kit.compare_report import CompareReport
+from ad2kit.compare_report import CompareReport, StudentResult, caption
 from ad2kit.distill import distill
 from ad2kit.errors import RecipeError, RunError
 from ad2kit.recipe import from_data, load
@@ -65,6 +65,21 @@ def test_a_comparison_trains_each_student_once_from_one_teacher(
     # The score is that of the run itself, judged by hand.
     scores = {student.run: student.score for student in report.students}
     assert set(scores) == {path.parent.name for path in tmp_path.glob("smoke-*/distill.json")}
+
+
+def test_a_student_that_gives_one_answer_is_called_so() -> None:
+    student = StudentResult(
+        method="ad2", seed=1, run="run-1", teacher_sha256="", student_sha256="", score=0.5,
+        train_seconds=1.0, examples_per_s=1.0, verdict="",
+    )  # fmt: skip
+    report = CompareReport(
+        recipe="r", inputs="", metrics=("accuracy",), rows=10, teacher_score=0.9,
+        students=(student,), methods=(), differences=(), environment={},
+    )  # fmt: skip
+    assert "the same answer" not in caption(report)
+    same = student.model_copy(update={"constant": True})
+    text = caption(report.model_copy(update={"students": (same,)}))
+    assert text.endswith("Students that give every row the same answer: run-1.")
 
 
 def test_methods_change_what_they_are_about_and_nothing_else(recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from ad2kit import recipe as recipes
 from ad2kit.distill import distill
 from ad2kit.errors import RunError
 from ad2kit.files import sha256_of
@@ -69,6 +71,58 @@ def test_a_resumed_run_is_bit_identical_to_a_straight_one(
         assert curve(run, phase) == curve(finished_run, phase)
     assert not run.checkpoint("teacher").exists()
     assert not run.checkpoint("student").exists()
+
+
+# Heads that are started, a last part that patience begins early, and more evaluations than epochs.
+WITH_PATIENCE = (
+    *QUICK, "teacher.finetune.start_head=true", "teacher.finetune.decay_ratio=0.2",
+    "teacher.finetune.evaluations=20", "teacher.finetune.patience=1",
+    "teacher.finetune.min_updates=160", "distill.start_head=true",
+    "distill.min_updates=90", "distill.evaluations=9", "distill.decay_ratio=0.3",
+    "distill.patience=1", "distill.lr=null", "data.max_train_rows=900",
+)  # fmt: skip
+
+
+def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_path: Path) -> None:
+    recipe = recipes.load("smoke", WITH_PATIENCE)
+    straight = open_run(recipe, tmp_path / "straight")
+    report = distill(straight)
+    assert report.selection is not None
+    points = report.selection.points
+    assert points[0].step == 0  # the started head is a candidate
+    assert report.learning_rates == {"teacher": 1e-3, "student": 5e-4}
+    lines = curve(straight, "teacher")
+    ended = lines[-1]["step"]
+    assert ended == lines[-1]["total_steps"] < lines[0]["total_steps"], "patience ended nothing"
+    run = open_run(recipe, tmp_path / "stopped")
+    last = points[-1].step
+    # Before the first checkpoint, about the decision of patience, and in the last part.
+    moments = [("teacher", 2), *[("teacher", ended - back) for back in (40, 31, 1)],
+               ("student", 4), ("student", last - 11), ("student", last - 1)]  # fmt: skip
+    for phase, step in moments:
+        with pytest.raises(Stopped):
+            distill(run, on_step=stop_at(phase, step))
+    assert distill(run).selection == report.selection
+    assert weights(run) == weights(straight)
+    assert run.select_logits.read_bytes() == straight.select_logits.read_bytes()
+    for phase in ("teacher", "student"):
+        assert curve(run, phase) == curve(straight, phase)
+        assert not run.snapshots(phase).exists()
+
+
+def test_a_snapshot_that_was_deleted_is_missed(tmp_path: Path, quick_recipe: Recipe) -> None:
+    recipe = quick_recipe.model_copy(update={
+        "distill": quick_recipe.distill.model_copy(update={"evaluations": 12}),
+    })  # fmt: skip
+    run = half_trained(tmp_path, recipe)
+    snapshots = sorted(run.snapshots("student").iterdir())
+    assert len(snapshots) > 1
+    shutil.rmtree(snapshots[0])
+    with pytest.raises(RunError, match="is damaged: it is missing") as caught:
+        distill(run)
+    assert str(run.checkpoint("student")) in caught.value.hint
+    shutil.rmtree(run.checkpoint("student"))  # the hint
+    assert distill(run).steps == 68
 
 
 def test_a_finished_stage_is_not_done_again(finished_run: RunDir) -> None:
@@ -170,10 +224,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: RunDir) -> None:
+@pytest.mark.parametrize("settings", [QUICK, WITH_PATIENCE], ids=["plain", "with patience"])
+def test_kill_9_at_random_moments_changes_nothing(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     """The short form of `make soak`, which kills the whole chain more often."""
+    straight = open_run(recipes.load("smoke", settings), tmp_path / "straight")
+    steps = distill(straight).steps
+    runs_dir = tmp_path / "killed"
     command = [sys.executable, "-m", "ad2kit", "distill", "smoke",
-               *QUICK, "--runs-dir", str(tmp_path)]  # fmt: skip
+               *settings, "--runs-dir", str(runs_dir)]  # fmt: skip
     # The start-up takes seconds: counted from the first line of the curve, kills hit the work.
     for marker, delay in (
         ("teacher-training.jsonl", 0.15), ("training.jsonl", 0.05), ("training.jsonl", 0.3),
@@ -181,7 +241,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: 
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
-            found = list(tmp_path.glob(f"*/{marker}"))
+            found = list(runs_dir.glob(f"*/{marker}"))
             if found and found[0].stat().st_size:
                 time.sleep(delay)
                 break
@@ -190,16 +250,17 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path, finished_run: 
         process.wait()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("smoke-*")
+    (folder,) = runs_dir.glob("smoke-*")
     run = RunDir(folder)
-    assert weights(run) == weights(finished_run)
-    assert DistillReport.read(run.distill_report).steps == 69
+    assert weights(run) == weights(straight)
+    assert DistillReport.read(run.distill_report).steps == steps
     assert not list(folder.rglob(".tmp-*"))
 
 
 # Each kills the process itself, half-way through one kind of write.
 INSIDE = {
     "a checkpoint": ("ad2kit.checkpoint", "save_file", 2),
+    "a snapshot": ("ad2kit.snapshots", "save_file", 1),
     "the teacher": ("ad2kit.models", "write_record", 0),
     "the logit cache": ("ad2kit.store", "save_file", 0),
     "the student": ("ad2kit.models", "write_record", 0),

@@ -112,9 +112,10 @@ def test_the_splits_are_disjoint_deterministic_and_depend_on_the_seed(tmp_path: 
     assert data.validation.texts[0] == ('other 0 "quoted',)
 
 
-def test_select_takes_five_percent_between_200_and_2000(tmp_path: Path) -> None:
-    for rows, expected in ((2_000, 200), (10_000, 500), (60_000, 2_000)):
-        text = "text\tlabel\n" + "".join(f"t{i}\t{i % 2}\n" for i in range(rows))
+def test_select_grows_with_rows_and_classes_between_200_and_2000(tmp_path: Path) -> None:
+    sizes = ((1_000, 2, 200), (5_000, 2, 500), (2_000, 90, 360), (60_000, 2, 2_000))
+    for rows, classes, expected in sizes:
+        text = "text\tlabel\n" + "".join(f"t{i}\t{i % classes}\n" for i in range(rows))
         assert len(load_data(recipe(folder(tmp_path, text)), 1).select) == expected
 
 

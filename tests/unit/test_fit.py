@@ -13,7 +13,7 @@ from ad2kit.fit_records import Candidate, Cost, FitReport, Target, insist_found,
 from ad2kit.fit_report import caption, markdown, plot, rows
 from ad2kit.metrics import retained_interval
 from ad2kit.options import numbers
-from ad2kit.prospects import Judge, error_of, hopeless
+from ad2kit.prospects import Judge, error_of, hopeless, thinned
 from ad2kit.recipe import load
 from ad2kit.sections import StudentRecipe
 from ad2kit.shapes import Grid, Shape
@@ -124,6 +124,15 @@ def test_an_untrained_student_has_the_size_of_its_shape() -> None:
 )
 def test_hopeless(scores: list[float], rows: int, needed: float, expected: bool) -> None:
     assert hopeless(scores, rows, needed) is expected
+
+
+def test_a_curve_of_many_evaluations_is_judged_at_a_few() -> None:
+    assert thinned([0.1, 0.2, 0.3], 6) == [0.1, 0.2, 0.3]
+    many = [i / 15 for i in range(1, 16)]
+    assert thinned(many, 15) == [3 / 15, 6 / 15, 9 / 15, 12 / 15, 15 / 15]
+    # Two evaluations that begin on a plateau say nothing yet.
+    assert hopeless([0.5, 0.5], 400, 0.9)
+    assert not hopeless(thinned([0.5, 0.5], 15), 400, 0.9)
 
 
 def test_all_looks_together_err_no_more_than_one_interval_of_both_sides() -> None:

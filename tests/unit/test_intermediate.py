@@ -95,7 +95,7 @@ def test_the_adversary_sees_the_clean_kl_alone_beside_other_terms() -> None:
     calm, _ = run(weights, 0.0)
     kd, _ = run(IntermediateRecipe(), 0.0)
     torch.testing.assert_close(both, attacked + calm - kd, rtol=1e-3, atol=1e-5)
-    assert found.inner["inner_loss_after"] == pytest.approx(plain.inner["inner_loss_after"])
+    assert found.terms["adversarial"] == pytest.approx(plain.terms["adversarial"])
 
 
 @pytest.mark.slow
@@ -113,5 +113,5 @@ def test_compiled_layers_leave_the_perturbation_where_it_is(
     prepare(model, ComputeRecipe(compile=True))
     model.module(**batch(model).inputs)  # once without a hook, as an evaluation would
     found = distillation(cpu(), recipe)(model, batch(model), 1.0)
-    assert found.inner == pytest.approx(expected.inner, rel=1e-4)
+    assert found.terms == pytest.approx(expected.terms, rel=1e-4)
     torch.testing.assert_close(gradients(model), gradients(expected_model), rtol=1e-3, atol=1e-6)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from ad2kit.errors import RunError
 from ad2kit.search_space import Configuration
-from ad2kit.sweep_report import Ledger, Spread, Trial, by_configuration
+from ad2kit.sweep_report import (
+    ConfigurationResult,
+    Ledger,
+    Spread,
+    Trial,
+    by_configuration,
+    select,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +54,38 @@ def test_the_best_configuration_has_the_best_median_and_a_loss_counts_as_the_wor
     assert (other.configuration, other.criterion) == (SLOW, -0.375)
     lost = by_configuration([trial(SLOW, 1, None, state="failed")])[0]
     assert (lost.criterion, lost.select_score, lost.select_distance) == (-math.inf, None, None)
+
+
+def test_of_configurations_that_are_as_good_the_nearest_is_taken() -> None:
+    """One that is near and worse is not taken, one that is near and as good is."""
+    labels = np.arange(200) % 2
+    medium = Configuration(batch_size=16, lr=1e-4, radius=0.0, alpha=1.0)
+
+    def right_on(count: int, first: int = 0) -> Any:
+        rows = np.arange(first, first + count)
+        return np.where(np.isin(np.arange(200), rows), labels, 1 - labels)
+
+    found = {FAST: [right_on(150)], medium: [right_on(149, 8)], SLOW: [right_on(110)]}
+    distances = {FAST: 0.5, medium: 0.4, SLOW: 0.1}
+    results = [
+        ConfigurationResult(
+            configuration=each, trials=1, finished=1,
+            criterion=float((found[each][0] == labels).mean()), select_score=None,
+            select_distance=distances[each],
+        )
+        for each in (FAST, medium, SLOW)
+    ]  # fmt: skip
+
+    def selected(changed: dict[Configuration, list[Any]]) -> Configuration:
+        return select(results, found | changed, labels, ("accuracy",)).configuration
+
+    assert selected({}) == medium
+    # What was stopped early has no answers: only as the best of all is it taken.
+    assert selected({medium: []}) == FAST
+    assert selected({FAST: []}) == FAST
+    # Without distances, the best score.
+    results = [each.model_copy(update={"select_distance": None}) for each in results]
+    assert selected({}) == FAST
 
 
 def test_a_ledger_keeps_the_last_word_on_each_trial_and_forgets_a_line_cut_short(
