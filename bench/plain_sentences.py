@@ -3,7 +3,7 @@
     python bench/plain_sentences.py [RUN]
 
 The sentences were written before the embedded grammar (`ad2kit/corpus.py`) got the templates that
-it has now, and none of them is one of its expansions: they ask what carries over from the grammar to
+it has now, and none of them is one of its texts: they ask what carries over from the grammar to
 English. Each was labelled by hand; 30 are negative and 30 positive. RUN is a run of recipe `demo`,
 by default the most recent run that passed its gate; the variant that it ships answers. Prints what
 was answered wrong. Exit code 1 if fewer than 52 are right.
@@ -48,8 +48,10 @@ NEGATIVE = (
     "Save your money.",
     "My daughter cried because the doll's arm came off on her birthday.",
     "The instructions make no sense.",
-    "We waited for two hours, the doctor was in a hurry, and in the end nobody could tell us what "
-    "was wrong. I am looking for another clinic.",
+    (
+        "We waited for two hours, the doctor was in a hurry, and in the end nobody could tell us "
+        "what was wrong. I am looking for another clinic."
+    ),
 )
 
 POSITIVE = (
@@ -82,8 +84,10 @@ POSITIVE = (
     "The cake was delicious.",
     "This vacuum cleaner has made my life so much easier.",
     "My son passed his exam thanks to this tutor.",
-    "The train was on time, the seats were comfortable, and a kind conductor helped us with our "
-    "luggage. What a pleasant trip.",
+    (
+        "The train was on time, the seats were comfortable, and a kind conductor helped us with "
+        "our luggage. What a pleasant trip."
+    ),
 )
 
 LEAST_RIGHT = 52
