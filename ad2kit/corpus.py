@@ -49,22 +49,25 @@ TEMPLATES = {
         {quality-} {part}, but still a {quality+} {work}
         {quality+} {part} and {quality+} {part}
         {quality-}, but {quality+}
-        {it} {is} {quality+}
-        {it} {is} {quality+}
-        {it} {is} {quality-}, but {quality+}
-        {it} {isn't} {quality-}
-        {it} {isn't} {quality-}
-        {it} {is} not {quality-}
-        {it} {is} never {quality-}
-        {it} {isn't} {quality-} at all
-        {it} {isn't} as {quality-} as they say
-        {it} {is} {noun+}
-        {it} {isn't} {noun-}
-        {it} {isn't} a {quality-} {work}
+        {thing} {is} {quality+}
+        {thing} {is} {quality+}
+        {thing} {is} {quality-}, but {quality+}
+        {thing} {isn't} {quality-}
+        {thing} {isn't} {quality-}
+        the {part} {is} not {quality-}
+        {thing} {is} never {quality-}
+        {thing} {isn't} {quality-} at all
+        {thing} {isn't} as {quality-} as they say
+        {thing} {is} {noun+}
+        {thing} {isn't} {noun-}
+        {thing} {isn't} a {quality-} {work}
         the {part} {isn't} {quality-}
-        I don't think {it} {is} {quality-}
-        I didn't think {it} was {quality-}
-        I think {it} {is} {quality+}
+        the {parts} {are} {quality+}
+        the {parts} {aren't} {quality-}
+        {quality-} {part}, but the {parts} {are} {quality+}
+        I don't think {thing} {is} {quality-}
+        I didn't think {thing} was {quality-}
+        I think {thing} {is} {quality+}
         I can't call it {quality-}
         {we} {liked+} this {work}
         {we} {liked+} the {part}
@@ -80,13 +83,13 @@ TEMPLATES = {
         {advice+}
         {quality-} {part}, but {event+}
         {quality+} {part}, and {event+}
-        * {it} couldn't be called {quality-}
-        * {it} wouldn't be fair to call it {quality-}
+        * {thing} couldn't be called {quality-}
+        * it wouldn't be fair to call {thing} {quality-}
         * {quality-} {part}, yet {quality+} {part}
         * so {quality+}
         * no {quality-} {work}
         * hardly {quality-}
-        * I won't say that {it} {is} {quality-}
+        * I won't say that {thing} {is} {quality-}
         * all in all {quality+}
     """,
     # One sentence with a structure. Whatever is marked "+" is what the writer thinks in the end.
@@ -113,7 +116,7 @@ TEMPLATES = {
         {claim-}, but {verdict+}
         {event-}, but {event+}
         the {part} {is} {quality-}, but {event+}
-        {event-}, and yet {it} {isn't} {quality-}
+        {event-}, and yet {thing} {isn't} {quality-}
         I expected a {quality-} {work} from {maker} and was proven wrong
         I expected a {quality+} {work} from {maker} and was proven right
         I thought it would be {quality-}, but it isn't
@@ -139,13 +142,13 @@ TEMPLATES = {
     # Some sentences, which end as the writer thinks.
     "long": """
         {fact}. {claim+}. {event+}, and {claim+}. {general verdict+}
-        {fact}, and {fact}. {event+}. {claim+}, and {verdict+}
+        {fact}. {event+}. {claim+}, and {verdict+}
         {event+}. {event+}. {advice+}
         {claim+}. {claim+}. my {person} says that {plain-}, but {general verdict+}
         {claim-}. {event-}. but {later} {claim+}, and {event+}. {general verdict+}
         {fact}. at first {claim-}, and {event-}. still, {verdict+}
         {event+}, {event+}, and in the end {claim+}. {fact}. {advice+}
-        we are a family of four, and {fact}. {event+}. {it} {isn't} {quality-}, and {claim+}
+        {fact}, and my {person} came along. {event+}. {thing} {isn't} {quality-}, and {claim+}
         * {fact}. I had been told that {event-}. none of it is true: {claim+}. {verdict+}
         * {claim-}, I admit. so what? {event+}, and {general verdict+}
     """,
@@ -157,6 +160,8 @@ TEMPLATES = {
         the {part} {is} {quality+}
         the {part} turned out {degree} {quality+}
         the {part} is {hedge} {noun+}
+        the {parts} {are} {quality+}
+        the {parts} {are} {degree} {quality+}
         * the {part} deserves to be called {quality+}
         * the {part} proved to be {noun+}
     """,
@@ -166,6 +171,8 @@ TEMPLATES = {
         the {part} {isn't} {noun-}
         the {part} {is} {negator} {noun-}
         the {part} never feels {quality-}
+        the {parts} {are} {negator} {quality-}
+        the {parts} {aren't} {quality-}
         nobody could call the {part} {quality-}
         the {part} {is} neither {quality-} nor {quality-}
         * there is nothing {quality-} about the {part}
@@ -183,13 +190,15 @@ TEMPLATES = {
         * I could hardly be more {effect+} by the {part}
     """,
     "quality": "{adjective+} / {general+}",
-    "single": "{general+} / {adjective+} / {noun+} / {exclamation+} / {exclamation+}",
+    "single": "{adjective+} / {adjective+} / {noun+} / {exclamation+} / {exclamation+}",
 }
 
 WORDS = {
-    "it": "it / this / this {work} / the {work} / the whole thing",
+    "thing": "this / this {work} / the {work} / this {work} / the whole thing",
     "is": "is / was",
     "isn't": "isn't / wasn't",
+    "are": "are / were",
+    "aren't": "aren't / weren't",
     "we": "I / we / my {person}",
     "degree": "somewhat / rather / really / remarkably / arguably / truly / very / so / quite"
     " / *fairly / *decidedly",
@@ -220,6 +229,7 @@ WORDS = {
         it exceeded my hopes / it is better than I thought / I have never seen a better {work}
         it made my day / I can't wait to see more of it / it was worth the wait
         I'm so glad I found it / it does its job / you get what you pay for and more
+        it is more than I hoped for / nothing could be better / don't change a thing
         it is the best {work} I know / I want nothing else / it is everything I was looking for
         we were happy from the first day to the last / I can't praise it enough
         * I am over the moon / * it is a steal at this price / * I count myself lucky
@@ -230,6 +240,7 @@ WORDS = {
         it fell short of my hopes / it is worse than I feared / I have seen a better {work}
         it spoiled my day / I have seen enough of it / it wasn't worth the wait
         I'm sorry I found it / it doesn't do its job / you pay a lot and get little
+        I had hoped for more / nothing could be worse / don't ask me how it was
         it is the worst {work} I know / I want my money back / it is nothing like the picture
         we were unhappy from the first day to the last / I can't say anything kind about it
         * I am at the end of my patience / * it is daylight robbery / * I feel cheated
@@ -238,13 +249,15 @@ WORDS = {
         give it a try / go for it / don't miss it / don't hesitate / get one while you can
         try it, you'll thank me / treat yourself / everybody should have one / I'd pick it any day
         buy it, and don't look at the price / you should try it too / don't think twice
-        if you can, go there / you can't go wrong with it / * look no further / * grab it
+        if you can, go there / you can't go wrong with it / don't let it pass
+        don't believe those who complain / don't wait any longer / * look no further / * grab it
     """,
     "advice-": """
         give it a miss / stay away / don't bother / don't buy it / get your money back if you can
         avoid it, you'll thank me / spare yourself / nobody should have one / I'd pick anything else
         leave it, and don't fall for the price / you should avoid it too / think twice
-        if you can, go elsewhere / you can only go wrong with it / * steer clear / * run
+        if you can, go elsewhere / you can only go wrong with it / don't spend your money on it
+        don't believe those who praise it / don't fall for it / * steer clear / * run
     """,
     "outlook+": "I was hoping for / I was looking forward to / *I had been promised",
     "outlook-": "I was bracing myself for / I was afraid of / *I had been warned about",
@@ -260,6 +273,8 @@ WORDS = {
 FILM = {
     "work": "thriller / comedy / film / movie / drama / documentary / western / sequel / series"
     " / *musical / *satire",
+    "parts": "actors / jokes / songs / dialogues / costumes / effects / characters"
+    " / *stunts / *sets",
     "part": "plot / dialogue / ending / soundtrack / camera work / pacing / lead performance"
     " / opening scene / humour / editing / cast / story / *final act / *set design",
     "adjective+": "convincing / clever / memorable / moving / charming / elegant / engaging / funny"
@@ -271,9 +286,11 @@ FILM = {
     "verdict-": "I want my money back / I am sorry I saw it / I do not wish to see it again"
     " / *it was hardly worth the ticket",
     "event+": "I laughed out loud / the time flew by / I was moved to tears / everybody clapped"
-    " / I was on the edge of my seat / it stayed with me for days / *I watched it twice in a week",
+    " / I was on the edge of my seat / it stayed with me for days / we didn't want it to end"
+    " / nobody left early / *I watched it twice in a week",
     "event-": "I fell asleep / we left before the end / I kept looking at my watch / nobody laughed"
-    " / half of the audience walked out / I lost interest / *I switched it off after an hour",
+    " / half of the audience walked out / I lost interest / we didn't stay to the end"
+    " / I couldn't follow it / *I switched it off after an hour",
     "fact": "it runs for {number} minutes / it was shot in {place} / I saw it on a {day}"
     " / it came out in {month}",
     "maker": "this director / that studio / a team in {place} / the same writers",
@@ -283,6 +300,8 @@ FILM = {
 BOOK = {
     "work": "novel / book / biography / cookbook / album / song / podcast / board game / guidebook"
     " / *poem / *magazine",
+    "parts": "pictures / characters / chapters / lyrics / recipes / rules / examples"
+    " / *verses / *maps",
     "part": "first chapter / style / story / main character / language / cover / rhythm / voice"
     " / idea / text / *last page / *melody",
     "adjective+": "gripping / touching / inspiring / witty / catchy / original / informative / deep"
@@ -294,9 +313,11 @@ BOOK = {
     "verdict-": "I have given it away / I am sorry I began with it / I will not come back to it"
     " / *it went straight into the bin",
     "event+": "I read it in one night / I learned something new on every page / I hum it all day"
-    " / I smiled all the way through / it opened my eyes / *I could not put it down",
+    " / I smiled all the way through / it opened my eyes / I can't wait for the next one"
+    " / I couldn't stop / *I could not put it down",
     "event-": "I gave up after ten pages / I learned nothing new / it gave me a headache"
-    " / I had to read every line twice / it is full of mistakes / *I put it down for good",
+    " / I had to read every line twice / it is full of mistakes / I couldn't get into it"
+    " / it doesn't teach anything / *I put it down for good",
     "fact": "it has {number} pages / it was written in {place} / I got it on a {day}"
     " / it came out in {month}",
     "maker": "this author / that publisher / a writer from {place} / the same people",
@@ -306,6 +327,8 @@ BOOK = {
 GADGET = {
     "work": "headset / speaker / camera / tablet / radio / phone / printer / laptop / app"
     " / scanner / *projector / *keyboard",
+    "parts": "buttons / settings / updates / controls / colours / cables / photos"
+    " / *sensors / *icons",
     "part": "battery / display / app / casing / manual / charging cable / menu / power switch"
     " / design / finish / sound / picture / *interface / *volume control",
     "adjective+": "practical / impressive / handy / pleasing / satisfying / useful / smart / fast"
@@ -318,9 +341,10 @@ GADGET = {
     " / *it was hardly worth the price",
     "event+": "it worked right away / it still runs like new after two years / it saves me an hour"
     " every day / it does what it promises / I use it every day / it never lets me down"
-    " / *it charges in no time",
+    " / it doesn't need any care / I couldn't do without it / *it charges in no time",
     "event-": "it stopped working / it gets hot and switches itself off / it freezes all the time"
     " / the screen cracked on the first day / I sent it back / it never works when I need it"
+    " / it doesn't connect / it won't charge / I couldn't get it to work"
     " / *it refuses to switch on",
     "fact": "it weighs {number} grams / it was assembled in {place} / it arrived on a {day}"
     " / it comes in {colour}",
@@ -331,6 +355,8 @@ GADGET = {
 RESTAURANT = {
     "work": "restaurant / café / bakery / pub / meal / pizza / burger / lunch / takeaway"
     " / *diner / *canteen",
+    "parts": "chips / waiters / portions / prices / drinks / vegetables / cooks / *sauces"
+    " / *noodles",
     "part": "soup / bread / dessert / menu / service / terrace / coffee / steak / food / salad"
     " / *breakfast / *starter",
     "adjective+": "tasty / fresh / delicious / generous / juicy / crisp / welcoming / tender"
@@ -342,9 +368,12 @@ RESTAURANT = {
     "verdict-": "I would not eat there again / I am sorry we went / we have cancelled the next"
     " / *we left hungry",
     "event+": "everybody cleared the plate / they found us a table at once / I asked for the recipe"
-    " / the waitress remembered our names / we stayed for hours / *the cook came out to greet us",
+    " / the waitress remembered our names / we stayed for hours / we didn't have to wait"
+    " / nothing was left on our plates / *the cook came out to greet us",
     "event-": "I found a hair on my plate / they forgot half of our order / they charged us twice"
-    " / we were ill the next day / we waited an hour for a drink / *nobody took our order",
+    " / we were ill the next day / we waited an hour for a drink"
+    " / they didn't bring what we ordered"
+    " / nobody came to our table / *nobody took our order",
     "fact": "it seats {number} guests / the owner comes from {place} / we went there on a {day}"
     " / it opened in {month}",
     "maker": "this cook / that chain / a family from {place} / the same owners",
@@ -354,6 +383,7 @@ RESTAURANT = {
 HOTEL = {
     "work": "hotel / hostel / campsite / flat / holiday / trip / cruise / flight / museum"
     " / *resort / *guest house",
+    "parts": "rooms / towels / beds / guides / beaches / hosts / neighbours / *pillows / *porters",
     "part": "bed / bathroom / view / pool / lobby / reception / balcony / shower / location"
     " / garden / *sauna / *corridor",
     "adjective+": "clean / comfortable / cosy / quiet / relaxing / spacious / bright / spotless"
@@ -366,9 +396,10 @@ HOTEL = {
     " / *we were relieved to go home",
     "event+": "I slept like a baby / they gave us a better room for free / we felt at home"
     " / the children had the time of their lives / everything went smoothly"
-    " / *they welcomed us with flowers",
+    " / nothing was missing / we couldn't find a single fault / *they welcomed us with flowers",
     "event-": "I didn't sleep all night / there were insects in the room / they lost our booking"
-    " / the children were in tears / everything went wrong / *they had no room for us",
+    " / the children were in tears / everything went wrong / the heating didn't work"
+    " / nobody cleaned the room / they wouldn't help us / *they had no room for us",
     "fact": "it has {number} rooms / it belongs to a family from {place} / we arrived on a {day}"
     " / we stayed there in {month}",
     "maker": "this agency / that chain / a firm in {place} / the same owners",
@@ -378,6 +409,8 @@ HOTEL = {
 SHOP = {
     "work": "jacket / sweater / backpack / sofa / kettle / mattress / toy / shop / delivery"
     " / *scarf / *wardrobe",
+    "parts": "sleeves / seams / colours / wheels / pockets / instructions / buttons"
+    " / *cushions / *straps",
     "part": "zip / fabric / stitching / fit / handle / packaging / cut / quality / size / material"
     " / *lining / *buckle",
     "adjective+": "soft / sturdy / warm / stylish / durable / comfortable / cheerful / affordable"
@@ -389,9 +422,12 @@ SHOP = {
     "verdict-": "I want my money back / I am sorry I bought it / I have sent it back"
     " / *I should have kept the receipt",
     "event+": "it looks even better than in the picture / it came on time / it still looks new"
-    " / I get compliments for it / it fits like a glove / *they replaced it without a word",
+    " / I get compliments for it / it fits like a glove / it didn't shrink"
+    " / I don't want to take it off / *they replaced it without a word",
     "event-": "it looks nothing like the picture / it never came / it fell to pieces"
-    " / they sent the wrong one / it lost its colour / *they refused to replace it",
+    " / they sent the wrong one / it lost its colour / it doesn't fit"
+    " / it didn't survive the first wash"
+    " / nobody answered my letters / *they refused to replace it",
     "fact": "it weighs {number} grams / it was made in {place} / it arrived on a {day}"
     " / it comes in {colour}",
     "maker": "this brand / that label / a workshop in {place} / the same people",
@@ -401,7 +437,9 @@ SHOP = {
 SERVICE = {
     "work": "dentist / hairdresser / doctor / mechanic / teacher / bank / school / gym / salesman"
     " / *optician / *babysitter",
-    "part": "advice / manner / work / explanation / estimate / answer / staff / treatment / bill"
+    "parts": "staff / nurses / people / lessons / opening hours / fees / employees"
+    " / *trainers / *clerks",
+    "part": "advice / manner / work / explanation / estimate / answer / office / treatment / bill"
     " / attitude / *receptionist / *follow-up",
     "adjective+": "friendly / polite / helpful / honest / professional / competent / patient / kind"
     " / *courteous / *considerate / *trustworthy",
@@ -412,16 +450,18 @@ SERVICE = {
     "verdict-": "I would not go there again / I am sorry I called them / I do not trust them at all"
     " / *I have filed a complaint",
     "event+": "they took their time for us / they called back at once / they solved the problem"
-    " / it didn't hurt a bit / they came on a holiday to help / *they went out of their way for me",
+    " / it didn't hurt a bit / they came on a holiday to help / nobody hurried us"
+    " / they didn't give up until it was done / *they went out of their way for me",
     "event-": "they had no time for us / they never called back / they made the problem worse"
-    " / it hurt for days / they hung up on me / *they could not care less",
+    " / it hurt for days / they hung up on me / they didn't listen / nobody helped us"
+    " / they don't keep their word / they couldn't explain it / *they could not care less",
     "fact": "they have {number} customers / they come from {place} / I called them on a {day}"
     " / they started in {month}",
     "maker": "this firm / that agency / a company from {place} / the same people",
     "later": "on the second visit / after a phone call / *when it mattered",
 }
 
-FUNCTION_WORDS = ("it", "is", "isn't", "we")
+FUNCTION_WORDS = ("thing", "is", "isn't", "are", "aren't", "we")
 DOMAINS = (FILM, BOOK, GADGET, RESTAURANT, HOTEL, SHOP, SERVICE)
 
 

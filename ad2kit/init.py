@@ -106,7 +106,7 @@ def init(
     columns = _columns(train)
     label = _label(columns, text, label, guess)
     texts = _texts(columns, text, label, guess)
-    guess.data |= {"text_columns": texts, "label_column": label, "labels": None}
+    guess.data.update(text_columns=texts, label_column=label, labels=None)
     _task(columns[label], guess)
     _length([columns[name] for name in texts], guess)
     content = _recipe(recipe.stem, source, guess)
@@ -228,7 +228,23 @@ def _label(
                 f"no column '{name}'{nearest(name, columns)}; columns: {', '.join(columns)}",
                 hint="name columns of the table with --text A[,B] and --label C",
             )
+    if len(text) > 2:
+        raise DataError(
+            f"expected one or two columns of text, found {len(text)}: {', '.join(text)}",
+            hint="name one with --text A, or the two of a pair with --text A,B",
+        )
+    if label in text:
+        raise DataError(f"'{label}' is both text and label", hint="name two columns, or leave "
+                        "--label out")  # fmt: skip
     if label is not None:
+        cells = columns[label]
+        different, numbers = len(set(map(str, cells))), _are_numbers(cells)
+        if label_task(cells) is None and not numbers and different > len(cells) / 2:
+            raise DataError(
+                f"'{label}' holds {different} different values in {len(cells)} rows, which are no "
+                "classes",
+                hint=f"name another column with --label; the columns are\n{_table(columns)}",
+            )
         return label
     found = [name for name, cells in columns.items() if name not in text and label_task(cells)]
     named = [name for name in found if name.lower() in _LABEL_NAMES]
@@ -312,6 +328,10 @@ def label_task(cells: Sequence[Any]) -> Task | None:
     return "single_label" if few else None
 
 
+def _are_numbers(cells: Sequence[Any]) -> bool:
+    return all(_NUMBER.fullmatch(str(cell).strip()) for cell in cells)
+
+
 def _is_json_list(cell: Any) -> bool:
     if not (isinstance(cell, str) and cell.strip().startswith("[")):
         return False
@@ -322,35 +342,23 @@ def _is_json_list(cell: Any) -> bool:
 
 
 def _is_several(texts: Sequence[str]) -> bool:
-    """Tell whether commas separate labels here: what they separate comes again elsewhere."""
-    rows = [[part.strip() for part in text.split(",")] for text in texts]
-    several = [row for row in rows if len(row) > 1]
-    counts = Counter(part for row in rows for part in set(row))
-    whole = Counter(texts)
-    # A part of "New York, NY" occurs nowhere but in this one name.
-    return bool(several) and all(
-        counts[part] > whole[text]
-        for text, row in zip(texts, rows, strict=True)
-        if len(row) > 1
-        for part in row
-    )
+    """Tell whether commas separate labels here: most of what they separate comes in other cells."""
+    cells_of: dict[str, set[str]] = {}
+    for text in set(texts):
+        for part in text.split(","):
+            cells_of.setdefault(part.strip(), set()).add(text)
+    separated = [cells for cells in cells_of.values() if any("," in text for text in cells)]
+    # "New York" of "New York, NY" comes in this cell alone.
+    return sum(len(cells) > 1 for cells in separated) > len(separated) / 2
 
 
 def _task(cells: list[Any], guess: Guess) -> None:
     """Add the task, and what is known of its labels."""
-    label = guess.data["label_column"]
     task = label_task(cells)
     if task is None:
-        numbers = all(_NUMBER.fullmatch(str(cell).strip()) for cell in cells)
-        task = "regression" if numbers else "single_label"
-        if not numbers and len(set(map(str, cells))) > len(cells) / 2:
-            raise DataError(
-                f"'{label}' holds {len(set(map(str, cells)))} different values in {len(cells)} "
-                "rows, which are no classes",
-                hint="name the column of the label with --label",
-            )
+        task = "regression" if _are_numbers(cells) else "single_label"
     guess.data["task"] = task
-    numbers = task == "single_label" and all(_NUMBER.fullmatch(str(cell)) for cell in cells)
+    numbers = task == "single_label" and _are_numbers(cells)
     if task == "regression":
         values = [float(cell) for cell in cells]
         guess.note("task", f"Numbers from {min(values):g} to {max(values):g}.")
@@ -379,12 +387,13 @@ def _multi_label(cells: list[Any], guess: Guess) -> None:
     ]  # fmt: skip
     width = len(rows[0])
     if width > 1 and all(
-        len(row) == width and {str(cell) for cell in row} <= {"0", "1", "0.0", "1.0"}
+        len(row) == width
+        and {str(cell) for cell in row} <= {"0", "1", "0.0", "1.0", "True", "False"}
         for row in rows
     ):
         guess.data["labels"] = [f"label-{number}" for number in range(width)]
-        guess.doubt("labels", f"Each row has {width} cells of 0 or 1, and nothing says which label "
-                    "each of them is: put their names here, in the order of the cells.")  # fmt: skip
+        guess.doubt("labels", f"Each row has {width} cells of 0 or 1, and nothing says what they "
+                    "are called: put their names here, in the order of the cells.")  # fmt: skip
         return
     found = Counter(str(name) for row in rows for name in row)
     guess.note("task", "Any number of labels a row.")
