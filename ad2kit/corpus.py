@@ -31,6 +31,9 @@ TEMPLATES = {
     "brief": """
         {single+}
         {single+}
+        {single+}
+        {single+}
+        {degree} {quality+}
         {degree} {quality+}
         {quality+} and {quality+}
         not {quality-}

@@ -4,9 +4,9 @@
 
 The sentences were written before the embedded grammar (`ad2kit/corpus.py`) got the templates that
 it has now, and none of them is one of its texts: they ask what carries over from the grammar to
-English. Each was labelled by hand; 30 are negative and 30 positive. RUN is a run of recipe `demo`,
-by default the most recent run that passed its gate; the variant that it ships answers. Prints what
-was answered wrong. Exit code 1 if fewer than 52 are right.
+English. Each was labelled by hand; 30 are negative and 30 positive. RUN is a run on the embedded
+opinions, by default that of `make demo`; the variant that it ships answers. Prints what was answered
+wrong, and how many are right. Exit code 1 if these are fewer than 52.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 import ad2kit
-from ad2kit.shipping import latest_passed_run
+from ad2kit.recipe import load
+from ad2kit.run_dir import run_folder
 
 NEGATIVE = (
     "bad",
@@ -96,8 +97,8 @@ LEAST_RIGHT = 52
 def main() -> None:
     """Ask the shipped student, and print its mistakes and how many are right."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, nargs="?", help="default: the most recent that passed")
-    run = parser.parse_args().run or latest_passed_run(Path("runs")).path
+    parser.add_argument("run", type=Path, nargs="?", help="default: that of `make demo`")
+    run = parser.parse_args().run or run_folder(load("demo"), Path("runs"))
     sentences = (*NEGATIVE, *POSITIVE)
     truth = ["negative"] * len(NEGATIVE) + ["positive"] * len(POSITIVE)
     predictions = ad2kit.load(run).predict(list(sentences))
