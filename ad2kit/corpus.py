@@ -58,6 +58,11 @@ TEMPLATES = {
         {thing} {isn't} {quality-}
         {thing} {isn't} {quality-}
         the {part} {is} not {quality-}
+        {thing} {did+}
+        the {part} {did+}
+        the {part} {is} {quality+} and {did+}
+        the {parts} {are} {quality+} and {did+}
+        the {work} {is} {quality-}, but the {part} {did+}
         {thing} {is} never {quality-}
         {thing} {isn't} {quality-} at all
         {thing} {isn't} as {quality-} as they say
@@ -222,6 +227,13 @@ WORDS = {
     "effect+": "delighted / impressed / pleased / amused / surprised and delighted / *charmed"
     " / *thrilled",
     "effect-": "annoyed / disappointed / irritated / bored / angered / *exasperated / *dismayed",
+    # What a thing or a person did, without its subject; much of it as a negation.
+    "did+": "didn't disappoint me / never let me down / didn't give me any trouble / won me over"
+    " / made me smile / didn't cost me a minute / left nothing to be desired"
+    " / *couldn't be faulted",
+    "did-": "didn't convince me / never did what it should / didn't give me what I wanted"
+    " / put me off / made me angry / didn't last a minute / left a lot to be desired"
+    " / *couldn't be helped",
     "like+": "like / love / enjoy / recommend / treasure / *cherish",
     "like-": "dislike / hate / regret / despise / resent / *loathe",
     "liked+": "liked / loved / enjoyed / adored / admired / *cherished",
@@ -232,7 +244,8 @@ WORDS = {
         it exceeded my hopes / it is better than I thought / I have never seen a better {work}
         it made my day / I can't wait to see more of it / it was worth the wait
         I'm so glad I found it / it does its job / you get what you pay for and more
-        it is more than I hoped for / nothing could be better / don't change a thing
+        it is more than I hoped for / I didn't expect so much / I expected less, and got more
+        nothing could be better / don't change a thing
         it is the best {work} I know / I want nothing else / it is everything I was looking for
         we were happy from the first day to the last / I can't praise it enough
         * I am over the moon / * it is a steal at this price / * I count myself lucky
@@ -243,7 +256,8 @@ WORDS = {
         it fell short of my hopes / it is worse than I feared / I have seen a better {work}
         it spoiled my day / I have seen enough of it / it wasn't worth the wait
         I'm sorry I found it / it doesn't do its job / you pay a lot and get little
-        I had hoped for more / nothing could be worse / don't ask me how it was
+        I had hoped for more / it is less than I expected / I expected something better
+        nothing could be worse / don't ask me how it was
         it is the worst {work} I know / I want my money back / it is nothing like the picture
         we were unhappy from the first day to the last / I can't say anything kind about it
         * I am at the end of my patience / * it is daylight robbery / * I feel cheated
@@ -253,14 +267,16 @@ WORDS = {
         try it, you'll thank me / treat yourself / everybody should have one / I'd pick it any day
         buy it, and don't look at the price / you should try it too / don't think twice
         if you can, go there / you can't go wrong with it / don't let it pass
-        don't believe those who complain / don't wait any longer / * look no further / * grab it
+        don't believe those who complain / don't wait any longer / give yourself this pleasure
+        * look no further / * grab it
     """,
     "advice-": """
         give it a miss / stay away / don't bother / don't buy it / get your money back if you can
         avoid it, you'll thank me / spare yourself / nobody should have one / I'd pick anything else
         leave it, and don't fall for the price / you should avoid it too / think twice
         if you can, go elsewhere / you can only go wrong with it / don't spend your money on it
-        don't believe those who praise it / don't fall for it / * steer clear / * run
+        don't believe those who praise it / don't fall for it / don't throw your money away
+        keep your money in your pocket / don't ruin your evening with it / * steer clear / * run
     """,
     "outlook+": "I was hoping for / I was looking forward to / *I had been promised",
     "outlook-": "I was bracing myself for / I was afraid of / *I had been warned about",

@@ -170,7 +170,7 @@ def test_the_same_seed_writes_the_same_rows() -> None:
 def test_the_rows_are_the_ones_that_figures_were_published_for() -> None:
     """Pinned over every Python and hash seed; a deliberate change of the grammar moves it."""
     digest = hashlib.sha256(json.dumps(corpus.opinions(7)).encode()).hexdigest()
-    assert digest[:16] == "89c3d9224e39e58a"
+    assert digest[:16] == "bcfd07e242d49e81"
 
 
 def test_more_validation_rows_leave_training_as_it_was() -> None:
