@@ -204,12 +204,12 @@ def test_texts_are_well_formed(many: list[tuple[str, int]]) -> None:
     for text in texts(many):
         assert len(text.split()) <= 60, text
         assert re.fullmatch(r"[A-Z][\w ,'-]*([.?:] [A-Za-z][\w ,'-]*)*[.!]?", text), text
-        assert not re.search(r"\ba ([aeio]|un)|\ban (?!honest)[^aeiou]|  | ,", text), text
+        assert not re.search(r"\ba ([aeio]|un)|\ban (?!hon|hour)[^aeiou]|  | ,", text), text
 
 
 # What a visitor types, and how often training has it.
 KINDS = {
-    "a word or two": (r"\S+( \S+)?", 0.05),
+    "a word or two": (r"\S+( \S+)?", 0.04),
     "not": (r".*\bnot\b.*", 0.1),
     "a contraction": (r".*\w'(t|m|d|ll)\b.*", 0.25),
     "nobody, nothing, never": (r".*\b(nobody|nothing|never)\b.*", 0.04),
@@ -229,7 +229,7 @@ def test_each_kind_of_text_is_there_with_both_labels(made: corpus.Opinions, kind
 
 def test_lengths_are_as_different_as_what_people_write(made: corpus.Opinions) -> None:
     words = sorted(len(text.split()) for text in texts(made.train))
-    assert words[len(words) // 20] <= 2
+    assert words[len(words) // 50] <= 2
     assert words[-len(words) // 20] >= 25
 
 
@@ -239,7 +239,7 @@ def test_each_domain_is_met_with_both_labels(made: corpus.Opinions, domain: dict
     found = [
         label for text, label in made.train if re.search(rf"\b({works})\b", text, re.IGNORECASE)
     ]
-    assert len(found) > 0.03 * len(made.train)
+    assert len(found) > 0.02 * len(made.train)
     assert 0.4 < sum(found) / len(found) < 0.6
 
 
