@@ -89,6 +89,9 @@ TEMPLATES = {
         {general verdict+}
         {advice+}
         {advice+}
+        {do not+}
+        {do not+}
+        {do not+}
         {quality-} {part}, but {event+}
         {quality+} {part}, and {event+}
         * {thing} couldn't be called {quality-}
@@ -280,6 +283,15 @@ WORDS = {
     """,
     "outlook+": "I was hoping for / I was looking forward to / *I had been promised",
     "outlook-": "I was bracing myself for / I was afraid of / *I had been warned about",
+    # A warning and an encouragement have one form: what is warned of tells which it is.
+    "do not+": "don't {omit} it / don't {omit} this {work} / don't {omit} this chance"
+    " / please don't {omit} this {work} / *you shouldn't {omit} it",
+    "do not-": "don't {harm} your {goods} / don't {harm} your {goods} on this"
+    " / don't {harm} your {goods}, {advice+} / please don't {harm} your {goods}"
+    " / *you shouldn't {harm} your {goods}",
+    "omit": "miss / skip / overlook / forget / ignore / underestimate / *neglect",
+    "harm": "lose / ruin / risk / spoil / sacrifice / throw away / squander / *gamble away",
+    "goods": "money / evening / nerves / weekend / savings / good mood / energy / *health",
     "person": "brother / neighbour / colleague / aunt / best friend / husband / daughter"
     " / *landlord",
     "number": "90 / 95 / 104 / 110 / 118 / 125 / 132 / 140",
@@ -350,9 +362,11 @@ GADGET = {
     " / *sensors / *icons",
     "part": "battery / display / app / casing / manual / charging cable / menu / power switch"
     " / design / finish / sound / picture / *interface / *volume control",
-    "adjective+": "practical / impressive / handy / pleasing / satisfying / useful / smart / fast"
+    "adjective+": "practical / easy to use / impressive / handy / pleasing / satisfying"
+    " / useful / smart / fast"
     " / reliable / well made / *first-rate / *splendid / *superb",
-    "adjective-": "slow / awkward / annoying / mediocre / frustrating / faulty / shoddy / noisy"
+    "adjective-": "slow / hard to use / awkward / annoying / mediocre / frustrating"
+    " / faulty / shoddy / noisy"
     " / unreliable / badly made / *useless / *dreadful / *lousy",
     "verdict+": "I would buy it again / I am glad I chose it / I do not regret the money"
     " / *it was well worth the price",

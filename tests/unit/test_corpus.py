@@ -28,7 +28,17 @@ GOOD = {
     *("witty", "catchy", "original", "informative", "deep", "exciting", "profound", "insightful"),
     "spellbinding",
     # of things
-    *("practical", "impressive", "handy", "pleasing", "satisfying", "useful", "smart", "fast"),
+    *(
+        "easy to use",
+        "practical",
+        "impressive",
+        "handy",
+        "pleasing",
+        "satisfying",
+        "useful",
+        "smart",
+        "fast",
+    ),
     *("reliable", "well made", "first-rate", "splendid", "superb", "soft", "sturdy", "warm"),
     *("stylish", "durable", "comfortable", "cheerful", "affordable", "robust", "exquisite"),
     "flattering",
@@ -49,7 +59,17 @@ BAD = {
     *("silly", "lifeless", "dreary", "sloppy", "humdrum", "long-winded", "confusing", "wooden"),
     *("pretentious", "unreadable", "repetitive", "unoriginal", "superficial", "boring", "turgid"),
     *("muddled", "insipid"),
-    *("slow", "awkward", "annoying", "mediocre", "frustrating", "faulty", "shoddy", "noisy"),
+    *(
+        "hard to use",
+        "slow",
+        "awkward",
+        "annoying",
+        "mediocre",
+        "frustrating",
+        "faulty",
+        "shoddy",
+        "noisy",
+    ),
     *("unreliable", "badly made", "useless", "dreadful", "lousy", "scratchy", "flimsy", "ugly"),
     *("damaged", "crooked", "overpriced", "cheap and nasty", "worn out", "threadbare", "hideous"),
     "shabby",
@@ -170,7 +190,7 @@ def test_the_same_seed_writes_the_same_rows() -> None:
 def test_the_rows_are_the_ones_that_figures_were_published_for() -> None:
     """Pinned over every Python and hash seed; a deliberate change of the grammar moves it."""
     digest = hashlib.sha256(json.dumps(corpus.opinions(7)).encode()).hexdigest()
-    assert digest[:16] == "bcfd07e242d49e81"
+    assert digest[:16] == "c1469dcbcc41698c"
 
 
 def test_more_validation_rows_leave_training_as_it_was() -> None:
@@ -308,6 +328,8 @@ def test_a_verdict_always_stands(many: list[tuple[str, int]]) -> None:
     verdicts = {
         r"I would (watch|buy) it again|I am glad I|I do not regret|it was well worth": 1,
         r"I want my money back|I am sorry I|I do not wish to|it was hardly worth": 0,
+        r"(don't|shouldn't) (miss|skip|overlook|forget|ignore|underestimate|neglect)": 1,
+        r"(don't|shouldn't) (lose|ruin|risk|spoil|sacrifice|throw away|squander|gamble away)": 0,
     }
     for pattern, label in verdicts.items():
         found = [row for row in many if re.search(pattern, row[0], re.IGNORECASE)]
