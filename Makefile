@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)  ## the main job on the embedded data: minutes, offline
 	$(BIN)/ad2kit run demo
+	$(BIN)/python bench/plain_sentences.py
 
 test: lint  ## the whole suite
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

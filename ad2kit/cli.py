@@ -31,6 +31,7 @@ def _root(
 
 for command in (
     stage_commands.recipes,
+    stage_commands.init,
     stage_commands.check,
     stage_commands.doctor,
     stage_commands.distill,

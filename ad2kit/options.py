@@ -36,6 +36,29 @@ MaxMinutes = Annotated[
 ]
 RUNS = Path("runs")
 
+# Of `init`.
+Table = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="The training table (csv, tsv, jsonl, parquet), or a folder with "
+        "train and validation tables.",
+    ),
+]  # fmt: skip
+Validation = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The validation table, if FILE has none beside.")
+]
+TextOfTable = Annotated[
+    str | None,
+    typer.Option("--text", metavar="A[,B]", help="Columns of the text; guessed if left out."),
+]
+LabelOfTable = Annotated[
+    str | None,
+    typer.Option("--label", metavar="C", help="Column of the label; guessed if left out."),
+]
+NewName = Annotated[
+    str | None, typer.Option("--name", help="Of the recipe; default: after the table.")
+]
+
 # Of `parity`, which judges a run or any ONNX folder.
 RunOrOverrides = Annotated[
     list[str] | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +49,35 @@ def check(
     if verbose:
         typer.echo(recipe.model_dump_json(indent=2))
     typer.echo(stage("ad2kit.check", "words")(report))
+
+
+def init(
+    table: options.Table,
+    validation: options.Validation = None,
+    text: options.TextOfTable = None,
+    label: options.LabelOfTable = None,
+    name: options.NewName = None,
+    as_json: options.Json = False,
+) -> None:
+    """Look at a table and write an annotated recipe for it: NAME.yaml, here.
+
+    Text, label, task and lengths are guessed from the training rows; what does not show there has
+    to be given. No recipe is overwritten.
+    """
+    from ad2kit.terminal import print_json
+
+    recipe = Path(f"{name or stage('ad2kit.init', 'recipe_name')(table)}.yaml")
+    columns = tuple(map(str.strip, text.split(","))) if text else ()
+    guess = stage("ad2kit.init", "init")(
+        table, recipe, validation=validation, text=columns, label=label
+    )
+    following = f"ad2kit check {recipe}"
+    if as_json:
+        print_json({"recipe": str(recipe), "data": guess.data, "notes": guess.notes,
+                    "doubts": guess.doubts, "next": following})  # fmt: skip
+        return
+    typer.echo(stage("ad2kit.init", "words")(guess))
+    typer.echo(f"written: {recipe}\nnext: {following}")
 
 
 def doctor(as_json: options.Json = False) -> None:

@@ -38,7 +38,6 @@ RECIPES = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*
 
 # The smoke recipe, shortened: seconds for the whole chain.
 QUICK = (
-    "teacher.finetune.epochs=2",
     "distill.epochs=1",
     "bench.seconds_per_cell=0.02",
     "bench.lengths_tokens=[16]",

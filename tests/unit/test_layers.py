@@ -37,8 +37,8 @@ LAYERS = {
         "baselines", "probe",
     },
     3: {
-        "bench", "check", "distill", "doctor", "export", "model_parity", "package", "parity",
-        "push", "report", "score",
+        "bench", "check", "distill", "doctor", "export", "init", "model_parity", "package",
+        "parity", "push", "report", "score",
     },
     3.5: {"campaigns.trial"},  # what a campaign hands to a worker
     4: {
