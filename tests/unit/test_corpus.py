@@ -163,8 +163,12 @@ def texts(rows: list[tuple[str, int]]) -> list[str]:
 
 
 def says(phrase: str, rows: list[tuple[str, int]]) -> bool:
-    """Whether any row has the phrase as whole words, be it at the start of a sentence or not."""
-    pattern = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+    """Whether any row has the phrase as whole words, be it at the start of a sentence or not.
+
+    A symbol in it stands for any word.
+    """
+    words = re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(phrase))
+    pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
     return any(pattern.search(text) for text in texts(rows))
 
 
@@ -243,7 +247,7 @@ KINDS = {
 def test_each_kind_of_text_is_there_with_both_labels(made: corpus.Opinions, kind: str) -> None:
     pattern, least = KINDS[kind]
     labels = [label for text, label in made.train if re.fullmatch(pattern, text, re.IGNORECASE)]
-    assert len(labels) > least * len(made.train)
+    assert len(labels) >= least * len(made.train)
     assert 0.4 < sum(labels) / len(labels) < 0.6
 
 
