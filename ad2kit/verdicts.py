@@ -524,7 +524,7 @@ def insist_passed(
         reason = (
             f"more validation rows alone will hardly do; {reason}"
             if rows is None
-            else f"the reason is too few validation rows: give about {rows:,} labelled ones, or "
+            else f"the reason is too few rows: give about {rows:,} labelled validation rows, or "
             "lower the bound in `parity`"
         )
     raise GateFailed(f"{said}:\n  " + "\n  ".join(verdict.failures()), hint=f"{reason}; {whole}")

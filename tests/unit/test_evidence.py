@@ -359,7 +359,7 @@ def test_the_error_names_the_cure_of_each_verdict() -> None:
     for variant, words, hint in (
         (unsure, "is not shown to be passed by 100 validation rows", "labelled validation rows"),
         (low, "hardly show it", "more validation rows alone will hardly do"),
-        (bad, "the parity gate of run failed", "train longer, change the student"),
+        (bad, "the parity gate of run failed", "the reason is the student"),
     ):
         with pytest.raises(GateFailed) as caught:
             insist_passed(report_of(variant), Path("run"), report=Path("run/parity.json"))
