@@ -20,7 +20,7 @@ from ad2kit.push import model_card
 from ad2kit.report import report as write_report
 from ad2kit.run_dir import RunDir, open_run
 from ad2kit.shipping import choose_variant
-from ad2kit.verdicts import Check, ParityReport, TeacherReport, insist_passed
+from ad2kit.verdicts import Check, ParityReport, RowsNeeded, TeacherReport, insist_passed
 from tests.conftest import QUICK
 from tests.integration.test_tasks import TASKS, rows
 
@@ -229,10 +229,14 @@ def test_a_failed_gate_says_who_is_the_reason(finished_run: RunDir) -> None:
     assert "teacher.finetune.epochs=" in hint
     order = check(quality, "teacher accuracy, against the most frequent label", 0.3, 0.5)
     assert reason(finished_run, checks=(order,)).startswith("the reason is the teacher")
-    few: dict[str, Any] = {"retained": 0.6, "retained_interval": (0.2, 1.0), "checks": (low,)}
-    hint = reason(finished_run, **few)
-    assert hint.startswith("the reason is too few validation rows")
-    assert "about 1,138 rows" in hint  # 640 * (0.4 / 0.3)²
+    few = kept.model_copy(
+        update={
+            "value": 0.6, "interval": (0.2, 1.0), "limit": 0.3,
+            "needed": RowsNeeded(truth=0.6, rows=1138, present=640),
+        }
+    )  # fmt: skip
+    hint = reason(finished_run, checks=(few,))
+    assert hint.startswith("the reason is too few rows: give about 1,138 labelled validation rows")
     cost = check("conversion cost", "label agreement with fp32", 0.5, 0.9)
     assert reason(finished_run, checks=(cost,)).startswith("the reason is the conversion")
     gap = check("export fidelity", "logit gap", 0.0, 1.0)
