@@ -164,10 +164,16 @@ def measure(
     ids: NDArray[np.int64],
     seconds: float,
 ) -> dict[str, list[list[float]]]:
-    """Return the seconds of each call of each system, round by round."""
+    """Return the seconds of each call of each system, round by round.
+
+    Every other round goes backwards: what the system before leaves behind, such as threads that
+    still spin, is not always the same system's to bear.
+    """
     rounds: dict[str, list[list[float]]] = {name: [] for name in systems}
-    for _ in range(_ROUNDS):
-        for name, call in systems.items():
+    names = list(systems)
+    for number in range(_ROUNDS):
+        for name in names if number % 2 == 0 else reversed(names):
+            call = systems[name]
             # Warmed up in every round: the thread pool of the system before may still spin.
             for _ in range(_WARM_UP_CALLS):
                 call(ids)

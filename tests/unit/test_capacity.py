@@ -115,8 +115,9 @@ def test_systems_take_turns() -> None:
     def system(name: str) -> Call:
         return lambda _ids: turns.append(name)
 
-    systems = {name: system(name) for name in ("a", "b")}
+    systems = {name: system(name) for name in ("a", "b", "c")}
     rounds = measure(systems, ids, seconds=1e-9)
-    changes = [name for place, name in enumerate(turns) if place == 0 or turns[place - 1] != name]
-    assert changes == ["a", "b"] * len(rounds["a"])
+    # Two calls to warm up, and two that count; each follows the one and the other.
+    assert turns[::4] == ["a", "b", "c", "c", "b", "a"] * (len(rounds["a"]) // 2)
+    assert len(turns) == 4 * 3 * len(rounds["a"])
     assert {len(times) for each in rounds.values() for times in each} == {2}
