@@ -73,7 +73,7 @@ def caption(report: FitReport) -> str:
     if spread > BUSY_SPREAD:
         text += (
             f" The machine was busy: rounds of the same calls differ by up to {spread:.1f} times. "
-            "Search again when it is idle."
+            "Delete .shared/measured.json beside the runs, and search again when it is idle."
         )
     answer = next((each for each in report.candidates if each.outcome == "found"), None)
     if answer is not None and (answer.retained_interval or (0.0,))[0] < target.retain:

@@ -435,7 +435,9 @@ def estimated(
         limit: for the interval; None is none.
         best: the value of a perfect model.
     """
-    truth = evidence.supposed(found.value, threshold, best)
+    stricter = max if bound == "at least" else min
+    aim = threshold if limit is None else stricter(threshold, limit)
+    truth = evidence.supposed(found.value, aim, best)
     sign = 1 if bound == "at least" else -1
     least = -np.inf if limit is None else sign * limit
     needed = RowsNeeded(

@@ -64,8 +64,8 @@ class Stopwatch:
     ) -> tuple[Cost, ...]:
         """Return what each of some systems costs, as it was measured the first time.
 
-        A measurement on a busy machine is tried again; if it stays busy, the calmest of them
-        counts for this search alone, says so, and is not kept for others.
+        A measurement on a busy machine is tried again, and the calmest one counts. It is kept even
+        if it is not calm, so that a search that goes on decides as before; reports say so.
 
         Args:
             what: plain data that identifies the systems.
@@ -81,17 +81,19 @@ class Stopwatch:
             while len(tries) < _TRIES and not any(map(calm, tries)):
                 tries.append(costs(self._clock(calls, self._ids, self._seconds), sizes, baselines))
             best = min(tries, key=lambda found: max(cost.spread for cost in found))
-            self._known[key] = best
-            if calm(best):
-                self._keep(key, best)
-            else:
-                logger.warning("others use this machine: what was measured may be wrong")
+            if not calm(best):
+                logger.warning(
+                    "others use this machine: what was measured may be wrong; delete %s to measure "
+                    "again when it is idle", self._file,
+                )  # fmt: skip
+            self._keep(key, best)
         return self._known[key]
 
     def _keep(self, key: str, found: tuple[Cost, ...]) -> None:
         with writing(self._file.parent):
             # Another process may have measured something meanwhile.
-            write_record(self._file, Measurements(costs={**self._read(), key: found}))
+            self._known = {**self._read(), key: found}
+            write_record(self._file, Measurements(costs=self._known))
 
     def _read(self) -> dict[str, tuple[Cost, ...]]:
         return Measurements.read(self._file).costs if self._file.is_file() else {}

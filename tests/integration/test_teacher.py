@@ -166,7 +166,7 @@ def test_the_commands_end_with_1_and_go_on_where_it_is_accepted(
 
 @pytest.mark.slow
 def test_a_teacher_above_them_passes(tmp_path: Path) -> None:
-    recipe = recipes.load("smoke", [*QUICK, "teacher.accept=false", "teacher.finetune.epochs=3"])
+    recipe = recipes.load("smoke", [*QUICK, "teacher.accept=false", "teacher.finetune.epochs=20"])
     run = open_run(recipe, tmp_path)
     distill(run)
     found = TeacherReport.read(run.teacher_report)
