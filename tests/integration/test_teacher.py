@@ -165,14 +165,16 @@ def test_the_commands_end_with_1_and_go_on_where_it_is_accepted(
 
 
 @pytest.mark.slow
-def test_a_teacher_above_them_passes(tmp_path: Path) -> None:
-    recipe = recipes.load("smoke", [*QUICK, "teacher.accept=false", "teacher.finetune.epochs=20"])
+def test_a_teacher_that_is_not_far_below_them_is_imitated(tmp_path: Path) -> None:
+    """So small a BERT stays below a bag of words here, by less than two standard errors."""
+    recipe = recipes.load("smoke", [*QUICK, "teacher.accept=false", "teacher.finetune.epochs=3"])
     run = open_run(recipe, tmp_path)
     distill(run)
     found = TeacherReport.read(run.teacher_report)
     assert found.far_better == ()
-    assert found.score > max(each.select_score for each in found.baselines)
+    assert [each.name for each in found.better] == ["bag of words"]
     assert len(found.curve) == 3
+    assert run.distill_report.is_file()
 
 
 def test_the_rows_stand_in_every_table(copied_run: RunDir) -> None:
