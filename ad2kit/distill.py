@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ad2kit.data import Data, Encoded, Split
     from ad2kit.models import TextModel
     from ad2kit.recipe import Recipe
-    from ad2kit.records import Selection, SelectPoint
+    from ad2kit.records import Selection, SelectPoint, SplitFacts
     from ad2kit.run_dir import RunDir
     from ad2kit.sections import DistillRecipe
 
@@ -99,24 +99,23 @@ def distill(
             logger.info("student is already distilled: %s", run.student)
             return report
 
-    told = stage.select_logits(teacher)
-    stage.look_at(teacher, told)
+    teacher_select = stage.select_logits(teacher)
+    stage.look_at(teacher, teacher_select)
     student = stage.student(teacher)
-    logger.info(
-        "student: %d layers, %.1f M parameters", student.module.config.num_hidden_layers,
-        student.parameters() / 1e6,
-    )  # fmt: skip
     settings = with_rate(recipe.distill, student)
-    logger.info("student: learning rate %.3g", settings.rate)
-    insides = comparison(teacher, student, settings.intermediate)
+    logger.info(
+        "student: %d layers, %.1f M parameters, learning rate %.3g",
+        student.module.config.num_hidden_layers, student.parameters() / 1e6, settings.rate,
+    )  # fmt: skip
+    imitated = teacher_select if settings.imitates else None
+    terms = comparison(teacher, student, settings.intermediate)
     reading, select = data.distillation(), stage.encode(student, data.select)
-    encoded = stage.encode(student, reading)
-    teacher_logits = stage.teacher_logits(teacher, reading)
+    encoded, teacher_logits = stage.encode(student, reading), stage.teacher_logits(teacher, reading)
     prepare(student, recipe.compute)
     state, kept, logits = trainer.train(
         student, encoded, teacher_logits,
-        distillation(accelerator, settings, insides, stage.class_weights(settings)), settings,
-        lambda model: stage.evaluate(model, select, told if settings.imitates else None, settings),
+        distillation(accelerator, settings, terms, stage.class_weights(settings)), settings,
+        lambda model: stage.evaluate(model, select, imitated, settings),
         functools.partial(stage.choose, select), phase="student",
         seed=recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
         start=stage.head_start(settings, encoded, teacher_logits if settings.imitates else None),
@@ -126,40 +125,16 @@ def distill(
         with whole_file(run.select_logits) as new:
             save_file({"logits": logits}, new)
     accelerator.wait_for_everyone()
-    records = read_curve(run.curve("student"))
-    kd, gain, words = verdict(records, settings)
-    rates = {"student": settings.rate}
-    if recipe.teacher.finetune is not None:
-        rates["teacher"] = with_rate(recipe.teacher.finetune, teacher).rate
-    seconds = sum(record.seconds for record in records)
     validation = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
-    report = DistillReport(
-        inputs=inputs,
-        labels=data.labels,
+    report = stage.report(
+        teacher, student, settings, kept, inputs=inputs, steps=state.step,
         splits=datasets.facts(data, train=encoded, select=select, validation=validation),
-        teacher_sha256=stage.teacher_sha256(),
-        student_sha256=sha256_of(run.student / models.MANIFEST),
-        teacher_parameters=teacher.parameters(),
-        student_parameters=state.model.parameters(),
-        task=data.task,
-        metrics=recipe.data.judged_by,
-        teacher_select_score=stage.score(told, select),
-        student_select_score=kept.kept.score,
-        learning_rates=rates,
-        selection=kept,
-        steps=state.step,
-        train_seconds=seconds,
-        examples_per_s=sum(record.examples for record in records) / seconds,
-        peak_memory_mb=peak_memory_mb(),
-        mean_clean_kl=kd,
-        mean_adversarial_gain=gain,
-        verdict=words,
-        environment=trainer.surroundings,
-    )
+        teacher_score=stage.score(teacher_select, select),
+    )  # fmt: skip
     if accelerator.is_main_process:
         write_record(run.distill_report, report)
     trainer.clean_up("student")
-    logger.info("%s", words)
+    logger.info("%s", report.verdict)
     if late := overrun(run, recipe.plan):
         logger.warning("%s", late)
     return report
@@ -255,6 +230,43 @@ class _Stage:
     @property
     def accelerator(self) -> Accelerator:
         return self.trainer.accelerator
+
+    def report(
+        self, teacher: TextModel, student: TextModel, settings: DistillRecipe,
+        selection: Selection, *, inputs: str, steps: int, splits: dict[str, SplitFacts],
+        teacher_score: float,
+    ) -> DistillReport:  # fmt: skip
+        """Return what the stage says of a student that is trained and saved."""
+        run, finetune = self.run, self.recipe.teacher.finetune
+        records = read_curve(run.curve("student"))
+        kd, gain, words = verdict(records, settings)
+        seconds = sum(record.seconds for record in records)
+        rates = {"student": settings.rate}
+        if finetune is not None:
+            rates["teacher"] = with_rate(finetune, teacher).rate
+        return DistillReport(
+            inputs=inputs,
+            labels=self.data.labels,
+            splits=splits,
+            teacher_sha256=self.teacher_sha256(),
+            student_sha256=sha256_of(run.student / models.MANIFEST),
+            teacher_parameters=teacher.parameters(),
+            student_parameters=student.parameters(),
+            task=self.data.task,
+            metrics=self.recipe.data.judged_by,
+            teacher_select_score=teacher_score,
+            student_select_score=selection.kept.score,
+            learning_rates=rates,
+            selection=selection,
+            steps=steps,
+            train_seconds=seconds,
+            examples_per_s=sum(record.examples for record in records) / seconds,
+            peak_memory_mb=peak_memory_mb(),
+            mean_clean_kl=kd,
+            mean_adversarial_gain=gain,
+            verdict=words,
+            environment=self.trainer.surroundings,
+        )
 
     def data_sha256(self) -> str:
         return fingerprint(

@@ -41,15 +41,16 @@ from ad2kit.training import predict_logits
 from ad2kit.verdicts import ParityReport, RowAnswers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from ad2kit.classifier import Text
     from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
-    from ad2kit.verdicts import Check
+    from ad2kit.verdicts import Check, VariantParity
+
+    Logits = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +74,17 @@ def parity(run: RunDir) -> ParityReport:
     for folder in folders:
         run.require(folder / OnnxArtifact.file_name, command="export")
     data = datasets.load_data(recipe.data, recipe.seed)
-    if data.validation.sha256() != distilled.splits["validation"].sha256:
+    expected, found = distilled.splits["validation"].sha256, data.validation.sha256()
+    if found != expected:
         raise RunError(
             f"the validation data changed since {run.path} was distilled: sha256 expected "
-            f"{distilled.splits['validation'].sha256[:12]}…, found "
-            f"{data.validation.sha256()[:12]}…",
+            f"{expected[:12]}…, found {found[:12]}…",
             hint="restore the data; a gate on other data proves nothing about this run",
         )
     inputs = fingerprint(
         environment(recipe.compute.threads or available_cpus()),
         [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
-        distilled.teacher_sha256, distilled.student_sha256, distilled.splits["validation"].sha256,
+        distilled.teacher_sha256, distilled.student_sha256, expected,
         recipe.parity.model_dump(mode="json"), recipe.data.judged_by, recipe.seed,
     )  # fmt: skip
     classifiers = {
@@ -91,28 +92,45 @@ def parity(run: RunDir) -> ParityReport:
     }
     for folder in (run.teacher, run.student):
         models.check_files(folder)
-    if run.parity_report.is_file() and run.answers.is_file():
-        report = ParityReport.read(run.parity_report)
-        if (report.inputs, report.answers_sha256) == (inputs, sha256_of(run.answers)):
-            logger.info("parity is already known: %s", run.parity_report)
-            return _beside_variants(report, folders)
+    report = _known(run, inputs)
+    if report is None:
+        torch.set_num_threads(recipe.compute.threads or available_cpus())
+        report = _judge(run, data, classifiers, inputs)
+        write_record(run.parity_report, report)
+    # A copy lies beside each variant, which may be moved without its run.
+    for folder in folders:
+        write_record(folder / ParityReport.file_name, report)
+    return report
 
-    torch.set_num_threads(recipe.compute.threads or available_cpus())
-    cpu = torch.device("cpu")
-    teacher = models.load(run.teacher, data.labels, data.task)
-    student = models.load(run.student, data.labels, data.task)
-    encoded = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
-    teacher_encoded = datasets.encode(
-        data.validation, teacher.tokenizer, recipe.data.max_length_tokens
+
+def _known(run: RunDir, inputs: str) -> ParityReport | None:
+    """Return the report of a run if it was written for the same inputs."""
+    if not (run.parity_report.is_file() and run.answers.is_file()):
+        return None
+    report = ParityReport.read(run.parity_report)
+    if (report.inputs, report.answers_sha256) != (inputs, sha256_of(run.answers)):
+        return None
+    logger.info("parity is already known: %s", run.parity_report)
+    return report
+
+
+def _judge(
+    run: RunDir, data: datasets.Data, classifiers: Mapping[str, OnnxClassifier], inputs: str
+) -> ParityReport:
+    """Compute all answers to the validation rows, write them down, and judge each variant."""
+    recipe, length = run.recipe, run.recipe.data.max_length_tokens
+    teacher, student = (
+        models.load(folder, data.labels, data.task) for folder in (run.teacher, run.student)
     )
-    texts = _typed(data.validation)
-    encodings = {name: c.encode(texts) for name, c in classifiers.items()}
-    long = datasets.Split(
-        tuple(longer_texts(encoded, data.validation.texts, recipe.data.max_length_tokens)),
-        np.empty(0),
+    encoded = datasets.encode(data.validation, student.tokenizer, length)
+    long_texts = datasets.Split(
+        tuple(longer_texts(encoded, data.validation.texts, length)), np.empty(0)
     )
-    long_encoded = datasets.encode(long, student.tokenizer, recipe.data.max_length_tokens)
+    long_encoded = datasets.encode(long_texts, student.tokenizer, length)
+    encodings = {name: c.encode(_typed(data.validation)) for name, c in classifiers.items()}
     fp32, probes = classifiers["fp32"], [encodings["fp32"][row] for row in probe_rows(encoded)]
+    cpu = torch.device("cpu")
+    teacher_encoded = datasets.encode(data.validation, teacher.tokenizer, length)
     reference = Reference(
         data.task,
         recipe.data.judged_by,
@@ -128,74 +146,71 @@ def parity(run: RunDir) -> ParityReport:
         for name, c in classifiers.items()
         if name in EXACT
     }
-    verdicts = []
-    for folder in folders:
-        name = folder.name
+
+    def verdict(name: str, classifier: OnnxClassifier) -> VariantParity:
         # What is made from an unfaithful graph, or reads other tokens, is no better than it.
         checks = (
             *(fidelity[name] if name in EXACT else _all_of(fidelity)),
             *same_token_ids(encodings[name], encoded),
-            *same_token_ids(classifiers[name].encode(_typed(long)), long_encoded, "long texts"),
+            *same_token_ids(classifier.encode(_typed(long_texts)), long_encoded, "long texts"),
         )
         if name not in EXACT:
-            alone = classifiers[name].run_sorted(encodings[name], batch_size=1)
+            alone = classifier.run_sorted(encodings[name], batch_size=1)
             checks += conversion_cost(
                 logits[name], alone, logits["fp32"], reference, recipe.parity, recipe.seed
             )
-        if (share := classifiers[name].artifact.weights_in_8_bits) is not None:
+        if (share := classifier.artifact.weights_in_8_bits) is not None:
             checks += (mostly_8_bits(share),)
-        verdict = distillation_quality(
-            name, sha256_of(folder / OnnxArtifact.file_name), logits[name], reference, data.labels,
-            checks, recipe.parity, recipe.seed, classifiers[name].artifact.temperature,
+        return distillation_quality(
+            name, sha256_of(run.onnx(name) / OnnxArtifact.file_name), logits[name], reference,
+            data.labels, checks, recipe.parity, recipe.seed, classifier.artifact.temperature,
         )  # fmt: skip
-        verdicts.append(verdict)
-    found = answers(data.task, reference.teacher)
+
+    variants = tuple(verdict(name, classifier) for name, classifier in classifiers.items())
+    _write_answers(run, data.validation, reference, logits)
+    teacher_answers = answers(data.task, reference.teacher)
+    teacher_ece = None
     if data.task == "single_label":
-        ignored = set(reference.labels.tolist()) - set(found.tolist())
-        if ignored:
-            names = ", ".join(data.labels[index] for index in sorted(ignored))
-            logger.warning("the teacher never answers %s; no student of it will", names)
-    told = {"teacher": reference.teacher, "student": reference.student, **logits}
-    lines = [
-        RowAnswers(
-            texts=data.validation.texts[row],
-            tokens=len(encoded.input_ids[row]),
-            label=label,
-            logits={name: tuple(found[row].tolist()) for name, found in told.items()},
+        teacher_ece = metrics.expected_calibration_error(
+            softmax(reference.teacher), reference.labels
         )
-        for row, label in enumerate(reference.labels.tolist())
-    ]
-    write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
-    report = ParityReport(
+    return ParityReport(
         inputs=inputs,
         thresholds=recipe.parity,
         rows=len(encoded),
         truncated=int(encoded.truncated.sum()),
         teacher_score=reference.score(reference.teacher),
         teacher_metrics={
-            name: metrics.measure(name, found, reference.labels) for name in reference.metrics
+            name: metrics.measure(name, teacher_answers, reference.labels)
+            for name in reference.metrics
         },
-        teacher_ece=metrics.expected_calibration_error(softmax(reference.teacher), reference.labels)
-        if data.task == "single_label"
-        else None,
+        teacher_ece=teacher_ece,
         student_score=reference.score(reference.student),
         answers_sha256=sha256_of(run.answers),
-        variants=tuple(verdicts),
+        variants=variants,
     )
-    write_record(run.parity_report, report)
-    return _beside_variants(report, folders)
+
+
+def _write_answers(
+    run: RunDir, split: datasets.Split, reference: Reference, logits: Mapping[str, Logits]
+) -> None:
+    """Write what each model says of each validation row."""
+    every = {"teacher": reference.teacher, "student": reference.student, **logits}
+    lines = [
+        RowAnswers(
+            texts=split.texts[row],
+            tokens=len(reference.encoded.input_ids[row]),
+            label=label,
+            logits={name: tuple(each[row].tolist()) for name, each in every.items()},
+        )
+        for row, label in enumerate(reference.labels.tolist())
+    ]
+    write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
 
 
 def _typed(split: datasets.Split) -> list[Text]:
     """Return the texts of a split as a classifier takes them."""
     return [(text[0], text[1]) if len(text) > 1 else text[0] for text in split.texts]
-
-
-def _beside_variants(report: ParityReport, folders: Sequence[Path]) -> ParityReport:
-    """Put a copy of a report into the variants that it judges, and return it."""
-    for folder in folders:
-        write_record(folder / ParityReport.file_name, report)
-    return report
 
 
 def _all_of(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
@@ -208,10 +223,8 @@ def _all_of(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
 
 
 @torch.inference_mode()
-def _forward(
-    model: TextModel, feed: dict[str, NDArray[np.int64]], names: Sequence[str]
-) -> NDArray[np.float32]:
+def _forward(model: TextModel, feed: dict[str, NDArray[np.int64]], names: Sequence[str]) -> Logits:
     """Return the logits of a PyTorch model for the inputs of a graph."""
     inputs = {name: torch.from_numpy(feed[name]) for name in names}
-    logits: NDArray[np.float32] = model.module.eval()(**inputs).logits.numpy()
+    logits: Logits = model.module.eval()(**inputs).logits.numpy()
     return logits

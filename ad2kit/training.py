@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
     from ad2kit.data import Encoded
     from ad2kit.models import TextModel
@@ -95,22 +96,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.module.train()
-        while True:
-            optimizer.zero_grad()
-            try:
-                sums = _accumulate(
-                    model, encoded, teacher_logits, objective, rows, parts, accelerator
-                )
-                break
-            except torch.OutOfMemoryError as error:
-                if parts >= len(rows):
-                    raise ModelError(
-                        f"{phase}: one text of {max(lengths[row] for row in rows)} tokens does "
-                        "not fit into the memory of the GPU",
-                        hint="set compute.gradient_checkpointing=true, compute.precision=bf16, "
-                        "or a smaller data.max_length_tokens",
-                    ) from error
-                parts *= 2
+        sums, parts = _accumulate_in_memory(
+            model, optimizer, encoded, teacher_logits, objective, rows, parts, accelerator, phase
+        )
         sums = _sum_over_processes(model, sums, accelerator)
         _insist_finite(sums.loss, "loss", phase, state.step, lr)
         norm = float(accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm))
@@ -135,6 +123,31 @@ def train(
             inner_loss_before=None if found is None else found.inner_losses[0],
             inner_loss_after=None if found is None else found.inner_losses[1],
         )  # fmt: skip
+
+
+def _accumulate_in_memory(
+    model: TextModel, optimizer: AcceleratedOptimizer, encoded: Encoded,
+    teacher_logits: torch.Tensor | None, objective: Objective, rows: np.ndarray, parts: int,
+    accelerator: Accelerator, phase: str,
+) -> tuple[StepLosses, int]:  # fmt: skip
+    """Run an update in so many parts, or in twice as many until they fit; return how many."""
+    while True:
+        optimizer.zero_grad()
+        try:
+            return (
+                _accumulate(model, encoded, teacher_logits, objective, rows, parts, accelerator),
+                parts,
+            )
+        except torch.OutOfMemoryError as error:
+            if parts >= len(rows):
+                longest = max(len(encoded.input_ids[row]) for row in rows)
+                raise ModelError(
+                    f"{phase}: one text of {longest} tokens does not fit into the memory of the "
+                    "GPU",
+                    hint="set compute.gradient_checkpointing=true, compute.precision=bf16, "
+                    "or a smaller data.max_length_tokens",
+                ) from error
+            parts *= 2
 
 
 def _accumulate(
