@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,10 @@ class CheckpointFacts(Record):
     ``scaler`` is the state of the loss scaler of fp16; empty in other precisions.
     """
 
+    cure: ClassVar[str] = "delete the folder that it lies in, and its training begins again"
+
+    # 1 held the best weights itself.
+    schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     step: int
     points: tuple[SelectPoint, ...]

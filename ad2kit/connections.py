@@ -81,7 +81,7 @@ class Bounded(HttpToolsProtocol):
         self._unparsed_bytes = 0  # since the last of the body, or its begin: headers, chunk sizes
         self._body_bytes = self._held = self._rest_bytes = 0
         self._problem: Problem | None = None  # what the client is told last; then nothing is read
-        self._paced = False  # it was refused, and is read again in a moment
+        self._refused = self._paced = False  # for want of room; and it is read again in a moment
 
     # What the transport says
 
@@ -242,9 +242,12 @@ class Bounded(HttpToolsProtocol):
         self.cycle.response_started = self.cycle.response_complete = self._in_body = True
         self._say(problem)
         self.on_response_complete()
-        if self.pace.wait(self._read_again):
+        # The first refusal costs nobody a pause: who closes the connection then is seen to do so,
+        # and leaves nothing behind.
+        if self._refused and self.pace.wait(self._read_again):
             self._paced = True
             self.flow.pause_reading()
+        self._refused = True
 
     def _read_again(self) -> None:
         """Read what came while nothing was read from a client that had been refused."""

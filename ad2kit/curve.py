@@ -21,15 +21,31 @@ IDLE_GAIN = 0.01
 
 
 def read_curve(path: Path) -> list[StepRecord]:
-    """Return the step records of a curve; a last line that a kill cut short is left out."""
+    """Return the step records of a curve; a last line that a kill cut short is left out.
+
+    Raises:
+        RunError: another version of ad2kit has written it.
+    """
     if not path.is_file():
         return []
-    return [StepRecord.model_validate_json(line) for line in read_lines(path)]
+    return [StepRecord.parse(line.encode(), str(path)) for line in read_lines(path)]
 
 
 def select_scores(path: Path) -> list[float]:
     """Return the scores on ``select`` of a training so far, in the order of its evaluations."""
     return [r.select_score for r in read_curve(path) if r.select_score is not None]
+
+
+def scores_before_decay(path: Path) -> tuple[float, ...]:
+    """Return the scores on ``select`` while the learning rate of a training was constant.
+
+    When it falls every score rises, whether or not a longer training would be better. All scores
+    are returned where the rate falls from the warm-up on.
+    """
+    evaluated = [r for r in read_curve(path) if r.select_score is not None]
+    highest = max((r.lr for r in evaluated), default=0.0)
+    constant = [r for r in evaluated if r.lr == highest]
+    return tuple(r.select_score or 0.0 for r in (constant if len(constant) > 1 else evaluated))
 
 
 def overrun(run: RunDir, plan: PlanRecipe | None) -> str:

@@ -15,7 +15,7 @@ from ad2kit import data as datasets
 from ad2kit import models, selection, store
 from ad2kit.baselines import look_at_teacher, untrained_encoder
 from ad2kit.checkpoint import Evaluation
-from ad2kit.curve import overrun, read_curve, select_scores, verdict
+from ad2kit.curve import overrun, read_curve, scores_before_decay, verdict
 from ad2kit.errors import RunError
 from ad2kit.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.head import start_head
@@ -93,7 +93,8 @@ def distill(
     )  # fmt: skip
     if run.distill_report.is_file():
         report = DistillReport.read(run.distill_report)
-        if report.inputs == inputs and (run.student / models.MANIFEST).is_file():
+        saved = (run.student / models.MANIFEST, run.select_logits)
+        if report.inputs == inputs and all(path.is_file() for path in saved):
             models.load(run.student, data.labels, data.task)  # refuses one that was tampered with
             trainer.clean_up("student")
             logger.info("student is already distilled: %s", run.student)
@@ -436,7 +437,7 @@ class _Stage:
                 recipe, self.data, untrained_encoder(recipe, self.data, teacher),
                 select_logits.numpy(), self.accelerator.device, inputs=key,
                 teacher_sha256=self.teacher_sha256(),
-                curve=tuple(select_scores(run.curve("teacher"))),
+                curve=scores_before_decay(run.curve("teacher")),
             )  # fmt: skip
             store.write_teacher_report(path, report)
         self.accelerator.wait_for_everyone()

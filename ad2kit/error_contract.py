@@ -133,13 +133,13 @@ class Pace:
     def wait(self, go_on: Callable[[], object]) -> bool:
         """Call ``go_on`` when the turn of one more refusal has come; False if it is now."""
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        self._free = min(self._at_once, self._free + (now - self._since) / self._interval_s)
-        self._since = now
-        if self._free >= 1 and not self._waiting:
-            self._free -= 1
-            return False
         if not self._waiting:
+            now = loop.time()
+            self._free = min(self._at_once, self._free + (now - self._since) / self._interval_s)
+            self._since = now
+            if self._free >= 1:
+                self._free -= 1
+                return False
             loop.call_later(self._interval_s, self._tick)
         self._waiting.append(go_on)
         return True
@@ -150,10 +150,15 @@ class Pace:
             self._waiting.popleft()()
 
     def _tick(self) -> None:
-        self._free, self._since = 0.0, asyncio.get_running_loop().time()
-        self._waiting.popleft()()
+        """Let those go on whose turn has come, as many as a late loop has missed."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        due = max(1, int((now - self._since) / self._interval_s))
+        self._free, self._since = 0.0, now
+        for _ in range(min(due, len(self._waiting))):
+            self._waiting.popleft()()
         if self._waiting:
-            asyncio.get_running_loop().call_later(self._interval_s, self._tick)
+            loop.call_later(self._interval_s, self._tick)
 
 
 class ErrorContract:

@@ -118,7 +118,7 @@ def rows_for_correlation(truth: float, target: float, limit: float) -> int | Non
     return None if rows is None else rows + 3
 
 
-def mean(
+def about_normal(
     value: float, interval: Interval, deviation: float, rows: int, *, unit: float = 1.0,
     error: float = ERROR,
 ) -> Estimate:  # fmt: skip
@@ -150,7 +150,7 @@ def rows_for_mean(
     truth: float, target: float, limit: float, deviation: float, *, unit: float = 1.0,
     error: float = ERROR,
 ) -> int | None:  # fmt: skip
-    """Return how many rows show a mean, see :func:`mean`; None if no number does.
+    """Return how many rows show a mean, see :func:`about_normal`; None if no number does.
 
     In the normal approximation: the estimate passes from the target, or the limit and half of its
     interval, on, whichever is more, and has to lie there with the chance :data:`POWER`.
@@ -167,7 +167,7 @@ def rows_for_mean(
 def half_width(
     deviation: float, rows: int, *, unit: float = 1.0, error: float = ERROR
 ) -> float:  # fmt: skip
-    """Return how far the interval of :func:`mean` will reach to either side on so many rows."""
+    """Return how far the interval of :func:`about_normal` will reach on so many rows."""
     return max(_quantile(error) * deviation / math.sqrt(rows), unit * unseen(rows, error))
 
 

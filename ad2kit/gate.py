@@ -225,7 +225,7 @@ def _points_lost(
     tail = 100 * evidence.ERROR / 2
     low, high = np.percentile(differences, [tail, 100 - tail]).tolist()
     rows = len(reference.labels)
-    return evidence.mean(lost, (low, high), float(differences.std()), rows, unit=100.0)
+    return evidence.about_normal(lost, (low, high), float(differences.std()), rows, unit=100.0)
 
 
 def agrees(question: Question, name: str, found: Estimate, thresholds: ParityRecipe) -> Check:
@@ -308,7 +308,7 @@ def retained(
     teacher = np.where(draws[:, 1] > 0, draws[:, 1], np.inf)
     deviation = float((draws[:, 0] / teacher).std())
     interval = metrics.retained_interval(draws, error)
-    return evidence.mean(value, interval, deviation, rows, unit=unit, error=error)
+    return evidence.about_normal(value, interval, deviation, rows, unit=unit, error=error)
 
 
 def retained_check(
@@ -356,7 +356,7 @@ def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> t
     of_one = float((right.astype(int) - often).std())
     half = evidence.half_width(of_one, rows)
     interval = accuracy - half, accuracy + half
-    found = evidence.mean(accuracy, interval, of_one / rows**0.5, rows)
+    found = evidence.about_normal(accuracy, interval, of_one / rows**0.5, rows)
     return (
         estimated(
             "distillation quality", "teacher accuracy, against the most frequent label",

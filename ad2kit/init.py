@@ -116,6 +116,11 @@ def init(
             stream.write(content)
     except FileExistsError as error:
         raise _taken(recipe) from error
+    except OSError as error:
+        raise RecipeError(
+            f"cannot write {recipe}: {error.strerror}",
+            hint=f"make the folder {recipe.parent}, or give another --name",
+        ) from error
     return guess
 
 

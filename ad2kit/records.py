@@ -106,6 +106,10 @@ class StepRecord(Record):
     distance on some rows of ``select`` without and with what the ascent finds, without dropout.
     """
 
+    cure: ClassVar[str] = "delete it, and what is left of its training (`checkpoint` beside it)"
+
+    # 1 had the adversary's gain of each update.
+    schema_version: Literal[2] = 2  # type: ignore[assignment]
     phase: Literal["teacher", "student"]
     step: int
     total_steps: int
@@ -179,6 +183,8 @@ class DistillReport(Record):
     ``selection`` is None where there was nothing to train.
     """
 
+    # 1 knew which update was the best, and not why.
+    schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     labels: tuple[str, ...]
     splits: dict[str, SplitFacts]

@@ -91,8 +91,8 @@ class Stopwatch:
 
     def _keep(self, key: str, found: tuple[Cost, ...]) -> None:
         with writing(self._file.parent):
-            # Another process may have measured something meanwhile.
-            self._known = {**self._read(), key: found}
+            # What it has measured first counts for both.
+            self._known = {key: found, **self._read()}
             write_record(self._file, Measurements(costs=self._known))
 
     def _read(self) -> dict[str, tuple[Cost, ...]]:

@@ -186,7 +186,9 @@ def select(
     errors = np.array([(median - medians[0]).std() for median in medians])
     enough = good_enough(np.array([each.criterion for each in able]), errors)
     near = [each for each, good in zip(able, enough, strict=True) if good]
-    return min(near, key=lambda each: each.select_distance or 0.0)
+    return min(
+        near, key=lambda each: math.inf if each.select_distance is None else each.select_distance
+    )
 
 
 def tables(

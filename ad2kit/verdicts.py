@@ -59,8 +59,9 @@ class TeacherReport(Record):
     ``score`` and its ``standard_error`` are of the teacher on the ``rows`` of ``select``. The
     baselines were trained on ``train_rows`` rows, and their ``validation_score`` decides nothing.
     ``unanswered`` holds the labels of ``select`` that the teacher never gives, with their rows
-    there. ``curve`` holds its scores on ``select`` while it was fine-tuned, if this run saw it.
-    ``cut`` is the share of the rows whose texts are longer than the teacher may read.
+    there. ``curve`` holds its scores on ``select`` while it was fine-tuned, before the rate fell,
+    if this run saw it. ``cut`` is the share of the rows whose texts are longer than the teacher may
+    read.
     """
 
     file_name: ClassVar[str] = "teacher.json"
@@ -131,7 +132,7 @@ class TeacherReport(Record):
             )
         if self.still_rises:
             lines.append(
-                f"{teacher} was still getting better when its training ended: {metric} "
+                f"{teacher} was still getting better when its learning rate fell: {metric} "
                 f"{', '.join(f'{score:.4f}' for score in self.curve[-4:])}"
             )
         return tuple(lines)

@@ -26,7 +26,7 @@ from ad2kit import bench, models, shapes
 from ad2kit import data as datasets
 from ad2kit.baseline import fill_with_teacher
 from ad2kit.classifier import MODEL_FILE, OnnxClassifier, open_session
-from ad2kit.curve import select_scores
+from ad2kit.curve import read_curve, select_scores
 from ad2kit.distill import distill
 from ad2kit.errors import DivergedError, UserError
 from ad2kit.export import export, export_fp32
@@ -274,7 +274,7 @@ class _Search:
         def watch(record: StepRecord) -> None:
             self.on_step(record)
             judged = record.phase == "student" and record.select_score is not None
-            if judged and record.step < record.total_steps and self._hopeless(run):
+            if judged and self._hopeless(run):
                 raise _GivenUp
 
         if not run.distill_report.is_file() and self._hopeless(run):
@@ -288,7 +288,16 @@ class _Search:
 
     def _hopeless(self, run: RunDir) -> bool:
         select = self.data.select
-        scores = thinned(select_scores(run.curve("student")), self.recipe.distill.parts)
+        # The last update is not judged here: the weights that are kept may be others.
+        evaluated = [
+            record
+            for record in read_curve(run.curve("student"))
+            if record.select_score is not None and record.step < record.total_steps
+        ]
+        if not evaluated:
+            return False
+        planned = round(evaluated[-1].total_steps / evaluated[0].step)
+        scores = thinned([record.select_score or 0.0 for record in evaluated], planned)
         if not scores:
             return False
         if self.teacher_score is None:

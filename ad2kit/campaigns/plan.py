@@ -27,7 +27,7 @@ from ad2kit.files import fingerprint, write_record
 from ad2kit.intermediate import comparison
 from ad2kit.objectives import distillation, finetuning
 from ad2kit.recipe import from_data
-from ad2kit.runtime import accelerator, processes
+from ad2kit.runtime import accelerator, available_cpus, environment, processes
 from ad2kit.schedule import Schedule
 from ad2kit.sections import PlanRecipe
 from ad2kit.training import new_state, predict_logits, prepare, train
@@ -80,12 +80,15 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
             "--max-minutes takes one process: it times updates, and all have to follow one plan",
             hint="plan without `accelerate launch`, stop, and give the epochs of its recipe.json",
         )
-    key = fingerprint(recipe.model_dump(mode="json"), max_minutes)
+    data = datasets.load_data(recipe.data, recipe.seed)
+    key = fingerprint(
+        recipe.model_dump(mode="json"), max_minutes, data.train.sha256(), data.unlabelled.sha256(),
+        environment(recipe.compute.threads or available_cpus()),
+    )  # fmt: skip
     path = store.plan_file(runs_dir / ".shared", key)
     if path.is_file():
         found = _read(path)
     else:
-        data = datasets.load_data(recipe.data, recipe.seed)
         found = fitted(recipe, data, measure(recipe, data), max_minutes)
         with store.writing(runs_dir / ".shared"):
             path.parent.mkdir(exist_ok=True)
@@ -124,7 +127,7 @@ def words(asked: Recipe, found: Recipe) -> str:
 
 
 def fitted(recipe: Recipe, data: Data, costs: Costs, max_minutes: float) -> Recipe:
-    """Return the recipe with as many epochs, and then rows, as fit into the minutes.
+    """Return the recipe with as many epochs (and least updates), and then rows, as fit.
 
     Args:
         recipe: as it was asked for.
@@ -132,15 +135,19 @@ def fitted(recipe: Recipe, data: Data, costs: Costs, max_minutes: float) -> Reci
         costs: of its updates, here.
         max_minutes: for teacher and student together.
     """
-    most = max(phase.epochs for phase in _phases(recipe).values())
+    phases = _phases(recipe).values()
+    most = max(phase.epochs for phase in phases)
     shares = [epochs / most for epochs in range(most, 0, -1)]
+    # Of one epoch each, the least updates may still be more than there is time for.
+    while any(phase.min_updates * shares[-1] >= 1 for phase in phases):
+        shares.append(0.9 * shares[-1])
     rows = len(data.train)
     for share in shares:
         plan = _plan(recipe, data, costs, max_minutes, share, rows)
         if plan.minutes <= max_minutes:
             return _with(recipe, plan, share, None)
     # Of the rows that a recipe may ask for, a part becomes `select`: so there are fewer than that.
-    batch = max(phase.batch_size for phase in _phases(recipe).values())
+    batch = max(phase.batch_size for phase in phases)
     while rows > batch:
         rows = max(batch, math.floor(0.95 * rows))
         plan = _plan(recipe, data, costs, max_minutes, shares[-1], rows)

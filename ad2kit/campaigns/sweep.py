@@ -149,7 +149,8 @@ class _Search:
         if trial is None or trial.state in ("begun", "failed"):
             return False
         if trial.state == "finished":
-            return self.job.run(*key).distill_report.is_file()
+            run = self.job.run(*key)
+            return run.distill_report.is_file() and run.select_logits.is_file()
         return trial.state == "diverged" or early_stopping
 
     def _tuning(self) -> Tuning:

@@ -225,6 +225,18 @@ def test_a_recipe_is_never_overwritten(here: Path, ad2kit: Any) -> None:
     assert load("mine-2.yaml").name == "mine-2"
 
 
+def test_a_folder_that_is_not_there_is_named(here: Path, ad2kit: Any) -> None:
+    table = columns(range(ROWS), topic=lambda row: TOPICS[row % 3])
+    train, held_out = write(here / "mine.csv", table), write(here / "held.csv", table)
+    command = ("init", train, "--validation", held_out, "--name", "conf/mine")
+    refused = ad2kit(*command)
+    assert refused.code == 2
+    assert "make the folder conf" in refused.err
+    (here / "conf").mkdir()
+    assert ad2kit(*command).code == 0
+    assert load("conf/mine.yaml").name == "mine"
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_lone_table_is_divided_as_the_hint_says(here: Path, ad2kit: Any, suffix: str) -> None:
     table = write(here / f"my table.{suffix}", columns(range(99), topic=lambda n: TOPICS[n % 3]))

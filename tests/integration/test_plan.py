@@ -83,6 +83,37 @@ def test_what_cannot_fit_is_an_error_whose_minutes_do_fit(tmp_path: Path) -> Non
     assert "data.unlabelled" in caught.value.hint
 
 
+def test_least_updates_go_before_rows() -> None:
+    least = ("distill.min_updates=200", "teacher.finetune.min_updates=100")
+    found = fit(5.0, *least)  # 100 s and 400 s for them alone, of 300
+    assert found.plan is not None
+    assert found.plan.minutes <= 5.0
+    assert found.data.max_train_rows == 500
+    assert 13 < found.plan.updates["teacher"] < 100
+    assert 13 < found.plan.updates["student"] < 200
+    # Whatever fits without them fits with them, and on all rows.
+    shortest = fit(50 / 60, *least)
+    assert (shortest.data.max_train_rows, epochs(shortest)) == (500, (1, 1))
+    assert shortest.plan is not None
+    assert shortest.plan.minutes <= 50 / 60
+
+
+def test_other_data_have_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda *_: COSTS)
+    table = tmp_path / "train.tsv"
+    fields = (f"data.source={tmp_path}", "data.max_train_rows=null")
+    lines = [f"text {number}\t{number % 2}" for number in range(4000)]
+    for name, count in (("validation", 100), ("train", 500)):
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *lines[-count:]]) + "\n")
+    small = planned(asked(*fields, "data.max_leakage=1.0"), 10.0, tmp_path)
+    table.write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    large = planned(asked(*fields, "data.max_leakage=1.0"), 10.0, tmp_path)
+    assert small.plan is not None
+    assert large.plan is not None
+    assert large.plan.rows > small.plan.rows
+    assert large.plan.minutes <= 10.0
+
+
 def test_a_finished_teacher_takes_no_updates() -> None:
     found = fit(500 / 60, "teacher.finetune=null")
     assert found.plan is not None

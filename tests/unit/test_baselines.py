@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from ad2kit import baselines, metrics, recipe
+from ad2kit.curve import scores_before_decay
 from ad2kit.data import Data, Split, collate, encode
-from ad2kit.errors import GateFailed
+from ad2kit.errors import GateFailed, RunError
 from ad2kit.probe import last_linear, read_vectors
+from ad2kit.records import StepRecord
 from ad2kit.verdicts import BAG_OF_WORDS, Baseline, TeacherReport
 from tests import families, models
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ad2kit.sections import Task
 
 TASKS: tuple[Task, ...] = ("single_label", "multi_label", "regression")
@@ -269,3 +273,28 @@ def test_unanswered_labels_are_counted_in_select() -> None:
     several = Split((("a",),) * 2, np.array([[1, 1, 0], [0, 1, 0]], dtype=np.float32))
     data = Data("multi_label", ("x", "y", "z"), several, several, several, several)
     assert baselines._unanswered(data, np.array([[1, 0, 0], [0, 0, 0]])) == {"y": 2}
+
+
+def test_what_rises_when_the_rate_falls_says_nothing(tmp_path: Path) -> None:
+    """With less of a rate every score rises; what counts is whether it did before."""
+    path, steps = tmp_path / "curve.jsonl", list[StepRecord]()
+
+    def write(scores: list[float], rates: list[float]) -> tuple[float, ...]:
+        steps[:] = [
+            StepRecord(
+                phase="teacher", step=number + 1, total_steps=len(scores), epoch=0, lr=rate,
+                loss=1.0, terms={}, grad_norm=1.0, examples=1, seconds=1.0, select_score=score,
+            )
+            for number, (score, rate) in enumerate(zip(scores, rates, strict=True))
+        ]  # fmt: skip
+        path.write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
+        return scores_before_decay(path)
+
+    flat = [0.6, 0.7, 0.74, 0.73, 0.74, 0.735]
+    assert write([*flat, 0.755, 0.78], [1e-4] * 6 + [5e-5, 1e-5]) == tuple(flat)
+    # Where it falls all the time there is nothing else to look at.
+    assert write(flat, [1e-4, 8e-5, 6e-5, 4e-5, 2e-5, 0.0]) == tuple(flat)
+    assert scores_before_decay(tmp_path / "none.jsonl") == ()
+    path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":1'))
+    with pytest.raises(RunError, match=r"curve\.jsonl is not a StepRecord of schema version 2"):
+        scores_before_decay(path)

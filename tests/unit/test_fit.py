@@ -364,6 +364,26 @@ def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -
     assert (file.parent / ".lock").is_file()
 
 
+def test_what_was_measured_first_counts_for_all(tmp_path: Path) -> None:
+    file = tmp_path / ".shared" / "measured.json"
+    seconds = iter([0.001, 0.002])
+
+    def clock(
+        calls: dict[str, Call], _ids: np.ndarray, _seconds: float
+    ) -> dict[str, list[list[float]]]:
+        value = next(seconds)
+        return {name: [[value] * 10] for name in calls}
+
+    def systems() -> dict[str, System]:
+        return {"fused": (lambda _ids: None, 2)}
+
+    ours, theirs = (Stopwatch(load("smoke"), target(), file, clock, 50) for _ in range(2))
+    first = ours.measure("one shape", systems)
+    assert theirs.measure("one shape", systems) == first  # though it has measured something else
+    again = Stopwatch(load("smoke"), target(), file, clock, 50)
+    assert again.measure("one shape", systems) == first
+
+
 def test_lists_of_numbers() -> None:
     assert numbers("--layers", "2, 3") == (2, 3)
     assert numbers("--layers", None) == ()

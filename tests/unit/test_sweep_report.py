@@ -83,6 +83,9 @@ def test_of_configurations_that_are_as_good_the_nearest_is_taken() -> None:
     # What was stopped early has no answers: only as the best of all is it taken.
     assert selected({medium: []}) == FAST
     assert selected({FAST: []}) == FAST
+    # A student that imitates nobody is near to nobody.
+    alone = results[1].model_copy(update={"select_distance": None})
+    assert select([results[0], alone], found, labels, ("accuracy",)).configuration == FAST
     # Without distances, the best score.
     results = [each.model_copy(update={"select_distance": None}) for each in results]
     assert selected({}) == FAST
