@@ -228,11 +228,14 @@ def int8_search(run: RunDir) -> dict[str, Any] | None:
         return None
     return {
         "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
-        "fp32. The fastest that passes by a standard error is taken; milliseconds are of one text.",
-        "header": ("way", "agreement", "points lost", "MB", "ms, batch of 32", "ms, alone", ""),
+        "fp32. Of what passes by a standard error and moves the logits little more than the best "
+        "does, the fastest is taken; milliseconds are of one text.",
+        "header": ("way", "agreement", "logits, RMS", "points lost", "MB", "ms, batch of 32",
+                   "ms, alone", ""),
         "rows": [
             (
-                trial.way, f"{trial.agreement:.4f}", f"{trial.points_lost:+.2f}",
+                trial.way, f"{trial.agreement:.4f}", f"{trial.rms_error:.3f}",
+                f"{trial.points_lost:+.2f}",
                 f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
                 "taken" if trial.way == search.taken else "; ".join(trial.failures) or "passed",
             )

@@ -191,11 +191,13 @@ class QuantisationTrial(Part):
     """One way to quantise, tried on ``select``; all its figures are of those rows.
 
     ``agreement`` is with the labels of fp32 (a correlation for a regression), in batches or one by
-    one, whichever is less. ``batch_ms`` is of a text in batches of 32, ``alone_ms`` of one alone.
+    one, whichever is less; ``rms_error`` is the root of the mean square of what the logits differ
+    by, whichever is more. ``batch_ms`` is of a text in batches of 32, ``alone_ms`` of one alone.
     """
 
     way: str
     agreement: float
+    rms_error: float
     points_lost: float
     failures: tuple[str, ...]
     size_bytes: int

@@ -63,7 +63,7 @@ def test_without_a_clock_the_first_that_passes_is_taken(finished_run: RunDir) ->
 
 
 @pytest.mark.slow
-def test_with_time_all_ways_are_tried_and_the_fastest_that_passed_is_taken(
+def test_with_time_all_ways_are_tried_and_the_fastest_of_the_exact_is_taken(
     copied_run: RunDir,
 ) -> None:
     search = searched(copied_run, seconds=600)
@@ -74,7 +74,10 @@ def test_with_time_all_ways_are_tried_and_the_fastest_that_passed_is_taken(
         if not trial.failures
         and trial.agreement - (trial.agreement * (1 - trial.agreement) / 200) ** 0.5 >= 0.95
     ]
-    fastest = min(safe, key=lambda trial: trial.batch_ms * trial.alone_ms)
+    least = min(trial.rms_error for trial in safe)
+    exact = [trial for trial in safe if trial.rms_error <= 1.25 * least]
+    assert len(exact) < len(safe)  # one by tensor moves the logits further
+    fastest = min(exact, key=lambda trial: trial.batch_ms * trial.alone_ms)
     assert search.taken == fastest.way
     assert (copied_run.onnx("int8") / MODEL_FILE).stat().st_size == fastest.size_bytes
     assert parity(copied_run).passed
