@@ -7,9 +7,10 @@
     runs/.shared/measured.json          what systems cost here, see ad2kit.stopwatch
 
 A key is the fingerprint of everything that the content depends on, so that a change of any of it
-looks for another entry; only `measured.json` is updated. A plan depends on how fast the machine was
-when it was made, which is why it is kept. A run keeps its own teacher (hard links
-where the file system has them), so that deleting this folder costs time and no result.
+looks for another entry; only `measured.json` is updated. A run keeps its own teacher (hard links
+where the file system has them), so that deleting this folder costs time and no result of a run.
+But a plan depends on how fast the machine was when it was made: the same command with
+`--max-minutes` may then plan, and so train, another run.
 """
 
 from __future__ import annotations
