@@ -141,7 +141,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         order_given=found.given,
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
-        _insist_on_variety(split, recipe.task, labels, name)
+        _insist_on_variety(split, recipe, labels, name)
     seen = {*data.train.texts, *data.unlabelled.texts} | (
         {*data.select.texts} if not own else set()
     )
@@ -175,7 +175,7 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
     named = recipe if recipe.task == "regression" else recipe.model_copy(update={"labels": labels})
     found = label_set(rows, named, None)
     split = Split(_texts(rows, recipe), read_labels(rows, recipe, found))
-    _insist_on_variety(split, recipe.task, labels, path.name)
+    _insist_on_variety(split, recipe, labels, path.name)
     return split
 
 
@@ -317,21 +317,25 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
     return tuple(texts)
 
 
-def _insist_on_variety(split: Split, task: Task, labels: tuple[str, ...], name: str) -> None:
+def _insist_on_variety(
+    split: Split, recipe: DataRecipe, labels: tuple[str, ...], name: str
+) -> None:
+    more = "" if recipe.max_train_rows is None else "raise data.max_train_rows, "
     if not len(split):
         raise DataError(
             f"the {name} split has no row left beside those that are set aside for `select`",
-            hint="give more rows, raise data.max_train_rows, or set data.select_from=validation",
+            hint=f"give more rows, {more}or set data.select_from=validation",
         )
     if len(np.unique(split.labels)) < 2:
         what = {
             "single_label": "one class only",
             "multi_label": "all labels in every row, or none in any",
             "regression": "one value only",
-        }[task]
+        }[recipe.task]
         held = split.labels.flat[0]
-        value = labels[int(held)] if task == "single_label" else f"{held:g}"
+        value = labels[int(held)] if recipe.task == "single_label" else f"{held:g}"
         raise DataError(
             f"the {name} split holds {what}: '{value}' in all {len(split)} rows",
-            hint="give rows that differ in their labels, or raise data.max_train_rows",
+            hint=f"give rows that differ in their labels, {more}or name the right column in "
+            "data.label_column",
         )

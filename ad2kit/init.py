@@ -375,6 +375,9 @@ def _task(cells: list[Any], guess: Guess) -> None:
         guess.note("labels", f"In the training table: {shares}.")
         if "rare" in shares:
             guess.doubt("labels", "Accuracy hardly sees rare classes: metrics: [macro_f1] does.")
+        if len(found) == 1:
+            guess.doubt("labels", "All rows have the same, and check will refuse that: name the "
+                        "right column by --label.")  # fmt: skip
         if len(found) > 2 and numbers:
             guess.doubt("task", f"{len(found)} whole numbers are taken for classes. If 3 is more "
                         "than 2, set it to regression.")  # fmt: skip

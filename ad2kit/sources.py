@@ -97,7 +97,7 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
             "or write hub://owner/name for a data set on the hub",
         )
 
-    def split_file(stem: str) -> Path:
+    def split_file(stem: str, key: str) -> Path:
         found = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
         found = [path for path in found if path.is_file() or path.is_symlink()]
         if len(found) != 1:
@@ -105,11 +105,15 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
                 f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
                 f"found {', '.join(path.name for path in found) or 'none'}",
                 hint=_cure(folder, stem)
-                or "rename the files, or name them with data.train and data.validation",
+                or f"rename a file, or give its name without the ending (data.{key}=held-out), or "
+                "name both files: data.source=null data.train=FILE data.validation=FILE",
             )
         return found[0]
 
-    train, validation = (read_file(split_file(name), columns) for name in names)
+    train, validation = (
+        read_file(split_file(name, key), columns)
+        for name, key in zip(names, ("train", "validation"), strict=True)
+    )
     label_file = folder / "labels.txt"
     if not label_file.is_file():
         return train, validation, None

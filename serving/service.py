@@ -248,7 +248,7 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     observe=reject,
     pace=PACE,
     hints={
-        413: f"send at most {MAX_TEXTS} texts per request",
+        413: f"send at most {MAX_TEXTS} texts, and {settings.max_body_bytes} bytes, per request",
         504: f"the deadline is {DEADLINE_S:g} s; retry, or send fewer texts",
     },
 )

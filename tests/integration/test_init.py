@@ -323,3 +323,15 @@ def test_without_the_packaged_model_the_length_is_estimated(
 )
 def test_what_a_column_of_labels_looks_like(cells: list[Any], task: str | None) -> None:
     assert label_task(cells) == task
+
+
+def test_one_class_only_is_not_sure_and_refused_by_check(here: Path, ad2kit: Any) -> None:
+    for name, rows in (("mine", range(ROWS)), ("held", range(ROWS, 2 * ROWS))):
+        write(here / f"{name}.csv", columns(rows, label=lambda _: "good"))
+    made = ad2kit("init", "mine.csv", "--validation", "held.csv", "--label", "label")
+    assert made.code == 0
+    assert "unsure, labels: All rows have the same" in made.out
+    checked = ad2kit("check", "mine.yaml")
+    assert checked.code != 0
+    assert "one class only: 'good'" in checked.err
+    assert "max_train_rows" not in checked.err

@@ -27,7 +27,7 @@ GOOD = "text\tlabel\n" + "".join(f'text {i} "quoted\t{i % 2}\n' for i in range(4
 OTHER = GOOD.replace("text ", "other ")
 
 
-def recipe(source: Path | str | None, **changes: object) -> DataRecipe:
+def recipe(source: object, **changes: object) -> DataRecipe:
     values: dict[str, object] = {
         "source": None if source is None else str(source),
         "text_columns": ("text",),
@@ -408,6 +408,36 @@ def test_a_hub_set_that_is_not_what_its_card_says_is_no_defect(
         load_data(recipe("hub://some/set"), 1)
     assert "NonMatchingSplitsSizesError" in caught.value.message
     assert "differ" in caught.value.hint
+
+
+@pytest.mark.parametrize("way", ["rename", "a stem", "both files"])
+def test_files_of_other_names_are_read_as_the_hint_says(tmp_path: Path, way: str) -> None:
+    source = folder(tmp_path)
+    held_out = (source / "validation.tsv").rename(source / "held-out.tsv")
+    with pytest.raises(DataError, match=r"expected exactly one validation\.") as caught:
+        load_data(recipe(source), 1)
+    hint = caught.value.hint
+    changed: dict[str, object] = {"source": source}
+    if way == "rename":
+        assert "rename a file" in hint
+        held_out.rename(source / "validation.tsv")
+    elif way == "a stem":
+        assert "data.validation=held-out" in hint
+        changed["validation"] = "held-out"
+    else:
+        assert "data.source=null data.train=FILE data.validation=FILE" in hint
+        changed = {"source": None, "train": str(source / "train.tsv"), "validation": str(held_out)}
+    assert len(load_data(recipe(**changed), 1).validation) == 40
+
+
+@pytest.mark.parametrize("rows", [None, 9])
+def test_a_limit_of_rows_is_named_where_there_is_one(tmp_path: Path, rows: int | None) -> None:
+    train = "text\tlabel\n" + "".join(f"word {row}\t0\n" for row in range(90))
+    source = folder(tmp_path, train)
+    with pytest.raises(DataError, match="the train split holds one class only") as caught:
+        load_data(recipe(source, labels=("0", "1"), max_train_rows=rows), 1)
+    assert ("data.max_train_rows" in caught.value.hint) == (rows is not None)
+    assert "data.label_column" in caught.value.hint
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_train_rows": 1}])
