@@ -84,21 +84,14 @@ def distill(
             that.
     """
     stage = _Stage.of(run, on_step, allow_inexact)
-    recipe, data, trainer = stage.recipe, stage.data, stage.trainer
-    accelerator = stage.accelerator
+    recipe, data = stage.recipe, stage.data
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
     )  # fmt: skip
-    if run.distill_report.is_file():
-        report = DistillReport.read(run.distill_report)
-        saved = (run.student / models.MANIFEST, run.select_logits)
-        if report.inputs == inputs and all(path.is_file() for path in saved):
-            models.load(run.student, data.labels, data.task)  # refuses one that was tampered with
-            trainer.clean_up("student")
-            logger.info("student is already distilled: %s", run.student)
-            return report
+    if (done := stage.finished(inputs)) is not None:
+        return done
 
     teacher_select = stage.select_logits(teacher)
     stage.look_at(teacher, teacher_select)
@@ -108,33 +101,19 @@ def distill(
         "student: %d layers, %.1f M parameters, learning rate %.3g",
         student.module.config.num_hidden_layers, student.parameters() / 1e6, settings.rate,
     )  # fmt: skip
-    imitated = teacher_select if settings.imitates else None
-    terms = comparison(teacher, student, settings.intermediate)
-    reading, select = data.distillation(), stage.encode(student, data.select)
-    encoded, teacher_logits = stage.encode(student, reading), stage.teacher_logits(teacher, reading)
-    prepare(student, recipe.compute)
-    state, kept, logits = trainer.train(
-        student, encoded, teacher_logits,
-        distillation(accelerator, settings, terms, stage.class_weights(settings)), settings,
-        lambda model: stage.evaluate(model, select, imitated, settings),
-        functools.partial(stage.choose, select), phase="student",
-        seed=recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
-        start=stage.head_start(settings, encoded, teacher_logits if settings.imitates else None),
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        models.save(state.model, run.student, inputs=inputs)
-        with whole_file(run.select_logits) as new:
-            save_file({"logits": logits}, new)
-    accelerator.wait_for_everyone()
+    select, encoded = (stage.encode(student, each) for each in (data.select, data.distillation()))
+    steps, kept = stage.train_student(
+        teacher, student, settings, encoded, select, teacher_select, inputs=inputs
+    )
     validation = datasets.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     report = stage.report(
-        teacher, student, settings, kept, inputs=inputs, steps=state.step,
+        teacher, student, settings, kept, inputs=inputs, steps=steps,
         splits=datasets.facts(data, train=encoded, select=select, validation=validation),
         teacher_score=stage.score(teacher_select, select),
     )  # fmt: skip
-    if accelerator.is_main_process:
+    if stage.accelerator.is_main_process:
         write_record(run.distill_report, report)
-    trainer.clean_up("student")
+    stage.trainer.clean_up("student")
     logger.info("%s", report.verdict)
     if late := overrun(run, recipe.plan):
         logger.warning("%s", late)
@@ -231,6 +210,61 @@ class _Stage:
     @property
     def accelerator(self) -> Accelerator:
         return self.trainer.accelerator
+
+    def finished(self, inputs: str) -> DistillReport | None:
+        """Return the report of a student that was distilled from the same inputs, if it is whole.
+
+        Raises:
+            ModelError: the student was changed since.
+        """
+        run = self.run
+        if not run.distill_report.is_file():
+            return None
+        report = DistillReport.read(run.distill_report)
+        saved = (run.student / models.MANIFEST, run.select_logits)
+        if report.inputs != inputs or not all(path.is_file() for path in saved):
+            return None
+        models.load(run.student, self.data.labels, self.data.task)
+        self.trainer.clean_up("student")
+        logger.info("student is already distilled: %s", run.student)
+        return report
+
+    def train_student(
+        self, teacher: TextModel, student: TextModel, settings: DistillRecipe, encoded: Encoded,
+        select: Encoded, teacher_select: torch.Tensor, *, inputs: str,
+    ) -> tuple[int, Selection]:  # fmt: skip
+        """Train the student, and save it with its logits on ``select``; all processes take part.
+
+        Args:
+            teacher: answers what the student reads.
+            student: before its first update.
+            settings: of the training.
+            encoded: what the student reads.
+            select: what chooses the update that is kept.
+            teacher_select: the teacher's logits on ``select``, shape [rows, outputs].
+            inputs: what the student is made from, as a fingerprint.
+
+        Returns:
+            The number of updates, and which of them was kept.
+        """
+        terms = comparison(teacher, student, settings.intermediate)
+        logits = self.teacher_logits(teacher, self.data.distillation())
+        imitated, taught = (teacher_select, logits) if settings.imitates else (None, None)
+        prepare(student, self.recipe.compute)
+        state, kept, found = self.trainer.train(
+            student, encoded, logits,
+            distillation(self.accelerator, settings, terms, self.class_weights(settings)), settings,
+            lambda model: self.evaluate(model, select, imitated, settings),
+            functools.partial(self.choose, select), phase="student",
+            seed=self.recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
+            start=self.head_start(settings, encoded, taught),
+        )  # fmt: skip
+        if self.accelerator.is_main_process:
+            models.save(state.model, self.run.student, inputs=inputs)
+            with whole_file(self.run.select_logits) as new:
+                save_file({"logits": found}, new)
+        self.accelerator.wait_for_everyone()
+        return state.step, kept
 
     def report(
         self, teacher: TextModel, student: TextModel, settings: DistillRecipe,

@@ -18,7 +18,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ad2kit import __version__
 from ad2kit.bundle import own_wheel, pinned_requirements, service_file
@@ -42,6 +42,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ad2kit.recipe import Recipe
     from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -75,12 +76,11 @@ def package(
     folder, forced = choose_variant(run, variant, allow_failed_parity=allow_failed_parity)
     recipe, report, campaign = run.recipe, ParityReport.read(run.parity_report), campaign_of(run)
     artifact = read_artifact(folder)
-    requirements = pinned_requirements()
     lineage = {
         "recipe": recipe.model_dump(mode="json"),
         "distill": DistillReport.read(run.distill_report).model_dump(mode="json"),
         "parity": {"forced": forced, **report.model_dump(mode="json")},
-        "requirements": requirements,
+        "requirements": pinned_requirements(),
     }
     if campaign is not None:
         lineage["campaign"] = campaign.model_dump(mode="json")
@@ -98,23 +98,7 @@ def package(
                 logger.info("already packaged: %s", tag)
                 return record
 
-        for name in ("service.py", "page.html"):
-            shutil.copy2(service_file().with_name(name), context / name)
-        shutil.copytree(folder, context / "artifact")
-        write_text(context / "lineage.json", json.dumps(lineage, indent=2))
-        write_text(
-            context / "bentofile.yaml",
-            json.dumps({  # JSON is YAML
-                "service": "service:Ad2kitClassifier",
-                "name": f"ad2kit-{recipe.name}",
-                "description": f"{recipe.description} Variant {folder.name}.",
-                "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
-                "include": ["service.py", "page.html", "lineage.json", "artifact/*"],
-                "python": {
-                    "packages": requirements, "wheels": [wheel.name], "lock_packages": False,
-                },
-            }),
-        )  # fmt: skip
+        _lay_out(context, recipe, folder, lineage, wheel)
         # Nothing that is set for another service here, and a key of its own: it is nobody else's.
         key = secrets.token_urlsafe()
         environment = {name: value for name, value in os.environ.items()
@@ -135,6 +119,29 @@ def package(
     write_record(run.bento_record, record)
     logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
     return record
+
+
+def _lay_out(
+    context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any], wheel: Path
+) -> None:
+    """Write what a Bento is built from beside the wheel: the service, the artefact, what it is."""
+    for name in ("service.py", "page.html"):
+        shutil.copy2(service_file().with_name(name), context / name)
+    shutil.copytree(folder, context / "artifact")
+    write_text(context / "lineage.json", json.dumps(lineage, indent=2))
+    bentofile = {
+        "service": "service:Ad2kitClassifier",
+        "name": f"ad2kit-{recipe.name}",
+        "description": f"{recipe.description} Variant {folder.name}.",
+        "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
+        "include": ["service.py", "page.html", "lineage.json", "artifact/*"],
+        "python": {
+            "packages": lineage["requirements"],
+            "wheels": [wheel.name],
+            "lock_packages": False,
+        },
+    }
+    write_text(context / "bentofile.yaml", json.dumps(bentofile))  # JSON is YAML
 
 
 @contextmanager

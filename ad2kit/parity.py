@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ad2kit.classifier import Text
     from ad2kit.models import TextModel
     from ad2kit.run_dir import RunDir
+    from ad2kit.tokenise import Tokens
     from ad2kit.verdicts import Check, VariantParity
 
     Logits = NDArray[np.float32]
@@ -119,27 +120,14 @@ def _judge(
 ) -> ParityReport:
     """Compute all answers to the validation rows, write them down, and judge each variant."""
     recipe, length = run.recipe, run.recipe.data.max_length_tokens
-    teacher, student = (
-        models.load(folder, data.labels, data.task) for folder in (run.teacher, run.student)
-    )
-    encoded = datasets.encode(data.validation, student.tokenizer, length)
+    student = models.load(run.student, data.labels, data.task)
+    encodings = {name: c.encode(_typed(data.validation)) for name, c in classifiers.items()}
+    reference = _reference(run, data, student, classifiers["fp32"], encodings["fp32"])
+    encoded = reference.encoded
     long_texts = datasets.Split(
         tuple(longer_texts(encoded, data.validation.texts, length)), np.empty(0)
     )
     long_encoded = datasets.encode(long_texts, student.tokenizer, length)
-    encodings = {name: c.encode(_typed(data.validation)) for name, c in classifiers.items()}
-    fp32, probes = classifiers["fp32"], [encodings["fp32"][row] for row in probe_rows(encoded)]
-    cpu = torch.device("cpu")
-    teacher_encoded = datasets.encode(data.validation, teacher.tokenizer, length)
-    reference = Reference(
-        data.task,
-        recipe.data.judged_by,
-        data.validation.labels,
-        teacher=predict_logits(teacher, teacher_encoded, cpu).numpy(),
-        student=predict_logits(student, encoded, cpu).numpy(),
-        encoded=encoded,
-        student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
-    )
     logits = {name: c.run_sorted(encodings[name], BATCH) for name, c in classifiers.items()}
     fidelity = {
         name: export_fidelity(c, encodings[name], logits[name], reference, recipe.parity)
@@ -169,11 +157,11 @@ def _judge(
     variants = tuple(verdict(name, classifier) for name, classifier in classifiers.items())
     _write_answers(run, data.validation, reference, logits)
     teacher_answers = answers(data.task, reference.teacher)
-    teacher_ece = None
-    if data.task == "single_label":
-        teacher_ece = metrics.expected_calibration_error(
-            softmax(reference.teacher), reference.labels
-        )
+    teacher_ece = (
+        metrics.expected_calibration_error(softmax(reference.teacher), reference.labels)
+        if data.task == "single_label"
+        else None
+    )
     return ParityReport(
         inputs=inputs,
         thresholds=recipe.parity,
@@ -188,6 +176,32 @@ def _judge(
         student_score=reference.score(reference.student),
         answers_sha256=sha256_of(run.answers),
         variants=variants,
+    )
+
+
+def _reference(
+    run: RunDir, data: datasets.Data, student: TextModel, fp32: OnnxClassifier,
+    tokens: Sequence[Tokens],
+) -> Reference:  # fmt: skip
+    """Compute what every variant is held against: the answers of teacher and student in PyTorch.
+
+    ``tokens`` are those that ``fp32`` makes of the validation texts.
+    """
+    recipe, cpu = run.recipe, torch.device("cpu")
+    teacher = models.load(run.teacher, data.labels, data.task)
+    encoded, teacher_encoded = (
+        datasets.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
+        for model in (student, teacher)
+    )
+    probes = [tokens[row] for row in probe_rows(encoded)]
+    return Reference(
+        data.task,
+        recipe.data.judged_by,
+        data.validation.labels,
+        teacher=predict_logits(teacher, teacher_encoded, cpu).numpy(),
+        student=predict_logits(student, encoded, cpu).numpy(),
+        encoded=encoded,
+        student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
     )
 
 

@@ -119,21 +119,41 @@ def score(
     with output.claimed(job):
         finished = output.names() & {part_name(index, suffix) for index, _ in blocks}
         left = [each for each in blocks if part_name(each[0], suffix) not in finished]
-        rows, start = sum(block.rows for _, block in blocks), time.monotonic()
+        workers = min(workers, max(1, len(left)))
+        rows = sum(block.rows for _, block in blocks)
         done, bad = rows - sum(block.rows for _, block in left), output.count_bad(finished)
-        scored_here, answered_here, classifier_seconds = 0, 0, 0.0
-        on_progress(Progress(rows, done, bad, 0, 0.0))
-        for each in _run(engine, work, left, workers, address):
-            scored_here, bad = scored_here + each.rows, bad + each.bad
-            answered_here += each.rows - each.bad
-            classifier_seconds += each.seconds
-            elapsed = time.monotonic() - start
-            on_progress(Progress(rows, done + scored_here, bad, scored_here, elapsed))
-        seconds = time.monotonic() - start
-    return ScoreReport(
-        output=output.url, rows=rows, bad_rows=bad, parts=len(blocks), engine=engine,
-        workers=min(workers, max(1, len(left))), scored_here=scored_here, seconds=seconds,
-        answered_here=answered_here, classifier_seconds=classifier_seconds,
+        before = ScoreReport(
+            output=output.url, rows=rows, bad_rows=bad, parts=len(blocks), engine=engine,
+            workers=workers, scored_here=0, seconds=0.0, answered_here=0, classifier_seconds=0.0,
+        )  # fmt: skip
+        return _watched(_run(engine, work, left, workers, address), before, done, on_progress)
+
+
+def _watched(
+    blocks: Iterable[Done], before: ScoreReport, done: int,
+    on_progress: Callable[[Progress], None],
+) -> ScoreReport:  # fmt: skip
+    """Add up what is said of each block, tell of it, and return the report of all.
+
+    Args:
+        blocks: comes as they are done.
+        before: what is known without them.
+        done: rows that were scored earlier.
+        on_progress: called at the start and after each block.
+    """
+    rows, bad, start = before.rows, before.bad_rows, time.monotonic()
+    scored, answered, classifier_seconds = 0, 0, 0.0
+    on_progress(Progress(rows, done, bad, 0, 0.0))
+    for each in blocks:
+        scored, bad = scored + each.rows, bad + each.bad
+        answered += each.rows - each.bad
+        classifier_seconds += each.seconds
+        on_progress(Progress(rows, done + scored, bad, scored, time.monotonic() - start))
+    return before.model_copy(
+        update={
+            "bad_rows": bad, "scored_here": scored, "answered_here": answered,
+            "classifier_seconds": classifier_seconds, "seconds": time.monotonic() - start,
+        }
     )  # fmt: skip
 
 
@@ -153,7 +173,6 @@ def _run(
     """Score the blocks that are left, if there are any."""
     if not left:
         return iter(())
-    workers = min(workers, len(left))
     if engine == "ray":
         from ad2kit.ray_workers import score_on_ray
 

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
     from ad2kit.judge import Answers
     from ad2kit.recipe import Recipe
-    from ad2kit.records import StepRecord
+    from ad2kit.records import DistillReport, StepRecord
+    from ad2kit.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -105,20 +106,8 @@ def compare(
             found[method].append(judge.answers(run.student))
             teacher = judge.score(judge.answers(run.teacher))
             simpler, environment = baseline_scores(run), distilled.environment
-            students.append(
-                StudentResult(
-                    method=method,
-                    seed=seed,
-                    run=run.path.name,
-                    teacher_sha256=distilled.teacher_sha256,
-                    student_sha256=distilled.student_sha256,
-                    score=judge.score(found[method][-1]),
-                    train_seconds=distilled.train_seconds,
-                    examples_per_s=distilled.examples_per_s,
-                    verdict=distilled.verdict,
-                    constant=distilled.selection is not None and distilled.selection.kept.constant,
-                )
-            )
+            score = judge.score(found[method][-1])
+            students.append(_result(method, seed, run, distilled, score))
     report = CompareReport(
         recipe=recipe.name,
         inputs=fingerprint(recipe.model_dump(mode="json"), list(variants), seeds),
@@ -139,6 +128,23 @@ def compare(
             write_text(folder / "compare.md", markdown(report))
             plot(report, folder / "compare.svg")
     return report, folder
+
+
+def _result(
+    method: str, seed: int, run: RunDir, distilled: DistillReport, score: float
+) -> StudentResult:
+    return StudentResult(
+        method=method,
+        seed=seed,
+        run=run.path.name,
+        teacher_sha256=distilled.teacher_sha256,
+        student_sha256=distilled.student_sha256,
+        score=score,
+        train_seconds=distilled.train_seconds,
+        examples_per_s=distilled.examples_per_s,
+        verdict=distilled.verdict,
+        constant=distilled.selection is not None and distilled.selection.kept.constant,
+    )
 
 
 class _Comparison(Judge):

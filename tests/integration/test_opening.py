@@ -370,9 +370,8 @@ def test_each_family_is_let_in(both: Callable[..., Both], tmp_path: Path, family
 
 def test_the_families_are_those_of_the_readme_and_of_the_tests() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    listed = re.search(r"of (BERT, RoBERTa, [^.]*?)\. If it is", readme)
-    assert listed is not None
-    said = re.split(r",\s+|\s+or\s+", listed[1])
+    (listed,) = re.findall(r"of (BERT, RoBERTa, [^.]*?)\. If it is", readme)
+    said = re.split(r",\s+|\s+or\s+", listed)
     assert len(said) == len(pretrained.FAMILIES)
     assert set(pretrained.FAMILIES) == set(families.FAMILIES) == set(CUTTABLE)
 

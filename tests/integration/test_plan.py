@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.recipe import Recipe
+    from ad2kit.sections import PlanRecipe
 
 # 400 rows train in 13 batches of 32, 100 choose: 2 epochs of the teacher and 4 of the student.
 ASKED = ("data.max_train_rows=500", "distill.epochs=4", "teacher.finetune.epochs=2")
@@ -36,17 +37,21 @@ def fit(minutes: float, *overrides: str) -> Recipe:
 
 
 def epochs(recipe: Recipe) -> tuple[int, int]:
-    assert recipe.teacher.finetune is not None
-    return recipe.teacher.finetune.epochs, recipe.distill.epochs
+    (finetune,) = filter(None, [recipe.teacher.finetune])
+    return finetune.epochs, recipe.distill.epochs
+
+
+def plan_of(recipe: Recipe) -> PlanRecipe:
+    (plan,) = filter(None, [recipe.plan])
+    return plan
 
 
 def test_what_fits_stays_as_it_is() -> None:
     # 26 updates of 1 s, 52 of 2 s, and 400 + 7 * 100 texts of 0.01 s.
     seconds = 26 + 104 + 11
     found = fit(seconds / 60)
-    assert found.plan is not None
-    assert found.plan.minutes == pytest.approx(seconds / 60)
-    assert found.plan.updates == {"teacher": 26, "student": 52}
+    assert plan_of(found).minutes == pytest.approx(seconds / 60)
+    assert plan_of(found).updates == {"teacher": 26, "student": 52}
     assert found.model_copy(update={"plan": None}) == asked()
 
 
@@ -61,21 +66,18 @@ def test_epochs_go_before_rows() -> None:
     assert epochs(fit(50 / 60)) == (1, 1)
     fewer = fit(20 / 60)
     assert epochs(fewer) == (1, 1)
-    assert fewer.data.max_train_rows is not None
-    assert 32 <= fewer.data.max_train_rows < 300
-    assert fewer.plan is not None
-    assert fewer.plan.minutes <= 20 / 60
+    rows = fewer.data.max_train_rows or 0
+    assert 32 <= rows < 300
+    assert plan_of(fewer).minutes <= 20 / 60
     # As much as fits: a tenth more rows would not.
-    more = fit(1.3 * 20 / 60).data.max_train_rows
-    assert more is not None
-    assert more > fewer.data.max_train_rows
+    assert (fit(1.3 * 20 / 60).data.max_train_rows or 0) > rows
 
 
 def test_what_cannot_fit_is_an_error_whose_minutes_do_fit(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"more than --max-minutes 0\.01") as caught:
         fit(0.01)
     minutes = float(caught.value.hint.split()[2])
-    assert fit(minutes).plan is not None
+    assert plan_of(fit(minutes)).minutes <= minutes
     texts = tmp_path / "more.txt"
     texts.write_text("".join(f"text {n}\n" for n in range(5000)))
     with pytest.raises(RecipeError, match="5,000 unlabelled texts") as caught:
@@ -86,16 +88,14 @@ def test_what_cannot_fit_is_an_error_whose_minutes_do_fit(tmp_path: Path) -> Non
 def test_least_updates_go_before_rows() -> None:
     least = ("distill.min_updates=200", "teacher.finetune.min_updates=100")
     found = fit(5.0, *least)  # 100 s and 400 s for them alone, of 300
-    assert found.plan is not None
-    assert found.plan.minutes <= 5.0
+    assert plan_of(found).minutes <= 5.0
     assert found.data.max_train_rows == 500
-    assert 13 < found.plan.updates["teacher"] < 100
-    assert 13 < found.plan.updates["student"] < 200
+    assert 13 < plan_of(found).updates["teacher"] < 100
+    assert 13 < plan_of(found).updates["student"] < 200
     # Whatever fits without them fits with them, and on all rows.
     shortest = fit(50 / 60, *least)
     assert (shortest.data.max_train_rows, epochs(shortest)) == (500, (1, 1))
-    assert shortest.plan is not None
-    assert shortest.plan.minutes <= 50 / 60
+    assert plan_of(shortest).minutes <= 50 / 60
 
 
 def test_other_data_have_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,16 +108,13 @@ def test_other_data_have_another_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     small = planned(asked(*fields, "data.max_leakage=1.0"), 10.0, tmp_path)
     table.write_text("\n".join(["text\tlabel", *lines]) + "\n")
     large = planned(asked(*fields, "data.max_leakage=1.0"), 10.0, tmp_path)
-    assert small.plan is not None
-    assert large.plan is not None
-    assert large.plan.rows > small.plan.rows
-    assert large.plan.minutes <= 10.0
+    assert plan_of(large).rows > plan_of(small).rows
+    assert plan_of(large).minutes <= 10.0
 
 
 def test_a_finished_teacher_takes_no_updates() -> None:
     found = fit(500 / 60, "teacher.finetune=null")
-    assert found.plan is not None
-    assert set(found.plan.updates) == {"student"}
+    assert set(plan_of(found).updates) == {"student"}
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
@@ -143,8 +140,7 @@ def test_a_plan_is_made_once_and_trained_to_its_end(
     monkeypatch.setattr(planning, "measure", lambda *_: COSTS)
     assert ad2kit(*typed).code == 0
     (run,) = (RunDir(path.parent) for path in tmp_path.glob("*/recipe.json"))
-    plan = run.recipe.plan
-    assert plan is not None
+    plan = plan_of(run.recipe)
     assert plan.minutes <= plan.max_minutes == 1.0
     assert epochs(run.recipe) == (1, 2)
     assert {name: len(read_curve(run.curve(name))) for name in plan.updates} == plan.updates
