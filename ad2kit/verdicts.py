@@ -208,6 +208,8 @@ class QuantisationTrial(Part):
 class QuantisationSearch(Record):
     """All that was tried for int8, in order, and what was taken."""
 
+    # 1 did not say how far the logits were moved.
+    schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     rows: int
     seconds: float
