@@ -38,8 +38,8 @@ _BATCH = 32
 _SAMPLE, _TIMED = 128, 64
 _ROUNDS = 3
 # Over the least error of those that pass. On the demo's 640 validation rows the four dynamic ways
-# by channel moved the logits by 0.12 to 0.15 and flipped 56 labels (in batches and one by one, added
-# up), those by tensor moved them by 0.18 to 0.23 and flipped 84.
+# by channel moved the logits by 0.12 to 0.15 and flipped 56 labels, in batches and one by one added
+# up; those by tensor moved them by 0.18 to 0.23 and flipped 84.
 _MOST_ERROR = 1.25
 
 
