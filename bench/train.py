@@ -17,9 +17,15 @@ the same optimiser, rates, batch size and clipping, in ad2kit and in `hf_trainer
 by epoch. ad2kit's time holds one reading of the rows by the teacher, spread over the epochs that
 are run here (a recipe has more); neither holds tokenising. The peer pads to the maximum length,
 which the requirement means, and then to the longest text of the batch, to show how much is padding
-alone. Both keep their last weights. The bootstrap draws validation rows and not seeds: two
-trainings may differ by more than it says. Times do not depend on the layers, but MiniLM's [0, 1, 2]
-have learned nothing yet after so few updates, and their scores say nothing. Ends with JSON.
+alone. Both keep their last weights. Times do not depend on the layers, but MiniLM's [0, 1, 2] have
+learned nothing yet after so few updates, and their scores say nothing.
+
+Scores. They are of the validation rows, or with `--unseen` of so many training rows that neither
+the teacher nor the students have seen. With `--seeds` each pair is trained so often; the bootstrap
+draws seeds and rows, both in pairs. Ends with JSON.
+
+    python bench/train.py sst2-minilm data.source=FOLDER student.layers=[1,3,5] --steps 0 \
+      --padding longest --rows 2048 --seeds 3 --unseen 4000
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ import json
 import tempfile
 import time
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +69,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "ad2": {}, "ad2_random_start": {"start": "random"}, "ad2_two_steps": {"steps": 2},
 }  # fmt: skip
 FLOORS = {"finetune": 1, "kd": 1, "ad2": 2, "ad2_random_start": 8 / 3, "ad2_two_steps": 8 / 3}
+PADDINGS = ["max_length", "longest"]
 AT_MOST, PEER_AT_LEAST = {"ad2": 2.3, "ad2_random_start": 2.9}, 3.0  # required
 
 
@@ -74,6 +81,7 @@ class Workbench:
     data: Data
     accelerator: Accelerator
     teacher: TextModel
+    judged: Split
 
     def student(self) -> TextModel:
         """Return the untrained student, each time the same."""
@@ -91,15 +99,27 @@ class Workbench:
         logits = predict_logits(model, encoded, self.accelerator.device)
         return logits, time.perf_counter() - start
 
-    def judge(self, model: TextModel) -> tuple[np.ndarray, float]:
-        """Return a model's answers to the validation rows, and what they are worth."""
-        split, metrics = self.data.validation, self.recipe.data.judged_by
-        found = answers(self.data.task, self.logits(model, split)[0].numpy())
-        return found, score(metrics, found, split.labels)
+    def judged_on(self, trained: int, count: int) -> Workbench:
+        """Return one that judges on training rows behind the first, which have been trained on."""
+        rows = np.arange(trained, trained + count)
+        if rows[-1] >= len(self.data.train):
+            raise SystemExit(f"--unseen {count}: train has {len(self.data.train)} rows, and the "
+                             f"first {trained} are trained on")  # fmt: skip
+        found = replace(self, judged=self.data.train.take(rows))
+        print(f"teacher: {found.score(found.answers(self.teacher)):.4f} on {count} unseen rows")
+        return found
+
+    def answers(self, model: TextModel) -> np.ndarray:
+        """Return a model's answers to the judged rows."""
+        return answers(self.data.task, self.logits(model, self.judged)[0].numpy())
+
+    def score(self, found: np.ndarray) -> float:
+        """Return what answers to the judged rows are worth."""
+        return score(self.recipe.data.judged_by, found, self.judged.labels)
 
     def updates(
         self, model: TextModel, split: Split, logits: torch.Tensor | None, objective: Objective,
-        settings: TrainRecipe,
+        settings: TrainRecipe, seed: int | None = None,
     ) -> Iterator[StepRecord]:  # fmt: skip
         """Return the updates of a training, none of them done yet."""
         return train(
@@ -107,7 +127,7 @@ class Workbench:
             encode(split, model.tokenizer, self.recipe.data.max_length_tokens),
             logits, objective, settings, lambda _model: Evaluation(0.0, torch.zeros(1, 1)),
             self.accelerator, phase="teacher" if logits is None else "student",
-            seed=self.recipe.seed,
+            seed=self.recipe.seed if seed is None else seed,
         )  # fmt: skip
 
 
@@ -126,12 +146,13 @@ def set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Workben
     teacher = load_reference(
         recipe.teacher.model, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
     )
-    bench = Workbench(recipe, data, runtime.accelerator(recipe.compute), teacher)
+    accelerator = runtime.accelerator(recipe.compute)
+    bench = Workbench(recipe, data, accelerator, teacher, data.validation)
     if settings is not None:
         torch.manual_seed(recipe.seed)
         rows, objective = bench.rows(options.teacher_rows), finetuning(bench.accelerator)
         run(bench.updates(teacher, rows, None, objective, settings))
-    print(f"teacher: {bench.judge(teacher)[1]:.4f} on the validation rows", flush=True)
+    print(f"teacher: {bench.score(bench.answers(teacher)):.4f} on the validation rows", flush=True)
     return options, bench
 
 
@@ -183,36 +204,66 @@ def step_times(bench: Workbench, steps: int) -> dict[str, float]:
     return medians
 
 
-def epochs(bench: Workbench, rows: int, count: int, padding: str) -> dict[str, float]:
-    """Train the student in both ways, each with random draws of its own; time and judge them."""
+@dataclass(frozen=True)
+class Pair:
+    """One student trained in both ways from one seed."""
+
+    ours: np.ndarray
+    theirs: np.ndarray
+    ours_s: float
+    theirs_s: float
+    reading_s: float
+
+
+def pair(bench: Workbench, rows: int, count: int, padding: str, seed: int) -> Pair:
+    """Train the student in both ways, each with random draws of its own; time them."""
     recipe, split, settings = bench.recipe, bench.rows(rows), plain_ad2(bench.recipe, epochs=count)
     logits, reading_s = bench.logits(bench.teacher, split)
     ours, theirs = bench.student(), bench.student()
     objective = distillation(bench.accelerator, settings)
-    updates = bench.updates(ours, split, logits, objective, settings)
+    updates = bench.updates(ours, split, logits, objective, settings, seed)
 
     def our_epoch(epoch: int) -> float:
-        with runtime.seeded(recipe.seed + epoch):
+        with runtime.seeded(seed + epoch):
             return run(updates, -(-len(split) // settings.batch_size))
 
     values = settings.model_dump() | settings.adversary.model_dump() | {
-        "seed": recipe.seed, "padding": padding, "max_length": recipe.data.max_length_tokens,
+        "seed": seed, "padding": padding, "max_length": recipe.data.max_length_tokens,
     }  # fmt: skip
     same = peer.Settings(**{field.name: values[field.name] for field in fields(peer.Settings)})
     turns, teacher = peer.Turns(our_epoch), bench.teacher.module
     with tempfile.TemporaryDirectory() as folder:
         peer.train(theirs.module, teacher, theirs.tokenizer, split.texts, same, turns, folder)
-    (found, our_score), (others, their_score) = bench.judge(ours), bench.judge(theirs)
-    labels, samples = bench.data.validation.labels, recipe.parity.bootstrap_samples
-    draws = paired_bootstrap(recipe.data.judged_by, [found, others], labels, samples, recipe.seed)
-    low, high = np.percentile(draws[:, 0] - draws[:, 1], [2.5, 97.5]).tolist()
+    found = Pair(bench.answers(ours), bench.answers(theirs), sum(turns.others), sum(turns.own),
+                 reading_s)  # fmt: skip
+    scores = [bench.score(one) for one in (found.ours, found.theirs)]
+    print(f"seed {seed}, {padding}: ad2kit {scores[0]:.4f}, peer {scores[1]:.4f}", flush=True)
+    return found
+
+
+def epochs(bench: Workbench, rows: int, count: int, padding: str, seeds: int) -> dict[str, float]:
+    """Train a pair of students from each seed; return their times and scores."""
+    first = bench.recipe.seed
+    pairs = [pair(bench, rows, count, padding, first + more) for more in range(seeds)]
+    models = [one for found in pairs for one in (found.ours, found.theirs)]
+    samples, labels = bench.recipe.parity.bootstrap_samples, bench.judged.labels
+    draws = paired_bootstrap(bench.recipe.data.judged_by, models, labels, samples, first)
+    # Seeds are drawn as rows are: a difference between two trainings is chance in both.
+    drawn = np.random.default_rng(first).integers(seeds, size=(samples, seeds))
+    by_seed = np.take_along_axis(draws.reshape(samples, seeds, 2), drawn[:, :, None], axis=1)
+    means = by_seed.mean(axis=1)
+    low, high = np.percentile(means[:, 0] - means[:, 1], [2.5, 97.5]).tolist()
+    ours_s, theirs_s = (sum(times) / seeds for times in zip(
+        *((found.ours_s, found.theirs_s) for found in pairs), strict=True))  # fmt: skip
+    reading_s = sum(found.reading_s for found in pairs) / seeds
     return {
-        "ad2kit_s": sum(turns.others) / count, "teacher_s": reading_s / count,
-        "peer_s": sum(turns.own) / count, "ratio": sum(turns.own) / (sum(turns.others) + reading_s),
-        "ad2kit_score": our_score, "peer_score": their_score,
+        "ad2kit_s": ours_s / count, "teacher_s": reading_s / count, "peer_s": theirs_s / count,
+        "ratio": theirs_s / (ours_s + reading_s),
+        "ad2kit_score": float(np.mean([bench.score(found.ours) for found in pairs])),
+        "peer_score": float(np.mean([bench.score(found.theirs) for found in pairs])),
         "difference_low": low, "difference_high": high,
-        "learned": min(len(np.unique(found)), len(np.unique(others))) > 1,
-        "smallest_detectable": smallest_detectable_difference(draws, len(labels)),
+        "learned": min(len(np.unique(answers)) for answers in models) > 1,
+        "smallest_detectable": smallest_detectable_difference(means, len(labels)),
     }  # fmt: skip
 
 
@@ -222,13 +273,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed updates of each system")
     parser.add_argument("--rows", type=int, default=512, help="of an epoch")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1, help="trainings in each way")
+    parser.add_argument("--unseen", type=int, default=0, help="judge on so many rows of train")
+    parser.add_argument("--padding", choices=PADDINGS, nargs="+", default=PADDINGS)
     options, bench = set_up(parser)
-    ratios = step_times(bench, options.steps)
+    if options.unseen:
+        bench = bench.judged_on(max(options.rows, options.teacher_rows), options.unseen)
+    ratios = step_times(bench, options.steps) if options.steps else {}
     print(f"\n{'peer pads to':<13}{'ad2kit s/epoch':>15}{'+ teacher':>10}{'peer s/epoch':>14}"
           f"{'ratio':>7}{'scores':>15}{'difference, 95 %':>20}{'detectable':>12}")  # fmt: skip
     found = {}
-    for padding in ("max_length", "longest"):
-        found[padding] = one = epochs(bench, options.rows, options.epochs, padding)
+    for padding in options.padding:
+        found[padding] = one = epochs(bench, options.rows, options.epochs, padding, options.seeds)
         interval = f"{one['difference_low']:+.4f} to {one['difference_high']:+.4f}"
         print(f"{padding:<13}{one['ad2kit_s']:>15.2f}{one['teacher_s']:>10.2f}"
               f"{one['peer_s']:>14.2f}{one['ratio']:>7.2f}{one['ad2kit_score']:>8.4f}"
@@ -236,11 +292,13 @@ def main() -> None:
               flush=True)  # fmt: skip
         if not one["learned"]:
             print("one of them gives all texts the same answer: raise --rows or --epochs")
-    print(f"required of max_length: a ratio of at least {PEER_AT_LEAST}")
+    if "max_length" in found:
+        print(f"required of max_length: a ratio of at least {PEER_AT_LEAST}")
     print(json.dumps({
         **vars(options), "rows": len(bench.rows(options.rows)),
         **{f"{name}_over_finetune": value for name, value in ratios.items() if name != "finetune"},
-        "peer_over_ad2kit": found["max_length"]["ratio"], "peer_pads_to": found,
+        "peer_over_ad2kit": {padding: one["ratio"] for padding, one in found.items()},
+        "peer_pads_to": found,
         "environment": runtime.environment(torch.get_num_threads()),
     }))  # fmt: skip
 
