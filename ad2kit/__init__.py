@@ -5,9 +5,9 @@
     classifier = ad2kit.load("runs/demo-1a2b3c4d")
     classifier.predict(["not at all convincing"])
 
-Every stage is a plain function: :func:`ad2kit.distill.distill`, :func:`ad2kit.export.export`,
-:func:`ad2kit.parity.parity`, :func:`ad2kit.bench.bench`, :func:`ad2kit.package.package`,
-:func:`ad2kit.score.score`.
+Every stage is a plain function: :func:`ad2kit.training.distill.distill`, :func:`ad2kit.exporting.export.export`,
+:func:`ad2kit.gate.parity.parity`, :func:`ad2kit.gate.latency.bench`, :func:`ad2kit.service.bento.package`,
+:func:`ad2kit.scoring.score.score`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.classifier import OnnxClassifier
+    from ad2kit.exporting.classifier import OnnxClassifier
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> OnnxClassifier:
         MissingExtra: onnxruntime or tokenizers is not installed.
     """
     # Imported here so that `import ad2kit` stays free of onnxruntime.
-    from ad2kit.classifier import OnnxClassifier, servable_artifact
+    from ad2kit.exporting.classifier import OnnxClassifier
+    from ad2kit.gate.shipping import servable_artifact
 
     return OnnxClassifier(servable_artifact(folder), threads=threads)

@@ -6,12 +6,12 @@ import sys
 
 import typer
 
-from ad2kit.cli import app
-from ad2kit.errors import EXIT_BUG, EXIT_INTERRUPTED, Ad2kitError, UserError, no_room_left
+from ad2kit.cli.app import app
+from ad2kit.run.errors import EXIT_BUG, EXIT_INTERRUPTED, Ad2kitError, UserError, no_room_left
 
 
 def main() -> None:
-    """Run the command line; every way to end has its exit code (see :mod:`ad2kit.errors`)."""
+    """Run the command line; every way to end has its exit code (see :mod:`ad2kit.run.errors`)."""
     try:
         code = app(standalone_mode=False)
         if code == EXIT_INTERRUPTED:

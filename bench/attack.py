@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING
 import bentoml
 import psutil
 
-from ad2kit.runtime import environment
+from ad2kit.run.machine import environment
 from bench.attackers import ATTACKS, HOST, STILL_THERE, Aim, Attack, answer, attack
 from bench.overload import BROKEN
 from bench.serve import Ended, drive

@@ -28,28 +28,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ad2kit import metrics, models
-from ad2kit.baselines import MEAN_PROBE, baseline_answers
-from ad2kit.curve import read_curve
-from ad2kit.data import encode, load_data
-from ad2kit.distill import distill
-from ad2kit.recipe import load
-from ad2kit.run_dir import open_run
-from ad2kit.runtime import accelerator, environment
-from ad2kit.snapshots import Snapshots
-from ad2kit.tasks import answers
-from ad2kit.terminal import show_messages
-from ad2kit.training import predict_logits
-from ad2kit.verdicts import BAG_OF_WORDS
+from ad2kit.cli.show import show_messages
+from ad2kit.data import metrics
+from ad2kit.data.labels import answers
+from ad2kit.data.splits import encode, load_data
+from ad2kit.models import text_model
+from ad2kit.models.baselines import MEAN_PROBE, baseline_answers
+from ad2kit.models.records import BAG_OF_WORDS
+from ad2kit.models.text_model import predict_logits
+from ad2kit.run.folder import open_run
+from ad2kit.run.machine import accelerator, environment
+from ad2kit.run.recipe import load
+from ad2kit.training.checkpoint import Snapshots
+from ad2kit.training.distill import distill
+from ad2kit.training.records import read_curve
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ad2kit.data import Data
-    from ad2kit.models import TextModel
-    from ad2kit.recipe import Recipe
-    from ad2kit.records import DistillReport, StepRecord
-    from ad2kit.run_dir import RunDir
+    from ad2kit.data.splits import Data
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.training.records import DistillReport, StepRecord
 
     Answers = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,7 +84,7 @@ class Snapped:
         """Return the answers on the validation rows, by update."""
         assert report.selection is not None
         snapshots = Snapshots(self.folder, report.inputs, cure=f"delete {self.folder}")
-        student = models.load(self.run.student, judge.data.labels, judge.data.task)
+        student = text_model.load(self.run.student, judge.data.labels, judge.data.task)
         found = {}
         for point in report.selection.points:
             student.module.load_state_dict(snapshots.weights(point.step), strict=True)
@@ -129,13 +130,13 @@ def cell(name: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     students = snapped.answers(report, judge)
     kept, last = students[report.selection.kept_step], students[report.steps]
     best = max(students, key=lambda step: judge.score(students[step]))
-    encoder = models.load_reference(
+    encoder = text_model.load_reference(
         recipe.teacher.model, data, seed=recipe.seed, finished=False, key="teacher.model"
     )
     simple = baseline_answers(recipe, data, encoder, judge.device)
     baselines = {"bag": simple[BAG_OF_WORDS][1], "probe": simple[MEAN_PROBE][1]}
     better = max(baselines.values(), key=judge.score)
-    teacher = judge.answers(models.load(run.teacher, data.labels, data.task))
+    teacher = judge.answers(text_model.load(run.teacher, data.labels, data.task))
     seconds = sum(
         record.seconds
         for phase in ("teacher", "student")

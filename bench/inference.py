@@ -27,19 +27,19 @@ import onnx
 import onnxruntime
 import torch
 
-from ad2kit import models
-from ad2kit.bench import measure, onnx_call, torch_call
-from ad2kit.classifier import MODEL_FILE, OnnxClassifier
-from ad2kit.first_token import read_first_token_only
-from ad2kit.quantize import Way, quantize
-from ad2kit.records import DistillReport
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus, environment
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.exporting.fuse import read_first_token_only
+from ad2kit.exporting.int8 import Way, quantize
+from ad2kit.gate.latency import measure, onnx_call, torch_call
+from ad2kit.models import text_model
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import available_cpus, environment
+from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ad2kit.bench import Call
+    from ad2kit.gate.latency import Call
 
 OURS = "ad2kit int8"
 SHAPES = ((1, 16), (1, 128), (32, 16), (32, 128))
@@ -69,7 +69,7 @@ def optimum(folder: Path, threads: int) -> Call:
     return call
 
 
-def compiled(student: models.TextModel) -> Call:
+def compiled(student: text_model.TextModel) -> Call:
     """Return the PyTorch student behind torch.compile."""
     module: Any = torch.compile(student.module.eval(), dynamic=False)
 
@@ -145,8 +145,8 @@ def main() -> None:
     threads, run = arguments.threads, RunDir(arguments.run)
     torch.set_num_threads(threads)
     distilled = DistillReport.read(run.distill_report)
-    student = models.load(run.student, distilled.labels, distilled.task)
-    teacher = models.load(run.teacher, distilled.labels, distilled.task)
+    student = text_model.load(run.student, distilled.labels, distilled.task)
+    teacher = text_model.load(run.teacher, distilled.labels, distilled.task)
 
     def ours(variant: str) -> Call:
         return onnx_call(OnnxClassifier(run.onnx(variant), threads=threads))

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ad2kit import data as datasets
-from ad2kit import models
-from ad2kit import recipe as recipes
-from ad2kit.distill import distill
-from ad2kit.run_dir import open_run
-from ad2kit.training import predict_logits
+from ad2kit.data import splits
+from ad2kit.models import text_model
+from ad2kit.models.text_model import predict_logits
+from ad2kit.run import recipe as recipes
+from ad2kit.run.folder import open_run
+from ad2kit.training.distill import distill
 
 Answers = dict[str, Any]
 
@@ -40,9 +40,9 @@ class Bench:
     def __init__(self, name: str, overrides: list[str], unseen: int, runs_dir: Path) -> None:
         self.name, self.overrides, self.runs_dir = name, overrides, runs_dir
         self.recipe = recipes.load(name, overrides)
-        self.data = datasets.load_data(self.recipe.data, self.recipe.seed)
+        self.data = splits.load_data(self.recipe.data, self.recipe.seed)
         whole = self.recipe.data.model_copy(update={"max_train_rows": None})
-        everything = datasets.load_data(whole, self.recipe.seed).train
+        everything = splits.load_data(whole, self.recipe.seed).train
         seen = {*self.data.train.texts, *self.data.select.texts, *self.data.validation.texts}
         pool = [row for row, text in enumerate(everything.texts) if text not in seen]
         self.unseen = everything.take(np.array(pool[:unseen]))
@@ -51,10 +51,10 @@ class Bench:
 
     def answers(self, folder: Path) -> Answers:
         """Return the class ids that a model gives to the rows of both sets."""
-        model = models.load(folder, self.data.labels)
+        model = text_model.load(folder, self.data.labels)
         length, cpu = self.recipe.data.max_length_tokens, torch.device("cpu")
         return {
-            name: predict_logits(model, datasets.encode(split, model.tokenizer, length), cpu)
+            name: predict_logits(model, splits.encode(split, model.tokenizer, length), cpu)
             .argmax(1)
             .numpy()
             for name, split in (("unseen", self.unseen), ("validation", self.data.validation))

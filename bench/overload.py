@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus, environment
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import available_cpus, environment
 from bench.load import Connection, Load, closed_loop, connect, open_loop
 from bench.serve import OURS, drive, holders, report, requests, serving, sure_texts
 

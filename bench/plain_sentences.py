@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import ad2kit
-from ad2kit.recipe import load
-from ad2kit.run_dir import run_folder
+from ad2kit.run.folder import run_folder
+from ad2kit.run.recipe import load
 
 NEGATIVE = (
     "bad",

@@ -23,11 +23,11 @@ from pydantic_core import to_json
 # As in the service.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.http_api import parse
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus, environment
-from ad2kit.service_metrics import ServiceMetrics, metrics_folder
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import available_cpus, environment
+from ad2kit.service.http import parse
+from ad2kit.service.monitoring import ServiceMetrics, metrics_folder
 from bench.load import closed_loop
 from bench.serve import BARE, OURS, drive, requests, serving, sure_texts
 

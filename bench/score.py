@@ -35,14 +35,15 @@ import psutil
 import pyarrow as pa
 from pyarrow import parquet
 
-from ad2kit.classifier import OnnxClassifier, servable_artifact
-from ad2kit.data import load_data
-from ad2kit.files import sha256_of
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus, environment
-from ad2kit.score import BATCH_SIZE, BLOCK_ROWS
-from ad2kit.score_records import ScoreReport
-from ad2kit.workers import single_threaded
+from ad2kit.data.splits import load_data
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.gate.shipping import servable_artifact
+from ad2kit.run.files import sha256_of
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import available_cpus, environment
+from ad2kit.scoring.records import ScoreReport
+from ad2kit.scoring.score import BATCH_SIZE, BLOCK_ROWS
+from ad2kit.scoring.workers import single_threaded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -33,10 +33,10 @@ import numpy as np
 import psutil
 import uvloop
 
-from ad2kit import data as datasets
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus, environment
+from ad2kit.data import splits
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import available_cpus, environment
 from bench.load import Load, Request, closed_loop, open_loop, post
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def listening(port: int, name: str) -> bool:
 
 def sure_texts(run: RunDir, folder: Path, *, long: bool = False) -> tuple[list[str], list[str]]:
     """Return the validation texts that the artefact is sure of, and what it says of them."""
-    rows = datasets.load_data(run.recipe.data, run.recipe.seed).validation.texts
+    rows = splits.load_data(run.recipe.data, run.recipe.seed).validation.texts
     texts = [row[0] for row in rows]
     if long:
         texts = ["word " * 299 + text if row % 50 == 0 else text for row, text in enumerate(texts)]

@@ -29,14 +29,14 @@ BATCH = 32
 
 def classifier() -> Any:
     """Return the engine on one thread."""
-    from ad2kit.classifier import OnnxClassifier
+    from ad2kit.exporting.classifier import OnnxClassifier
 
     return OnnxClassifier(MODEL, threads=1)
 
 
 def uvicorn_app() -> Any:
     """Return ad2kit's engine and batcher as a bare ASGI application."""
-    from ad2kit.batcher import Batcher
+    from ad2kit.service.batcher import Batcher
 
     engine = classifier()
     batcher = Batcher(engine.run, max_batch_tokens=4096, max_queue_texts=1024)

@@ -22,10 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ad2kit.files import sha256_of
-from ad2kit.records import BentoRecord
-from ad2kit.run_dir import RunDir
-from ad2kit.verdicts import ParityReport
+from ad2kit.gate.records import BentoRecord, ParityReport
+from ad2kit.run.files import sha256_of
+from ad2kit.run.folder import RunDir
 
 # The first traces of the stages, in the order of the chain.
 MARKERS = (

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil
 
-from ad2kit.run_dir import RunDir
-from ad2kit.sweep_report import SweepReport, Trial
+from ad2kit.campaigns.sweep.report import SweepReport, Trial
+from ad2kit.run.folder import RunDir
 
 TRIALS = 8
 SPACE = ("sweep.batch_sizes=[16,32]", "sweep.lrs=[1e-3,3e-3]", "sweep.seeds=2")

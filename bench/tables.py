@@ -25,13 +25,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from ad2kit.blocks import Layout, find_inputs
-from ad2kit.score import BLOCK_ROWS
-from ad2kit.scoring import format_of
-from ad2kit.sources import FORMATS, read_file
+from ad2kit.data.sources import FORMATS, read_file
+from ad2kit.scoring.blocks import Layout, find_inputs
+from ad2kit.scoring.score import BLOCK_ROWS
+from ad2kit.scoring.workers import format_of
 
 if TYPE_CHECKING:
-    from ad2kit.blocks import Block
+    from ad2kit.scoring.blocks import Block
 
 _COLUMNS, _WORKERS, _TIMES = ("id", "text", "source"), 4, 3
 _WORDS = "the film was dull and boring plot acting superb truly not weak it is great never café"

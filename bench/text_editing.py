@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ad2kit.data import Split, by_length, encode
-from ad2kit.objectives import distillation
-from ad2kit.runtime import environment
-from ad2kit.training import EVALUATION_BATCH, padded
+from ad2kit.data.splits import Split, by_length, encode
+from ad2kit.models.text_model import EVALUATION_BATCH, padded
+from ad2kit.run.machine import environment
+from ad2kit.training.ad2 import distillation
 from bench.train import Workbench, plain_ad2, run, set_up
 
 if TYPE_CHECKING:

@@ -42,17 +42,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ad2kit import runtime
-from ad2kit.checkpoint import Evaluation
-from ad2kit.data import Data, Split, encode, load_data
-from ad2kit.metrics import paired_bootstrap, score, smallest_detectable_difference
-from ad2kit.models import TextModel, load_reference
-from ad2kit.objectives import distillation, finetuning
-from ad2kit.recipe import Recipe, load
-from ad2kit.sections import AdversaryRecipe, DistillRecipe, IntermediateRecipe
-from ad2kit.students import build_student
-from ad2kit.tasks import answers
-from ad2kit.training import new_state, predict_logits, train
+from ad2kit.data.labels import answers
+from ad2kit.data.metrics import paired_bootstrap, score, smallest_detectable_difference
+from ad2kit.data.splits import Data, Split, encode, load_data
+from ad2kit.models.text_model import TextModel, load_reference, predict_logits
+from ad2kit.run import machine
+from ad2kit.run.recipe import Recipe, load
+from ad2kit.run.sections import AdversaryRecipe, DistillRecipe, IntermediateRecipe
+from ad2kit.training.ad2 import distillation, finetuning
+from ad2kit.training.checkpoint import Evaluation
+from ad2kit.training.loop import new_state, train
+from ad2kit.training.students import build_student
 from bench import hf_trainer as peer
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from ad2kit.objectives import Objective
-    from ad2kit.records import StepRecord
-    from ad2kit.sections import TrainRecipe
+    from ad2kit.run.sections import TrainRecipe
+    from ad2kit.training.ad2 import Objective
+    from ad2kit.training.records import StepRecord
 
 WARM_UP = 3
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Workben
     teacher = load_reference(
         recipe.teacher.model, data, seed=recipe.seed, finished=settings is None, key="teacher.model"
     )
-    accelerator = runtime.accelerator(recipe.compute)
+    accelerator = machine.accelerator(recipe.compute)
     bench = Workbench(recipe, data, accelerator, teacher, data.validation)
     if settings is not None:
         torch.manual_seed(recipe.seed)
@@ -224,7 +224,7 @@ def pair(bench: Workbench, rows: int, count: int, padding: str, seed: int) -> Pa
     updates = bench.updates(ours, split, logits, objective, settings, seed)
 
     def our_epoch(epoch: int) -> float:
-        with runtime.seeded(seed + epoch):
+        with machine.seeded(seed + epoch):
             return run(updates, -(-len(split) // settings.batch_size))
 
     values = settings.model_dump() | settings.adversary.model_dump() | {
@@ -299,7 +299,7 @@ def main() -> None:
         **{f"{name}_over_finetune": value for name, value in ratios.items() if name != "finetune"},
         "peer_over_ad2kit": {padding: one["ratio"] for padding, one in found.items()},
         "peer_pads_to": found,
-        "environment": runtime.environment(torch.get_num_threads()),
+        "environment": machine.environment(torch.get_num_threads()),
     }))  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import environment
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import environment
 from bench.load import closed_loop
 from bench.serve import OURS, drive, requests, sure_texts
 

@@ -2,7 +2,7 @@
 
 It serves the artefact that is packed beside this file in a Bento; in a checkout, the most recent
 run that passed its parity gate, or what ``AD2KIT_MODEL`` or ``--arg model=FOLDER`` names. Its
-settings are those of :class:`ad2kit.service_arguments.Settings`. Neither torch nor transformers is
+settings are those of :class:`ad2kit.service.settings.Settings`. Neither torch nor transformers is
 imported.
 """
 
@@ -31,14 +31,16 @@ from starlette.routing import Route
 from uvicorn.config import HTTP_PROTOCOLS
 
 from ad2kit import __version__
-from ad2kit.batcher import Batcher, BatchFacts
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.connections import bounded, insist_on_files
-from ad2kit.error_contract import ErrorContract, Pace
-from ad2kit.golden import warm_up
-from ad2kit.http_api import ApiKeys, Classify, Direct, Stages, Unlink
-from ad2kit.observability import log_as_json, tracing
-from ad2kit.openapi import (
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.golden import warm_up
+from ad2kit.gate.records import ParityReport
+from ad2kit.run.machine import available_cpus
+from ad2kit.service.batcher import Batcher, BatchFacts
+from ad2kit.service.connections import bounded, insist_on_files
+from ad2kit.service.errors import ErrorContract, Pace
+from ad2kit.service.http import ApiKeys, Classify, Direct, Stages, Unlink
+from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
+from ad2kit.service.openapi import (
     MAX_TEXTS,
     ClassifyRequest,
     ClassifyResponse,
@@ -46,11 +48,7 @@ from ad2kit.openapi import (
     Prediction,
     document,
 )
-from ad2kit.runtime import available_cpus
-from ad2kit.service_metrics import ServiceMetrics, metrics_folder
-from ad2kit.service_process import end_with_parent, refusals, this_server
-from ad2kit.shadow import Shadow
-from ad2kit.verdicts import ParityReport
+from ad2kit.service.process import end_with_parent, refusals, this_server
 
 logger = logging.getLogger("ad2kit.service")
 

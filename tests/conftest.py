@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# As in ad2kit.cluster; else whatever runs beside the tests comes first.
+# As in ad2kit.run.ray_cluster; else whatever runs beside the tests comes first.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own name)
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="ad2kit-tests-bentoml-")
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from ad2kit import recipe as recipes
 from ad2kit.__main__ import main
-from ad2kit.run_dir import RunDir, open_run
+from ad2kit.run import recipe as recipes
+from ad2kit.run.folder import RunDir, open_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ad2kit.recipe import Recipe
-    from ad2kit.records import BentoRecord
+    from ad2kit.gate.records import BentoRecord
+    from ad2kit.run.recipe import Recipe
 
 # Real data lies beside the checkout on the machines of the developers.
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -90,10 +90,10 @@ def quick_recipe() -> Recipe:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe) -> RunDir:
     """A quick smoke run that is distilled, exported, judged and measured. Do not change it."""
-    from ad2kit.bench import bench
-    from ad2kit.distill import distill
-    from ad2kit.export import export
-    from ad2kit.parity import parity
+    from ad2kit.exporting.export import export
+    from ad2kit.gate.latency import bench
+    from ad2kit.gate.parity import parity
+    from ad2kit.training.distill import distill
 
     run = open_run(quick_recipe, tmp_path_factory.mktemp("runs"))
     distill(run)
@@ -108,7 +108,7 @@ def packaged(
     finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunDir, BentoRecord]:
     """A copy of the finished run and the record of its Bento. Do not change them."""
-    from ad2kit.package import package
+    from ad2kit.service.bento import package
 
     folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
     shutil.copytree(finished_run.path, folder)

@@ -23,9 +23,9 @@ from tokenizers import (
     trainers,
 )
 
-from ad2kit.corpus import opinions
-from ad2kit.models import TextModel, head_config
-from ad2kit.runtime import seeded
+from ad2kit.data.demo_reviews import opinions
+from ad2kit.models.text_model import TextModel, head_config
+from ad2kit.run.machine import seeded
 from tests.models import LABELS, TEXTS
 
 if TYPE_CHECKING:

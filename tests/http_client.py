@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.package import served
+from ad2kit.service.bento import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ad2kit import models
-from ad2kit.data import Data, Encoded, Split, encode
-from ad2kit.objectives import Batch
-from ad2kit.recipe import load
-from ad2kit.references import RANDOM
-from ad2kit.runtime import accelerator
-from ad2kit.sections import ComputeRecipe, DistillRecipe
-from ad2kit.training import padded
+from ad2kit.data.splits import Data, Encoded, Split, encode
+from ad2kit.models import text_model
+from ad2kit.models.pretrained import RANDOM
+from ad2kit.models.text_model import padded
+from ad2kit.run.machine import accelerator
+from ad2kit.run.recipe import load
+from ad2kit.run.sections import ComputeRecipe, DistillRecipe
+from ad2kit.training.ad2 import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ad2kit.models import TextModel
-    from ad2kit.sections import Task
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.sections import Task
 
 TEXTS = (
     "never dull", "hardly a disappointment, all told", "bad", "not at all a convincing film",
@@ -51,7 +51,7 @@ def data(task: Task = "single_label") -> Data:
 def tiny_bert(seed: int = 3, *, dropout: bool = False, task: Task = "single_label") -> TextModel:
     """A random BERT over the words of TEXTS, in evaluation mode unless with dropout."""
     rows = data(task)
-    model = models.load_reference(RANDOM, rows, seed=seed, finished=False, key="teacher.model")
+    model = text_model.load_reference(RANDOM, rows, seed=seed, finished=False, key="teacher.model")
     if not dropout:
         for module in model.module.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -1,1 +1,1 @@
-"""Campaigns drive stages; nothing but the command line drives a campaign."""
+"""Many stages or many runs: run, compare, fit, sweep."""

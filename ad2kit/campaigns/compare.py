@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit import data as datasets
-from ad2kit import metrics
-from ad2kit.compare_report import (
+from ad2kit.campaigns.compare_report import (
     CompareReport,
     Difference,
     MethodResult,
@@ -28,24 +26,25 @@ from ad2kit.compare_report import (
     markdown,
     plot,
 )
-from ad2kit.distill import distill
-from ad2kit.errors import RecipeError, nearest
-from ad2kit.files import fingerprint, locked, write_record, write_text
-from ad2kit.judge import Judge
-from ad2kit.recipe import from_data
-from ad2kit.run_dir import open_run
-from ad2kit.runtime import is_first_process
-from ad2kit.tables import baseline_scores
-from ad2kit.verdicts import CampaignRecord
+from ad2kit.data import metrics, splits
+from ad2kit.gate.summary import baseline_scores
+from ad2kit.run.errors import RecipeError, nearest
+from ad2kit.run.files import fingerprint, locked, write_record, write_text
+from ad2kit.run.folder import open_run
+from ad2kit.run.machine import is_first_process
+from ad2kit.run.recipe import from_data
+from ad2kit.run.records import CampaignRecord
+from ad2kit.training.distill import distill
+from ad2kit.training.shared import Judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from ad2kit.judge import Answers
-    from ad2kit.recipe import Recipe
-    from ad2kit.records import DistillReport, StepRecord
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.training.records import DistillReport, StepRecord
+    from ad2kit.training.shared import Answers
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +78,17 @@ def compare(
         seeds: how many; they draw order and dropout of the students' training.
         runs_dir: where the runs lie.
         on_step: called after each update.
-        allow_inexact: see :func:`ad2kit.distill.distill`.
+        allow_inexact: see :func:`ad2kit.training.distill.distill`.
 
     Returns:
         The report, and the folder that it was written to, with a table and a plot.
 
     Raises:
         RecipeError: an unknown method, or `ad2` of a recipe without an adversary.
-        UserError, GateFailed: see :func:`ad2kit.distill.distill`.
+        UserError, GateFailed: see :func:`ad2kit.training.distill.distill`.
     """
     variants = {method: _variant(recipe, method) for method in methods}
-    data = datasets.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed)
     judge = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
     found: dict[str, list[Answers]] = {method: [] for method in variants}

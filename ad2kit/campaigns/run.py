@@ -1,25 +1,36 @@
-"""All stages in order, each skipped where its result for the same inputs lies there already."""
+"""All stages in order, each skipped where its result for the same inputs lies there already.
+
+The teacher itself can be a run too, so that it is exported and timed as its students are, and a
+service can compare its student with it in the background.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ad2kit.bench import bench
-from ad2kit.distill import distill
-from ad2kit.errors import UserError
-from ad2kit.export import export
-from ad2kit.package import package
-from ad2kit.parity import parity
-from ad2kit.report import report
-from ad2kit.runtime import processes
-from ad2kit.tables import teacher_report
-from ad2kit.verdicts import insist_passed
+from ad2kit.campaigns.fit import shapes
+from ad2kit.exporting.export import export
+from ad2kit.gate.latency import bench
+from ad2kit.gate.parity import parity
+from ad2kit.gate.records import insist_passed
+from ad2kit.gate.report import report
+from ad2kit.gate.summary import teacher_report
+from ad2kit.models import text_model
+from ad2kit.run.errors import UserError
+from ad2kit.run.files import sha256_of, write_record
+from ad2kit.run.folder import open_run
+from ad2kit.run.machine import processes
+from ad2kit.service.bento import package
+from ad2kit.training import shared
+from ad2kit.training.distill import distill
+from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ad2kit.records import BentoRecord, StepRecord
-    from ad2kit.run_dir import RunDir
+    from ad2kit.gate.records import BentoRecord
+    from ad2kit.run.folder import RunDir
+    from ad2kit.training.records import StepRecord
 
 
 def run_all(
@@ -55,3 +66,52 @@ def run_all(
         record = package(held)
         report(held)
     return record
+
+
+def export_teacher(run: RunDir) -> RunDir:
+    """Export the teacher of a distilled run, and judge its variants as those of a student.
+
+    Args:
+        run: a run with a student.
+
+    Returns:
+        A run of its own inside of ``run``, whose student is the teacher.
+
+    Raises:
+        RunError: ``run`` has no student yet.
+        ModelError: see :func:`ad2kit.exporting.export.export`.
+    """
+    run.require(run.distill_report, command="distill")
+    distilled = DistillReport.read(run.distill_report)
+    whole = shapes.whole(text_model.load(run.teacher, distilled.labels, distilled.task))
+    recipe = run.recipe.model_copy(update={"student": shapes.section(whole, whole)})
+    teacher = open_run(recipe, run.path.parent, run.teacher_run)
+    with teacher.locked() as held:
+        fill_with_teacher(held, run)
+        export(held)
+        parity(held)
+    return teacher
+
+
+def fill_with_teacher(run: RunDir, student: RunDir) -> None:
+    """Make the teacher of a distilled run the student of another: its own, with nothing to learn.
+
+    Args:
+        run: to fill, locked; its recipe has all layers of the teacher, uncut. Kept if it is filled
+            already.
+        student: a run that is distilled.
+    """
+    distilled = DistillReport.read(student.distill_report)
+    known = DistillReport.read(run.distill_report) if run.distill_report.is_file() else None
+    if known is not None and known.teacher_sha256 == distilled.teacher_sha256:
+        return
+    for copy in (run.teacher, run.student):
+        shared.link_folder(student.teacher, copy)
+    untrained = {
+        "student_sha256": sha256_of(run.student / text_model.MANIFEST),
+        "student_parameters": distilled.teacher_parameters,
+        "student_select_score": distilled.teacher_select_score,
+        "selection": None, "steps": 0, "train_seconds": 0.0, "examples_per_s": 0.0,
+        "mean_clean_kl": 0.0, "mean_adversarial_gain": None, "verdict": "the teacher itself",
+    }  # fmt: skip
+    write_record(run.distill_report, distilled.model_copy(update=untrained))

@@ -26,35 +26,37 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from ad2kit import adversary, metrics, models
-from ad2kit import data as datasets
-from ad2kit.checkpoint import Evaluation
-from ad2kit.data import Encoded
-from ad2kit.distill import distill
-from ad2kit.errors import DivergedError
-from ad2kit.objectives import Batch, distillation
-from ad2kit.recipe import load
-from ad2kit.run_dir import open_run
-from ad2kit.runtime import accelerator as make_accelerator
-from ad2kit.runtime import environment
-from ad2kit.sections import ComputeRecipe
-from ad2kit.students import build_student, layer_stack
-from ad2kit.tasks import answers
-from ad2kit.terminal import show_messages, training_progress
-from ad2kit.training import new_state, padded, predict_logits, prepare, train
+from ad2kit.cli.show import show_messages, training_progress
+from ad2kit.data import metrics, splits
+from ad2kit.data.labels import answers
+from ad2kit.data.splits import Encoded
+from ad2kit.models import text_model
+from ad2kit.models.text_model import padded, predict_logits
+from ad2kit.run.errors import DivergedError
+from ad2kit.run.folder import open_run
+from ad2kit.run.machine import accelerator as make_accelerator
+from ad2kit.run.machine import environment
+from ad2kit.run.recipe import load
+from ad2kit.run.sections import ComputeRecipe
+from ad2kit.training import ad2
+from ad2kit.training.ad2 import Batch, distillation
+from ad2kit.training.checkpoint import Evaluation
+from ad2kit.training.distill import distill
+from ad2kit.training.loop import new_state, prepare, train
+from ad2kit.training.students import build_student, layer_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from accelerate import Accelerator
 
-    from ad2kit.checkpoint import TrainState
-    from ad2kit.data import Data
-    from ad2kit.models import TextModel
-    from ad2kit.objectives import Objective, StepLosses
-    from ad2kit.recipe import Recipe
-    from ad2kit.run_dir import RunDir
-    from ad2kit.sections import DistillRecipe, TrainRecipe
+    from ad2kit.data.splits import Data
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.run.sections import DistillRecipe, TrainRecipe
+    from ad2kit.training.ad2 import Objective, StepLosses
+    from ad2kit.training.checkpoint import TrainState
 
 # Gradients of the same rows, summed in another order (and the sign of a few that are almost zero).
 SAME_GRADIENT, SAME_LOSS = 1e-2, 1e-2
@@ -130,13 +132,13 @@ class Checks:
         if not self.cuda:
             return Finding(None, "fp16 needs CUDA")
         seen: list[torch.Tensor] = []
-        original = adversary.ascend
+        original = ad2.ascend
 
         def ascend(delta: torch.Tensor, gradient: torch.Tensor, *rest: Any) -> torch.Tensor:
             seen.append(gradient.detach().clone())
             return original(delta, gradient, *rest)
 
-        with patch.object(adversary, "ascend", ascend):
+        with patch.object(ad2, "ascend", ascend):
             self.gain("fp16", 1e-3, steps=2)
         finite = all(bool(gradient.isfinite().all()) for gradient in seen)
         shares = [float((gradient != 0).float().mean()) for gradient in seen]
@@ -249,7 +251,7 @@ class Checks:
     def student(self, *, dropout: bool = False) -> TextModel:
         """Return a student before its first update, its answers as decided as a trained one's."""
         recipe = self.recipe
-        teacher = models.load_reference(
+        teacher = text_model.load_reference(
             recipe.teacher.model, self.data, seed=recipe.seed, finished=False, key="teacher.model"
         )
         if not dropout:
@@ -401,7 +403,7 @@ def training_work(
         units += 3 + 2 * (settings.adversary.steps - (settings.adversary.start == "zero"))
     work, positions = 0.0, 0
     for epoch in range(settings.epochs):
-        for rows in datasets.epoch_batches(lengths, settings.batch_size, seed, epoch):
+        for rows in splits.epoch_batches(lengths, settings.batch_size, seed, epoch):
             longest = max(lengths[row] for row in rows)
             positions += len(rows) * longest
             work += len(rows) * longest * (2 * matrices + 4 * longest * width * depth)
@@ -410,10 +412,10 @@ def training_work(
 
 def judged(folder: Path, recipe: Recipe, data: Data) -> float:
     """Return the score of a saved model on the validation set."""
-    model = models.load(folder, data.labels, data.task)
+    model = text_model.load(folder, data.labels, data.task)
     device = make_accelerator(recipe.compute.model_copy(update={"precision": "fp32"})).device
     model.module.to(device)
-    encoded = datasets.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
+    encoded = splits.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
     found = answers(data.task, predict_logits(model, encoded, device).numpy())
     return metrics.score(recipe.data.judged_by, found, data.validation.labels)
 
@@ -447,9 +449,9 @@ def students(recipe: Recipe, data: Data, seeds: int, runs_dir: Path) -> dict[str
         score = judged(run.student, recipe, data)
         found.append(Student(seed=seed, score=score, retained=score / teacher, **cost))
         if not use:
-            model = models.load(run.student, data.labels, data.task)
+            model = text_model.load(run.student, data.labels, data.task)
             length = recipe.data.max_length_tokens
-            encoded = datasets.encode(data.distillation(), model.tokenizer, length)
+            encoded = splits.encode(data.distillation(), model.tokenizer, length)
             work, padding = training_work(
                 model, [len(ids) for ids in encoded.input_ids], recipe.distill, seed
             )
@@ -551,7 +553,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     show_messages()
     recipe = recipe_of(options)
-    data = datasets.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed)
     result: dict[str, Any] = {"rows": len(data.train) + len(data.select)}
     settings = {"data", "teacher", "student", "distill", "compute"}
     result["recipe"] = recipe.model_dump(mode="json", include=settings)

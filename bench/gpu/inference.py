@@ -24,17 +24,17 @@ import numpy as np
 import onnxruntime
 import torch
 
-from ad2kit import models
-from ad2kit.bench import measure
-from ad2kit.classifier import MODEL_FILE, PROVIDERS
-from ad2kit.export import export_fp32
-from ad2kit.fuse import fuse, to_fp16
-from ad2kit.references import find_model
-from ad2kit.runtime import environment
-from ad2kit.students import build_student
+from ad2kit.exporting.classifier import MODEL_FILE, PROVIDERS
+from ad2kit.exporting.export import export_fp32
+from ad2kit.exporting.fuse import fuse, to_fp16
+from ad2kit.gate.latency import measure
+from ad2kit.models import text_model
+from ad2kit.models.pretrained import find_model
+from ad2kit.run.machine import environment
+from ad2kit.training.students import build_student
 
 if TYPE_CHECKING:
-    from ad2kit.bench import Call
+    from ad2kit.gate.latency import Call
 
 LABELS = ("negative", "positive")
 SHAPES = tuple((batch, length) for batch in (1, 8, 32, 128) for length in (16, 128))
@@ -43,7 +43,7 @@ LEAST_AGREEMENT = 0.98
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def torch_call(model: models.TextModel, device: torch.device, dtype: torch.dtype) -> Call:
+def torch_call(model: text_model.TextModel, device: torch.device, dtype: torch.dtype) -> Call:
     """Return the forward pass in PyTorch; the answer is waited for."""
     module: Any = model.module
     module.to(device=device, dtype=dtype).eval()
@@ -100,10 +100,10 @@ class OrtCall:
         return session, binding, given, logits
 
 
-def graph_of(model: models.TextModel, folder: Path, *, half: bool) -> Path:
+def graph_of(model: text_model.TextModel, folder: Path, *, half: bool) -> Path:
     """Export, fuse, and halve a model."""
     source, exported = folder / "torch", folder / "onnx"
-    models.save(model, source, inputs="")
+    text_model.save(model, source, inputs="")
     exported.mkdir()
     export_fp32(source, exported)
     fuse(exported / MODEL_FILE, folder / "fused.onnx")
@@ -113,7 +113,7 @@ def graph_of(model: models.TextModel, folder: Path, *, half: bool) -> Path:
 
 
 def systems(
-    model: models.TextModel, again: models.TextModel, folder: Path, device: torch.device
+    model: text_model.TextModel, again: text_model.TextModel, folder: Path, device: torch.device
 ) -> dict[str, Call]:
     """Return the systems of one model; the first is what the others are compared with."""
     half = device.type == "cuda"
@@ -148,7 +148,7 @@ def main() -> None:
             copies = []
             for _ in range(3):
                 torch.manual_seed(0)
-                teacher = models.load(encoder, LABELS, finished=False)
+                teacher = text_model.load(encoder, LABELS, finished=False)
                 copies.append(teacher if size == "teacher" else build_student(teacher, layers))
             reference = torch_call(copies[0], torch.device("cpu"), torch.float32)
             tried = generator.integers(999, 20_000, size=(64, 32))

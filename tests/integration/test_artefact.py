@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from ad2kit import data as datasets
-from ad2kit import models
-from ad2kit import recipe as recipes
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.distill import distill
-from ad2kit.errors import GateFailed, RunError
-from ad2kit.export import export
-from ad2kit.files import write_record
-from ad2kit.model_parity import judge_model
-from ad2kit.parity import parity
-from ad2kit.records import DistillReport, OnnxArtifact
-from ad2kit.run_dir import RunDir, open_run
-from ad2kit.shipping import passed_variants
-from ad2kit.texts import is_text
-from ad2kit.verdicts import ParityReport, insist_passed
+from ad2kit.data import splits
+from ad2kit.data.texts import is_text
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.export import export
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.foreign import judge_model
+from ad2kit.gate.parity import parity
+from ad2kit.gate.records import ParityReport, insist_passed
+from ad2kit.gate.shipping import passed_variants
+from ad2kit.models import text_model
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import GateFailed, RunError
+from ad2kit.run.files import write_record
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.training.distill import distill
+from ad2kit.training.records import DistillReport
 from tests import families
 from tests.models import LABELS
 from tests.unit.test_tokenise import texts
@@ -85,29 +86,29 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def both(trained: RunDir) -> tuple[OnnxClassifier, models.TextModel]:
+def both(trained: RunDir) -> tuple[OnnxClassifier, text_model.TextModel]:
     distilled = DistillReport.read(trained.distill_report)
-    student = models.load(trained.student, distilled.labels, distilled.task)
+    student = text_model.load(trained.student, distilled.labels, distilled.task)
     return OnnxClassifier(trained.onnx("int8"), threads=1), student
 
 
 @given(first=texts(600), second=texts(300))
 def test_serving_reads_every_text_as_training_did(
-    both: tuple[OnnxClassifier, models.TextModel], first: str, second: str
+    both: tuple[OnnxClassifier, text_model.TextModel], first: str, second: str
 ) -> None:
     classifier, student = both
     columns = classifier.artifact.text_columns
     example = (first, second)[:columns]
     assume(all(map(is_text, example)))
-    encoded = datasets.encode(
-        datasets.Split((example,), np.zeros(1)),
+    encoded = splits.encode(
+        splits.Split((example,), np.zeros(1)),
         student.tokenizer,
         classifier.artifact.max_length_tokens,
     )
     (tokens,) = classifier.encode([example if columns > 1 else first])  # type: ignore[list-item]
     assert tokens.ids == encoded.input_ids[0]
     assert tokens.truncated == encoded.truncated[0]
-    feed, fed = classifier.feed([tokens]), datasets.collate(encoded, [0], student.tokenizer)
+    feed, fed = classifier.feed([tokens]), splits.collate(encoded, [0], student.tokenizer)
     zeros = np.zeros_like(fed["input_ids"])
     np.testing.assert_array_equal(feed["token_type_ids"], fed.get("token_type_ids", zeros))
 

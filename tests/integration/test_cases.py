@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pyarrow import parquet
 
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.sources import read_unlabelled
+from ad2kit.data.sources import read_unlabelled
+from ad2kit.exporting.classifier import OnnxClassifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 CASES = Path(__file__).parents[2].parent / "shared" / "cases"
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 import pytest
 
-from ad2kit import doctor, evidence
-from ad2kit.run_dir import RunDir
-from ad2kit.runtime import available_cpus
-from ad2kit.terminal import next_steps
-from ad2kit.verdicts import ParityReport
+from ad2kit.cli.show import next_steps
+from ad2kit.data import sample_size
+from ad2kit.gate.records import ParityReport
+from ad2kit.planning import doctor
+from ad2kit.run.folder import RunDir
+from ad2kit.run.machine import available_cpus
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:
     assert "with 100 validation rows the interval of what is retained will be about ±6.2" in gate
     assert "0.9 can be shown from about 24 rows on" in gate
     # By the gate's own function.
-    assert report["rows_to_agree"] == evidence.rows_for_share(0.975, 0.95, 0.92)
+    assert report["rows_to_agree"] == sample_size.rows_for_share(0.975, 0.95, 0.92)
     assert (report["rows_of_a_class"], report["few_rows"]) == (6, [])
     nothing = ad2kit("check", *options, "parity.min_retained=1", "parity.min_agreement_lower=1")
     assert nothing.out.count("by no number of rows") == 2

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pytest
 
-from ad2kit import metrics
 from ad2kit.campaigns.compare import METHODS, compare
-from ad2kit.compare_report import CompareReport, StudentResult, caption
-from ad2kit.distill import distill
-from ad2kit.errors import RecipeError, RunError
-from ad2kit.recipe import from_data, load
-from ad2kit.run_dir import find_run, open_run
-from ad2kit.sections import TrainRecipe
+from ad2kit.campaigns.compare_report import CompareReport, StudentResult, caption
+from ad2kit.data import metrics
+from ad2kit.run.errors import RecipeError, RunError
+from ad2kit.run.folder import find_run, open_run
+from ad2kit.run.recipe import from_data, load
+from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.recipe import Recipe
-    from ad2kit.records import StepRecord
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.run.sections import TrainRecipe
+    from ad2kit.training.records import StepRecord
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_comparison_trains_each_student_once_from_one_teacher(
     report, folder = compare(recipe, ["finetune", "kd", "ad2"], 2, tmp_path, on_step=steps.append)
     per_student = -(-400 // recipe.distill.batch_size)
     assert sum(record.phase == "student" for record in steps) == 6 * per_student
-    finetune = cast(TrainRecipe, recipe.teacher.finetune)
+    finetune = cast("TrainRecipe", recipe.teacher.finetune)
     assert sum(record.phase == "teacher" for record in steps) == (
         finetune.epochs * -(-400 // finetune.batch_size)
     )

@@ -13,27 +13,28 @@ import pytest
 import torch
 import transformers
 
-from ad2kit import adversary as adv
-from ad2kit import models, recipe
-from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
-from ad2kit.distill import distill
-from ad2kit.errors import ModelError
-from ad2kit.export import export
-from ad2kit.first_token import read_first_token_only
-from ad2kit.intermediate import Comparison, comparison
-from ad2kit.objectives import distillation
-from ad2kit.parity import parity
-from ad2kit.run_dir import open_run
-from ad2kit.sections import ComputeRecipe, IntermediateRecipe
-from ad2kit.students import build_student, layer_stack
-from ad2kit.training import prepare
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
+from ad2kit.exporting.export import export
+from ad2kit.exporting.fuse import read_first_token_only
+from ad2kit.gate.parity import parity
+from ad2kit.models import text_model
+from ad2kit.run import recipe
+from ad2kit.run.errors import ModelError
+from ad2kit.run.folder import open_run
+from ad2kit.run.sections import ComputeRecipe, IntermediateRecipe
+from ad2kit.training import ad2
+from ad2kit.training.ad2 import distillation
+from ad2kit.training.distill import distill
+from ad2kit.training.loop import prepare
+from ad2kit.training.losses import Comparison, comparison
+from ad2kit.training.students import build_student, layer_stack
 from tests import families
 from tests.models import LABELS, TEXTS, batch, cpu, gradients, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.models import TextModel
+    from ad2kit.models.text_model import TextModel
 
 # On import transformers compiles parts of DeBERTa and ModernBERT, in a way that torch gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -118,7 +119,7 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     distilled = distill(run)
     assert distilled.steps == 8  # 240 rows in batches of 32
     assert (distilled.mean_adversarial_gain or 0.0) > 0
-    student = models.load(run.student, distilled.labels)
+    student = text_model.load(run.student, distilled.labels)
     assert student.module.config.num_hidden_layers == 2
     # Layers that share their weights weigh the same however many there are.
     assert (distilled.student_parameters < distilled.teacher_parameters) == (family != "albert")
@@ -156,8 +157,8 @@ def test_the_hook_at_zero_reproduces_the_logits_exactly(family: str, layout: str
     model = families.tiny(family)
     inputs = laid_out(model, layout)
     logits, _ = forward(model, inputs)
-    zero = adv.no_perturbation(inputs["attention_mask"], model.word_embeddings.embedding_dim)
-    with adv.perturbed(model.word_embeddings, zero):
+    zero = ad2.no_perturbation(inputs["attention_mask"], model.word_embeddings.embedding_dim)
+    with ad2.perturbed(model.word_embeddings, zero):
         hooked, _ = forward(model, inputs)
     after, _ = forward(model, inputs)
     assert torch.equal(hooked, logits)
@@ -173,9 +174,9 @@ def test_no_real_token_feels_a_perturbation_of_the_padding(family: str, layout: 
     noise = torch.randn(*mask.shape, model.word_embeddings.embedding_dim,
                         generator=torch.Generator().manual_seed(5))  # fmt: skip
     logits, states = forward(model, inputs)
-    with adv.perturbed(model.word_embeddings, noise * (1 - mask).unsqueeze(-1)):
+    with ad2.perturbed(model.word_embeddings, noise * (1 - mask).unsqueeze(-1)):
         unmoved_logits, unmoved = forward(model, inputs)
-    with adv.perturbed(model.word_embeddings, noise * mask.unsqueeze(-1)):
+    with ad2.perturbed(model.word_embeddings, noise * mask.unsqueeze(-1)):
         _, moved = forward(model, inputs)
     assert torch.equal(unmoved[mask == 1], states[mask == 1])
     if layout != "left":  # there the heads of these families read the padding
@@ -198,12 +199,12 @@ def test_an_encoder_without_a_head_is_one_to_fine_tune(family: str, tmp_path: Pa
     model, folder = families.tiny(family), families.save(family, tmp_path / "model")
     encoder: Any = model.module.base_model
     encoder.save_pretrained(folder, safe_serialization=True)
-    found = models.load(folder, LABELS, finished=False)
+    found = text_model.load(folder, LABELS, finished=False)
     inputs = batch(model).inputs
     assert torch.equal(forward(found, inputs)[1], forward(model, inputs)[1])
     assert not torch.equal(forward(found, inputs)[0], forward(model, inputs)[0])
     with pytest.raises(ModelError, match="does not hold a whole classifier"):
-        models.load(folder, LABELS)
+        text_model.load(folder, LABELS)
 
 
 @each_family
@@ -233,7 +234,7 @@ def test_a_layer_computes_in_the_student_what_it_did_in_the_teacher(family: str)
 
 def intermediate_terms(teacher: TextModel, student: TextModel) -> dict[str, torch.Tensor]:
     """Return the value of every intermediate term, with a graph to the student."""
-    insides = cast(Comparison, comparison(teacher, student, EVERY_TERM))
+    insides = cast("Comparison", comparison(teacher, student, EVERY_TERM))
     inputs = batch(teacher).inputs
     with torch.no_grad():
         _, theirs = insides.read(teacher, inputs)
@@ -304,7 +305,7 @@ def test_gradient_checkpointing_keeps_the_gradients_or_is_refused(family: str) -
 @each_family
 def test_the_longest_text_that_check_length_allows_fits(family: str) -> None:
     model = families.tiny(family)
-    most = models.most_tokens(model)
+    most = text_model.most_tokens(model)
     assert most == families.LONGEST
 
     def read(tokens: int) -> None:
@@ -319,7 +320,7 @@ def test_the_longest_text_that_check_length_allows_fits(family: str) -> None:
 
 def test_the_word_embeddings_of_modernbert_stay_outside_compiled_code(tmp_path: Path) -> None:
     """On a GPU transformers would compile them, and compiled code does not see a later hook."""
-    teacher = models.load(families.save("modernbert", tmp_path / "model"), LABELS)
+    teacher = text_model.load(families.save("modernbert", tmp_path / "model"), LABELS)
     for model in (teacher, build_student(teacher, [0, 3])):
         assert model.module.config.reference_compile is False
 
@@ -331,7 +332,7 @@ def test_a_tokenizer_with_segments_fits_a_family_without_them(family: str, tmp_p
     settings_file = folder / "tokenizer_config.json"
     named = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings_file.write_text(json.dumps(named))
-    model = models.load(folder, LABELS)
+    model = text_model.load(folder, LABELS)
     inputs = batch(model).inputs
     assert set(inputs) == {"input_ids", "attention_mask"}
     expected = families.tiny(family)
@@ -348,10 +349,10 @@ def test_a_student_of_another_family_width_and_tokenizer_learns_from_the_teacher
     run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
     report = distill(run)
     assert report.mean_clean_kl > 0
-    student = models.load(run.student, report.labels)
+    student = text_model.load(run.student, report.labels)
     assert student.module.config.model_type == "roberta"
     assert student.module.config.num_hidden_layers == 2
-    teacher = models.load(run.teacher, report.labels)
+    teacher = text_model.load(run.teacher, report.labels)
     assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
     export(run)
     failed = {check.name for verdict in parity(run).variants for check in verdict.checks

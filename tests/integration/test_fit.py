@@ -9,24 +9,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ad2kit.campaigns.fit import fit
-from ad2kit.data import load_data
-from ad2kit.errors import GateFailed, RecipeError, RunError, UserError
-from ad2kit.files import read_lines, write_record, write_text
-from ad2kit.fit_records import FitReport, Target, insist_found
-from ad2kit.prospects import Judge, lost_on_select
-from ad2kit.recipe import load
-from ad2kit.records import DistillReport, LatencyReport
-from ad2kit.run_dir import RunDir
-from ad2kit.shapes import Grid
-from ad2kit.shipping import choose_variant, latest_passed_run, passed_variants
-from ad2kit.verdicts import CampaignRecord, ParityReport, QuantisationSearch, RowAnswers
+from ad2kit.campaigns.fit.fit import fit
+from ad2kit.campaigns.fit.looks import Judge, lost_on_select
+from ad2kit.campaigns.fit.records import FitReport, Target, insist_found
+from ad2kit.campaigns.fit.shapes import Grid
+from ad2kit.data.splits import load_data
+from ad2kit.exporting.records import QuantisationSearch
+from ad2kit.gate.records import LatencyReport, ParityReport, RowAnswers
+from ad2kit.gate.shipping import choose_variant, latest_passed_run, passed_variants
+from ad2kit.run.errors import GateFailed, RecipeError, RunError, UserError
+from ad2kit.run.files import read_lines, write_record, write_text
+from ad2kit.run.folder import RunDir
+from ad2kit.run.recipe import load
+from ad2kit.run.records import CampaignRecord
+from ad2kit.training.records import DistillReport
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.records import StepRecord
+    from ad2kit.training.records import StepRecord
 
 pytestmark = pytest.mark.slow
 

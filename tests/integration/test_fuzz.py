@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.error_contract import ERRORS
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.service.errors import ERRORS
 from tests.http_client import JSON, call, classify, serving
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from schemathesis import BaseSchema, Case
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ad2kit import references
-from ad2kit.init import label_task
-from ad2kit.recipe import load
+from ad2kit.models import pretrained
+from ad2kit.planning.init import label_task
+from ad2kit.run.recipe import load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ad2kit.sections import DataRecipe
+    from ad2kit.run.sections import DataRecipe
 
 ROWS = 60
 TOPICS = ("sport", "politics", "weather")
@@ -293,7 +293,7 @@ def test_the_length_is_that_of_99_texts_of_100(
 def test_without_the_packaged_model_the_length_is_estimated(
     here: Path, ad2kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references, "find_spec", lambda _name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda _name: None)
     table = {"text": ["good " * 39 + "dog", "bad dog"] * 40, "label": ["a", "b"] * 40}
     train = write(here / "mine.csv", table)
     assert ad2kit("init", train, "--validation", train, "--text", "text").code == 0

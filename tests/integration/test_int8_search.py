@@ -14,24 +14,23 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from ad2kit import data as datasets
-from ad2kit.classifier import MODEL_FILE, OnnxClassifier
-from ad2kit.errors import ModelError
-from ad2kit.export import export
-from ad2kit.files import write_record
-from ad2kit.parity import parity
-from ad2kit.quantize import WAYS, Way, nodes_to_quantize, quantize
-from ad2kit.records import OnnxArtifact
-from ad2kit.tables import caption
-from ad2kit.verdicts import QuantisationSearch
+from ad2kit.data import splits
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.exporting.export import export
+from ad2kit.exporting.int8 import WAYS, Way, nodes_to_quantize, quantize
+from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
+from ad2kit.gate.parity import parity
+from ad2kit.gate.summary import caption
+from ad2kit.run.errors import ModelError
+from ad2kit.run.files import write_record
 from tests.integration.test_parity import forge
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.data import Data
-    from ad2kit.run_dir import RunDir
-    from ad2kit.sections import DataRecipe
+    from ad2kit.data.splits import Data
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.sections import DataRecipe
 
 
 FLOAT = {"MatMul", "Gemm", "Attention", "EmbedLayerNormalization"}
@@ -87,13 +86,13 @@ def test_with_time_all_ways_are_tried_and_the_fastest_of_the_exact_is_taken(
 def test_calibration_takes_as_many_texts_as_there_are(
     copied_run: RunDir, monkeypatch: pytest.MonkeyPatch, train_rows: int
 ) -> None:
-    load = datasets.load_data
+    load = splits.load_data
 
     def few(recipe: DataRecipe, seed: int) -> Data:
         data = load(recipe, seed)
         return replace(data, train=data.train.take(np.arange(train_rows)))
 
-    monkeypatch.setattr(datasets, "load_data", few)
+    monkeypatch.setattr(splits, "load_data", few)
     search = searched(copied_run, seconds=600)
     assert len(search.trials) == len(WAYS)
 
@@ -118,7 +117,7 @@ def test_a_way_that_cannot_be_made_costs_the_others_nothing(
             raise ValueError("no such kernel")
         quantize(source, target, way, calibration)
 
-    monkeypatch.setattr("ad2kit.int8_search.quantize", picky)
+    monkeypatch.setattr("ad2kit.exporting.int8.quantize", picky)
     search = searched(copied_run, seconds=1e-9)
     assert "uint8" in search.taken
     told = {trial.way: trial.failures for trial in search.trials}
@@ -135,10 +134,10 @@ def test_a_graph_that_no_way_fits_is_an_error_and_a_full_disk_stays_one(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ad2kit.int8_search.quantize", never)
+    monkeypatch.setattr("ad2kit.exporting.int8.quantize", never)
     with pytest.raises(ModelError, match=r"none of \d+ ways .* no such kernel"):
         searched(copied_run, seconds=1)
-    monkeypatch.setattr("ad2kit.int8_search.quantize", full)
+    monkeypatch.setattr("ad2kit.exporting.int8.quantize", full)
     with pytest.raises(OSError, match="No space left"):
         searched(copied_run, seconds=2)
 
@@ -210,7 +209,7 @@ def test_one_candidate_is_open_at_a_time(
             alive.add(self)
             most = max(most, len(alive))
 
-    monkeypatch.setattr("ad2kit.export.OnnxClassifier", Counted)
+    monkeypatch.setattr("ad2kit.exporting.export.OnnxClassifier", Counted)
     search = searched(copied_run, seconds=600, min_agreement=1.0)
     assert len(search.trials) >= len(WAYS)
     assert most == 2  # the reference, and one candidate
@@ -228,7 +227,7 @@ def test_what_is_mostly_float_is_not_called_int8(
     def timid(source: Path, target: Path, way: Way, calibration: Any = ()) -> None:
         quantize(source, target, replace(way, in_float=tuple(nodes[:-1])), calibration)
 
-    monkeypatch.setattr("ad2kit.int8_search.quantize", timid)
+    monkeypatch.setattr("ad2kit.exporting.int8.quantize", timid)
     without_fused(copied_run)
     search = searched(copied_run, seconds=1e-9)
     assert search.trials[0].failures == ("share of weights in 8 bits",)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -15,26 +15,27 @@ from optimum.onnxruntime import ORTModelForSequenceClassification
 from optimum.pipelines import pipeline
 from transformers import AutoTokenizer
 
-from ad2kit import data as datasets
-from ad2kit import models
-from ad2kit import recipe as recipes
-from ad2kit.classifier import MODEL_FILE, OnnxClassifier
-from ad2kit.errors import DataError, ModelError
-from ad2kit.model_parity import judge_model
-from ad2kit.records import DistillReport, OnnxArtifact
+from ad2kit.data import splits
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.foreign import judge_model
+from ad2kit.models import text_model
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import DataError, ModelError
+from ad2kit.training.records import DistillReport
 from tests.integration.test_parity import drop_the_mask, edit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 
 @pytest.fixture
 def rows(finished_run: RunDir, tmp_path: Path) -> Path:
     recipe = finished_run.recipe
-    data = datasets.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed)
     lines = [
         json.dumps({"text": texts[0], "label": data.labels[label]})
         for texts, label in zip(data.validation.texts, data.validation.labels, strict=True)
@@ -193,7 +194,7 @@ def test_weights_in_a_file_of_their_own_are_read(
 def traced(run: RunDir, folder: Path, axes: dict[int, str]) -> None:
     """Export the student as a user would who has torch alone; ``axes`` are the dynamic ones."""
     names = ("input_ids", "attention_mask", "token_type_ids")
-    student = models.load(run.student, DistillReport.read(run.distill_report).labels)
+    student = text_model.load(run.student, DistillReport.read(run.distill_report).labels)
     inputs = student.tokenizer(["never dull", "not at all convincing"], padding=True,
                                return_tensors="pt")  # fmt: skip
     with warnings.catch_warnings():

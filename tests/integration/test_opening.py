@@ -18,11 +18,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ad2kit import models, pretrained
-from ad2kit.corpus import opinions
-from ad2kit.errors import ModelError
-from ad2kit.prune import FAMILIES as CUTTABLE
-from ad2kit.references import RANDOM
+from ad2kit.data.demo_reviews import opinions
+from ad2kit.models import pretrained, text_model
+from ad2kit.models.pretrained import RANDOM
+from ad2kit.run.errors import ModelError
+from ad2kit.training.students import FAMILIES as CUTTABLE
 from tests import families
 from tests.models import LABELS, TEXTS, batch
 
@@ -411,13 +411,15 @@ def test_names_are_compared_without_regard_to_case(
 ) -> None:
     names("NEGATIVE", "Positive ")(families.save("bert", tmp_path / "teacher"))
     assert both(FINISHED).code == 0
-    loaded = models.load(tmp_path / "teacher", LABELS)
+    loaded = text_model.load(tmp_path / "teacher", LABELS)
     assert loaded.module.config.id2label == dict(enumerate(LABELS))
     with pytest.raises(ModelError, match="labels differ"):  # two differ in nothing else
-        models.load(tmp_path / "teacher", ("negative", "NEGATIVE"))
+        text_model.load(tmp_path / "teacher", ("negative", "NEGATIVE"))
 
 
-def one_output(folder: Path, family: str, name: str, kind: str | None = None) -> models.TextModel:
+def one_output(
+    folder: Path, family: str, name: str, kind: str | None = None
+) -> text_model.TextModel:
     """Keep the second output of a tiny classifier alone; return what it was."""
     model = families.tiny(family)
     head = next(
@@ -442,7 +444,7 @@ def one_output(folder: Path, family: str, name: str, kind: str | None = None) ->
 def test_one_sigmoid_is_two_classes_exactly(family: str, tmp_path: Path) -> None:
     model = one_output(tmp_path / "model", family, "LABEL_0")
     inputs = batch(model).inputs
-    loaded = models.load(tmp_path / "model", LABELS, order_given=True)
+    loaded = text_model.load(tmp_path / "model", LABELS, order_given=True)
     with torch.no_grad():
         expected = model.module(**inputs).logits
         found = loaded.module.eval()(**inputs).logits
@@ -450,8 +452,8 @@ def test_one_sigmoid_is_two_classes_exactly(family: str, tmp_path: Path) -> None
         assert (expected[:, 0] == 0).all()
         torch.testing.assert_close(found.softmax(-1)[:, 1], expected[:, 1].sigmoid())
     assert loaded.module.config.id2label == dict(enumerate(LABELS))
-    models.save(loaded, tmp_path / "again", inputs="")
-    again = models.load(tmp_path / "again", LABELS, order_given=True)
+    text_model.save(loaded, tmp_path / "again", inputs="")
+    again = text_model.load(tmp_path / "again", LABELS, order_given=True)
     with torch.no_grad():
         assert torch.equal(again.module.eval()(**inputs).logits, expected)
 
@@ -470,7 +472,7 @@ def test_a_teacher_of_one_sigmoid_is_distilled(
 ) -> None:
     model = one_output(tmp_path / "teacher", "bert", name, kind)
     assert both(FINISHED, "data.labels=[negative,positive]").code == 0
-    loaded = models.load(tmp_path / "teacher", LABELS, order_given=True)
+    loaded = text_model.load(tmp_path / "teacher", LABELS, order_given=True)
     inputs = batch(model).inputs
     with torch.no_grad():
         expected = model.module(**inputs).logits
@@ -483,7 +485,7 @@ def test_a_sigmoid_that_is_called_0_is_that_of_class_1(tmp_path: Path) -> None:
         model = one_output(tmp_path / name, "bert", name)
         inputs = batch(model).inputs
         with torch.no_grad():
-            found = models.load(tmp_path / name, ("0", "1")).module.eval()(**inputs).logits
+            found = text_model.load(tmp_path / name, ("0", "1")).module.eval()(**inputs).logits
             assert torch.equal(found, model.module(**inputs).logits)
 
 
@@ -612,7 +614,7 @@ def test_a_head_of_another_size_gives_way_to_one_that_is_trained(
         folder / "config.json", id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}
     )
     assert both().code == 0
-    one, two = (models.load(folder, LABELS, seed=5, finished=False).module for _ in range(2))
+    one, two = (text_model.load(folder, LABELS, seed=5, finished=False).module for _ in range(2))
     assert one.state_dict()["classifier.weight"].shape == (2, families.WIDTH)
     for key, value in one.state_dict().items():
         assert torch.equal(two.state_dict()[key], value)
@@ -627,12 +629,12 @@ def test_segments_that_the_model_does_not_have_are_named_before_training(tmp_pat
     save_file(weights | {key: weights[key][:1].clone()}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     edit(folder / "config.json", type_vocab_size=1)
-    model = models.load(folder, LABELS)
+    model = text_model.load(folder, LABELS)
     model.module.train()
-    models.try_out(model, [(text,) for text in TEXTS[:2]], 48, key="teacher.model")
+    text_model.try_out(model, [(text,) for text in TEXTS[:2]], 48, key="teacher.model")
     assert model.module.training
     with pytest.raises(ModelError, match="cannot read the first training texts: IndexError"):
-        models.try_out(model, [(text, text) for text in TEXTS[:2]], 48, key="teacher.model")
+        text_model.try_out(model, [(text, text) for text in TEXTS[:2]], 48, key="teacher.model")
 
 
 # The folder, its overrides, and the words that name the cause; None where it is let in.

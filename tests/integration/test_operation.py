@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from bentoml.exceptions import InvalidArgument
 
-from ad2kit.campaigns.teacher import export_teacher
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.data import load_data
-from ad2kit.errors import ModelError
-from ad2kit.files import write_record
-from ad2kit.observability import tracing
-from ad2kit.records import OnnxArtifact
-from ad2kit.shadow import Shadow
-from ad2kit.verdicts import ParityReport
+from ad2kit.campaigns.run import export_teacher
+from ad2kit.data.splits import load_data
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.records import ParityReport
+from ad2kit.run.errors import ModelError
+from ad2kit.run.files import write_record
+from ad2kit.service.monitoring import Shadow, tracing
 from tests.http_client import (
     JSON,
     call,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -20,24 +20,24 @@ import bentoml
 import psutil
 import pytest
 
-from ad2kit import package as stage
-from ad2kit import service_check
-from ad2kit.bundle import own_wheel, pinned_requirements
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.data import load_data
-from ad2kit.errors import GateFailed, ModelError, RunError
-from ad2kit.files import sha256_of, sha256_of_folder, write_record
-from ad2kit.golden import GOLDEN_FILE
-from ad2kit.package import package, served
-from ad2kit.records import BentoRecord, OnnxArtifact
-from ad2kit.service_check import ask, fetch
+from ad2kit.data.splits import load_data
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.golden import GOLDEN_FILE
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.records import BentoRecord
+from ad2kit.run.errors import GateFailed, ModelError, RunError
+from ad2kit.run.files import sha256_of, sha256_of_folder, write_record
+from ad2kit.service import bento as stage
+from ad2kit.service import check
+from ad2kit.service.bento import own_wheel, package, pinned_requirements, served
+from ad2kit.service.check import ask, fetch
 from tests.conftest import RECIPES
 from tests.http_client import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -249,7 +249,7 @@ def test_a_service_that_answers_something_else_is_not_published(
             answer["scores"]["negative"] += 1e-4
         return [answer]
 
-    monkeypatch.setattr(service_check, "ask", ask_another)
+    monkeypatch.setattr(check, "ask", ask_another)
     copied_run.recipe_file.write_text(
         copied_run.recipe_file.read_text().replace('"name": "smoke"', '"name": "unpublished"')
     )
@@ -310,7 +310,7 @@ def test_the_own_wheel_installs(tmp_path: Path) -> None:
         check=True, capture_output=True,
     )  # fmt: skip
     code = (
-        "import ad2kit.bundle as b, ad2kit.recipe as r, importlib.metadata as m\n"
+        "import ad2kit.service.bento as b, ad2kit.run.recipe as r, importlib.metadata as m\n"
         "print(b.__file__, b.service_file(), m.version('ad2kit'), *r.recipe_names())"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}  # before the editable install

@@ -15,29 +15,30 @@ from onnx import numpy_helper
 from onnxruntime.transformers.optimizer import optimize_model
 
 from ad2kit import load
-from ad2kit import recipe as recipes
-from ad2kit.bench import bench
-from ad2kit.classifier import MODEL_FILE, OnnxClassifier, read_artifact
-from ad2kit.data import Encoded, load_data
-from ad2kit.distill import distill
-from ad2kit.errors import GateFailed, ModelError, RunError
-from ad2kit.export import export
-from ad2kit.files import sha256_of, write_record
-from ad2kit.gate import Reference, conversion_cost, distillation_quality
-from ad2kit.parity import parity
-from ad2kit.records import OnnxArtifact
-from ad2kit.run_dir import RunDir, open_run
-from ad2kit.sections import DataRecipe, ParityRecipe
-from ad2kit.shipping import passed_variants
-from ad2kit.verdicts import ParityReport, RowAnswers, insist_passed
+from ad2kit.data.splits import Encoded, load_data
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
+from ad2kit.exporting.conversion import conversion_cost
+from ad2kit.exporting.export import export
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.latency import bench
+from ad2kit.gate.parity import parity
+from ad2kit.gate.questions import Reference, distillation_quality
+from ad2kit.gate.records import ParityReport, RowAnswers, insist_passed
+from ad2kit.gate.shipping import passed_variants
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import GateFailed, ModelError, RunError
+from ad2kit.run.files import sha256_of, write_record
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.run.sections import DataRecipe, ParityRecipe
+from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 from tests.http_client import SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ad2kit.recipe import Recipe
-    from ad2kit.sections import Task
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.run.sections import Task
 
 CHECKOUT = Path(__file__).parents[2]
 

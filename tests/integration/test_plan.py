@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ad2kit import recipe as recipes
-from ad2kit.campaigns import plan as planning
-from ad2kit.campaigns.plan import Costs, fitted, planned, words
-from ad2kit.curve import overrun, read_curve
-from ad2kit.data import load_data
-from ad2kit.errors import RecipeError, RunError, UserError
-from ad2kit.run_dir import RunDir
+from ad2kit.data.splits import load_data
+from ad2kit.planning import budget as planning
+from ad2kit.planning.budget import Costs, fitted, planned, words
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import RecipeError, RunError, UserError
+from ad2kit.run.folder import RunDir
+from ad2kit.training.records import overrun, read_curve
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.recipe import Recipe
-    from ad2kit.sections import PlanRecipe
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.run.sections import PlanRecipe
 
 # 400 rows train in 13 batches of 32, 100 choose: 2 epochs of the teacher and 4 of the student.
 ASKED = ("data.max_train_rows=500", "distill.epochs=4", "teacher.finetune.epochs=2")

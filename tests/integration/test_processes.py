@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ad2kit import models
-from ad2kit.checkpoint import CheckpointFacts
-from ad2kit.data import load_data
-from ad2kit.distill import distill
-from ad2kit.errors import RunError
-from ad2kit.files import sha256_of
-from ad2kit.recipe import load
-from ad2kit.references import RANDOM
-from ad2kit.run_dir import RunDir, open_run
+from ad2kit.data.splits import load_data
+from ad2kit.models import text_model
+from ad2kit.models.pretrained import RANDOM
+from ad2kit.run.errors import RunError
+from ad2kit.run.files import sha256_of
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.run.recipe import load
+from ad2kit.training.checkpoint import CheckpointFacts
+from ad2kit.training.distill import distill
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,10 +80,10 @@ def no_dropout(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The setting of a teacher without dropout, of which each process would draw its own."""
     recipe = load("smoke", SETTINGS)
     data = load_data(recipe.data, recipe.seed)
-    model = models.load_reference(RANDOM, data, seed=5, finished=False, key="teacher.model")
+    model = text_model.load_reference(RANDOM, data, seed=5, finished=False, key="teacher.model")
     model.module.config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     folder = tmp_path_factory.mktemp("model") / "no-dropout"
-    models.save(model, folder, inputs="")
+    text_model.save(model, folder, inputs="")
     return f"teacher.model={folder}"
 
 

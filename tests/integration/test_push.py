@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.data import load_data
-from ad2kit.records import OnnxArtifact
-from ad2kit.verdicts import ParityReport
+from ad2kit.data.splits import load_data
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.records import ParityReport
 from tests.unit.test_classifier import fail_parity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 REPOSITORY, RIGHT = "someone/reviews", "right"
 

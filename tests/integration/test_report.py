@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ad2kit.errors import RunError
-from ad2kit.export import export
-from ad2kit.files import sha256_of, write_record
-from ad2kit.parity import parity
-from ad2kit.report import report
-from ad2kit.verdicts import ParityReport, QuantisationSearch, RowAnswers, VariantParity
+from ad2kit.exporting.export import export
+from ad2kit.exporting.records import QuantisationSearch
+from ad2kit.gate.parity import parity
+from ad2kit.gate.records import ParityReport, RowAnswers, VariantParity
+from ad2kit.gate.report import report
+from ad2kit.run.errors import RunError
+from ad2kit.run.files import sha256_of, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 INJECTION = '<script>console.error("injected")</script><img src=x>'
 

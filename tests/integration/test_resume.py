@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from ad2kit import recipe as recipes
-from ad2kit.distill import distill
-from ad2kit.errors import RunError
-from ad2kit.files import sha256_of
-from ad2kit.records import DistillReport, StepRecord
-from ad2kit.run_dir import RunDir, open_run
-from ad2kit.runtime import DECIDE_BITS
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import RunError
+from ad2kit.run.files import sha256_of
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.run.machine import DECIDE_BITS
+from ad2kit.training.distill import distill
+from ad2kit.training.records import DistillReport, StepRecord
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ad2kit.recipe import Recipe
+    from ad2kit.run.recipe import Recipe
 
 
 class Stopped(Exception):
@@ -259,16 +259,16 @@ def test_kill_9_at_random_moments_changes_nothing(
 
 # Each kills the process itself, half-way through one kind of write.
 INSIDE = {
-    "a checkpoint": ("ad2kit.checkpoint", "save_file", 2),
-    "a snapshot": ("ad2kit.snapshots", "save_file", 1),
-    "the teacher": ("ad2kit.models", "write_record", 0),
-    "the logit cache": ("ad2kit.store", "save_file", 0),
-    "the student": ("ad2kit.models", "write_record", 0),
-    "the fp32 export": ("ad2kit.export", "main_export", 0),
-    "the int8 export": ("ad2kit.int8_search", "quantize", 0),
-    "the parity report": ("ad2kit.parity", "write_record", 0),
-    "the Bento": ("ad2kit.package", "_build", 0),
-    "the trial of the service": ("ad2kit.service_check", "ask", 3),
+    "a checkpoint": ("ad2kit.training.checkpoint", "save_file", 2),
+    "a snapshot": ("ad2kit.training.checkpoint", "save_file", 1),
+    "the teacher": ("ad2kit.models.text_model", "write_record", 0),
+    "the logit cache": ("ad2kit.training.shared", "save_file", 0),
+    "the student": ("ad2kit.models.text_model", "write_record", 0),
+    "the fp32 export": ("ad2kit.exporting.export", "main_export", 0),
+    "the int8 export": ("ad2kit.exporting.int8", "quantize", 0),
+    "the parity report": ("ad2kit.gate.parity", "write_record", 0),
+    "the Bento": ("ad2kit.service.bento", "_build", 0),
+    "the trial of the service": ("ad2kit.service.check", "ask", 3),
 }
 KILLER = """
 import importlib, os, signal, sys

@@ -14,21 +14,22 @@ from filelock import FileLock, Timeout
 
 from ad2kit import load
 from ad2kit.campaigns import run as chain
-from ad2kit.data import load_data
-from ad2kit.distill import distill
-from ad2kit.errors import GateFailed, RunError
-from ad2kit.files import sha256_of, write_record
-from ad2kit.parity import parity
-from ad2kit.prospects import Judge
-from ad2kit.run_dir import RunDir, find_run, open_run
-from ad2kit.shipping import choose_variant, latest_passed_run, passed_variants
-from ad2kit.verdicts import CampaignRecord, ParityReport
+from ad2kit.campaigns.fit.looks import Judge
+from ad2kit.data.splits import load_data
+from ad2kit.gate.parity import parity
+from ad2kit.gate.records import ParityReport
+from ad2kit.gate.shipping import choose_variant, latest_passed_run, passed_variants
+from ad2kit.run.errors import GateFailed, RunError
+from ad2kit.run.files import sha256_of, write_record
+from ad2kit.run.folder import RunDir, find_run, open_run
+from ad2kit.run.records import CampaignRecord
+from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.recipe import Recipe
+    from ad2kit.run.recipe import Recipe
 
 LAX = "parity.min_retained=0.1"
 FIT = CampaignRecord(command="ad2kit fit", rule="retain 97 %")

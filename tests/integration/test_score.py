@@ -27,19 +27,19 @@ import ray
 from pyarrow import parquet
 
 import ad2kit
-from ad2kit import corpus
 from ad2kit.__main__ import main
-from ad2kit.errors import DataError, ModelError, UserError
-from ad2kit.files import sha256_of, write_record
-from ad2kit.records import OnnxArtifact
-from ad2kit.score import Progress, score
+from ad2kit.data import demo_reviews
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.run.errors import DataError, ModelError, UserError
+from ad2kit.run.files import sha256_of, write_record
+from ad2kit.scoring.score import Progress, score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
-    from ad2kit.score_records import ScoreReport
+    from ad2kit.run.folder import RunDir
+    from ad2kit.scoring.records import ScoreReport
 
 ROWS, BLOCK_ROWS = 4_000, 100
 SIZES = ("--block-rows", str(BLOCK_ROWS), "--batch-size", "8")
@@ -53,7 +53,7 @@ def model(finished_run: RunDir) -> Path:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts of one and of several sentences, so that sorting by length moves rows."""
-    texts = [text for text, _ in corpus.opinions(seed=11).train]
+    texts = [text for text, _ in demo_reviews.opinions(seed=11).train]
     rows = [" ".join(texts[(n + k) % len(texts)] for k in range(1 + n % 3)) for n in range(ROWS)]
     path = tmp_path_factory.mktemp("input") / "in.parquet"
     columns = {"id": pa.array(range(ROWS)), "text": rows}

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.data import load_data
-from ad2kit.errors import GateFailed, RunError, UserError
-from ad2kit.files import write_record
-from ad2kit.package import served
-from ad2kit.records import OnnxArtifact
-from ad2kit.service_check import ask, judge_service
-from ad2kit.verdicts import ParityReport
+from ad2kit.data.splits import load_data
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.records import ParityReport
+from ad2kit.run.errors import GateFailed, RunError, UserError
+from ad2kit.run.files import write_record
+from ad2kit.service.bento import served
+from ad2kit.service.check import ask, judge_service
 from tests.http_client import (
     CHECKOUT,
     JSON,
@@ -37,8 +37,8 @@ from tests.http_client import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ad2kit.classifier import Prediction
-    from ad2kit.run_dir import RunDir
+    from ad2kit.exporting.classifier import Prediction
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -21,12 +21,12 @@ import psutil
 import pytest
 
 from ad2kit.__main__ import main
-from ad2kit.errors import ModelError, RunError, UserError
-from ad2kit.package import served
-from ad2kit.records import OnnxArtifact
-from ad2kit.service_arguments import SERVER
-from ad2kit.service_check import fetch, judge_service
-from ad2kit.service_process import Server, this_server
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.run.errors import ModelError, RunError, UserError
+from ad2kit.service.bento import served
+from ad2kit.service.check import fetch, judge_service
+from ad2kit.service.process import Server, this_server
+from ad2kit.service.settings import SERVER
 from tests.http_client import (
     CHECKOUT,
     JSON,
@@ -41,8 +41,8 @@ from tests.http_client import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ad2kit.records import BentoRecord
-    from ad2kit.run_dir import RunDir
+    from ad2kit.gate.records import BentoRecord
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 

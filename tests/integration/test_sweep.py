@@ -15,25 +15,25 @@ import pytest
 import ray
 from filelock import FileLock
 
-from ad2kit import tuning
 from ad2kit.__main__ import main
-from ad2kit.campaigns.sweep import sweep
-from ad2kit.campaigns.trial import Job, make_teacher, run_trial
-from ad2kit.distill import distill
-from ad2kit.errors import RunError, UserError
-from ad2kit.files import sha256_of
-from ad2kit.recipe import load
-from ad2kit.run_dir import RunDir, open_run
-from ad2kit.search_space import Configuration
-from ad2kit.sweep_report import Ledger, SweepReport, Trial
-from ad2kit.tuning import Tuning, trial_resources
-from ad2kit.verdicts import CampaignRecord
+from ad2kit.campaigns.sweep import tune
+from ad2kit.campaigns.sweep.report import Ledger, SweepReport, Trial
+from ad2kit.campaigns.sweep.sweep import sweep
+from ad2kit.campaigns.sweep.trial import Job, make_teacher, run_trial
+from ad2kit.campaigns.sweep.tune import Tuning, trial_resources
+from ad2kit.run.errors import RunError, UserError
+from ad2kit.run.files import sha256_of
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.run.recipe import load
+from ad2kit.run.records import CampaignRecord
+from ad2kit.run.sections import Configuration
+from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.sections import ComputeRecipe
+    from ad2kit.run.sections import ComputeRecipe
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +92,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     finished = kill_driver_after_its_first_student(runs_dir, storage)
     before = curve_times(runs_dir, finished)
     killed: list[int] = []
-    shown = tuning._Watch.on_trial_result
+    shown = tune._Watch.on_trial_result
 
     def kill_the_first(self: Any, *, trial: Any, result: dict[str, Any], **rest: Any) -> None:
         shown(self, trial=trial, result=result, **rest)
@@ -101,7 +101,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
             os.kill(result["pid"], signal.SIGKILL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning._Watch, "on_trial_result", kill_the_first)
+        patch.setattr(tune._Watch, "on_trial_result", kill_the_first)
         report, folder = sweep(load("smoke", SPACE), runs_dir, storage=storage)
     return Swept(runs_dir, storage, report, folder, before, killed)
 
@@ -292,7 +292,7 @@ def test_early_stopping_stops_what_is_hopeless_and_nothing_is_stopped_without(tu
 def test_a_worker_that_dies_again_and_again_is_a_failed_trial(
     tuned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "RESTARTS", 1)
+    monkeypatch.setattr(tune, "RESTARTS", 1)
     found = tuned("train", keys(13, 2), early_stopping=False)
     assert found.states == {13: "failed", 2: "finished"}
     assert found.messages == ["its worker died 2 times"]

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 import ad2kit
-from ad2kit import recipe as recipes
-from ad2kit.curve import read_curve
-from ad2kit.distill import distill
-from ad2kit.errors import DataError, ModelError
-from ad2kit.export import export
-from ad2kit.parity import parity
-from ad2kit.report import report as write_report
-from ad2kit.run_dir import RunDir, open_run
-from ad2kit.score import score
+from ad2kit.exporting.export import export
+from ad2kit.gate.parity import parity
+from ad2kit.gate.report import report as write_report
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import DataError, ModelError
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.scoring.score import score
+from ad2kit.training.distill import distill
+from ad2kit.training.records import read_curve
 from tests.conftest import QUICK
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def test_predictions_have_the_form_of_their_task(runs: dict[str, RunDir]) -> Non
 
 @pytest.mark.slow
 def test_a_lost_label_and_a_constant_value_fail_their_gates() -> None:
-    from ad2kit.gate import distillation_quality
-    from ad2kit.sections import ParityRecipe
+    from ad2kit.gate.questions import distillation_quality
+    from ad2kit.run.sections import ParityRecipe
     from tests.integration.test_parity import judged
 
     labels = np.tile([[1, 0], [0, 1], [1, 1], [0, 0]], (25, 1)).astype(np.float32)

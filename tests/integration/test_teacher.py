@@ -8,26 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import ad2kit.distill as stage
-from ad2kit import recipe as recipes
-from ad2kit import tables
+import ad2kit.training.distill as stage
 from ad2kit.campaigns.compare import compare
-from ad2kit.campaigns.trial import Job, make_teacher
-from ad2kit.distill import distill
-from ad2kit.errors import GateFailed, RunError
-from ad2kit.files import sha256_of, write_record
-from ad2kit.push import model_card
-from ad2kit.report import report as write_report
-from ad2kit.run_dir import RunDir, open_run
-from ad2kit.shipping import choose_variant
-from ad2kit.verdicts import Check, ParityReport, RowsNeeded, TeacherReport, insist_passed
+from ad2kit.campaigns.sweep.trial import Job, make_teacher
+from ad2kit.exporting.records import Check, RowsNeeded
+from ad2kit.gate import summary
+from ad2kit.gate.hub import model_card
+from ad2kit.gate.records import ParityReport, insist_passed
+from ad2kit.gate.report import report as write_report
+from ad2kit.gate.shipping import choose_variant
+from ad2kit.models.records import TeacherReport
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import GateFailed, RunError
+from ad2kit.run.files import sha256_of, write_record
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 from tests.integration.test_tasks import TASKS, rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.recipe import Recipe
+    from ad2kit.run.recipe import Recipe
 
 # One epoch at this rate changes nothing: the teacher stays the random one that it begins as.
 WEAK = (
@@ -178,12 +180,12 @@ def test_a_teacher_that_is_not_far_below_them_is_imitated(tmp_path: Path) -> Non
 
 
 def test_the_rows_stand_in_every_table(copied_run: RunDir) -> None:
-    scores = tables.baseline_scores(copied_run)
+    scores = summary.baseline_scores(copied_run)
     assert list(scores) == BASELINES
-    shown = tables.rows(copied_run)
+    shown = summary.rows(copied_run)
     assert [row[:2] for row in shown[:4]] == [(n, f"{s:.4f}") for n, s in scores.items()]
     assert shown[4][0] == "teacher (PyTorch)"
-    assert {len(row) for row in shown} == {len(tables.HEADER)}
+    assert {len(row) for row in shown} == {len(summary.HEADER)}
     page = write_report(copied_run).read_text()
     folder, _ = choose_variant(copied_run, None)
     card = model_card(copied_run, folder, "me/mine")
@@ -194,7 +196,7 @@ def test_the_rows_stand_in_every_table(copied_run: RunDir) -> None:
     # What was said of another teacher is not said of this one.
     other = TeacherReport.read(copied_run.teacher_report)
     write_record(copied_run.teacher_report, other.model_copy(update={"teacher_sha256": "another"}))
-    assert tables.rows(copied_run)[0][0] == "teacher (PyTorch)"
+    assert summary.rows(copied_run)[0][0] == "teacher (PyTorch)"
     assert "<h2>The teacher</h2>" not in write_report(copied_run).read_text()
 
 

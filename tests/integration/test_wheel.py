@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 import ad2kit
-from ad2kit.bundle import own_wheel
+from ad2kit.service.bento import own_wheel
 from tests.conftest import RECIPES
 
 if TYPE_CHECKING:
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,9 @@ def test_a_bento_carries_the_same_code(installed: Installed, tmp_path: Path) -> 
 
 def test_the_installed_package_shadows_the_checkout(installed: Installed) -> None:
     # The other tests of this file mean nothing where this one fails.
-    done = installed.python("-c", "import ad2kit.cli; print(ad2kit.__file__, ad2kit.cli.__file__)")
+    done = installed.python(
+        "-c", "import ad2kit.cli.app; print(ad2kit.__file__, ad2kit.cli.app.__file__)"
+    )
     assert done.returncode == 0, done.stderr
     for path in done.stdout.split():
         assert Path(path).is_relative_to(installed.site)
@@ -143,8 +145,8 @@ def test_the_installed_command_predicts_without_torch(
 
 def test_the_installed_service_is_found_by_the_package_stage(installed: Installed) -> None:
     code = (
-        "from ad2kit.bundle import service_file\n"
-        "from ad2kit.recipe import recipes_folder\n"
+        "from ad2kit.service.bento import service_file\n"
+        "from ad2kit.run.recipe import recipes_folder\n"
         "print(service_file(), recipes_folder())"
     )
     done = installed.python("-c", code)

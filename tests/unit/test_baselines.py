@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from ad2kit import baselines, metrics, recipe
-from ad2kit.curve import scores_before_decay
-from ad2kit.data import Data, Split, collate, encode
-from ad2kit.errors import GateFailed, RunError
-from ad2kit.probe import last_linear, read_vectors
-from ad2kit.records import StepRecord
-from ad2kit.verdicts import BAG_OF_WORDS, Baseline, TeacherReport
+from ad2kit.data import metrics
+from ad2kit.data.splits import Data, Split, collate, encode
+from ad2kit.models import baselines
+from ad2kit.models.head import last_linear, read_vectors
+from ad2kit.models.records import BAG_OF_WORDS, Baseline, TeacherReport
+from ad2kit.run import recipe
+from ad2kit.run.errors import GateFailed, RunError
+from ad2kit.training.records import StepRecord, scores_before_decay
 from tests import families, models
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.sections import Task
+    from ad2kit.run.sections import Task
 
 TASKS: tuple[Task, ...] = ("single_label", "multi_label", "regression")
 WORDS = ("red", "green", "blue")

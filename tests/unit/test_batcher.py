@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ad2kit.batcher import Batcher, BatcherClosed, BatchFacts, QueueFull
+from ad2kit.service.batcher import Batcher, BatcherClosed, BatchFacts, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence

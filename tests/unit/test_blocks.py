@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ad2kit import parquet_blocks, text_blocks
-from ad2kit.blocks import (
+from ad2kit.run.errors import DataError
+from ad2kit.scoring import parquet_blocks, text_blocks
+from ad2kit.scoring.blocks import (
     Layout,
     Rows,
     find_inputs,
@@ -24,8 +25,7 @@ from ad2kit.blocks import (
     layout_of,
     suffix_of,
 )
-from ad2kit.errors import DataError
-from ad2kit.scoring import format_of
+from ad2kit.scoring.workers import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ad2kit.bench import cell_of, measure
-from ad2kit.records import LatencyCell, LatencyReport
-from ad2kit.tables import busy_words, capacity_lines, latency_lines, tail, times_as_fast
+from ad2kit.gate.latency import cell_of, measure
+from ad2kit.gate.records import LatencyCell, LatencyReport
+from ad2kit.gate.summary import busy_words, capacity_lines, latency_lines, tail, times_as_fast
 
 if TYPE_CHECKING:
-    from ad2kit.bench import Call
+    from ad2kit.gate.latency import Call
 
 
 def cell(system: str, batch: int, length: int, p99_ms: float, texts_per_s: float) -> LatencyCell:

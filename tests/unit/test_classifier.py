@@ -13,19 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ad2kit
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.data import load_data
-from ad2kit.errors import ModelError, RunError, UserError
-from ad2kit.files import write_record
-from ad2kit.records import LatencyReport, OnnxArtifact
-from ad2kit.shipping import passed_variants
-from ad2kit.tasks import softmax
-from ad2kit.texts import is_text
+from ad2kit.data.labels import softmax
+from ad2kit.data.splits import load_data
+from ad2kit.data.texts import is_text
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.records import LatencyReport
+from ad2kit.gate.shipping import passed_variants
+from ad2kit.run.errors import ModelError, RunError, UserError
+from ad2kit.run.files import write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 TOLERANCE = 1e-5
 ALONE = "not dull"
@@ -211,7 +212,7 @@ def test_a_tokenizer_that_was_changed_in_meaning_is_refused(copied_run: RunDir) 
 def test_a_graph_that_matches_its_manifest_but_does_not_load_is_refused(
     copied_run: RunDir,
 ) -> None:
-    from ad2kit.files import sha256_of
+    from ad2kit.run.files import sha256_of
 
     folder = copied_run.onnx("fp32")
     (folder / "model.onnx").write_bytes(b"not a graph")

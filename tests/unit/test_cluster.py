@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ad2kit import cluster
-from ad2kit.cluster import insist_on_answer
-from ad2kit.errors import UserError
+from ad2kit.run import ray_cluster
+from ad2kit.run.errors import UserError
+from ad2kit.run.ray_cluster import insist_on_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def listener(answer: bytes | None) -> Iterator[str]:
 def test_what_is_no_cluster_is_refused(
     monkeypatch: pytest.MonkeyPatch, answer: bytes | None, expected: str
 ) -> None:
-    monkeypatch.setattr(cluster, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(ray_cluster, "_TIMEOUT_S", 0.2)
     with listener(answer) as address, pytest.raises(UserError, match=expected) as caught:
         insist_on_answer(address)
     assert f"no Ray cluster answers at {address}" in caught.value.message

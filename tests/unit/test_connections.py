@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvicorn
 
-from ad2kit import connections
-from ad2kit.connections import bounded, insist_on_files
-from ad2kit.error_contract import ErrorContract, Pace, Problem, send_json
-from ad2kit.errors import UserError
-from ad2kit.service_arguments import Settings
+from ad2kit.run.errors import UserError
+from ad2kit.service import connections
+from ad2kit.service.connections import bounded, insist_on_files
+from ad2kit.service.errors import ErrorContract, Pace, Problem, send_json
+from ad2kit.service.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ad2kit.error_contract import Message, Receive, Send
+    from ad2kit.service.errors import Message, Receive, Send
 
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"

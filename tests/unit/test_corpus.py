@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ad2kit import corpus
+from ad2kit.data import demo_reviews
 from bench.plain_sentences import NEGATIVE, POSITIVE
 
 SEEDS = (7, 17)
@@ -148,14 +148,14 @@ FORMS: list[tuple[str, Callable[[str], int]]] = [
 
 
 @pytest.fixture(scope="module", params=SEEDS)
-def made(request: pytest.FixtureRequest) -> corpus.Opinions:
-    return corpus.opinions(request.param)
+def made(request: pytest.FixtureRequest) -> demo_reviews.Opinions:
+    return demo_reviews.opinions(request.param)
 
 
 @pytest.fixture(scope="module")
 def many() -> list[tuple[str, int]]:
     """Enough rows for the rarest of the forms above to turn up."""
-    return corpus.opinions(3, train_rows=0, validation_rows=30_000).validation
+    return demo_reviews.opinions(3, train_rows=0, validation_rows=30_000).validation
 
 
 def texts(rows: list[tuple[str, int]]) -> list[str]:
@@ -177,8 +177,8 @@ def reserved(symbol_table: dict[str, str]) -> dict[str, list[str]]:
     return {
         symbol: [
             text
-            for text in corpus.alternatives(entry, reserved=True)
-            if text not in corpus.alternatives(entry, reserved=False)
+            for text in demo_reviews.alternatives(entry, reserved=True)
+            if text not in demo_reviews.alternatives(entry, reserved=False)
         ]
         for symbol, entry in symbol_table.items()
     }
@@ -186,22 +186,22 @@ def reserved(symbol_table: dict[str, str]) -> dict[str, list[str]]:
 
 def test_the_same_seed_writes_the_same_rows() -> None:
     state = random.getstate()
-    assert corpus.opinions(7, 200, 50) == corpus.opinions(7, 200, 50)
-    assert corpus.opinions(7, 200, 50) != corpus.opinions(8, 200, 50)
+    assert demo_reviews.opinions(7, 200, 50) == demo_reviews.opinions(7, 200, 50)
+    assert demo_reviews.opinions(7, 200, 50) != demo_reviews.opinions(8, 200, 50)
     assert random.getstate() == state, "the global generator is not ours to turn"
 
 
 def test_the_rows_are_the_ones_that_figures_were_published_for() -> None:
     """Pinned over every Python and hash seed; a deliberate change of the grammar moves it."""
-    digest = hashlib.sha256(json.dumps(corpus.opinions(7)).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(demo_reviews.opinions(7)).encode()).hexdigest()
     assert digest[:16] == "c1469dcbcc41698c"
 
 
 def test_more_validation_rows_leave_training_as_it_was() -> None:
-    assert corpus.opinions(7, 200, 50).train == corpus.opinions(7, 200, 90).train
+    assert demo_reviews.opinions(7, 200, 50).train == demo_reviews.opinions(7, 200, 90).train
 
 
-def test_sizes_and_balance(made: corpus.Opinions) -> None:
+def test_sizes_and_balance(made: demo_reviews.Opinions) -> None:
     assert (len(made.train), len(made.validation)) == (3_600, 640)
     for split in made:
         assert sum(label for _, label in split) * 2 == len(split)
@@ -210,7 +210,7 @@ def test_sizes_and_balance(made: corpus.Opinions) -> None:
 
 
 def test_odd_sizes_are_balanced_to_within_one() -> None:
-    made = corpus.opinions(1, 31, 7)
+    made = demo_reviews.opinions(1, 31, 7)
     assert [sum(label for _, label in split) for split in made] == [15, 3]
 
 
@@ -219,7 +219,7 @@ def plain(text: str) -> str:
     return re.sub(r"[^\w' ]", "", text).casefold()
 
 
-def test_no_text_comes_twice_not_even_with_another_full_stop(made: corpus.Opinions) -> None:
+def test_no_text_comes_twice_not_even_with_another_full_stop(made: demo_reviews.Opinions) -> None:
     everything = [plain(text) for text in texts(made.train) + texts(made.validation)]
     assert len(set(everything)) == len(everything)
 
@@ -244,22 +244,26 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_text_is_there_with_both_labels(made: corpus.Opinions, kind: str) -> None:
+def test_each_kind_of_text_is_there_with_both_labels(
+    made: demo_reviews.Opinions, kind: str
+) -> None:
     pattern, least = KINDS[kind]
     labels = [label for text, label in made.train if re.fullmatch(pattern, text, re.IGNORECASE)]
     assert len(labels) >= least * len(made.train)
     assert 0.4 < sum(labels) / len(labels) < 0.6
 
 
-def test_lengths_are_as_different_as_what_people_write(made: corpus.Opinions) -> None:
+def test_lengths_are_as_different_as_what_people_write(made: demo_reviews.Opinions) -> None:
     words = sorted(len(text.split()) for text in texts(made.train))
     assert words[len(words) // 50] <= 2
     assert words[-len(words) // 20] >= 25
 
 
-@pytest.mark.parametrize("domain", corpus.DOMAINS)
-def test_each_domain_is_met_with_both_labels(made: corpus.Opinions, domain: dict[str, str]) -> None:
-    works = "|".join(corpus.alternatives(domain["work"], reserved=False))
+@pytest.mark.parametrize("domain", demo_reviews.DOMAINS)
+def test_each_domain_is_met_with_both_labels(
+    made: demo_reviews.Opinions, domain: dict[str, str]
+) -> None:
+    works = "|".join(demo_reviews.alternatives(domain["work"], reserved=False))
     found = [
         label for text, label in made.train if re.search(rf"\b({works})\b", text, re.IGNORECASE)
     ]
@@ -268,7 +272,7 @@ def test_each_domain_is_met_with_both_labels(made: corpus.Opinions, domain: dict
 
 
 def test_the_plain_sentences_are_not_among_the_texts(
-    made: corpus.Opinions, many: list[tuple[str, int]]
+    made: demo_reviews.Opinions, many: list[tuple[str, int]]
 ) -> None:
     """What `bench/plain_sentences.py` asks is not what training has learned by heart."""
     asked = {plain(text) for text in (*NEGATIVE, *POSITIVE)}
@@ -276,17 +280,17 @@ def test_the_plain_sentences_are_not_among_the_texts(
     assert asked & {plain(text) for text in texts(made.train) + texts(many)} == set()
 
 
-@pytest.mark.parametrize("table", [corpus.WORDS, *corpus.DOMAINS])
+@pytest.mark.parametrize("table", [demo_reviews.WORDS, *demo_reviews.DOMAINS])
 def test_words_are_filed_by_what_they_mean(table: dict[str, str]) -> None:
     for symbol in ("adjective", "general", "noun", "effect"):
         for sign, ours in (("+", GOOD), ("-", BAD)):
             if symbol + sign in table:
-                assert set(corpus.alternatives(table[symbol + sign], reserved=True)) <= ours
+                assert set(demo_reviews.alternatives(table[symbol + sign], reserved=True)) <= ours
 
 
-@pytest.mark.parametrize("table", [corpus.WORDS, *corpus.DOMAINS])
+@pytest.mark.parametrize("table", [demo_reviews.WORDS, *demo_reviews.DOMAINS])
 def test_reserved_words_are_met_in_validation_only(
-    made: corpus.Opinions, many: list[tuple[str, int]], table: dict[str, str]
+    made: demo_reviews.Opinions, many: list[tuple[str, int]], table: dict[str, str]
 ) -> None:
     for symbol, words in reserved(table).items():
         assert words or symbol[-1] not in "+-", f"{symbol} reserves nothing"
@@ -294,14 +298,14 @@ def test_reserved_words_are_met_in_validation_only(
         assert [word for word in words if not says(word, many)] == []
 
 
-def test_most_validation_rows_have_a_word_that_training_lacks(made: corpus.Opinions) -> None:
+def test_most_validation_rows_have_a_word_that_training_lacks(made: demo_reviews.Opinions) -> None:
     known = {word for text in texts(made.train) for word in re.findall(r"\w+", text.lower())}
     rows = [re.findall(r"\w+", text.lower()) for text in texts(made.validation)]
     assert sum(not known.issuperset(row) for row in rows) / len(rows) > 0.5
 
 
-def test_reserved_templates_are_met_in_validation_only(made: corpus.Opinions) -> None:
-    held_out = reserved(corpus.TEMPLATES)
+def test_reserved_templates_are_met_in_validation_only(made: demo_reviews.Opinions) -> None:
+    held_out = reserved(demo_reviews.TEMPLATES)
     leading = ["review", "claim", "quality", "single"]  # to templates and words that reserve some
     assert [symbol for symbol, kept in held_out.items() if not kept] == leading
     for phrase in (
@@ -342,7 +346,7 @@ def test_a_verdict_always_stands(many: list[tuple[str, int]]) -> None:
 
 
 @pytest.mark.parametrize("words", [1, 2])
-def test_counting_words_is_not_enough(made: corpus.Opinions, words: int) -> None:
+def test_counting_words_is_not_enough(made: demo_reviews.Opinions, words: int) -> None:
     """The bound that makes the data set worth a transformer."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ad2kit.data import Data, Split, encode, epoch_batches, load_data
-from ad2kit.errors import DataError
-from ad2kit.labels import balance
-from ad2kit.sections import DataRecipe
-from ad2kit.sources import read_file
+from ad2kit.data.labels import balance
+from ad2kit.data.sources import read_file
+from ad2kit.data.splits import Data, Split, encode, epoch_batches, load_data
+from ad2kit.run.errors import DataError
+from ad2kit.run.sections import DataRecipe
 from tests.models import tiny_bert
 
 if TYPE_CHECKING:
@@ -516,7 +516,7 @@ def test_few_texts_are_tokenised_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
         return call(self, *columns, **settings)
 
     monkeypatch.setattr(type(tokenizer), "__call__", seen)
-    monkeypatch.setattr("ad2kit.data._CHUNK_CHARACTERS", 300)
+    monkeypatch.setattr("ad2kit.data.splits._CHUNK_CHARACTERS", 300)
     parts = encode(split, tokenizer, 32)
     assert len(sizes) > 10
     # The one text that reaches the limit is part of it.

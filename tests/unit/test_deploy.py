@@ -16,7 +16,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from ad2kit.service_arguments import Settings
+from ad2kit.service.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

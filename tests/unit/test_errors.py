@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from ad2kit.errors import Ad2kitError, DataError, MissingExtra, RunError
+from ad2kit.run.errors import Ad2kitError, DataError, MissingExtra, RunError
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, pearsonr
 
-from ad2kit import evidence
-from ad2kit.data import Encoded
-from ad2kit.errors import GateFailed
-from ad2kit.gate import Reference, agreement, agrees, conversion_cost, distillation_quality
-from ad2kit.sections import ParityRecipe
-from ad2kit.tables import untested_words
-from ad2kit.verdicts import Check, ParityReport, RowsNeeded, VariantParity, insist_passed
+from ad2kit.data import sample_size
+from ad2kit.data.splits import Encoded
+from ad2kit.exporting.conversion import agreement, agrees, conversion_cost
+from ad2kit.exporting.records import Check, RowsNeeded
+from ad2kit.gate.questions import Reference, distillation_quality
+from ad2kit.gate.records import ParityReport, VariantParity, insist_passed
+from ad2kit.gate.summary import untested_words
+from ad2kit.run.errors import GateFailed
+from ad2kit.run.sections import ParityRecipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ad2kit.sections import Task
+    from ad2kit.run.sections import Task
 
 TABLES = 100
 # So many of a hundred tables are "about 80": three standard errors to either side.
@@ -135,13 +137,17 @@ def test_a_student_that_equals_its_teacher_on_a_handful_of_rows_has_shown_little
 @pytest.mark.parametrize("truth", [0.9925, 0.997])
 def test_the_rows_that_agreement_needs_are_about_enough(truth: float) -> None:
     thresholds = ParityRecipe()
-    rows = evidence.rows_for_share(truth, thresholds.min_agreement, thresholds.min_agreement_lower)
+    rows = sample_size.rows_for_share(
+        truth, thresholds.min_agreement, thresholds.min_agreement_lower
+    )
     assert rows is not None
     generator = np.random.default_rng(1)
 
     def passed(rows: int) -> int:
         tables = generator.binomial(rows, truth, size=TABLES)
-        found = [agrees("conversion cost", "", evidence.share(k, rows), thresholds) for k in tables]
+        found = [
+            agrees("conversion cost", "", sample_size.share(k, rows), thresholds) for k in tables
+        ]
         return sum(check.passed for check in found)
 
     assert ABOUT[0] <= passed(rows) <= 95  # the chance moves in teeth
@@ -152,7 +158,7 @@ def test_agreement_is_three_valued_by_an_exact_interval() -> None:
     thresholds = ParityRecipe()
 
     def verdict(agreeing: int, rows: int) -> str:
-        share = evidence.share(agreeing, rows)
+        share = sample_size.share(agreeing, rows)
         expected = binomtest(agreeing, rows).proportion_ci(0.95, method="exact")
         assert share.interval == pytest.approx((expected.low, expected.high))
         return agrees("conversion cost", "", share, thresholds).verdict
@@ -172,17 +178,17 @@ def test_answers_of_several_labels_count_by_rows_and_not_by_cells() -> None:
     found = agreement("multi_label", ours, theirs)
     assert found.value == pytest.approx(49 / 50)
     assert found.rows == 50
-    assert found.interval == pytest.approx(evidence.share(49, 50).interval)
+    assert found.interval == pytest.approx(sample_size.share(49, 50).interval)
 
 
 def test_the_interval_of_a_correlation_is_fishers() -> None:
     generator = np.random.default_rng(0)
     first = generator.normal(size=60)
     second = first + 0.2 * generator.normal(size=60)
-    found = evidence.correlation(float(pearsonr(first, second).statistic), 60)
+    found = sample_size.correlation(float(pearsonr(first, second).statistic), 60)
     assert found.interval == pytest.approx(tuple(pearsonr(first, second).confidence_interval()))
-    assert evidence.correlation(1.0, 60).interval == pytest.approx((1, 1))
-    rows = evidence.rows_for_correlation(0.99, 0.985, 0.97)
+    assert sample_size.correlation(1.0, 60).interval == pytest.approx((1, 1))
+    rows = sample_size.rows_for_correlation(0.99, 0.985, 0.97)
     assert rows is not None
     tables = []
     for _ in range(TABLES):
@@ -265,15 +271,15 @@ def test_a_class_is_lost_below_half_and_not_where_it_is_given_less_often() -> No
 
     def lost(kept: int) -> tuple[int, ...]:
         student = np.where(np.arange(800) < 800 - kept, 0, teacher)
-        return evidence.lost_classes("single_label", student, teacher, 2).lost
+        return sample_size.lost_classes("single_label", student, teacher, 2).lost
 
     assert lost(120) == (1,)
     assert lost(200) == lost(260) == ()  # half of its rows; fewer than the teacher, but most
     generator = np.random.default_rng(0)
-    by_hand = evidence.lost_classes("single_label", np.zeros(800, dtype=int), teacher, 2)
+    by_hand = sample_size.lost_classes("single_label", np.zeros(800, dtype=int), teacher, 2)
     assert (by_hand.given.tolist(), by_hand.kept.tolist()) == ([400, 400], [400, 0])
     unanswered = generator.integers(2, size=50)
-    assert evidence.lost_classes("single_label", unanswered, unanswered, 9).too_few == ()
+    assert sample_size.lost_classes("single_label", unanswered, unanswered, 9).too_few == ()
 
 
 def test_of_150_classes_that_are_not_lost_one_is_rarely_called_so() -> None:
@@ -284,7 +290,7 @@ def test_of_150_classes_that_are_not_lost_one_is_rarely_called_so() -> None:
         teacher = np.repeat(np.arange(150), generator.integers(12, 60, size=150))
         kept = generator.random(len(teacher)) < 0.5
         student = np.where(kept, teacher, (teacher + 1) % 150)
-        found = evidence.lost_classes("single_label", student, teacher, 150)
+        found = sample_size.lost_classes("single_label", student, teacher, 150)
         false += bool(found.lost)
         uncorrected += bool((binom.cdf(found.kept, found.given, 0.5) <= 0.05).any())
     assert false <= 11  # 5 expected at the most
@@ -296,10 +302,10 @@ def test_holm_finds_what_bonferroni_does_not() -> None:
     rows = [40] * 9 + [5]
     teacher = np.repeat(np.arange(10), rows)
     student = np.full(len(teacher), 10)
-    found = evidence.lost_classes("single_label", student, teacher, 11)
+    found = sample_size.lost_classes("single_label", student, teacher, 11)
     assert found.lost == tuple(range(10))
     assert found.too_few == ()
-    assert evidence.least_rows_of_a_class(10) == 8  # 2**-8 is below 0.05 / 10
+    assert sample_size.least_rows_of_a_class(10) == 8  # 2**-8 is below 0.05 / 10
 
 
 @pytest.mark.parametrize(
@@ -334,8 +340,8 @@ def test_more_rows_are_not_promised_where_there_are_enough() -> None:
     assert "more rows alone will hardly show it" in needed.words
     assert "these are 100" in RowsNeeded(truth=0.985, rows=314, present=100).words
     assert "no number" in RowsNeeded(truth=1.0, rows=None, present=100).words
-    assert evidence.rows_for_mean(0.97, 0.97, 0.95, 0.3) is None  # at the target itself
-    assert evidence.rows_for_share(1.0, 0.985, 1.0) is None
+    assert sample_size.rows_for_mean(0.97, 0.97, 0.95, 0.3) is None  # at the target itself
+    assert sample_size.rows_for_share(1.0, 0.985, 1.0) is None
 
 
 def test_a_verdict_belongs_to_the_best_variant() -> None:
@@ -383,7 +389,7 @@ def test_classes_with_too_few_rows_are_named_in_words() -> None:
 def test_the_numbers_of_the_readme() -> None:
     recipe = ParityRecipe()
     bounds = recipe.min_retained, recipe.min_retained_lower
-    assert evidence.rows_for_mean(1.0, *bounds, math.sqrt(0.1)) == 314
+    assert sample_size.rows_for_mean(1.0, *bounds, math.sqrt(0.1)) == 314
     # By hand: the limit binds, and (2.8016 * sqrt(0.1) / 0.05)**2 is 313.96.
     agree = recipe.min_agreement, recipe.min_agreement_lower
-    assert evidence.rows_for_share(0.9925, *agree) == 290
+    assert sample_size.rows_for_share(0.9925, *agree) == 290

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ad2kit import files
-from ad2kit.errors import ModelError
+from ad2kit.run import files
+from ad2kit.run.errors import ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from ad2kit.first_token import read_first_token_only
+from ad2kit.exporting.fuse import read_first_token_only
 
 WIDTH = 4
 HEAD = "y = Gather<axis = 1>(h, zero)"

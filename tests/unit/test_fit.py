@@ -7,17 +7,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ad2kit import prune, shapes
-from ad2kit.errors import GateFailed, ModelError, RecipeError, UserError
-from ad2kit.fit_records import Candidate, Cost, FitReport, Target, insist_found, shortfalls
-from ad2kit.fit_report import caption, markdown, plot, rows
-from ad2kit.metrics import retained_interval
-from ad2kit.options import numbers
-from ad2kit.prospects import Judge, error_of, hopeless, thinned
-from ad2kit.recipe import load
-from ad2kit.sections import StudentRecipe
-from ad2kit.shapes import Grid, Shape
-from ad2kit.stopwatch import Call, Stopwatch, System
+from ad2kit.campaigns.fit import shapes
+from ad2kit.campaigns.fit.costs import Call, Stopwatch, System
+from ad2kit.campaigns.fit.looks import Judge, error_of, hopeless, thinned
+from ad2kit.campaigns.fit.records import (
+    Candidate,
+    Cost,
+    FitReport,
+    Target,
+    insist_found,
+    shortfalls,
+)
+from ad2kit.campaigns.fit.report import caption, markdown, plot, rows
+from ad2kit.campaigns.fit.shapes import Grid, Shape
+from ad2kit.cli.options import numbers
+from ad2kit.data.metrics import retained_interval
+from ad2kit.run.errors import GateFailed, ModelError, RecipeError, UserError
+from ad2kit.run.recipe import load
+from ad2kit.run.sections import StudentRecipe
+from ad2kit.training import students
 from tests import families
 from tests.models import tiny_bert
 
@@ -99,7 +107,7 @@ def test_an_untrained_student_has_the_size_of_its_shape() -> None:
     assert (len(full.layers), full.attention_heads, full.feed_forward) == (4, 4, 128)
     assert shapes.section(full, full) == StudentRecipe(layers=full.layers)
     student = shapes.untrained(teacher, shape(2, heads=1, neurons=7))
-    assert prune.widths(student)[1] == 7
+    assert students.widths(student)[1] == 7
     assert student.module.config.pruned_heads == {0: [1, 2, 3], 1: [1, 2, 3]}
     assert shapes.untrained(teacher, full).parameters() == teacher.parameters()
 

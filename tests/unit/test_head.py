@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from ad2kit import head
-from ad2kit.head import fit, start_head
-from ad2kit.labels import NO_CLASS
-from ad2kit.tasks import answers
-from ad2kit.training import predict_logits
+from ad2kit.data.labels import NO_CLASS, answers
+from ad2kit.models import head
+from ad2kit.models.head import fit, start_head
+from ad2kit.models.text_model import predict_logits
 from tests.models import cpu, encoded, tiny_bert
 
 if TYPE_CHECKING:
-    from ad2kit.sections import Task
+    from ad2kit.run.sections import Task
 
 CPU = torch.device("cpu")
 

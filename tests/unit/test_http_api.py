@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ad2kit.batcher import Batcher
-from ad2kit.classifier import Prediction
-from ad2kit.error_contract import ErrorContract, Problem
-from ad2kit.http_api import Classify, Direct, Stages, parse
-from ad2kit.openapi import ClassifyRequest
+from ad2kit.exporting.classifier import Prediction
+from ad2kit.service.batcher import Batcher
+from ad2kit.service.errors import ErrorContract, Problem
+from ad2kit.service.http import Classify, Direct, Stages, parse
+from ad2kit.service.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
-    from ad2kit.error_contract import Message
+    from ad2kit.service.errors import Message
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/classify", "headers": []}
 JSON = [(b"content-type", b"application/json")]

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 
-from ad2kit.errors import ModelError
-from ad2kit.intermediate import comparison
-from ad2kit.models import TextModel
-from ad2kit.objectives import distillation
-from ad2kit.sections import ComputeRecipe, IntermediateRecipe
-from ad2kit.students import build_student
-from ad2kit.training import prepare
+from ad2kit.models.text_model import TextModel
+from ad2kit.run.errors import ModelError
+from ad2kit.run.sections import ComputeRecipe, IntermediateRecipe
+from ad2kit.training.ad2 import distillation
+from ad2kit.training.loop import prepare
+from ad2kit.training.losses import comparison
+from ad2kit.training.students import build_student
 from tests.models import LABELS, batch, cpu, gradients, settings, tiny_bert
 
 

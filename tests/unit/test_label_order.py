@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from ad2kit.errors import ModelError
-from ad2kit.label_order import (
-    better_order,
-    insist_on_given_order,
-    insist_on_order,
-    numbers_of,
-)
+from ad2kit.data.label_order import better_order, insist_on_given_order, insist_on_order, numbers_of
+from ad2kit.run.errors import ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

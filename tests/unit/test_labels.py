@@ -13,16 +13,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ad2kit.data import load_data
-from ad2kit.errors import DataError
-from ad2kit.labels import label_set, read_labels
-from ad2kit.sections import DataRecipe
+from ad2kit.data.labels import label_set, read_labels
+from ad2kit.data.splits import load_data
+from ad2kit.run.errors import DataError
+from ad2kit.run.sections import DataRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ad2kit.sections import Task
+    from ad2kit.run.sections import Task
 
 
 def recipe(source: str | None = None, **changes: Any) -> DataRecipe:

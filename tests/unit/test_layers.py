@@ -113,16 +113,16 @@ HEAVY = {"torch", "transformers", "optimum", "datasets", "accelerate", "sklearn"
 
 
 def test_the_control_sees_torch() -> None:
-    assert "torch" in loaded_after("import ad2kit.training")
+    assert "torch" in loaded_after("import ad2kit.training.loop")
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "import ad2kit",
-        "import ad2kit.batcher, ad2kit.classifier",
-        "import ad2kit.score, ad2kit.parquet_blocks, ad2kit.ray_workers, ray.data",
-        "import ad2kit.recipe; ad2kit.recipe.load('demo')",
+        "import ad2kit.service.batcher, ad2kit.exporting.classifier",
+        "import ad2kit.scoring.score, ad2kit.scoring.parquet_blocks, ad2kit.scoring.workers, ray.data",
+        "import ad2kit.run.recipe; ad2kit.run.recipe.load('demo')",
     ],
 )
 def test_the_serving_path_imports_no_training_library(code: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ad2kit import losses
-from ad2kit.losses import balanced_weights, soft_target_kl, soft_targets, supervised
+from ad2kit.training import losses
+from ad2kit.training.losses import balanced_weights, soft_target_kl, soft_targets, supervised
 
 
 def test_cross_entropy_of_a_known_distribution() -> None:

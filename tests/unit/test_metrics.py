@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from ad2kit import metrics
-from ad2kit.tasks import softmax
+from ad2kit.data import metrics
+from ad2kit.data.labels import softmax
 
 if TYPE_CHECKING:
-    from ad2kit.sections import Metric
+    from ad2kit.run.sections import Metric
 
 
 def test_recall_by_class() -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from ad2kit.errors import UserError
-from ad2kit.mirror import Mirror
+from ad2kit.campaigns.sweep.storage import Mirror
+from ad2kit.run.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from ad2kit import models, references
-from ad2kit.errors import ModelError
-from ad2kit.students import build_student
+from ad2kit.models import pretrained, text_model
+from ad2kit.run.errors import ModelError
+from ad2kit.training.students import build_student
 from tests.models import LABELS, batch, split, tiny_bert
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def test_a_layer_that_the_teacher_lacks_is_refused() -> None:
         build_student(tiny_bert(), [1, 4])
 
 
-def albert(groups: int) -> models.TextModel:
+def albert(groups: int) -> text_model.TextModel:
     config = transformers.AlbertConfig(
         vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=3,
         num_attention_heads=2, intermediate_size=32, num_hidden_groups=groups,
     )  # fmt: skip
     module: Any = transformers.AlbertForSequenceClassification(config)
-    return models.TextModel(module, tiny_bert().tokenizer, LABELS)
+    return text_model.TextModel(module, tiny_bert().tokenizer, LABELS)
 
 
 def test_a_student_of_shared_layers_keeps_them_and_uses_them_less() -> None:
@@ -78,16 +78,16 @@ def test_layers_that_share_weights_in_groups_are_refused_by_name() -> None:
 
 def test_save_and_load_is_exact(tmp_path: Path) -> None:
     model = tiny_bert()
-    models.save(model, tmp_path / "model", inputs="abc")
-    again = models.load(tmp_path / "model", LABELS)
-    assert models.saved_inputs(tmp_path / "model") == "abc"
+    text_model.save(model, tmp_path / "model", inputs="abc")
+    again = text_model.load(tmp_path / "model", LABELS)
+    assert text_model.saved_inputs(tmp_path / "model") == "abc"
     for key, value in model.module.state_dict().items():
         assert torch.equal(again.module.state_dict()[key], value)
     assert again.tokenizer("never dull").input_ids == model.tokenizer("never dull").input_ids
 
 
 def saved(path: Path) -> Path:
-    models.save(tiny_bert(), path / "model", inputs="x")
+    text_model.save(tiny_bert(), path / "model", inputs="x")
     return path / "model"
 
 
@@ -97,7 +97,7 @@ def test_a_tampered_model_is_refused(tmp_path: Path) -> None:
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match="is not the file that was written: sha256 expected"):
-        models.load(folder, LABELS)
+        text_model.load(folder, LABELS)
 
 
 def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
@@ -105,25 +105,25 @@ def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match="is damaged"):
-        models.load(folder, LABELS)
+        text_model.load(folder, LABELS)
 
 
 def test_pickled_weights_are_refused_and_said_to_be(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights at all"):
-        models.load(folder, LABELS)
+        text_model.load(folder, LABELS)
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"only pytorch_model\.bin, which may run code") as caught:
-        models.load(folder, LABELS)
+        text_model.load(folder, LABELS)
     assert "safe_serialization=True" in caught.value.hint
 
 
 def test_a_finished_teacher_needs_its_head_and_the_same_labels(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    (folder / models.MANIFEST).unlink()
+    (folder / text_model.MANIFEST).unlink()
     with pytest.raises(ModelError, match="labels differ from the data's") as caught:
-        models.load(folder, ("positive", "negative"))
+        text_model.load(folder, ("positive", "negative"))
     assert "{0: 'negative', 1: 'positive'}" in caught.value.message
     assert "{0: 'positive', 1: 'negative'}" in caught.value.message
     # The encoder alone: fit to fine-tune, not to distil from.
@@ -132,24 +132,24 @@ def test_a_finished_teacher_needs_its_head_and_the_same_labels(tmp_path: Path) -
     config["id2label"] = dict(enumerate(LABELS))
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="does not hold a whole classifier"):
-        models.load(folder, LABELS)
-    assert models.load(folder, LABELS, finished=False).labels == LABELS
+        text_model.load(folder, LABELS)
+    assert text_model.load(folder, LABELS, finished=False).labels == LABELS
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    (folder / models.MANIFEST).unlink()
+    (folder / text_model.MANIFEST).unlink()
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 6
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="does not hold a whole encoder: 32 tensors are missing"):
-        models.load(folder, LABELS, finished=False)
+        text_model.load(folder, LABELS, finished=False)
 
 
 def test_a_maximum_length_beyond_the_positions_is_refused() -> None:
     with pytest.raises(ModelError, match="has positions for 128 tokens"):
-        models.check_length(tiny_bert(), 129, key="data.max_length_tokens")
-    models.check_length(tiny_bert(), 128, key="data.max_length_tokens")
+        text_model.check_length(tiny_bert(), 129, key="data.max_length_tokens")
+    text_model.check_length(tiny_bert(), 128, key="data.max_length_tokens")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_maximum_length_beyond_the_positions_is_refused() -> None:
 )
 def test_a_teacher_that_is_not_there(reference: str, expected: str, hint: str) -> None:
     with pytest.raises(ModelError, match=expected) as caught:
-        references.find_model(reference)
+        pretrained.find_model(reference)
     assert hint in caught.value.hint
 
 

@@ -8,9 +8,9 @@ import fsspec
 import pytest
 from filelock import FileLock
 
-from ad2kit.errors import RunError
-from ad2kit.parts import OutputFolder, part_name
-from ad2kit.score_records import BadRow, InputFile, ScoreJob
+from ad2kit.run.errors import RunError
+from ad2kit.scoring.output import OutputFolder, part_name
+from ad2kit.scoring.records import BadRow, InputFile, ScoreJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

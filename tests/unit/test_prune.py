@@ -9,23 +9,24 @@ import onnxruntime
 import pytest
 import torch
 
-from ad2kit import models, prune
-from ad2kit.errors import ModelError, RecipeError
-from ad2kit.export import export_fp32
-from ad2kit.fuse import fuse, node_counts
-from ad2kit.losses import supervised
-from ad2kit.quantize import Way, quantize
-from ad2kit.recipe import load
-from ad2kit.runtime import cpu_flags, dot_products
-from ad2kit.sections import StudentRecipe
-from ad2kit.students import build_student
+from ad2kit.exporting.export import export_fp32
+from ad2kit.exporting.fuse import fuse, node_counts
+from ad2kit.exporting.int8 import Way, quantize
+from ad2kit.models import text_model
+from ad2kit.run.errors import ModelError, RecipeError
+from ad2kit.run.machine import cpu_flags, dot_products
+from ad2kit.run.recipe import load
+from ad2kit.run.sections import StudentRecipe
+from ad2kit.training import students
+from ad2kit.training.losses import supervised
+from ad2kit.training.students import build_student
 from tests import families
 from tests.models import LABELS, TEXTS, batch, cpu, encoded, split, tiny_bert
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.models import TextModel
+    from ad2kit.models.text_model import TextModel
 
 # On import transformers compiles parts of DeBERTa and ModernBERT, in a way that torch gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -43,27 +44,27 @@ def forward(model: TextModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def silenced(model: TextModel, name: str, kept: list[list[int]], units: int) -> TextModel:
     """The model with zeros in place of what the other units compute: a mask, and no cut."""
-    for layer, stay in zip(prune.layers_of(model), kept, strict=True):
+    for layer, stay in zip(students.layers_of(model), kept, strict=True):
         mask = torch.zeros(len(TEXTS), units)
         mask[:, stay] = 1.0
-        layer.get_submodule(name).register_forward_pre_hook(prune._multiply(mask))
+        layer.get_submodule(name).register_forward_pre_hook(students._multiply(mask))
     return model
 
 
 def ranked(teacher: TextModel, kind: str, count: int, layers: int) -> list[list[int]]:
     """The units of the first so many layers that matter most."""
-    scores = getattr(prune.importance(teacher, encoded(teacher), cpu()), kind)
-    return prune.most_important(scores[:layers], count)
+    scores = getattr(students.importance(teacher, encoded(teacher), cpu()), kind)
+    return students.most_important(scores[:layers], count)
 
 
 def cut(family: str, kind: str) -> tuple[TextModel, TextModel]:
     """A student of two layers without half of its heads or neurons, and one that has them mute."""
     teacher = families.tiny(family)
     student, whole = build_student(teacher, [0, 1]), build_student(teacher, [0, 1])
-    names, layers = prune.FAMILIES[family], len(prune.layers_of(student))
+    names, layers = students.FAMILIES[family], len(students.layers_of(student))
     keep, out, units = {
-        "heads": (prune.keep_heads, names.heads_out, families.HEADS),
-        "neurons": (prune.keep_neurons, names.down, NEURONS),
+        "heads": (students.keep_heads, names.heads_out, families.HEADS),
+        "neurons": (students.keep_neurons, names.down, NEURONS),
     }[kind]
     kept = ranked(teacher, kind, units // 2, layers)
     keep(student, kept)
@@ -84,7 +85,7 @@ def test_what_is_cut_computes_what_it_would_with_zeros_in_its_place(family: str,
     full = build_student(families.tiny(family), [0, 1])
     # Or the cut would have cost nothing to be equal to.
     assert (forward(student, inputs) - forward(full, inputs)).abs().max() > 1e-3
-    layers = len(prune.layers_of(student))
+    layers = len(students.layers_of(student))
     units, width = (2, families.WIDTH // families.HEADS) if kind == "heads" else (32, 1)
     # Of queries, keys and values the weights and biases, of the projection back the weights.
     each = (3 * (families.WIDTH + 1) + families.WIDTH) * width
@@ -104,10 +105,10 @@ def test_a_narrow_student_is_saved_loaded_exported_fused_and_quantised(
     heads = None if family in HEADLESS else 3
     settings = StudentRecipe(layers=(0, 3), attention_heads=heads, feed_forward=20)
     student = build_student(teacher, [0, 3])
-    prune.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
-    models.save(student, tmp_path / "student", inputs="")
-    again = models.load(tmp_path / "student", LABELS)
-    assert prune.widths(again)[1] == 20
+    students.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
+    text_model.save(student, tmp_path / "student", inputs="")
+    again = text_model.load(tmp_path / "student", LABELS)
+    assert students.widths(again)[1] == 20
     assert again.parameters() == student.parameters()
     inputs = batch(student).inputs
     expected = forward(student, inputs)
@@ -134,7 +135,7 @@ def test_fusing_a_narrow_student_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student, _ = cut("bert", "heads")
-    models.save(student, tmp_path / "student", inputs="")
+    text_model.save(student, tmp_path / "student", inputs="")
     export_fp32(tmp_path / "student", tmp_path / "onnx")
     caplog.clear()
     fuse(tmp_path / "onnx" / "model.onnx", tmp_path / "fused.onnx")
@@ -143,13 +144,13 @@ def test_fusing_a_narrow_student_says_nothing(
 
 def test_the_layers_of_the_teacher_keep_their_own_ranks() -> None:
     teacher = tiny_bert()
-    found = prune.importance(teacher, encoded(teacher), cpu())
+    found = students.importance(teacher, encoded(teacher), cpu())
     settings = StudentRecipe(layers=(3, 1), feed_forward=5)
     student = build_student(teacher, settings.layers or ())
-    prune.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
-    for layer, place in zip(prune.layers_of(student), (3, 1), strict=True):
+    students.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
+    for layer, place in zip(students.layers_of(student), (3, 1), strict=True):
         stay = sorted(found.neurons[place].argsort(descending=True)[:5].tolist())
-        theirs: Any = prune.layers_of(teacher)[place].get_submodule("intermediate.dense")
+        theirs: Any = students.layers_of(teacher)[place].get_submodule("intermediate.dense")
         ours: Any = layer.get_submodule("intermediate.dense")
         assert torch.equal(ours.weight, theirs.weight[stay])
     assert student.module.config.intermediate_size == 5
@@ -158,18 +159,18 @@ def test_the_layers_of_the_teacher_keep_their_own_ranks() -> None:
 
 def test_a_unit_that_nothing_reads_ranks_last_and_one_that_is_read_loudly_first() -> None:
     teacher = tiny_bert()
-    heads, neurons = prune.widths(teacher)
+    heads, neurons = students.widths(teacher)
     size = teacher.module.config.hidden_size // heads
     with torch.no_grad():
-        for layer in prune.layers_of(teacher):
+        for layer in students.layers_of(teacher):
             down: Any = layer.get_submodule("output.dense")
             down.weight[:, 7] = 0.0
             down.weight[:, 11] *= 300.0
             out: Any = layer.get_submodule("attention.output.dense")
             out.weight[:, :size] = 0.0
             out.weight[:, size : 2 * size] *= 30.0
-    found = prune.importance(teacher, encoded(teacher), cpu())
-    of_heads, depth = torch.as_tensor(found.heads), len(prune.layers_of(teacher))
+    found = students.importance(teacher, encoded(teacher), cpu())
+    of_heads, depth = torch.as_tensor(found.heads), len(students.layers_of(teacher))
     assert found.neurons.shape == (depth, neurons)
     assert of_heads.shape == (depth, heads)
     assert found.neurons[:, 7].tolist() == [0.0] * depth
@@ -177,23 +178,23 @@ def test_a_unit_that_nothing_reads_ranks_last_and_one_that_is_read_loudly_first(
     # Of the last layer: what an earlier one does to the loss goes through those above it.
     assert found.neurons[-1].argmax() == 11
     assert of_heads[-1].argmax() == 1
-    assert all(0 not in kept for kept in prune.most_important(of_heads, heads - 1))
-    assert 11 in prune.most_important(found.neurons, 1)[-1]
+    assert all(0 not in kept for kept in students.most_important(of_heads, heads - 1))
+    assert 11 in students.most_important(found.neurons, 1)[-1]
 
 
 def test_importance_is_the_mean_over_texts_of_the_slope_of_their_losses() -> None:
     """By finite differences, text by text."""
     teacher = tiny_bert()
-    texts, heads = encoded(teacher), prune.widths(teacher)[0]
-    found = prune.importance(teacher, texts, cpu())
+    texts, heads = encoded(teacher), students.widths(teacher)[0]
+    found = students.importance(teacher, texts, cpu())
     labels = torch.from_numpy(split().labels)
     place, unit, step = 2, 1, 1e-2
-    module = prune.layers_of(teacher)[place].get_submodule("attention.output.dense")
+    module = students.layers_of(teacher)[place].get_submodule("attention.output.dense")
 
     def losses(value: float) -> np.ndarray:
         mask = torch.ones(1, heads)
         mask[:, unit] = value
-        handle = module.register_forward_pre_hook(prune._multiply(mask))
+        handle = module.register_forward_pre_hook(students._multiply(mask))
         rows = []
         for row in range(len(texts)):
             logits = forward(teacher, batch(teacher, slice(row, row + 1)).inputs)
@@ -212,9 +213,9 @@ def test_measuring_importance_leaves_nothing_behind_and_repeats_itself() -> None
     teacher = tiny_bert(dropout=True)
     inputs = batch(teacher).inputs
     before = forward(teacher, inputs)
-    one = prune.importance(teacher, encoded(teacher), cpu())
+    one = students.importance(teacher, encoded(teacher), cpu())
     teacher.module.train()
-    two = prune.importance(teacher, encoded(teacher), cpu())
+    two = students.importance(teacher, encoded(teacher), cpu())
     assert torch.equal(torch.as_tensor(one.heads), torch.as_tensor(two.heads))
     assert torch.equal(one.neurons, two.neurons)
     assert torch.equal(forward(teacher, inputs), before)
@@ -223,7 +224,7 @@ def test_measuring_importance_leaves_nothing_behind_and_repeats_itself() -> None
 
 def test_of_equals_the_first_stay() -> None:
     scores = torch.tensor([[1.0, 3.0, 1.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    assert prune.most_important(scores, 3) == [[0, 1, 3], [0, 1, 4]]
+    assert students.most_important(scores, 3) == [[0, 1, 3], [0, 1, 4]]
 
 
 @pytest.mark.parametrize(
@@ -241,30 +242,30 @@ def test_widths_that_cannot_be_are_refused(
 ) -> None:
     settings = StudentRecipe(layers=(0,), attention_heads=heads, feed_forward=neurons)
     with pytest.raises(ModelError, match=expected) as caught:
-        prune.check_widths(families.tiny(family), settings)
+        students.check_widths(families.tiny(family), settings)
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
 
 
 def test_a_student_of_a_teacher_that_lacks_heads_lacks_them_where_it_copies(tmp_path: Path) -> None:
     teacher = tiny_bert()
-    prune.keep_heads(teacher, [[0, 1], [1, 2], [2, 3], [0, 3]])
-    models.save(teacher, tmp_path / "teacher", inputs="")
-    teacher = models.load(tmp_path / "teacher", LABELS)
+    students.keep_heads(teacher, [[0, 1], [1, 2], [2, 3], [0, 3]])
+    text_model.save(teacher, tmp_path / "teacher", inputs="")
+    teacher = text_model.load(tmp_path / "teacher", LABELS)
     same, student = build_student(teacher, range(4)), build_student(teacher, [1, 3])
     inputs = batch(teacher).inputs
     assert torch.equal(forward(same, inputs), forward(teacher, inputs))
     assert student.module.config.pruned_heads == {0: [0, 3], 1: [1, 2]}
     with pytest.raises(ModelError, match="has had heads cut out of layers 0, 1, 2, 3 already"):
-        prune.check_widths(teacher, StudentRecipe(layers=(0,), attention_heads=1))
-    prune.check_widths(teacher, StudentRecipe(layers=(0,), feed_forward=8))
+        students.check_widths(teacher, StudentRecipe(layers=(0,), attention_heads=1))
+    students.check_widths(teacher, StudentRecipe(layers=(0,), feed_forward=8))
 
 
 def test_a_family_that_nobody_has_tried_is_refused() -> None:
     model = families.tiny("bert")
     model.module.config.model_type = "unheard-of"
     with pytest.raises(ModelError, match="cannot be cut in a 'unheard-of', only in bert"):
-        prune.check_widths(model, StudentRecipe(layers=(0,), feed_forward=8))
+        students.check_widths(model, StudentRecipe(layers=(0,), feed_forward=8))
 
 
 @pytest.mark.parametrize(

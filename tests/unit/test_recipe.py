@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ad2kit import metrics
-from ad2kit import recipe as recipes
-from ad2kit.data import load_data
-from ad2kit.errors import RecipeError
-from ad2kit.run_dir import open_run
-from ad2kit.search_space import Configuration, SweepRecipe
-from ad2kit.yaml_core import parse_yaml
+from ad2kit.data import metrics
+from ad2kit.data.splits import load_data
+from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import RecipeError
+from ad2kit.run.folder import open_run
+from ad2kit.run.recipe import parse_yaml
+from ad2kit.run.sections import Configuration, SweepRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

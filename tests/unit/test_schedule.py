@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from ad2kit.checkpoint import Evaluation
-from ad2kit.errors import RecipeError
-from ad2kit.objectives import distillation
-from ad2kit.recipe import load
-from ad2kit.records import SelectPoint
-from ad2kit.schedule import Schedule, rate_of_width
-from ad2kit.training import new_state, train
+from ad2kit.run.errors import RecipeError
+from ad2kit.run.recipe import load
+from ad2kit.training.ad2 import distillation
+from ad2kit.training.checkpoint import Evaluation
+from ad2kit.training.loop import new_state, train
+from ad2kit.training.records import SelectPoint
+from ad2kit.training.schedule import Schedule, rate_of_width
 from tests.models import cpu, encoded, settings, teacher_logits, tiny_bert
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ad2kit import metrics, selection
-from ad2kit.errors import RunError
-from ad2kit.records import Selection, SelectPoint
-from ad2kit.snapshots import Snapshots
+from ad2kit.data import metrics
+from ad2kit.run.errors import RunError
+from ad2kit.training import selection
+from ad2kit.training.checkpoint import Snapshots
+from ad2kit.training.records import Selection, SelectPoint
 
 if TYPE_CHECKING:
     from pathlib import Path

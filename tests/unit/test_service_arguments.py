@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ad2kit.errors import UserError
-from ad2kit.service_arguments import Settings, client_key, keys_of, read_settings
+from ad2kit.run.errors import UserError
+from ad2kit.service.settings import Settings, client_key, keys_of, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ad2kit.errors import ModelError
-from ad2kit.service_metrics import RESERVED_BYTES, metrics_folder
+from ad2kit.run.errors import ModelError
+from ad2kit.service.monitoring import RESERVED_BYTES, metrics_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

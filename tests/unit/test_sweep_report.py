@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from ad2kit.errors import RunError
-from ad2kit.search_space import Configuration
-from ad2kit.sweep_report import (
+from ad2kit.campaigns.sweep.report import (
     ConfigurationResult,
     Ledger,
     Spread,
@@ -18,6 +16,8 @@ from ad2kit.sweep_report import (
     by_configuration,
     select,
 )
+from ad2kit.run.errors import RunError
+from ad2kit.run.sections import Configuration
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from ad2kit import terminal
-from ad2kit.records import StepRecord
+from ad2kit.cli import show
+from ad2kit.training.records import StepRecord
 
 if TYPE_CHECKING:
     import pytest
@@ -23,14 +23,14 @@ def test_the_pace_of_one_student_is_not_that_of_the_next(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("ad2kit.terminal.time.monotonic", lambda: now)
-    with terminal.training_progress() as show:
+    monkeypatch.setattr("ad2kit.cli.show.time.monotonic", lambda: now)
+    with show.training_progress() as progress:
         # The first is given up after 50 slow updates, as `fit` does; the second is faster.
         for seconds, step in itertools.chain(
             ((8.0, step) for step in range(1, 51)), ((2.0, step) for step in range(1, 12))
         ):
             now += seconds
-            show(record(step, 100, select_score=0.75 if step in (50, 11) else None))
+            progress(record(step, 100, select_score=0.75 if step in (50, 11) else None))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("student 2/100")  # so much was between two lines
     *_, slow, fast = (line for line in lines if "select" in line)

@@ -21,11 +21,11 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ad2kit import text_rows
-from ad2kit.blocks import Layout, find_inputs, suffix_of
-from ad2kit.errors import DataError
-from ad2kit.scoring import format_of
-from ad2kit.sources import read_file, read_unlabelled
+from ad2kit.data import text_files
+from ad2kit.data.sources import read_file, read_unlabelled
+from ad2kit.run.errors import DataError
+from ad2kit.scoring.blocks import Layout, find_inputs, suffix_of
+from ad2kit.scoring.workers import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -330,9 +330,9 @@ def test_the_lines_are_the_same_in_a_block_and_in_the_survey() -> None:
     """A cell ends an unclosed quotation mark at the same line, however it is decoded."""
     text = '"' + "é" * 1000 + "\n"
     for raw in (text.encode(), text.encode("latin1")):
-        line, is_utf8 = text_rows.decode(raw)
+        line, is_utf8 = text_files.decode(raw)
         lines: Sequence[str] = [line, *["é" * 1000 + "\n"] * 1100, "a,b\n"]
-        read: Callable[..., Any] = text_rows.rows
+        read: Callable[..., Any] = text_files.rows
         (first, end, _, error), *_, last = read(lines, "csv", ("a", "b"), is_utf8=is_utf8)
         assert (first, end) == (0, 1048)
         assert error.endswith("is a quotation mark never closed?")

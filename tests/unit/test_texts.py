@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ad2kit.classifier import OnnxClassifier
-from ad2kit.data import load_split
-from ad2kit.errors import DataError, UserError
-from ad2kit.openapi import document
-from ad2kit.scoring import _wrong
-from ad2kit.texts import is_text
+from ad2kit.data.splits import load_split
+from ad2kit.data.texts import is_text
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.run.errors import DataError, UserError
+from ad2kit.scoring.workers import _wrong
+from ad2kit.service.openapi import document
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.run_dir import RunDir
+    from ad2kit.run.folder import RunDir
 
 INVISIBLE = (
     "", " ", "\t\r\n", "\0", "\x1f\x7f\x9f", "\xa0", "\u3000", "\u2028\u2029", "\u00ad", "\u200b",

@@ -22,10 +22,10 @@ from tokenizers import (
     processors,
 )
 
-from ad2kit.errors import ModelError
-from ad2kit.records import Tokenisation
-from ad2kit.references import find_model
-from ad2kit.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
+from ad2kit.exporting.records import Tokenisation
+from ad2kit.exporting.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
+from ad2kit.models.pretrained import find_model
+from ad2kit.run.errors import ModelError
 from tests import families
 
 if TYPE_CHECKING:
@@ -258,7 +258,9 @@ def test_what_a_piece_says_is_in_the_text_wherever_it_ends(kind: str, side: str)
 def test_pieces_whose_last_words_count_are_caught(
     kind: str, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ad2kit.tokenise._closed", lambda words, *_, **__: (0, len(words)))
+    monkeypatch.setattr(
+        "ad2kit.exporting.tokenise._closed", lambda words, *_, **__: (0, len(words))
+    )
     assert wrong_pieces(kind, side) > 0
 
 

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ad2kit import adversary as adv
-from ad2kit.checkpoint import Evaluation
-from ad2kit.errors import DivergedError, ModelError
-from ad2kit.losses import soft_target_kl, soft_targets, supervised
-from ad2kit.objectives import distillation, finetuning, inner_losses
-from ad2kit.recipe import load
-from ad2kit.references import RANDOM
-from ad2kit.students import build_student
-from ad2kit.training import new_state, train
+from ad2kit.models.pretrained import RANDOM
+from ad2kit.run.errors import DivergedError, ModelError
+from ad2kit.run.recipe import load
+from ad2kit.training import ad2
+from ad2kit.training.ad2 import distillation, finetuning, inner_losses
+from ad2kit.training.checkpoint import Evaluation
+from ad2kit.training.loop import new_state, train
+from ad2kit.training.losses import soft_target_kl, soft_targets, supervised
+from ad2kit.training.students import build_student
 from tests.models import batch, cpu, encoded, gradients, settings, teacher_logits, tiny_bert
 
 if TYPE_CHECKING:
-    from ad2kit.records import StepRecord
-    from ad2kit.sections import Task
+    from ad2kit.run.sections import Task
+    from ad2kit.training.records import StepRecord
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smoke.json"
 EVALUATION = Evaluation(0.5, torch.zeros(1, 2))
@@ -68,21 +68,21 @@ def test_the_zero_start_ascent_uses_the_gradient_of_the_clean_kl() -> None:
     mask = data.inputs["attention_mask"]
 
     def inner(delta: torch.Tensor) -> torch.Tensor:
-        with adv.perturbed(model.word_embeddings, delta):
+        with ad2.perturbed(model.word_embeddings, delta):
             return soft_target_kl(model.module(**data.inputs).logits, teacher_logits(), 1.0)
 
     seen: list[torch.Tensor] = []
-    original = adv.ascend
+    original = ad2.ascend
 
     def spy(delta: Any, gradient: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(gradient.clone())
         return original(delta, gradient, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adv, "ascend", spy)
+        patch.setattr(ad2, "ascend", spy)
         # With a hard-label term: it must not leak into the inner gradient.
         distillation(cpu(), settings(radius=1e-2, hard_label_weight=0.7))(model, data, 1.0)
-    _, separate = adv.inner_gradient(inner, adv.no_perturbation(mask, 64))
+    _, separate = ad2.inner_gradient(inner, ad2.no_perturbation(mask, 64))
     (used,) = seen
     torch.testing.assert_close(used, separate, rtol=1e-5, atol=1e-9)
 
@@ -146,7 +146,7 @@ def test_what_the_adversary_does_is_measured_without_dropout(start: str) -> None
 def test_a_random_start_draws_anew_at_each_update() -> None:
     """Replaying the dropout must not rewind the generator over the noise of the start."""
     seen: list[torch.Tensor] = []
-    original = adv.random_start
+    original = ad2.random_start
 
     def spy(*arguments: Any) -> torch.Tensor:
         seen.append(original(*arguments))
@@ -156,7 +156,7 @@ def test_a_random_start_draws_anew_at_each_update() -> None:
     model.module.train()
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adv, "random_start", spy)
+        patch.setattr(ad2, "random_start", spy)
         step = distillation(cpu(), settings(radius=1.0, start="random", dropout="replayed"))
         step(model, batch(model), 1.0)
         drawn = torch.rand(seen[0].numel())
@@ -313,14 +313,14 @@ def test_biases_and_norms_do_not_decay() -> None:
 
 def twenty_steps() -> dict[str, list[dict[str, float]]]:
     """The first 20 updates of teacher and student of the smoke recipe, on its own data."""
-    from ad2kit import models
-    from ad2kit.data import encode, load_data
-    from ad2kit.training import predict_logits
+    from ad2kit.data.splits import encode, load_data
+    from ad2kit.models import text_model
+    from ad2kit.models.text_model import predict_logits
 
     recipe = load("smoke", ["data.max_train_rows=400"])
     data = load_data(recipe.data, recipe.seed)
     accelerator = cpu()
-    teacher = models.load_reference(
+    teacher = text_model.load_reference(
         RANDOM, data, seed=recipe.seed, finished=False, key="teacher.model"
     )
     split = encode(data.train, teacher.tokenizer, recipe.data.max_length_tokens)

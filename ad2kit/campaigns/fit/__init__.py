@@ -1,0 +1,1 @@
+"""The cheapest student that meets a target."""

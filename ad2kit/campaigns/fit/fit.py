@@ -1,0 +1,347 @@
+"""The cheapest student that meets a target on this machine.
+
+1. What every shape costs is measured on untrained students, beside the teacher's fastest variant.
+2. The shapes that can meet the target are distilled, cheapest first; one that becomes hopeless on
+   ``select`` is given up (:mod:`ad2kit.campaigns.fit.looks`), one that ends too low there goes no further.
+3. What is left is exported, measured as it would be shipped against the teacher's own variants, and
+   judged on the validation rows, with an interval that widens with each look. The first that passes
+   is the answer.
+
+Every candidate is a run, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ad2kit.campaigns.fit import shapes
+from ad2kit.campaigns.fit.costs import Stopwatch
+from ad2kit.campaigns.fit.looks import Judge, hopeless, lost_on_select, thinned
+from ad2kit.campaigns.fit.records import Candidate, Cost, FitReport, Outcome, Target, shortfalls
+from ad2kit.campaigns.fit.report import markdown, plot
+from ad2kit.campaigns.run import fill_with_teacher
+from ad2kit.data import splits
+from ad2kit.data.labels import answers
+from ad2kit.data.metrics import score
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, open_session
+from ad2kit.exporting.export import export, export_fp32
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate import latency
+from ad2kit.gate.parity import parity
+from ad2kit.models import text_model
+from ad2kit.models.text_model import predict_logits
+from ad2kit.run.errors import DivergedError, UserError
+from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
+from ad2kit.run.folder import RunDir, open_run
+from ad2kit.run.machine import processes
+from ad2kit.run.records import CampaignRecord
+from ad2kit.training.distill import distill
+from ad2kit.training.records import read_curve, select_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ad2kit.campaigns.fit.costs import System
+    from ad2kit.campaigns.fit.shapes import Grid, Shape
+    from ad2kit.data.splits import Data
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.training.records import DistillReport, StepRecord
+
+logger = logging.getLogger(__name__)
+
+
+class _GivenUp(Exception):
+    """A candidate in training has become hopeless."""
+
+
+def fit(
+    recipe: Recipe, target: Target, grid: Grid, runs_dir: Path, *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None, allow_inexact: bool = False,
+) -> tuple[FitReport, Path]:  # fmt: skip
+    """Find the cheapest student that meets a target, and write the report.
+
+    What is trained, judged or measured already on this machine is not done again.
+
+    Args:
+        recipe: data, teacher and budget of every candidate.
+        target: what to keep, and what it may cost.
+        grid: the shapes to try.
+        runs_dir: where the runs lie.
+        on_step: called after each update.
+        allow_inexact: see :func:`ad2kit.training.distill.distill`.
+
+    Returns:
+        The report, whether or not there is such a student, and its folder, with table and plot.
+
+    Raises:
+        RecipeError: a target that means nothing, or a student that is not made from the teacher.
+        UserError: see the stages.
+    """
+    if processes() > 1:
+        raise UserError(
+            "`ad2kit fit` takes one process: it trains its candidates one after the other",
+            hint="run it without `accelerate launch`",
+        )
+    recipe = target.applied_to(recipe)
+    data = splits.load_data(recipe.data, recipe.seed)
+    teacher = text_model.load_reference(
+        recipe.teacher.model, data, seed=recipe.seed, finished=recipe.teacher.finetune is None,
+        key="teacher.model",
+    )  # fmt: skip
+    text_model.check_length(teacher, target.length_tokens, key="--length")
+    wanted = shapes.shapes(teacher, recipe.student, grid)
+    inputs = fingerprint(
+        recipe.model_dump(mode="json"), target.model_dump(mode="json"), grid.model_dump(mode="json")
+    )
+    folder = runs_dir / f"fit-{recipe.name}-{inputs[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    stopwatch = Stopwatch(recipe, target, runs_dir / ".shared" / "measured.json", latency.measure,
+                          vocabulary=teacher.module.config.vocab_size)  # fmt: skip
+    search = _Search(
+        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact,
+        Judge(target.retain, data.validation.labels),
+    )  # fmt: skip
+    untrained_teacher, candidates = search.measure(wanted)
+    for place, candidate in enumerate(candidates):
+        if candidate.outcome != "too costly" and search.package is None:
+            candidates[place] = search.trial(candidate)
+            logger.info("%s: %s", candidate.shape, candidates[place].outcome)
+    report = FitReport(
+        recipe=recipe.name,
+        inputs=inputs,
+        target=target,
+        grid=grid,
+        metrics=recipe.data.judged_by,
+        rows=len(data.validation),
+        untrained_teacher=untrained_teacher,
+        candidates=tuple(candidates),
+        trained=search.trained,
+        package=search.package,
+        environment=stopwatch.surroundings,
+    )
+    write_record(folder / "fit.json", report)
+    write_text(folder / "fit.md", markdown(report))
+    plot(report, folder / "fit.svg")
+    return report, folder
+
+
+@dataclass
+class _Search:
+    """What the steps of the search share, and what it has found so far."""
+
+    recipe: Recipe
+    target: Target
+    data: Data
+    teacher: TextModel  # before its fine-tuning, if there is any
+    runs_dir: Path
+    folder: Path
+    stopwatch: Stopwatch
+    on_step: Callable[[StepRecord], None]
+    allow_inexact: bool
+    judge: Judge
+    teacher_score: float | None = None
+    trained: tuple[Cost, ...] = ()
+    package: tuple[str, str] | None = None
+
+    @property
+    def rule(self) -> CampaignRecord:
+        """What is written into each candidate: it passes this target, or is not shipped."""
+        return CampaignRecord(command="ad2kit fit", rule=str(self.target))
+
+    def measure(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
+        """Return what the untrained teacher costs, and what each shape does, the cheapest first.
+
+        The teacher's fastest variant is measured again beside each shape, because a machine is not
+        equally fast all the time.
+        """
+        full, found = shapes.whole(self.teacher), list[Candidate]()
+        kind = [self.teacher.module.config.to_json_string(), self.recipe.export.variants]
+        with tempfile.TemporaryDirectory(prefix="ad2kit-fit-") as scratch:
+            teachers = functools.cache(lambda: self._untrained(full, Path(scratch) / "teacher"))
+            teacher = self.stopwatch.measure(kind, teachers)
+            fastest = min(teacher, key=lambda cost: cost.p50_ms).variant
+
+            def beside(shape: Shape) -> dict[str, System]:
+                return {"teacher": teachers()[fastest]} | self._untrained(
+                    shape, Path(scratch) / "student"
+                )
+
+            for number, shape in enumerate(wanted, start=1):
+                make = functools.partial(beside, shape)
+                _, *costs = self.stopwatch.measure([*kind, str(shape)], make, ("teacher",))
+                found.append(Candidate.measured(shape, tuple(costs), self.target))
+                best = found[-1].best(self.target)
+                logger.info(
+                    "%d of %d, %s: %s takes %.2f ms, %.2f times the teacher's speed",
+                    number, len(wanted), shape, best.variant, best.p50_ms, best.speedup,
+                )  # fmt: skip
+        return teacher, sorted(found, key=lambda each: each.best(self.target).p50_ms)
+
+    def _untrained(self, shape: Shape, folder: Path) -> dict[str, System]:
+        """Return the variants of an untrained student."""
+        text_model.save(shapes.untrained(self.teacher, shape), folder / "model", inputs="")
+        shutil.rmtree(folder / "onnx", ignore_errors=True)
+        export_fp32(folder / "model", folder / "onnx")
+        graphs = shapes.graphs(folder / "onnx" / MODEL_FILE, self.recipe.export.variants)
+        threads, provider = self.stopwatch.threads, self.recipe.export.provider
+        return {
+            name: (latency.session_call(open_session(path, threads, provider)), path.stat().st_size)
+            for name, path in graphs.items()
+        }
+
+    def trial(self, candidate: Candidate) -> Candidate:
+        """Distil a candidate, judge it, each as far as it is worth it; say what became of it."""
+        # Of this target's own: its gate must not take the place of another run's.
+        folder = Path(f"{self.folder}-{fingerprint(str(candidate.shape))[:8]}")
+        recipe = self._recipe_for(candidate.shape)
+        with open_run(recipe, self.runs_dir, folder, campaign=self.rule).locked() as run:
+            write_record(run.campaign_record, self.rule)  # what an earlier search said is void
+            logger.info("%s: %s", candidate.shape, run.path)
+            return self._trial(candidate.model_copy(update={"run": run.path.name}), run)
+
+    def _trial(self, candidate: Candidate, run: RunDir) -> Candidate:
+        try:
+            distilled = self._distill(run)
+        except _GivenUp:
+            scores = select_scores(run.curve("student"))
+            return candidate.ended(
+                "given up", f"{scores[-1]:.4f} on select after {len(scores)} evaluations",
+                select_score=scores[-1],
+            )  # fmt: skip
+        except DivergedError as error:
+            return candidate.ended("diverged", error.message)
+        score = distilled.student_select_score
+        needed = self.judge.needed() * _something(distilled.teacher_select_score)
+        facts: dict[str, Any] = {"select_score": score, "train_seconds": distilled.train_seconds}
+        if score < needed:
+            reason = f"{score:.4f} on select, needed {needed:.4f}"
+            return candidate.ended("below on select", reason, **facts)
+        export(run)
+        costs = self._trained_costs(run)
+        affordable = [cost for cost in costs if not shortfalls(cost, self.target)]
+        if not affordable:
+            missed = Candidate.measured(candidate.shape, costs, self.target).reason
+            return candidate.ended("missed when trained", missed, **facts)
+        able = [c for c in affordable if score - lost_on_select(run, c.variant) >= needed]
+        if not able:
+            reason = f"{score:.4f} on select less what int8 lost there, needed {needed:.4f}"
+            return candidate.ended("below on select", reason, **facts)
+        judged = self._gate(candidate, run, able, facts)
+        self.judge.learn(score / distilled.teacher_select_score, judged.retained or 0.0)
+        return judged
+
+    def _gate(
+        self, candidate: Candidate, run: RunDir, able: list[Cost], facts: dict[str, Any]
+    ) -> Candidate:
+        """Judge the variants that are worth it, fastest first, on the validation rows.
+
+        The verdicts are written into the run, of which nothing else may be shipped.
+        """
+        report, failures, outcomes = parity(run), list[str](), set[Outcome]()
+        record = self.rule
+        for cost in sorted(able, key=lambda cost: cost.p50_ms):
+            look = self.judge.look(run, report, cost.variant)
+            verdicts = (*record.verdicts, look.record())
+            record = record.model_copy(update={"verdicts": verdicts})
+            write_record(run.campaign_record, record)
+            facts |= look.facts()
+            if not look.failures:
+                latency.bench(run, again=False)
+                self.package = run.path.name, cost.variant
+                return candidate.ended("found", "", **facts)
+            failures += look.failures
+            outcomes.add("not shown" if look.verdict == "not shown" else "failed the gate")
+            if look.weak:
+                break  # another variant would be a second throw of the same dice
+        # What is not shown may be good enough: that is the nearest to an answer.
+        outcome: Outcome = "not shown" if "not shown" in outcomes else "failed the gate"
+        return candidate.ended(outcome, "; ".join(failures), **facts)
+
+    def _recipe_for(self, shape: Shape) -> Recipe:
+        student = shapes.section(shape, shapes.whole(self.teacher))
+        return self.recipe.model_copy(update={"student": student})
+
+    def _distill(self, run: RunDir) -> DistillReport:
+        """Distil a candidate, unless and until it is hopeless."""
+
+        def watch(record: StepRecord) -> None:
+            self.on_step(record)
+            judged = record.phase == "student" and record.select_score is not None
+            if judged and self._hopeless(run):
+                raise _GivenUp
+
+        if not run.distill_report.is_file() and self._hopeless(run):
+            raise _GivenUp
+        try:
+            return distill(run, on_step=watch, allow_inexact=self.allow_inexact)
+        except _GivenUp:
+            for folder in (run.checkpoint("student"), run.snapshots("student")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _hopeless(self, run: RunDir) -> bool:
+        select = self.data.select
+        # The last update is not judged here: the weights that are kept may be others.
+        evaluated = [
+            record
+            for record in read_curve(run.curve("student"))
+            if record.select_score is not None and record.step < record.total_steps
+        ]
+        if not evaluated:
+            return False
+        planned = round(evaluated[-1].total_steps / evaluated[0].step)
+        scores = thinned([record.select_score or 0.0 for record in evaluated], planned)
+        if not scores:
+            return False
+        if self.teacher_score is None:
+            teacher = text_model.load(run.teacher, self.data.labels, self.data.task)
+            encoded = splits.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
+            logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
+            found = answers(self.data.task, logits)
+            self.teacher_score = _something(score(self.recipe.data.judged_by, found, select.labels))
+        return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
+
+    def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
+        """Return the costs of a run's variants, beside those of its trained teacher.
+
+        The teacher's int8 was chosen on ``select`` as a student's is. It is what a speed is over
+        even if it would not pass the gate: the gain of a student is not to be overstated.
+        """
+        whole = self._recipe_for(shapes.whole(self.teacher))
+        with open_run(whole, self.runs_dir, self.folder / "teacher").locked() as teacher:
+            fill_with_teacher(teacher, run)
+            export(teacher)
+        variants, threads = self.recipe.export.variants, self.stopwatch.threads
+        folders = {f"teacher {variant}": teacher.onnx(variant) for variant in variants}
+        folders |= {variant: run.onnx(variant) for variant in variants}
+
+        def make() -> dict[str, System]:
+            found = {name: OnnxClassifier(path, threads=threads) for name, path in folders.items()}
+            return {
+                name: (latency.onnx_call(c), c.artifact.model_bytes) for name, c in found.items()
+            }
+
+        what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
+        self.trained = self.stopwatch.measure(what, make, list(folders)[: len(variants)])
+        return self.trained[len(variants) :]
+
+
+def _something(teacher_score: float) -> float:
+    """Return the score of a teacher on ``select`` if it has one, of which a share can be kept."""
+    if teacher_score <= 0:
+        raise UserError(
+            f"the teacher scores {teacher_score:.4f} on `select`: there is nothing that a student "
+            "could retain",
+            hint="look at the order of data.labels, or train the teacher longer: "
+            "`ad2kit run RECIPE` shows what it scores",
+        )
+    return teacher_score

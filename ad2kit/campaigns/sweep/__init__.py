@@ -1,0 +1,1 @@
+"""Many configurations of one recipe, on Ray Tune."""

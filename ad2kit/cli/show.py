@@ -1,0 +1,317 @@
+"""What people see and type: progress, the table, log lines, and texts that are read in.
+
+Progress and messages go to stderr, a bar on a terminal and plain lines elsewhere; results alone
+go to stdout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ad2kit.data import text_files
+from ad2kit.data.texts import is_text
+from ad2kit.gate.records import RowAnswers
+from ad2kit.gate.shipping import latest_passed_run
+from ad2kit.gate.summary import HEADER, caption, rows
+from ad2kit.run import files
+from ad2kit.run.errors import UserError
+from ad2kit.run.folder import find_run, named_folder, open_run
+from ad2kit.run.machine import is_first_process, stage
+from ad2kit.run.recipe import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from pydantic import BaseModel
+    from rich.progress import TaskID
+
+    from ad2kit.campaigns.compare_report import CompareReport
+    from ad2kit.campaigns.fit.records import FitReport
+    from ad2kit.campaigns.sweep.report import SweepReport
+    from ad2kit.exporting.classifier import OnnxClassifier
+    from ad2kit.run.folder import RunDir
+    from ad2kit.training.records import StepRecord
+
+_SECONDS_BETWEEN_LINES = 15.0
+_LINES_AT_ONCE = 256
+# Of a text that is shown in a command.
+_EXAMPLE_CHARACTERS = 80
+# So many lines are named.
+_NAMED = 10
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[StepRecord], None]]:
+    """Yield the function to call with each :class:`~ad2kit.training.records.StepRecord`."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    pace, metric = _Pace(), ""
+
+    def show(record: StepRecord) -> None:
+        nonlocal metric
+        if pace.begins(record):
+            if record.phase in tasks:
+                bar.remove_task(tasks[record.phase])
+            tasks[record.phase] = bar.add_task(
+                record.phase, total=record.total_steps, completed=record.step - 1, facts=""
+            )
+            metric = ""
+        if record.select_score is not None:
+            metric = f"select {record.select_score:.4f}"
+        facts = f"loss {record.loss:.4f}  {pace.examples_per_s:.0f} examples/s  {metric}"
+        bar.update(tasks[record.phase], completed=record.step, facts=facts)
+
+    with bar:
+        yield show
+
+
+def show_messages() -> None:
+    """Send ad2kit's own messages to stderr as plain lines; vendors' telemetry is off.
+
+    Of several processes (`accelerate launch`) the first alone speaks.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ad2kit").setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  (to its end)
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def start_run(
+    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None,
+    max_minutes: float | None = None,
+) -> RunDir:  # fmt: skip
+    """Create the run of a recipe, planned if need be, or find it again, and say where it lies."""
+    show_messages()
+    recipe = load(recipe_name, overrides or ())
+    if max_minutes is not None:
+        recipe = stage("ad2kit.planning.budget", "planned")(recipe, max_minutes, runs_dir)
+    run = open_run(recipe, runs_dir, folder)
+    _note(f"run: {run.path}")
+    return run
+
+
+def use_run(runs_dir: Path, folder: Path | None) -> RunDir:
+    """Return the run that was named, or the most recent one, and say which that is."""
+    show_messages()
+    if folder is not None and "=" in folder.name and not folder.exists():
+        raise UserError(
+            f"'{folder}' is a setting, and this command takes a run folder",
+            hint=f"settings go with the recipe that made the run: ad2kit run RECIPE {folder}; "
+            "what is done for the same settings is kept",
+        )
+    run = find_run(runs_dir, folder)
+    if folder is None:
+        _note(f"run: {run.path} (the most recent)")
+    return run
+
+
+def use_servable(runs_dir: Path, folder: Path | None) -> Path:
+    """Return the run or variant that was named, or the run that passed last, and say which."""
+    if folder is not None:
+        return named_folder(runs_dir, folder)
+    run = latest_passed_run(runs_dir)
+    _note(f"run: {run.path} (the most recent that passed its gate)")
+    return run.path
+
+
+def print_result(result: BaseModel, text: str, *, as_json: bool) -> None:
+    """Print the result of a command on stdout: as JSON, or as words."""
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        print(text)  # noqa: T201
+
+
+def print_json(value: Any) -> None:
+    """Print plain data on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+def _note(text: str) -> None:
+    if is_first_process():
+        print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)
+
+
+def print_table(folder: RunDir) -> None:
+    """Print the table of a run on stdout, and where its report lies."""
+    table = Table(*HEADER, box=box.SIMPLE_HEAD)
+    for row in rows(folder):
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(caption(folder), highlight=False, markup=False)
+    if folder.report.is_file():
+        console.print(f"report: {folder.report}", highlight=False)
+
+
+def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> None:
+    """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
+    from ad2kit.campaigns.compare_report import DIFFERENCES, HEADER, caption, tables
+
+    parts = dict(zip((HEADER, DIFFERENCES), tables(report), strict=True))
+    _print_report(report, parts, caption(report), folder / "compare.md", as_json=as_json)
+
+
+def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
+    """Print what `fit` found on stdout: as JSON, or its tables and what to type next."""
+    from ad2kit.campaigns.fit.report import caption, tables
+
+    page = folder / "fit.md"
+    _print_report(report, tables(report), caption(report), page, as_json=as_json)
+    if report.package and not as_json:
+        run, variant = report.package
+        print(f"next: ad2kit package {folder.parent / run} --variant {variant}")  # noqa: T201
+
+
+def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:
+    """Print a sweep on stdout: as JSON, or its tables and where its files lie."""
+    from ad2kit.campaigns.sweep.report import HEADER, SELECTED, caption, tables
+
+    parts = dict(zip((HEADER, SELECTED), tables(report), strict=True))
+    _print_report(report, parts, caption(report), folder / "sweep.md", as_json=as_json)
+
+
+def _print_report(
+    report: BaseModel, parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]], caption: str,
+    page: Path, *, as_json: bool,
+) -> None:  # fmt: skip
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for header, lines in parts.items():
+        table = Table(*header, box=box.SIMPLE_HEAD)
+        for row in lines:
+            table.add_row(*row)
+        console.print(table)
+    console.print(caption, highlight=False)
+    console.print(f"report: {page}", highlight=False)
+
+
+def next_steps(tag: str, folder: RunDir) -> str:
+    """Return the commands to type after the Bento of a run was published."""
+    texts = _example(folder)
+    body = json.dumps({"texts": [texts[0] if len(texts) == 1 else texts]}, ensure_ascii=False)
+    asked = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
+    key = "-H 'Authorization: Bearer KEY' " if asked else ""
+    curl = (
+        f"curl -s localhost:3000/classify {key}-H 'Content-Type: application/json' "
+        f"-d {shlex.quote(body)}"
+    )
+    # `make` does not activate the environment, so that its programs may not be on the path.
+    here = Path(sys.executable).with_name("bentoml")
+    bentoml = "bentoml" if shutil.which("bentoml") or not here.is_file() else str(here)
+    return f"next:\n  {bentoml} serve {tag}\n  {curl}"
+
+
+def _example(folder: RunDir) -> tuple[str, ...]:
+    """Return the first validation text that fits into a line; the shortest if none does."""
+    rows = [RowAnswers.model_validate_json(line).texts for line in files.read_lines(folder.answers)]
+    short = [texts for texts in rows if sum(map(len, texts)) <= _EXAMPLE_CHARACTERS]
+    return short[0] if short else min(rows, key=lambda texts: sum(map(len, texts)))
+
+
+def read_lines(file: Path | None) -> Iterator[str]:
+    """Yield the texts of a file, or of stdin, one a line; those that show nothing are counted.
+
+    Raises:
+        UserError: no such file, or a line that is not UTF-8.
+    """
+    if file is not None and not file.is_file():
+        raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
+    name = "stdin" if file is None else str(file)
+    with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
+        empty = list[int]()
+        for number, text in text_files.text_lines(stream, name):
+            if is_text(text):
+                yield text
+            else:
+                empty.append(number)
+    if empty:
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        lines = ", ".join(map(str, empty[:_NAMED]))
+        _note(f"{name}: left out {len(empty)} empty lines: {lines}{more}")
+
+
+def answers(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
+    """Yield one line of JSON for each text; the two texts of a pair are separated by a tab."""
+    pair = classifier.artifact.text_columns == 2
+    while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
+        items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
+        for text, prediction in zip(chunk, classifier.predict(items), strict=True):
+            answer = {"text": text, **prediction.as_dict()}
+            yield json.dumps(answer, ensure_ascii=False)
+
+
+class _Pace:
+    """How fast a training goes, its first update left out.
+
+    `compare` and `fit` train one student after the other: an update that does not come after the
+    last one begins another training.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[str, int, int] | None = None
+        self.start, self.first_step, self.examples = 0.0, 0, 0
+
+    def begins(self, record: StepRecord) -> bool:
+        """Count an update; tell whether it begins a training."""
+        last, self.last = self.last, (record.phase, record.total_steps, record.step)
+        if last is not None and last[:2] == self.last[:2] and last[2] < record.step:
+            self.examples += record.examples
+            return False
+        self.start, self.first_step, self.examples = time.monotonic(), record.step, 0
+        return True
+
+    @property
+    def examples_per_s(self) -> float:
+        return self.examples / max(time.monotonic() - self.start, 1e-9)
+
+    def seconds_left(self, record: StepRecord) -> float:
+        seconds_per_step = (time.monotonic() - self.start) / max(record.step - self.first_step, 1)
+        return seconds_per_step * (record.total_steps - record.step)
+
+
+class _Lines:
+    """A line after each evaluation, and now and then between."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.pace, self.last = console, _Pace(), time.monotonic()
+
+    def __call__(self, record: StepRecord) -> None:
+        self.pace.begins(record)
+        now = time.monotonic()
+        if record.select_score is None and now - self.last < _SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        metric = "" if record.select_score is None else f"  select {record.select_score:.4f}"
+        self.console.print(
+            f"{record.phase} {record.step}/{record.total_steps}  loss {record.loss:.4f}  "
+            f"{self.pace.examples_per_s:.0f} examples/s  "
+            f"{self.pace.seconds_left(record):.0f} s left{metric}",
+            highlight=False,
+        )

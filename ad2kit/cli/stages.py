@@ -1,0 +1,308 @@
+"""The commands that look, and one for each stage: options translated. Heavy imports sit inside."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ad2kit.cli import options
+from ad2kit.run.errors import UserError
+from ad2kit.run.machine import is_first_process, stage
+
+
+def recipes(as_json: options.Json = False) -> None:
+    """List the shipped recipes."""
+    from ad2kit.cli.show import print_json
+    from ad2kit.run.recipe import load, recipe_names
+
+    found = [load(name) for name in recipe_names()]
+    if as_json:
+        print_json({recipe.name: recipe.description for recipe in found})
+        return
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        typer.echo(f"{recipe.name:<{width}}  {recipe.description}")
+
+
+def check(
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    verbose: options.Verbose = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check a recipe, its data and its models: what they hold, prove and cost; train nothing."""
+    from ad2kit.cli.show import print_json
+    from ad2kit.data.splits import load_data
+    from ad2kit.run.recipe import load
+
+    recipe = load(recipe_name, overrides or ())
+    data = load_data(recipe.data, recipe.seed)
+    teacher = stage("ad2kit.training.distill", "open_models")(recipe, data)
+    report = stage("ad2kit.planning.check", "check")(recipe, data, teacher)
+    if as_json:
+        plain = recipe.model_dump(mode="json")
+        print_json({"recipe": plain, **report.model_dump(mode="json")})
+        return
+    if verbose:
+        typer.echo(recipe.model_dump_json(indent=2))
+    typer.echo(stage("ad2kit.planning.check", "words")(report))
+
+
+def init(
+    table: options.Table,
+    validation: options.Validation = None,
+    text: options.TextOfTable = None,
+    label: options.LabelOfTable = None,
+    name: options.NewName = None,
+    as_json: options.Json = False,
+) -> None:
+    """Look at a table and write an annotated recipe for it: NAME.yaml, here.
+
+    Text, label, task and lengths are guessed from the training rows; what does not show there has
+    to be given. No recipe is overwritten.
+    """
+    from ad2kit.cli.show import print_json
+
+    recipe = Path(f"{name or stage('ad2kit.planning.init', 'recipe_name')(table)}.yaml")
+    columns = tuple(map(str.strip, text.split(","))) if text else ()
+    guess = stage("ad2kit.planning.init", "init")(
+        table, recipe, validation=validation, text=columns, label=label
+    )
+    following = f"ad2kit check {recipe}"
+    if as_json:
+        print_json({"recipe": str(recipe), "data": guess.data, "notes": guess.notes,
+                    "doubts": guess.doubts, "next": following})  # fmt: skip
+        return
+    typer.echo(stage("ad2kit.planning.init", "words")(guess))
+    typer.echo(f"written: {recipe}\nnext: {following}")
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Say what this machine offers and what it lacks."""
+    from ad2kit.cli.show import print_json
+    from ad2kit.planning.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.model_dump() for finding in findings])
+        return
+    for finding in findings:
+        typer.echo(f"{finding.name}: {finding.value}")
+        if finding.advice:
+            typer.echo(f"  -> {finding.advice}")
+
+
+def distill(
+    recipe_name: options.RecipeName,
+    overrides: options.Overrides = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    run: options.RunOption = None,
+    max_minutes: options.MaxMinutes = None,
+    allow_inexact: options.Inexact = False,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune the teacher if need be; distil the student."""
+    from ad2kit.cli.show import print_result, start_run, training_progress
+    from ad2kit.gate.summary import teacher_report
+
+    folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
+    work = stage("ad2kit.training.distill", "distill")
+    with training_progress() as on_step:
+        report = work(folder, on_step=on_step, allow_inexact=allow_inexact)
+    # The others of several processes may come here before the files are written.
+    looked = teacher_report(folder) if is_first_process() else None
+    simpler = (
+        "".join(f"{b.name} {b.select_score:.4f}, " for b in looked.baselines) if looked else ""
+    )
+    print_result(
+        report,
+        f"select {' and '.join(report.metrics)}: {simpler}teacher "
+        f"{report.teacher_select_score:.4f}, student {report.student_select_score:.4f}"
+        + (f"\n{report.selection.reason}" if report.selection else "")
+        + "\nnext: ad2kit export",
+        as_json=as_json,
+    )
+
+
+def export(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    no_parity: options.NoParity = False,
+    teacher: options.OfTeacher = False,
+    as_json: options.Json = False,
+) -> None:
+    """Export the student to ONNX, then ask the parity gate."""
+    from ad2kit.cli.show import print_json, use_run
+    from ad2kit.cli.show_parity import judge_run
+
+    folder = use_run(runs_dir, run)
+    if teacher:
+        folder = stage("ad2kit.campaigns.run", "export_teacher")(folder)
+        judge_run(folder, as_json=as_json)
+        shadow = shlex.quote(str(folder.path.resolve()))
+        typer.echo(f"as a shadow: AD2KIT_SHADOW={shadow} bentoml serve", err=True)
+        return
+    with folder.locked() as held:
+        artifacts = stage("ad2kit.exporting.export", "export")(held)
+        if not no_parity:
+            judge_run(held, as_json=as_json)
+            return
+    if as_json:
+        print_json([artifact.model_dump(mode="json") for artifact in artifacts])
+
+
+def parity(
+    arguments: options.RunOrOverrides = None,
+    against_service: options.Service = None,
+    api_keys_file: options.ApiKeysFile = None,
+    model: options.Model = None,
+    teacher: options.Teacher = None,
+    data: options.DataFile = None,
+    recipe_name: options.RecipeOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    as_json: options.Json = False,
+) -> None:
+    """Judge the variants of a run, or any ONNX model with --model; exit code 1 if none passes.
+
+    A variant passed, FAILED, or is not shown to be good enough by so few validation rows. What is
+    not shown does not ship either; the verdict says how many rows would show it.
+    """
+    from ad2kit.cli.show import use_run
+    from ad2kit.cli.show_parity import judge_model, judge_run, judge_service, one_run
+
+    if api_keys_file is not None and against_service is None:
+        raise UserError(
+            "expected --against-service beside --api-keys-file, which nothing else reads",
+            hint="ad2kit parity RUN --against-service URL --api-keys-file FILE",
+        )
+    if model is not None and against_service is None:
+        judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
+        return
+    lost = {"--model": model, "--teacher": teacher, "--data": data, "--recipe": recipe_name}
+    folder = use_run(runs_dir, one_run(arguments, lost))
+    if against_service is not None:
+        judge_service(folder, against_service, api_keys_file, as_json=as_json)
+        return
+    judge_run(folder, as_json=as_json)
+
+
+def bench(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    p99_ms: options.P99 = 50.0,
+    price_per_hour: options.Price = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure latency, throughput, capacity and cost of all models.
+
+    Anew each time, whatever the run holds already.
+    """
+    from ad2kit.cli.show import print_result, use_run
+    from ad2kit.gate.summary import capacity_lines, latency_lines
+
+    folder = use_run(runs_dir, run)
+    work = stage("ad2kit.gate.latency", "bench")
+    report = work(folder, p99_target_ms=p99_ms, price_per_hour=price_per_hour)
+    lines = [*latency_lines(report), *capacity_lines(report)]
+    print_result(report, "\n".join(lines), as_json=as_json)
+
+
+def package(
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    variant: options.VariantName = None,
+    allow_failed_parity: options.Forced = False,
+    as_json: options.Json = False,
+) -> None:
+    """Build a Bento, try it over HTTP, publish its tag.
+
+    The tag is published only if the service answers what the artefact computes.
+    """
+    from ad2kit.cli.show import next_steps, print_result, use_run
+
+    folder = use_run(runs_dir, run)
+    record = stage("ad2kit.service.bento", "package")(
+        folder, variant=variant, allow_failed_parity=allow_failed_parity
+    )
+    print_result(record, next_steps(record.tag, folder), as_json=as_json)
+
+
+def push(
+    repository: options.Repository,
+    run: options.RunArgument = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    variant: options.VariantName = None,
+    private: options.Private = False,
+) -> None:
+    """Upload what a run ships to the hub, with a model card; only if it passed its gate."""
+    from ad2kit.cli.show import use_run
+
+    folder = use_run(runs_dir, run)
+    work = stage("ad2kit.gate.hub", "push")
+    typer.echo(work(folder, repository, variant=variant, private=private))
+
+
+def report(run: options.RunArgument = None, runs_dir: options.RunsDir = options.RUNS) -> None:
+    """Print the table of a run and write its report.html."""
+    from ad2kit.cli.show import print_table, use_run
+    from ad2kit.gate.report import report as write_report
+
+    folder = use_run(runs_dir, run)
+    write_report(folder)
+    print_table(folder)
+
+
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; else --file or stdin.")] = None,
+    run: options.RunOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    file: options.TextFile = None,
+) -> None:
+    """Classify texts: one JSON line each.
+
+    The two texts of a pair are separated by a tab.
+    """
+    import ad2kit
+    from ad2kit.cli.show import answers, read_lines, use_servable
+
+    classifier = ad2kit.load(use_servable(runs_dir, run))
+    for answer in answers(classifier, iter(texts) if texts else read_lines(file)):
+        typer.echo(answer)
+
+
+def score(
+    input_url: options.Input,
+    output_url: options.Output,
+    run: options.RunOption = None,
+    runs_dir: options.RunsDir = options.RUNS,
+    text_columns: options.TextColumns = None,
+    prefix: options.Prefix = "",
+    engine: options.Engine = "process",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    block_rows: options.BlockRows = 4096,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Add label and score to every row of a table, of any size.
+
+    The same command goes on where it was stopped. Rows that cannot be read are listed in
+    OUTPUT/_errors, and the exit code is 2 if there are any.
+    """
+    from ad2kit.cli.show import print_result, show_messages, use_servable
+    from ad2kit.cli.show_score import insist_on_all_rows, scoring_progress, summary
+
+    show_messages()
+    columns = tuple(map(str.strip, text_columns.split(","))) if text_columns else None
+    model, work = use_servable(runs_dir, run), stage("ad2kit.scoring.score", "score")
+    with scoring_progress() as on_progress:
+        report = work(
+            model, input_url, output_url, text_columns=columns, prefix=prefix,
+            engine=engine, address=address, workers=workers, block_rows=block_rows,
+            batch_size=batch_size, on_progress=on_progress,
+        )  # fmt: skip
+    print_result(report, summary(report), as_json=as_json)
+    insist_on_all_rows(report)

@@ -1,0 +1,1 @@
+"""Texts and labels in, scores out: sources, splits, labels, metrics."""

@@ -1,0 +1,1 @@
+"""Student to ONNX, its variants, and inference with them, without torch."""

@@ -1,0 +1,248 @@
+"""The export stage: student -> ONNX through optimum, and the variants derived from it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from ad2kit import __version__
+from ad2kit.data import splits
+from ad2kit.data.metrics import fit_temperature
+from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
+from ad2kit.exporting.conversion import Rows
+from ad2kit.exporting.golden import GOLDEN_FILE, add_golden_answers
+from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
+from ad2kit.exporting.tokenise import tokenisation, write_tokenizer
+from ad2kit.models import text_model
+from ad2kit.run.errors import MissingExtra, RunError
+from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
+from ad2kit.run.folder import exclusive
+from ad2kit.run.machine import onnxruntime_distribution, quiet_transformers
+from ad2kit.run.sections import Variant
+from ad2kit.training.records import DistillReport
+
+try:
+    import onnx
+    import torch
+    from optimum.exporters.onnx import main_export
+    from torch.jit._trace import TracerWarning
+
+    from ad2kit.exporting.fuse import fuse, node_counts, read_first_token_only, to_fp16
+    from ad2kit.exporting.int8 import Int8Search, weights_in_8_bits
+    from ad2kit.models.text_model import predict_logits
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "optimum", extra="cpu") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ad2kit.exporting.tokenise import Tokens
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.folder import RunDir
+
+logger = logging.getLogger(__name__)
+
+_TOOLS = ("onnx", "optimum", "optimum-onnx", "torch", "transformers")
+# Training texts from which a static quantisation learns the range of activations.
+# All activations of a batch are in memory at once.
+_CALIBRATION_TEXTS, _CALIBRATION_BATCH = 128, 4
+
+
+@exclusive
+def export(run: RunDir) -> list[OnnxArtifact]:
+    """Write every ONNX variant that the recipe of a run asks for.
+
+    A variant that was exported from the same student with the same versions is kept.
+
+    Raises:
+        RunError: the run has no student yet.
+        ModelError: the student, or a variant that is to be kept, was changed since it was written;
+            or the execution provider of the recipe is absent.
+    """
+    run.require(run.distill_report, command="distill")
+    text_model.check_files(run.student)
+    variants = run.recipe.export.variants
+    # In the order in which they are made from one another.
+    return [_export(run, v) for v in sorted(variants, key=get_args(Variant).index)]
+
+
+def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
+    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
+    tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
+    parts = [
+        __version__, variant, sha256_of(run.student / text_model.MANIFEST), tools,
+        recipe.data.max_length_tokens, recipe.export.provider, recipe.export.calibrate,
+    ]  # fmt: skip
+    if variant == "int8":
+        parts += [
+            recipe.export.search_seconds, recipe.parity.model_dump(mode="json"),
+            "fused" in recipe.export.variants,
+        ]  # fmt: skip
+    inputs, folder = fingerprint(*parts), run.onnx(variant)
+    kept = _exported(folder)
+    if kept is not None and kept.inputs == inputs:
+        logger.info("%s is already exported: %s", variant, folder)
+        return kept
+    with whole_folder(folder) as new:
+        if variant == "fp32":
+            export_fp32(run.student, new)
+            student = text_model.load(run.student, distilled.labels, distilled.task)
+            write_tokenizer(student.tokenizer, new)
+            settings, temperature = tokenisation(student.tokenizer), _temperature(run, student)
+        else:
+            # The same for all variants, so that they read and answer alike.
+            fp32 = read_artifact(run.onnx("fp32"))
+            settings, temperature = fp32.tokenisation, fp32.temperature
+            _copy_all_but_the_graph(fp32, run.onnx("fp32"), new)
+        if variant == "int8":
+            write_record(run.int8_search, _quantize(run, new / MODEL_FILE, inputs))
+        elif variant == "fused":
+            fuse(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
+        elif variant == "fp16":
+            to_fp16(run.onnx("fused") / MODEL_FILE, new / MODEL_FILE)
+        share, in_float = weights_in_8_bits(new / MODEL_FILE) if variant == "int8" else (None, ())
+        artifact = OnnxArtifact(
+            variant=variant,
+            inputs=inputs,
+            task=distilled.task,
+            labels=distilled.labels,
+            max_length_tokens=recipe.data.max_length_tokens,
+            tokenisation=settings,
+            text_columns=len(recipe.data.text_columns),
+            provider=recipe.export.provider,
+            nodes=node_counts(new / MODEL_FILE),
+            temperature=temperature,
+            files=sha256_of_folder(new),
+            model_bytes=(new / MODEL_FILE).stat().st_size,
+            weights_in_8_bits=share,
+            in_float=in_float,
+            lineage={
+                "ad2kit": __version__,
+                "recipe": recipe.name,
+                "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
+                "teacher": recipe.teacher.model,
+                "teacher_sha256": distilled.teacher_sha256,
+                "student_sha256": distilled.student_sha256,
+                **{f"{k}_sha256": facts.sha256 for k, facts in distilled.splits.items()},
+                **tools,
+            },
+        )
+        write_record(new / OnnxArtifact.file_name, artifact)
+        artifact = add_golden_answers(new)
+    logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
+    return artifact
+
+
+def _exported(folder: Path) -> OnnxArtifact | None:
+    """Return the manifest of an exported variant, or None if another version of ad2kit wrote it.
+
+    Raises:
+        ModelError: a file was changed since it was written.
+    """
+    if not (folder / OnnxArtifact.file_name).is_file():
+        return None
+    try:
+        return read_artifact(folder)
+    except RunError as error:
+        logger.info("exported again, because %s", error.message)
+        return None
+
+
+def _temperature(run: RunDir, student: TextModel) -> float:
+    """Return what the student's logits are divided by: 1 unless the recipe wants it calibrated."""
+    recipe = run.recipe
+    if not recipe.export.calibrate:
+        return 1.0
+    data = splits.load_data(recipe.data, recipe.seed)
+    encoded = splits.encode(data.select, student.tokenizer, recipe.data.max_length_tokens)
+    logits = predict_logits(student, encoded, torch.device("cpu")).numpy()
+    return fit_temperature(data.task, logits, data.select.labels)
+
+
+def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
+    """Write the int8 graph that the search takes, and return what it tried."""
+    recipe, start = run.recipe, time.monotonic()
+    data, fp32 = splits.load_data(recipe.data, recipe.seed), run.onnx("fp32")
+    with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
+        scratch = Path(temporary)
+        plain = onnx.load(fp32 / MODEL_FILE)
+        read_first_token_only(plain)
+        onnx.save(plain, scratch / "plain.onnx")
+        graphs = {False: scratch / "plain.onnx"}
+        if "fused" in recipe.export.variants:  # and so proven by the gate
+            graphs[True] = run.onnx("fused") / MODEL_FILE
+
+        def classifier_of(graph: Path) -> OnnxClassifier:
+            return OnnxClassifier(fp32, threads=recipe.compute.threads, graph=graph)
+
+        reference = classifier_of(graphs[False])
+        select, train = (
+            reference.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
+            for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
+        )
+        search = Int8Search(
+            graphs=graphs,
+            reference=reference,
+            classifier_of=classifier_of,
+            encodings=select,
+            rows=Rows(data.task, recipe.data.judged_by, data.select.labels),
+            thresholds=recipe.parity,
+            calibration=_calibration(reference, train),
+            scratch=scratch,
+        )
+        taken, trials = search.write(target, recipe.export.search_seconds)
+    return QuantisationSearch(
+        inputs=inputs, rows=len(data.select), seconds=time.monotonic() - start, taken=taken,
+        trials=trials,
+    )  # fmt: skip
+
+
+def _calibration(
+    classifier: OnnxClassifier, encodings: Sequence[Tokens]
+) -> list[dict[str, NDArray[np.int64]]]:
+    """Return inputs of one shape, as calibration wants them; what fills no batch is left out."""
+    size = min(_CALIBRATION_BATCH, len(encodings))
+    width = max(len(encoding.ids) for encoding in encodings)
+    feeds = [
+        classifier.feed(encodings[first : first + size], width=width)
+        for first in range(0, len(encodings) - size + 1, size)
+    ]
+    return [{name: feed[name] for name in classifier.input_names} for feed in feeds]
+
+
+def export_fp32(student: Path, folder: Path) -> None:
+    """Trace a saved model with optimum; whether the graph is faithful is the gate's question."""
+    with warnings.catch_warnings(), quiet_transformers():
+        # Constants of the mask computation, which do not depend on the example input.
+        warnings.simplefilter("ignore", TracerWarning)
+        # optimum 2.1 still passes an argument that torch and transformers have renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        main_export(
+            str(student),
+            output=folder,
+            task="text-classification",
+            device="cpu",
+            do_validation=False,
+            no_post_process=True,
+            trust_remote_code=False,
+        )
+
+
+def _copy_all_but_the_graph(fp32: OnnxArtifact, source: Path, target: Path) -> None:
+    """Copy what belongs to the fp32 variant and is not of its graph.
+
+    Not all that lies there: the gate puts its verdict into the folders that it judged.
+    """
+    for name in fp32.files:
+        if not name.startswith(MODEL_FILE) and name != GOLDEN_FILE:
+            shutil.copy2(source / name, target / name)

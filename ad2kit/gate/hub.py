@@ -1,0 +1,124 @@
+"""The push stage: a variant that passed its gate -> a repository on the hub, with a model card."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, ModelCardData, constants
+from huggingface_hub.errors import HFValidationError
+
+from ad2kit.exporting.classifier import read_artifact
+from ad2kit.gate import summary
+from ad2kit.gate.records import ParityReport
+from ad2kit.gate.shipping import choose_variant
+from ad2kit.run.errors import UserError
+from ad2kit.run.files import write_text
+from ad2kit.run.folder import exclusive
+from ad2kit.run.markdown import table
+
+if TYPE_CHECKING:
+    from ad2kit.run.folder import RunDir
+
+logger = logging.getLogger(__name__)
+
+_USE = """## Use
+
+```python
+import ad2kit, huggingface_hub
+
+classifier = ad2kit.load(huggingface_hub.snapshot_download("{repository}"))
+classifier.predict(["..."])
+```
+
+or, without ad2kit:
+
+```python
+from optimum.onnxruntime import ORTModelForSequenceClassification
+
+model = ORTModelForSequenceClassification.from_pretrained("{repository}")
+```
+"""
+
+
+@exclusive
+def push(run: RunDir, repository: str, *, variant: str | None = None, private: bool = False) -> str:
+    """Upload the artefact that a run ships to the hub; return the address of its page.
+
+    What is uploaded is the folder as it was judged, the parity report, and a card that holds the
+    tables. Texts stay here. The token is the hub's own (``hf auth login`` or ``HF_TOKEN``).
+
+    Args:
+        run: a run whose parity was judged.
+        repository: ``owner/name``; made if there is none.
+        variant: which variant to take; of those that passed what ``export.ship`` says if None.
+        private: make a new repository private.
+
+    Raises:
+        GateFailed: it has not passed.
+        UserError: the hub cannot be reached, or refuses.
+    """
+    folder, _ = choose_variant(run, variant)
+    read_artifact(folder)  # whole, and as it was judged
+    with tempfile.TemporaryDirectory(prefix="ad2kit-push-") as temporary:
+        staged = Path(temporary) / "model"
+        shutil.copytree(folder, staged)
+        write_text(staged / "README.md", model_card(run, folder, repository))
+        try:
+            api = HfApi()
+            made = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=made.repo_id, folder_path=staged,
+                commit_message=f"{folder.name} of {run.path.name}",
+            )  # fmt: skip
+        except (OSError, HFValidationError) as error:
+            reason, _, _ = str(error).partition("\n")
+            raise UserError(
+                f"cannot push to '{repository}' on {constants.ENDPOINT}: {type(error).__name__}: "
+                f"{reason}",
+                hint="expected owner/name, a network and a token (`hf auth login`); without them "
+                f"copy the folder {folder}, which is all that others need",
+            ) from error
+    return str(made)
+
+
+def model_card(run: RunDir, folder: Path, repository: str) -> str:
+    """Return the card of a variant in Markdown: what it is, what it passed, how to use it."""
+    artifact, parity = read_artifact(folder), ParityReport.read(run.parity_report)
+    verdict = next(found for found in parity.variants if found.variant == folder.name)
+    teacher = artifact.lineage["teacher"]
+    data = ModelCardData(
+        pipeline_tag="text-classification",
+        tags=["ad2kit", "onnx", "knowledge-distillation"],
+        # A name that the hub can link; a folder of this machine means nothing there.
+        base_model=teacher.removeprefix("hub://") if teacher.startswith("hub://") else None,
+    )
+    checks = [
+        (check.name, check.measured, check.expected, check.verdict) for check in verdict.checks
+    ]
+    header = f"---\n{data.to_yaml()}\n---\n\n# {repository.rpartition('/')[2]}\n"
+    what = (
+        f"A text classifier, distilled from a larger teacher ({teacher}) by ad2kit with AD2 "
+        "(adversarial data augmentation for task-specific knowledge distillation). This is its "
+        f"{folder.name} ONNX variant: {artifact.model_bytes / 1e6:.1f} MB, "
+        f"{artifact.task.replace('_', ' ')}, labels {', '.join(artifact.labels)}; texts are cut to "
+        f"{artifact.max_length_tokens} tokens.\n"
+    )
+    low, high = verdict.retained_interval
+    kept = (
+        f"It keeps {verdict.retained:.1%} of its teacher's score (95 % interval {low:.1%} to "
+        f"{high:.1%}) on {parity.rows} labelled texts that it was not trained on.\n"
+    )
+    use = _USE.format(repository=repository)
+    lineage = [f"- {name}: `{value}`" for name, value in artifact.lineage.items()]
+    return "\n".join([
+        header, what, kept,
+        *table(summary.HEADER, summary.rows(run)), "", f"{summary.caption(run)}\n",
+        "## What it was judged by\n",
+        *table(("check", "value", "expected", "verdict"), checks), "",
+        "The whole verdict is in `parity.json`, the sha256 of every file in `manifest.json`.\n",
+        use, "## Lineage\n", *lineage, "",
+    ])  # fmt: skip

@@ -1,0 +1,264 @@
+"""What a run has shown so far as plain tables: for the terminal and for the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
+from ad2kit.gate.records import LatencyReport, ParityReport
+from ad2kit.gate.shipping import campaign_of
+from ad2kit.models.records import TeacherReport
+from ad2kit.training.records import DistillReport
+
+if TYPE_CHECKING:
+    from ad2kit.gate.records import LatencyCell
+    from ad2kit.run.folder import RunDir
+
+# So many classes are named.
+_NAMED = 12
+HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
+          "texts/s", "gate")  # fmt: skip
+
+
+def rows(run: RunDir) -> list[tuple[str, ...]]:
+    """Return a row for each baseline, teacher, student and each variant, under :data:`HEADER`.
+
+    Latency is of one text of the shortest measured length, throughput of the largest batch of
+    that length. What has not been measured yet is left blank.
+
+    Raises:
+        RunError: parity has not been judged yet.
+    """
+    run.require(run.parity_report, command="parity")
+    parity = ParityReport.read(run.parity_report)
+    latency, campaign = measured_latency(run), campaign_of(run)
+
+    def measured(system: str) -> tuple[str, ...]:
+        if latency is None or system not in latency.sizes_bytes:
+            return ("", "", "", "")
+        one, many = smallest_and_largest(latency, system)
+        return (
+            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", tail(one),
+            f"{many.texts_per_s:,.0f}",
+        )  # fmt: skip
+
+    teacher, student = "teacher (PyTorch)", "student (PyTorch)"
+    table = [
+        *((name, f"{score:.4f}", *[""] * 7) for name, score in baseline_scores(run).items()),
+        (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
+        (
+            student, f"{parity.student_score:.4f}",
+            f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}", "",
+            *measured(student), "",
+        ),
+    ]  # fmt: skip
+    for verdict in parity.variants:
+        low, high = verdict.retained_interval
+        refused = campaign and campaign.refusals(verdict.variant, verdict.manifest_sha256)
+        table.append((
+            f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
+            f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
+            "refused" if verdict.passed and refused else verdict.verdict,
+        ))  # fmt: skip
+    return table
+
+
+def teacher_report(run: RunDir) -> TeacherReport | None:
+    """Return what is known of the teacher of a distilled run beside simpler models, if anything."""
+    if not run.teacher_report.is_file():
+        return None
+    report, distilled = (
+        TeacherReport.read(run.teacher_report),
+        DistillReport.read(run.distill_report),
+    )
+    return report if report.teacher_sha256 == distilled.teacher_sha256 else None
+
+
+def baseline_scores(run: RunDir) -> dict[str, float]:
+    """Return what simpler models than the teacher score on the validation rows; see above."""
+    report = teacher_report(run)
+    return {each.name: each.validation_score for each in report.baselines} if report else {}
+
+
+def teacher_table(report: TeacherReport) -> dict[str, Any]:
+    """Return the teacher beside the baselines, on ``select``."""
+    lines: list[tuple[str, ...]] = [
+        (
+            each.name, f"{each.select_score:.4f}", f"{100 * each.difference:+.1f}",
+            f"{100 * each.standard_error:.1f}", "" if each.bar else "for information",
+        )
+        for each in report.baselines
+    ]  # fmt: skip
+    return {
+        "words": f"{' and '.join(report.metrics)} on the {report.rows} rows of select. The "
+        f"simpler models were trained on {report.train_rows} training rows. The probes are linear "
+        "models on what the encoder gave before its fine-tuning: on what the head reads, and on "
+        "the mean of the token vectors.",
+        "header": ("model", "score", "teacher is better by, points", "standard error", ""),
+        "rows": [*lines, (f"teacher {report.teacher}", f"{report.score:.4f}", "", "", "")],
+        "findings": report.findings,
+        "remedy": report.remedy,
+    }
+
+
+def measured_latency(run: RunDir) -> LatencyReport | None:
+    """Return the latency report of a run, unless it is of other artefacts than passed."""
+    if not run.latency_report.is_file():
+        return None
+    latency, parity = LatencyReport.read(run.latency_report), ParityReport.read(run.parity_report)
+    judged = {verdict.variant: verdict.manifest_sha256 for verdict in parity.variants}
+    passed = {verdict.variant for verdict in parity.variants if verdict.passed}
+    fits = latency.artifacts.items() <= judged.items() and passed <= latency.artifacts.keys()
+    return latency if fits else None
+
+
+def caption(run: RunDir) -> str:
+    """Return in words on what the table was measured."""
+    parity = ParityReport.read(run.parity_report)
+    difference = max(verdict.smallest_detectable_difference for verdict in parity.variants)
+    text = (
+        f"Score: {' and '.join(parity.teacher_metrics)} on {parity.rows} validation texts; "
+        "differences below "
+        f"{100 * difference:.1f} points are within their noise."
+    )
+    if untested := untested_words(parity):
+        text += f" {untested}"
+    if run.recipe.data.select_from == "validation":
+        text += " The checkpoint was chosen on these same texts, which flatters the student."
+    if looked := teacher_report(run):
+        text += (
+            f" Rows above the teacher: simpler models, trained on {looked.train_rows} rows; the "
+            "probes read its encoder as it was before fine-tuning."
+        )
+    if int8 := _int8_words(run):
+        text += f" {int8}"
+    latency = measured_latency(run)
+    if latency is None:
+        return text
+    shortest, largest = _shape(latency)
+    return (
+        f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
+        f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
+        f"{busy_words(latency)}"
+    )
+
+
+def untested_words(parity: ParityReport) -> str:
+    """Return a sentence that names the classes with too few rows; "" if there are none."""
+    # The teacher's answers decide which they are, so they are the same for every variant.
+    rows = {name: n for each in parity.variants for name, n in each.untested_classes.items()}
+    if not rows:
+        return ""
+    named = [f"{name} ({n})" for name, n in list(rows.items())[:_NAMED]]
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return (
+        "The teacher gives these on too few validation texts to test whether a student lost them: "
+        f"{', '.join(named)}{more}."
+    )
+
+
+def busy_words(latency: LatencyReport) -> str:
+    """Return a sentence that says how far these figures can be trusted; "" if others were idle."""
+    if not latency.busy:
+        return ""
+    return (
+        f" The machine was busy: rounds of the same calls differ by up to {latency.spread:.1f} "
+        "times. Measure again when it is idle: ad2kit bench."
+    )
+
+
+def tail(cell: LatencyCell) -> str:
+    """Return the p99 in ms, or the slowest call, marked as such, where the calls were too few."""
+    return f"{cell.p99_ms:.2f}" if cell.p99_ms is not None else f"max {cell.tail_ms:.2f}"
+
+
+def times_as_fast(ours: LatencyCell, other: LatencyCell) -> str:
+    """Return in words how much faster one system is than another, with the range of the rounds."""
+    ratio = other.p50_ms / ours.p50_ms
+    rounds = [theirs / mine for mine, theirs in zip(ours.rounds_ms, other.rounds_ms, strict=True)]
+    if not rounds:
+        return f"{ratio:.1f} times"
+    return f"{ratio:.1f} times ({min(rounds):.1f} to {max(rounds):.1f} over {len(rounds)} rounds)"
+
+
+def _int8_words(run: RunDir) -> str:
+    """Return in words which weights of the int8 variant are stored in 8 bits; "" without one."""
+    manifest = run.onnx("int8") / OnnxArtifact.file_name
+    if "int8" not in run.recipe.export.variants or not manifest.is_file():
+        return ""
+    artifact = OnnxArtifact.read(manifest)
+    words = f"int8 has {artifact.weights_in_8_bits or 0.0:.0%} of its weights in 8 bits"
+    # The last part of a name is the kind of the node.
+    named = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
+    return f"{words}, and in float {', '.join(named)}." if named else f"{words}."
+
+
+def latency_lines(latency: LatencyReport) -> list[str]:
+    """Return one line for each cell."""
+    return [
+        f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
+        f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  "
+        f"{'max' if cell.p99_ms is None else 'p99'} {cell.tail_ms:8.2f} ms  "
+        f"{cell.texts_per_s:9,.0f} texts/s  ({cell.calls} calls)"
+        for cell in latency.cells
+    ]
+
+
+def capacity_lines(latency: LatencyReport) -> list[str]:
+    """Return one line for each system and length: what it sustains, and what that costs."""
+    lines = [f"capacity of this machine at a p99 of at most {latency.p99_target_ms:g} ms:"]
+    for each in latency.capacity:
+        line = f"{each.system:<20} {each.length_tokens:>3} tokens  "
+        if each.texts_per_s is None:
+            lines.append(f"{line}no measured batch is answered in time")
+            continue
+        line += f"{each.texts_per_s:9,.0f} texts/s in batches of {each.batch_size}"
+        if each.cost_per_million_texts is not None:
+            line += f"  {each.cost_per_million_texts:.4f} per million texts"
+        lines.append(line)
+    if latency.price_per_hour is not None:
+        lines.append(f"at {latency.price_per_hour:g} per hour, for a machine that is never idle")
+    return lines
+
+
+def int8_search(run: RunDir) -> dict[str, Any] | None:
+    """Return what was tried for the int8 graph that lies there now, if there is one."""
+    if "int8" not in run.recipe.export.variants or not run.int8_search.is_file():
+        return None
+    search = QuantisationSearch.read(run.int8_search)
+    if search.inputs != OnnxArtifact.read(run.onnx("int8") / OnnxArtifact.file_name).inputs:
+        return None
+    return {
+        "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
+        "fp32. Of what passes by a standard error and moves the logits little more than the best "
+        "does, the fastest is taken; milliseconds are of one text.",
+        "header": ("way", "agreement", "logits, RMS", "points lost", "MB", "ms, batch of 32",
+                   "ms, alone", ""),
+        "rows": [
+            (
+                trial.way, f"{trial.agreement:.4f}", f"{trial.rms_error:.3f}",
+                f"{trial.points_lost:+.2f}",
+                f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
+                "taken" if trial.way == search.taken else "; ".join(trial.failures) or "passed",
+            )
+            for trial in search.trials
+        ],
+    }  # fmt: skip
+
+
+def _shape(latency: LatencyReport) -> tuple[int, int]:
+    """Return the shortest length and the largest batch that were measured."""
+    return (
+        min(cell.length_tokens for cell in latency.cells),
+        max(cell.batch_size for cell in latency.cells),
+    )
+
+
+def smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyCell, LatencyCell]:
+    """Return the cells of the smallest and the largest batch of the shortest length."""
+    shortest, _ = _shape(latency)
+    cells = sorted(
+        (c for c in latency.cells if c.system == system and c.length_tokens == shortest),
+        key=lambda cell: cell.batch_size,
+    )
+    return cells[0], cells[-1]

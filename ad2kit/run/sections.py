@@ -1,0 +1,457 @@
+"""The sections of a recipe: frozen, strictly typed, and closed to unknown keys."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _as_text(value: Any) -> Any:
+    """Return a whole number as text: a class 3 in a recipe is the class 3 in a table."""
+    return str(value) if type(value) is int else value
+
+
+LabelName = Annotated[str, BeforeValidator(_as_text)]
+Variant = Literal["fp32", "fused", "fp16", "int8"]
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
+Task = Literal["single_label", "multi_label", "regression"]
+Metric = Literal["accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"]
+
+METRICS_OF: dict[Task, tuple[Metric, ...]] = {
+    "single_label": ("accuracy", "f1", "macro_f1", "matthews"),
+    "multi_label": ("micro_f1", "macro_f1", "accuracy"),
+    "regression": ("pearson", "spearman"),
+}
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strictly typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataRecipe(Section):
+    """Where the texts lie and how they are read.
+
+    ``source`` is a folder (of tsv, csv, jsonl or parquet files), ``hub://owner/name`` or
+    ``hub://owner/name/config``, or ``embedded://opinions``; ``train`` and ``validation`` then name
+    its files (without suffix) or splits, and null stands for "train" and "validation". Without a
+    source both are paths of files. ``unlabelled`` lists files (also .txt, a text a line) or
+    ``hub://owner/name[/config]#split``: texts that the student learns from through its teacher
+    alone. ``labels`` lists the names in the order of the teacher's outputs, which is the order of
+    their ids too unless the source names these; if null they come from the source, or else from the
+    rows, sorted.
+
+    ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
+    a list, names separated by commas, or 0 or 1 for each of ``labels``) or ``regression`` (a
+    number). ``metrics`` judge it, and
+    where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
+    Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
+    from the training rows, or, as many papers do, those of ``validation``, which flatters the
+    scores on them. ``max_leakage`` is the largest share of the validation texts that may be
+    training texts too.
+    """
+
+    source: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    unlabelled: tuple[str, ...] = ()
+    task: Task = "single_label"
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
+    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+    label_column: str
+    labels: Annotated[tuple[LabelName, ...], Field(min_length=2)] | None = None
+    max_length_tokens: Annotated[int, Field(ge=8)]
+    max_train_rows: Positive | None = None
+    select_from: Literal["train", "validation"] = "train"
+    max_leakage: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source is None and None in (self.train, self.validation):
+            msg = "give 'source', or both of 'train' and 'validation'"
+            raise ValueError(msg)
+        embedded = (self.source or "").startswith("embedded://")
+        if embedded and (self.train, self.validation) != (None, None):
+            msg = "an embedded source has no other splits: leave 'train' and 'validation' out"
+            raise ValueError(msg)
+        known = METRICS_OF[self.task]
+        for metric in self.metrics or ():
+            if metric not in known:
+                msg = f"metric '{metric}' does not fit a {self.task} task: {', '.join(known)}"
+                raise ValueError(msg)
+        names = self.labels or ()
+        for name in names:
+            if name != name.strip() or not name:
+                msg = f"labels: {name!r} is empty, or has blanks around it"
+                raise ValueError(msg)
+            if names.count(name) > 1:
+                msg = f"labels: {name!r} is there twice"
+                raise ValueError(msg)
+        if self.task == "regression" and self.labels is not None:
+            msg = "a regression task has a number and no 'labels'"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def judged_by(self) -> tuple[Metric, ...]:
+        """The metrics of the task, the usual ones if the recipe names none."""
+        usual: dict[Task, tuple[Metric, ...]] = {
+            "single_label": ("accuracy",),
+            "multi_label": ("micro_f1",),
+            "regression": ("pearson", "spearman"),
+        }
+        return self.metrics or usual[self.task]
+
+
+class TrainRecipe(Section):
+    """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping.
+
+    The training has as many updates as the ``epochs`` make, and at least ``min_updates``. ``lr`` is
+    the highest rate; null takes one by the width of the encoder
+    (:func:`ad2kit.training.schedule.rate_of_width`). It rises over ``warmup_ratio`` of the updates and falls
+    over the last ``decay_ratio``, or over all that are left if that is 1. The model is evaluated
+    ``evaluations`` times at equal distances; null stands for the end of each epoch. After
+    ``patience`` evaluations that were no better the last part begins early; null waits for it.
+    ``start_head`` fits the last layer by regression before the first update (:mod:`ad2kit.models.head`).
+
+    ``class_weights: balanced`` lets rare classes count as much as frequent ones in the loss of the
+    hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c; of
+    several labels each is such a choice between two. See :func:`ad2kit.training.losses.balanced_weights`.
+    """
+
+    epochs: Positive
+    min_updates: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive
+    accumulation_steps: Positive = 1
+    lr: AboveZero | None
+    warmup_ratio: Fraction = 0.1
+    decay_ratio: Fraction = 1.0
+    evaluations: Annotated[int, Field(ge=1, le=20)] | None = None
+    patience: Positive | None = None
+    start_head: bool = False
+    weight_decay: NotNegative = 0.01
+    max_grad_norm: AboveZero = 1.0
+    checkpoint_every_steps: Positive = 200
+    class_weights: Literal["none", "balanced"] = "none"
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, once it is known."""
+        if self.lr is None:
+            msg = "the learning rate by the width of the encoder was not filled in"
+            raise ValueError(msg)
+        return self.lr
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the progress of a training is counted, about one for an evaluation."""
+        return self.evaluations or self.epochs
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_end(self) -> Self:
+        if self.patience is not None and self.decay_ratio == 1:
+            msg = "'patience' begins the last part early: give a 'decay_ratio' below 1, such as 0.2"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_are_whole(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            msg = (
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"accumulation_steps {self.accumulation_steps}"
+            )
+            raise ValueError(msg)
+        return self
+
+
+class PlanRecipe(Section):
+    """What `--max-minutes` has planned before the first update; it decides nothing any more.
+
+    Epochs and rows of the plan stand in their own sections. ``seconds_per_update`` and ``updates``
+    are of ``teacher`` (if it is fine-tuned) and ``student``; ``read_seconds`` is what the teacher
+    needs for all training texts, and both models for `select`; ``minutes`` is the sum.
+    """
+
+    max_minutes: AboveZero
+    rows: Positive
+    updates: dict[str, Positive]
+    seconds_per_update: dict[str, AboveZero]
+    read_seconds: AboveZero
+    minutes: AboveZero
+
+
+class TeacherRecipe(Section):
+    """The model to distil: ``hub://owner/name``, ``package://module/folder``,
+    ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
+    teacher that is a finished classifier. With ``accept`` it is imitated even if a simpler model
+    is far better; it changes no weight.
+    """  # noqa: D205
+
+    model: str
+    finetune: TrainRecipe | None
+    accept: bool = False
+
+
+class StudentRecipe(Section):
+    """The student before distillation: some layers of an encoder.
+
+    ``layers`` are zero-based indices into the layers of ``model``, null for all of them; ``model``
+    is written like the teacher's, null for the teacher itself. A student from another checkpoint
+    may have another width, depth and tokenizer. Of each of the teacher's layers
+    ``attention_heads`` heads and ``feed_forward`` neurons are kept, those that matter most to the
+    teacher (see :mod:`ad2kit.training.students`); null keeps all.
+    """
+
+    model: str | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    attention_heads: Positive | None = None
+    feed_forward: Positive | None = None
+
+    @property
+    def narrower(self) -> bool:
+        """Whether the layers are cut."""
+        return (self.attention_heads, self.feed_forward) != (None, None)
+
+    @model_validator(mode="after")
+    def _is_not_the_teacher(self) -> Self:
+        if self.model is None and self.layers is None:
+            msg = "give 'layers' of the teacher, or the 'model' to start from"
+            raise ValueError(msg)
+        if self.model is not None and self.narrower:
+            msg = (
+                "'attention_heads' and 'feed_forward' cut layers by what they matter to the "
+                "teacher: leave 'model' out"
+            )
+            raise ValueError(msg)
+        return self
+
+
+class AdversaryRecipe(Section):
+    """The inner maximisation of AD2: projected gradient ascent on the word embeddings.
+
+    ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, of
+    the Euclidean norm over an example's real tokens for ``l2``. Each adversarial pass draws dropout
+    of its ``own``, or the masks of the clean pass are ``replayed`` in it.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    radius: NotNegative = 1e-5
+    step_size: NotNegative = 1e-3
+    steps: Positive = 1
+    start: Literal["zero", "random"] = "zero"
+    dropout: Literal["own", "replayed"] = "own"
+
+
+class IntermediateRecipe(Section):
+    """Weights of the terms that compare the insides of student and teacher; 0 leaves one out.
+
+    ``pkd``: normalised [CLS] states of the layers below the last (Sun et al., EMNLP 2019).
+    ``hidden_states`` and ``attentions``: every layer, in the manner of TinyBERT (Jiao et al.,
+    Findings of EMNLP 2020). ``value_relations``: of the last layer (MiniLMv2, Wang et al.,
+    Findings of ACL 2021); the only one that lets widths differ.
+    """
+
+    pkd: NotNegative = 0.0
+    hidden_states: NotNegative = 0.0
+    attentions: NotNegative = 0.0
+    value_relations: NotNegative = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether the teacher has to run beside the student."""
+        return any(weight > 0 for _, weight in self)
+
+
+class DistillRecipe(TrainRecipe):
+    """Distillation: a weighted sum of terms, each left out where its weight is 0.
+
+    ``kd_weight * kd + alpha * adversarial + hard_label_weight * supervised + intermediate``.
+
+    ``seed`` draws the order and the dropout of the student's training alone; null takes the
+    recipe's. With it, students of several seeds share their data and their teacher.
+    """
+
+    seed: Seed | None = None
+    temperature: AboveZero = 1.0
+    kd_weight: NotNegative = 1.0
+    alpha: NotNegative = 1.0
+    hard_label_weight: NotNegative = 0.0
+    intermediate: IntermediateRecipe = IntermediateRecipe()
+    adversary: AdversaryRecipe = AdversaryRecipe()
+
+    @property
+    def imitates(self) -> bool:
+        """Whether anything but the hard labels teaches the student."""
+        return self.kd_weight > 0 or self.alpha > 0 or self.intermediate.any
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if not self.imitates and not self.hard_label_weight:
+            msg = "all loss terms have weight 0: there is nothing to learn from"
+            raise ValueError(msg)
+        return self
+
+
+class ExportRecipe(Section):
+    """The ONNX variants to write, and where they run.
+
+    ``fp32`` is what optimum exports, and the others are made from it: ``fused`` with ONNX
+    Runtime's transformer fusions, ``fp16`` from that, for GPUs, and ``int8``, for CPUs, the fastest
+    that passes of all the ways to quantise that could be tried in ``search_seconds``. With 0 the
+    first that passes is taken, which needs no clock and so gives the same graph each time.
+    ``provider`` executes them in parity, bench and service; an absent one is an error.
+    ``calibrate`` fits one temperature to the labels of ``select``, which makes the probabilities of
+    the student mean more and changes none of its answers. Of the variants that pass the gate the
+    one to ``ship`` is the ``fastest`` by the latency report (the smallest before there is one), or
+    always the ``smallest``.
+    """
+
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("fp32", "fused", "int8")
+    search_seconds: NotNegative = 60.0
+    provider: Provider = "cpu"
+    calibrate: bool = False
+    ship: Literal["fastest", "smallest"] = "fastest"
+
+    @model_validator(mode="after")
+    def _fp32_is_the_reference(self) -> Self:
+        if "fp32" not in self.variants:
+            msg = "'fp32' must be among the variants: the others are compared with it"
+            raise ValueError(msg)
+        if "fp16" in self.variants and "fused" not in self.variants:
+            msg = "'fp16' is made from the fused graph: add 'fused' to the variants"
+            raise ValueError(msg)
+        if len(set(self.variants)) < len(self.variants):
+            msg = f"variants are named twice: {', '.join(self.variants)}"
+            raise ValueError(msg)
+        return self
+
+
+class ParityRecipe(Section):
+    """The thresholds of the parity gate; agreement and retention are fractions.
+
+    What is estimated from validation rows has a target for the value and a limit for its 95 %
+    interval: ``min_retained`` and ``min_retained_lower``, ``min_agreement`` and
+    ``min_agreement_lower``, ``max_points_lost`` and ``max_points_lost_upper``.
+    """
+
+    max_logit_gap: NotNegative = 1e-4
+    max_label_flips: Annotated[int, Field(ge=0)] = 0
+    min_retained: Fraction = 0.97
+    min_retained_lower: Fraction = 0.95
+    min_agreement: Fraction = 0.985
+    min_agreement_lower: Fraction = 0.97
+    max_points_lost: NotNegative = 1.0
+    max_points_lost_upper: NotNegative = 3.0
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2_000
+
+
+class BenchRecipe(Section):
+    """What the latency report measures.
+
+    ``lengths_tokens`` null takes 16, 32 and 128 as far as ``data.max_length_tokens`` allows; no
+    text is longer than that.
+    """
+
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
+    lengths_tokens: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    seconds_per_cell: AboveZero = 1.0
+
+
+class ComputeRecipe(Section):
+    """Hardware: ``auto`` takes the accelerator if there is one; null threads takes all cores.
+
+    ``compile`` compiles the layers with torch.compile. ``gradient_checkpointing`` computes
+    activations again in the backward pass instead of keeping them: less memory, a third more time.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: Positive | None = None
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+
+class Configuration(Section):
+    """The hyperparameters of one student that a sweep may vary."""
+
+    batch_size: Positive
+    lr: AboveZero
+    radius: NotNegative
+    alpha: NotNegative
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.batch_size}, lr {self.lr:.3g}, "
+            f"radius {self.radius:.3g}, alpha {self.alpha:.3g}"
+        )
+
+
+class SweepRecipe(Section):
+    """What `ad2kit sweep` tries; the defaults are the grid of the AD2 paper.
+
+    ``grid`` trains every combination of the lists with each of ``seeds`` seeds. ``optuna`` lets a
+    tree-structured Parzen estimator draw ``trials`` configurations, of one seed each: the batch
+    size from its list, the others from between the lowest and the highest of theirs (on a
+    logarithmic scale, unless that starts at 0); the best of them is then trained with the other
+    seeds. Empty ``radii`` and ``alphas`` stand for the recipe's own.
+
+    ``early_stopping`` is ASHA (Li et al., *A System for Massively Parallel Hyperparameter Tuning*,
+    MLSys 2020): after 1, 3, 9, ... parts of the training (its epochs, or its evaluations if the
+    recipe gives their number) a trial is stopped if it is not among the best third of those that
+    came so far.
+    """
+
+    search: Literal["grid", "optuna"] = "grid"
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16, 32)
+    lrs: Annotated[tuple[AboveZero, ...], Field(min_length=1)] = (
+        1e-5,
+        3e-5,
+        5e-5,
+        7e-5,
+        9e-5,
+        1e-4,
+    )
+    radii: tuple[NotNegative, ...] = ()
+    alphas: tuple[NotNegative, ...] = ()
+    seeds: Positive = 5
+    trials: Positive = 20
+    early_stopping: bool = False
+
+    @model_validator(mode="after")
+    def _spans_something(self) -> Self:
+        for name in ("batch_sizes", "lrs", "radii", "alphas"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                msg = f"'{name}' has a value twice: {', '.join(map(str, values))}"
+                raise ValueError(msg)
+        if self.search == "optuna" and len(self.lrs) < 2:
+            msg = "'optuna' draws from between the lowest and the highest of two or more 'lrs'"
+            raise ValueError(msg)
+        return self
+
+    def values(self, distill: DistillRecipe) -> dict[str, tuple[float, ...]]:
+        """Return the values of each field of :class:`Configuration`, for this recipe."""
+        return {
+            "batch_size": self.batch_sizes,
+            "lr": self.lrs,
+            "radius": self.radii or (distill.adversary.radius,),
+            "alpha": self.alphas or (distill.alpha,),
+        }
+
+    def grid(self, distill: DistillRecipe) -> list[Configuration]:
+        """Return every combination of the values."""
+        values = self.values(distill)
+        return [
+            Configuration.model_validate(dict(zip(values, point, strict=True)))
+            for point in itertools.product(*values.values())
+        ]

@@ -1,0 +1,234 @@
+"""Tables that lie anywhere fsspec reaches, cut into blocks of rows: the units of bulk scoring.
+
+A block is decided by the files and the rows per block alone, so that every process, today or after
+a restart, means the same rows by its number. ``text_blocks`` and ``parquet_blocks`` survey, read
+and write one family of formats each, with the same three functions.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.data.sources import FORMATS
+from ad2kit.run.errors import DataError, MissingExtra, nearest
+from ad2kit.scoring.records import BadRow, InputFile
+
+try:
+    import fsspec
+except ModuleNotFoundError as error:
+    raise MissingExtra("fsspec", extra="scale") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of one file, the first of them by number from 1.
+
+    Of a text file also the bytes that they take, and how many lines come before.
+    """
+
+    url: str
+    first_row: int
+    rows: int
+    first_byte: int = 0
+    end_byte: int = 0
+    lines_before: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of a job: those of the files, those that are read, and those that are added."""
+
+    columns: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one file holds: its columns (of JSON lines those of the first row), and its blocks.
+
+    ``texts`` are the columns that can hold texts; ``kind`` is what two files must share to be
+    scored together.
+    """
+
+    columns: tuple[str, ...]
+    texts: tuple[str, ...]
+    kind: str
+    blocks: list[Block]
+
+
+@dataclass(slots=True)
+class Rows:
+    """A block as it was read: ``texts`` and ``places`` of its rows, and the ``bad`` ones.
+
+    A place is the number of the row and, in a text file, its line. A text may still be anything
+    that a file can hold. ``kept`` is for the module that read the block, which writes it again.
+    """
+
+    block: Block
+    kept: Any
+    texts: list[tuple[Any, ...]] = field(default_factory=list)
+    places: list[tuple[int, int | None]] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+    def refuse(self, place: tuple[int, int | None], reason: str) -> None:
+        """Note a row that gets no answer."""
+        row, line = place
+        self.bad.append(BadRow(file=self.block.url, row=row, line=line, reason=reason))
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of an address, and the path in it.
+
+    Raises:
+        DataError: no such kind of address, or its driver is not installed.
+    """
+    try:
+        found, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            f"cannot use the address '{url}': {error}",
+            hint="give a path, file://..., or an address whose fsspec driver is installed",
+        ) from error
+    return found, path
+
+
+def address_of(store: Any, path: str) -> str:
+    """Return the address of a path: a plain path on this machine, else with its protocol."""
+    return path if is_local(store) else str(store.unstrip_protocol(path))
+
+
+def is_local(store: Any) -> bool:
+    """Tell whether a file system is this machine's own."""
+    return "file" in store.protocol
+
+
+def find_inputs(reference: str) -> tuple[InputFile, ...]:
+    """Return the files of a file, folder or glob, by name; all of one format.
+
+    In a folder, what begins with ``_`` or ``.`` is passed over, as other readers of tables do.
+
+    Raises:
+        DataError: there are none, or they are of several formats or an unknown one.
+    """
+    store, path = filesystem(reference)
+    try:
+        found = _files(store, path)
+        for name in found:
+            if is_local(store) and not store.exists(name):
+                raise DataError(f"{name} is a link to nothing", hint="remove it, or mend it")
+    except OSError as error:
+        raise DataError(
+            f"cannot look for '{reference}': {error}", hint="correct INPUT, or its access rights"
+        ) from error
+    if not found:
+        raise DataError(
+            f"no file '{reference}'",
+            hint="give a file, a folder, a quoted glob such as 'data/*.parquet', or a URL",
+        )
+    by_format = {suffix_of(name): name for name in reversed(found)}
+    if len(by_format) > 1 or not by_format.keys() <= set(FORMATS):
+        examples = ", ".join(PurePosixPath(name).name for name in sorted(by_format.values()))
+        raise DataError(
+            f"{reference}: expected files of one format among {', '.join(FORMATS)}, "
+            f"found {examples}",
+            hint="score the formats one after the other, by a glob such as 'data/*.csv'",
+        )
+    return tuple(_describe(store, name) for name in sorted(found))
+
+
+def suffix_of(name: str) -> str:
+    """Return the format that the name of a file ends in."""
+    return PurePosixPath(name).suffix.lstrip(".")
+
+
+def layout_of(
+    surveys: Mapping[str, Survey], text_columns: tuple[str, ...], added: tuple[str, ...]
+) -> Layout:
+    """Return the layout of the files that hold rows, by their addresses.
+
+    Raises:
+        DataError: there are no rows; a column is missing or would be there twice; files differ.
+    """
+    holding = {url: survey for url, survey in surveys.items() if survey.blocks}
+    if not holding:
+        raise DataError(f"no rows in {', '.join(surveys)}", hint="give files that hold rows")
+    first_url, first = next(iter(holding.items()))
+    for url, survey in holding.items():
+        if survey.kind != first.kind:
+            raise DataError(
+                f"{url} has other columns than {first_url}: expected {first.kind}, "
+                f"found {survey.kind}",
+                hint="score them one after the other, each into a folder of its own",
+            )
+        for column in text_columns:
+            if column not in survey.columns:
+                raise DataError(
+                    f"{url}: no column '{column}'{nearest(column, survey.columns)}; "
+                    f"columns: {', '.join(survey.columns)}",
+                    hint="name the columns to read: --text-columns a, or a,b for a pair",
+                )
+            if column not in survey.texts:
+                raise DataError(
+                    f"{url}: expected texts in the column '{column}', found {survey.kind}",
+                    hint="name the columns to read with --text-columns",
+                )
+        for column in added:
+            if column in survey.columns:
+                raise DataError(
+                    f"{url} has a column '{column}' already, which is what the answers go into",
+                    hint="name the columns of the answers otherwise, such as --prefix student_",
+                )
+    return Layout(first.columns, text_columns, added)
+
+
+def insist_on_partition_columns(reference: str, surveys: Mapping[str, Survey]) -> None:
+    """Refuse files below folders such as ``dt=2026-01-01``, whose column would be lost.
+
+    Raises:
+        DataError: the name of a folder below ``reference`` holds a column that the file has not.
+    """
+    store, root = filesystem(reference)
+    if not store.exists(root) and glob.has_magic(root):
+        root = re.split(r"[*?[]", root)[0].rpartition("/")[0]
+    for url, survey in surveys.items():
+        inside = PurePosixPath(filesystem(url)[1].removeprefix(root).lstrip("/"))
+        for folder in inside.parents[:-1] if survey.blocks else ():
+            column, equals, _ = folder.name.partition("=")
+            if equals and column not in survey.columns:
+                first = address_of(store, f"{root.rstrip('/')}/{inside.parent}")
+                raise DataError(
+                    f"{url} lies in a folder {folder.name}, and has no column '{column}', which "
+                    "would be lost",
+                    hint="score folder by folder, into folders of the same names: "
+                    f"`ad2kit score {first} OUTPUT/{inside.parent}`",
+                )
+
+
+def _files(store: Any, path: str) -> list[str]:
+    if store.isdir(path):
+        inside = {name: name.removeprefix(path.rstrip("/") + "/") for name in store.find(path)}
+        return [name for name, rest in inside.items()
+                if not any(part.startswith(("_", ".")) for part in rest.split("/"))]  # fmt: skip
+    if store.exists(path):
+        return [path]
+    if glob.has_magic(path):
+        return [name for name in store.glob(path) if not store.isdir(name)]
+    return []
+
+
+def _describe(store: Any, name: str) -> InputFile:
+    info = store.info(name)
+    tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+    versions = [str(info[tag]) for tag in tags if info.get(tag) is not None]
+    return InputFile(
+        url=address_of(store, name), size_bytes=info["size"],
+        version=versions[0] if versions else "",
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Blocks of Parquet: found by the footers, read without what lies after them, kept as Arrow."""
+
+from __future__ import annotations
+
+import io
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.data.parquet_files import is_text, open_parquet, readable, texts
+from ad2kit.run.errors import MissingExtra
+from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "pyarrow", extra="scale") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from ad2kit.scoring.blocks import Layout
+    from ad2kit.scoring.records import InputFile
+
+# Decoded at once, from the start of a row group on, whatever the size of the blocks: how Arrow
+# cuts a column into pieces decides the bytes of a part, and must not depend on which blocks a
+# worker has read before.
+_BATCH_ROWS = 1024
+# Of the answers, by the kind of their array; a block without any has types too.
+_TYPES = {
+    "U": pa.string(), "O": pa.list_(pa.string()), "f": pa.float64(),
+    "b": pa.bool_(),
+}  # fmt: skip
+
+
+def survey(file: InputFile, block_rows: int) -> Survey:
+    """Read the footer of a file and count its rows off.
+
+    Raises:
+        DataError: it is no Parquet file, or two of its columns have one name.
+        OSError: it cannot be read at all.
+    """
+    store, path = filesystem(file.url)
+    with store.open(path, "rb") as stream:
+        footer = open_parquet(stream, file.url)
+        schema, rows = footer.schema_arrow, footer.metadata.num_rows
+    blocks = [
+        Block(file.url, first + 1, min(block_rows, rows - first))
+        for first in range(0, rows, block_rows)
+    ]
+    kind = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    with_texts = tuple(field.name for field in schema if is_text(field.type))
+    return Survey(tuple(schema.names), with_texts, kind, blocks)
+
+
+class Reader:
+    """Reads blocks of one file, which is open until :meth:`close`.
+
+    A row group can be decoded from its start alone. Blocks that are asked for in their order go on
+    where the one before ended, and pass over what lies between them: of the whole file each row is
+    decoded once at most.
+
+    Raises:
+        DataError: it is no Parquet file.
+        OSError: it cannot be read at all.
+    """
+
+    def __init__(self, url: str, layout: Layout) -> None:
+        store, path = filesystem(url)
+        self._url, self._layout = url, layout
+        self._stream = store.open(path, "rb")
+        try:
+            self._file = open_parquet(self._stream, url)
+        except BaseException:
+            self._stream.close()
+            raise
+        footer = self._file.metadata
+        sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        self._bounds = list(pairwise(accumulate(sizes, initial=0)))
+        self._group, self._first = -1, 0
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def read(self, block: Block) -> Rows:
+        """Read a block.
+
+        Raises:
+            DataError: a page is damaged.
+            OSError: it cannot be read at all.
+        """
+        found = list(self._slices(block.first_row - 1, block.first_row - 1 + block.rows))
+        table = pa.Table.from_batches(found, self._file.schema_arrow)
+        rows = Rows(block, table)
+        rows.places = [(block.first_row + position, None) for position in range(table.num_rows)]
+        columns = [texts(table.column(name)) for name in self._layout.text_columns]
+        rows.texts = list(zip(*columns, strict=True))
+        return rows
+
+    def _slices(self, row: int, end: int) -> Iterator[Any]:
+        """Yield the rows from ``row`` to ``end``; fewer if the file has become shorter."""
+        for group, (start, stop) in enumerate(self._bounds):
+            while start <= row < min(stop, end):
+                with readable(self._url):
+                    batch = self._batch_with(row, group, start)
+                if batch is None:
+                    return
+                piece = batch.slice(row - self._first, end - row)
+                row += len(piece)
+                yield piece
+
+    def _batch_with(self, row: int, group: int, start: int) -> Any:
+        """Return the batch that holds a row of a row group, which begins at ``start``."""
+        if group != self._group or row < self._first:
+            self._group, self._first = group, start
+            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group])
+            self._batch = next(self._batches, None)
+        while self._batch is not None and row >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            self._batch = next(self._batches, None)
+        return self._batch
+
+
+def write(
+    rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
+) -> bytes:
+    """Return the rows at the positions ``good`` with their answers, types and all."""
+    table = rows.kept if len(good) == rows.kept.num_rows else _only(rows.kept, good)
+    for name in layout.added:
+        values = answers[name]
+        table = table.append_column(name, pa.array(values.tolist(), _TYPES[values.dtype.kind]))
+    out = io.BytesIO()
+    parquet.write_table(table, out)
+    return out.getvalue()
+
+
+def _only(table: Any, good: Sequence[int]) -> Any:
+    """Return some rows of a table in slices; ``take`` does not know every type."""
+    left_out = sorted(set(range(table.num_rows)).difference(good))
+    bounds = pairwise([-1, *left_out, table.num_rows])
+    pieces = [table.slice(before + 1, after - before - 1) for before, after in bounds]
+    return pa.concat_tables(piece for piece in pieces if len(piece)) if good else table.slice(0, 0)

@@ -1,0 +1,1 @@
+"""Answers over HTTP: the batcher, errors, monitoring, and the Bento."""

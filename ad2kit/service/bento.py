@@ -1,0 +1,318 @@
+"""The package stage: a gated variant -> a Bento, proven over HTTP before its tag is published.
+
+The Bento holds the service, the artefact, the project's own wheel, every requirement pinned (none
+of them torch), and the lineage: recipe, data fingerprints, parity report, versions, sha256.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ad2kit import __version__
+from ad2kit.exporting.classifier import read_artifact
+from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.gate.records import BentoRecord, ParityReport
+from ad2kit.gate.shipping import campaign_of, choose_variant
+from ad2kit.run.errors import MissingExtra, RunError
+from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
+from ad2kit.run.folder import exclusive
+from ad2kit.run.machine import onnxruntime_distribution
+from ad2kit.service.check import compare_service, fetch
+from ad2kit.service.settings import PREFIX
+from ad2kit.training.records import DistillReport
+
+try:
+    import bentoml
+except ModuleNotFoundError as error:
+    raise MissingExtra("bentoml", extra="cpu") from error
+import base64
+import hashlib
+import zipfile
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from ad2kit.run.recipe import recipes_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.recipe import Recipe
+
+
+# Vendors' telemetry is off unless the user says otherwise; read when bentoml is imported.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 90.0
+# `bentoml serve`, told by Linux to stop when its parent dies: a kill -9 leaves no server behind.
+_SERVE = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, "-m", "bentoml", "serve", *sys.argv[1:]])
+"""
+
+
+@exclusive
+def package(
+    run: RunDir, *, variant: str | None = None, allow_failed_parity: bool = False
+) -> BentoRecord:
+    """Build a Bento from a run, compare its service with the artefact, and publish its tag.
+
+    Args:
+        run: a run whose parity was judged.
+        variant: which variant to take; of those that passed what ``export.ship`` says if None.
+        allow_failed_parity: take ``variant`` although its gate failed; the lineage says so.
+
+    Raises:
+        RunError: no parity report yet, or an unknown variant.
+        GateFailed: no variant passed, or the service answers something else than the artefact.
+    """
+    folder, forced = choose_variant(run, variant, allow_failed_parity=allow_failed_parity)
+    recipe, report, campaign = run.recipe, ParityReport.read(run.parity_report), campaign_of(run)
+    artifact = read_artifact(folder)
+    lineage = {
+        "recipe": recipe.model_dump(mode="json"),
+        "distill": DistillReport.read(run.distill_report).model_dump(mode="json"),
+        "parity": {"forced": forced, **report.model_dump(mode="json")},
+        "requirements": pinned_requirements(),
+    }
+    if campaign is not None:
+        lineage["campaign"] = campaign.model_dump(mode="json")
+    # Not in the run folder: BentoML refuses to build below any folder whose name is hidden.
+    with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
+        context = Path(temporary) / "context"
+        context.mkdir()
+        wheel = own_wheel(context)
+        # The wheel holds the service too: a change of either makes another Bento.
+        inputs = fingerprint(lineage, sha256_of(folder / OnnxArtifact.file_name), sha256_of(wheel))
+        tag = f"ad2kit-{recipe.name}:{inputs[:12]}"
+        if run.bento_record.is_file() and _published(tag):
+            record = BentoRecord.read(run.bento_record)
+            if record.inputs == inputs:
+                logger.info("already packaged: %s", tag)
+                return record
+
+        _lay_out(context, recipe, folder, lineage, wheel)
+        # Nothing that is set for another service here, and a key of its own: it is nobody else's.
+        key = secrets.token_urlsafe()
+        environment = {name: value for name, value in os.environ.items()
+                       if not name.startswith(PREFIX)}  # fmt: skip
+        bento = _build(context, Path(temporary) / "store", tag, environment)
+        environment[f"{PREFIX}API_KEYS"] = key
+        with served(bento, bento.parent, environment=environment) as address:
+            found = compare_service(run, folder, address, key)
+        found.insist_same(f"{tag} was not published")
+        record = BentoRecord(
+            inputs=inputs, tag=tag, variant=artifact.variant, forced=forced,
+            service_texts=found.texts, service_label_flips=found.flips, service_score_gap=found.gap,
+        )  # fmt: skip
+        if _published(tag):
+            bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
+        published = bentoml.bentos.import_bento(str(bento), input_format="folder")
+        _let_others_read(Path(published.path), like=context)
+    write_record(run.bento_record, record)
+    logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
+    return record
+
+
+def _lay_out(
+    context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any], wheel: Path
+) -> None:
+    """Write what a Bento is built from beside the wheel: the service, the artefact, what it is."""
+    for name in ("service.py", "page.html"):
+        shutil.copy2(service_file().with_name(name), context / name)
+    shutil.copytree(folder, context / "artifact")
+    write_text(context / "lineage.json", json.dumps(lineage, indent=2))
+    bentofile = {
+        "service": "service:Ad2kitClassifier",
+        "name": f"ad2kit-{recipe.name}",
+        "description": f"{recipe.description} Variant {folder.name}.",
+        "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
+        "include": ["service.py", "page.html", "lineage.json", "artifact/*"],
+        "python": {
+            "packages": lineage["requirements"],
+            "wheels": [wheel.name],
+            "lock_packages": False,
+        },
+    }
+    write_text(context / "bentofile.yaml", json.dumps(bentofile))  # JSON is YAML
+
+
+@contextmanager
+def served(
+    target: str | Path, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Serve a Bento (a folder, a tag or a project) on a free loopback port; yield its address.
+
+    Args:
+        target: what ``bentoml serve`` takes.
+        folder: working directory of the server, and where its log goes.
+        arguments: more arguments of ``bentoml serve``.
+        environment: its variables; those of this process if None.
+
+    Raises:
+        RunError: the server ended, or was not ready in time; the message holds its last lines.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", _SERVE, str(target), "--host", "127.0.0.1", "--port",
+               str(port), *arguments]  # fmt: skip
+    log_path = folder / "server.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait_until_ready(process, address, log_path)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _published(tag: str) -> bool:
+    try:
+        bentoml.bentos.get(tag)
+    except bentoml.exceptions.NotFound:
+        return False
+    return True
+
+
+def _build(context: Path, store: Path, tag: str, environment: Mapping[str, str]) -> Path:
+    """Build the Bento into a store of its own, where nobody can serve it yet."""
+    store.mkdir()
+    built = subprocess.run(
+        [sys.executable, "-m", "bentoml", "build", str(context), "--version", tag.split(":")[1]],
+        env={**environment, "BENTOML_HOME": str(store)},
+        cwd=context,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    bento = store / "bentos" / tag.replace(":", "/")
+    if built.returncode or not (bento / "bento.yaml").is_file():
+        raise RunError(
+            f"`bentoml build` failed with exit code {built.returncode}:\n"
+            f"{(built.stdout + built.stderr)[-2000:]}",
+            hint="`ad2kit doctor` shows the versions; the run itself is unharmed",
+        )
+    return bento
+
+
+def _let_others_read(bento: Path, like: Path) -> None:
+    """Give what BentoML made for its own user alone the permissions of any other new folder."""
+    allowed = like.stat().st_mode & 0o555
+    for path in (bento, *bento.rglob("*")):
+        mode = path.stat().st_mode
+        executable = path.is_dir() or mode & 0o100
+        path.chmod(mode | (allowed if executable else allowed & 0o444))
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            fetch(f"{address}/readyz", timeout_s=2)
+            return
+        except OSError:
+            time.sleep(0.1)
+    tail = log.read_text(errors="replace")[-2000:]
+    state = "is not ready" if process.poll() is None else f"ended with {process.returncode}"
+    raise RunError(
+        f"the service {state} after {START_TIMEOUT_S:g} s at most; its log ends:\n{tail}",
+        hint="`ad2kit doctor` shows what is installed; the run itself is unharmed",
+    )
+
+
+def service_file() -> Path:
+    """Return the BentoML service, in an installed wheel or in a checkout."""
+    here = Path(__file__).parents[1]
+    installed = here / "_serving" / "service.py"
+    return installed if installed.is_file() else here.parent / "serving" / "service.py"
+
+
+def pinned_requirements() -> list[str]:
+    """Return what a serving process needs beside ad2kit, each pinned to the installed version.
+
+    The closure is ours and not BentoML's lock, which would need the network at build time.
+    """
+    wanted = [onnxruntime_distribution(), *(metadata.requires("ad2kit") or ())]
+    pins: dict[str, str] = {}
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        # Our own `serve` extra counts, other packages' extras only where they are asked for.
+        active = [
+            extra
+            for extra in ("", "serve", *requirement.extras)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        ]
+        name = requirement.name.lower().replace("_", "-")
+        if not active or name in pins or name == "ad2kit":
+            continue
+        distribution = metadata.distribution(name)
+        pins[name] = distribution.version
+        for text in distribution.requires or ():
+            child = Requirement(text)
+            extras = requirement.extras or {""}
+            if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in extras):
+                child.marker = None
+                wanted.append(str(child))
+    return [f"{name}=={version.split('+')[0]}" for name, version in sorted(pins.items())]
+
+
+def own_wheel(folder: Path) -> Path:
+    """Write the wheel of the installed ad2kit, editable or not, and return its path.
+
+    Deterministic: the same code makes the same bytes, so that a Bento's tag can be too.
+    """
+    package_folder, info = Path(__file__).parents[1], f"ad2kit-{__version__}.dist-info"
+    files = {
+        f"ad2kit/{path.relative_to(package_folder)}": path.read_bytes()
+        for path in package_folder.rglob("*")
+        if path.is_file() and path.suffix in (".py", ".typed", ".html")
+    }
+    for name, source in (("_recipes", recipes_folder()), ("_serving", service_file().parent)):
+        files |= {
+            f"ad2kit/{name}/{path.relative_to(source)}": path.read_bytes()
+            for path in source.rglob("*")
+            if path.suffix in (".py", ".yaml", ".html", ".json")
+        }
+    distribution = metadata.distribution("ad2kit")
+    for name in ("METADATA", "entry_points.txt"):
+        files[f"{info}/{name}"] = (distribution.read_text(name) or "").encode()
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: ad2kit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    rows = []
+    for name, content in sorted(files.items()):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        rows.append(f"{name},sha256={digest},{len(content)}\n")
+    files[f"{info}/RECORD"] = ("".join(rows) + f"{info}/RECORD,,\n").encode()
+    path = folder / f"ad2kit-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return path

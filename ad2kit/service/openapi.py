@@ -1,0 +1,198 @@
+"""What the service reads and writes, as models, and the OpenAPI document that says so.
+
+BentoML writes a document of its own, in which one text is a string and a list is none, the errors
+are not those of :mod:`ad2kit.service.errors`, and half of the paths are missing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic.json_schema import models_json_schema
+
+from ad2kit import __version__
+from ad2kit.data.texts import VISIBLE
+from ad2kit.exporting.golden import TEXTS
+from ad2kit.service.errors import ERRORS, send_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ad2kit.service.errors import App, Message, Receive, Send
+
+MAX_TEXTS = 128
+TIMING = "X-Server-Timing"
+Text = str | tuple[str, str]
+
+# A field that another task has is left out and not null.
+_Optional: Any = Field(None, exclude_if=lambda value: value is None)
+_TEXT = {"type": "string", "minLength": 1, "pattern": VISIBLE}
+_REFUSALS = (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+
+
+class ClassifyRequest(BaseModel):
+    """One text, or a list; for a sentence-pair model each text is a list of two.
+
+    ``scores`` asks for the probabilities of all labels as well.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"example": {"texts": ["the plot is weak, but the acting is superb"]}},
+    )
+
+    texts: str | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    scores: StrictBool = False
+
+    def as_list(self) -> list[Text]:
+        """Return the texts as a list, also if there is one."""
+        return [self.texts] if isinstance(self.texts, str) else self.texts
+
+
+class Prediction(BaseModel):
+    """The answer for one text, and whether it was cut.
+
+    Which fields there are depends on the model's task (see /info): label and score; labels; or
+    value. The probabilities of all labels are in scores, if they were asked for.
+    """
+
+    label: str | None = _Optional
+    score: float | None = _Optional
+    labels: list[str] | None = _Optional
+    value: float | None = _Optional
+    scores: dict[str, float] | None = _Optional
+    tokens: int
+    truncated: bool
+
+
+class ClassifyResponse(BaseModel):
+    """One prediction per text, in order."""
+
+    predictions: list[Prediction]
+
+
+class Error(BaseModel):
+    """What went wrong, and what to do about it."""
+
+    type: str
+    message: str
+    hint: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer whose status is 400 or more."""
+
+    error: Error
+
+
+def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of the service.
+
+    Args:
+        text_columns: how many texts the model reads for each example, 1 or 2.
+        keys: whether clients need an API key.
+    """
+    models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ErrorResponse]
+    _, found = models_json_schema(
+        [(model, "serialization" if model is not ClassifyRequest else "validation")
+         for model in models],
+        ref_template="#/components/schemas/{model}",
+    )  # fmt: skip
+    schemas = found["$defs"]
+    one = _TEXT if text_columns == 1 else {"type": "array", "prefixItems": [_TEXT, _TEXT],
+                                           "minItems": 2, "maxItems": 2}  # fmt: skip
+    many = {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS}
+    schemas["ClassifyRequest"]["properties"]["texts"] = (
+        {"anyOf": [one, many]} if text_columns == 1 else many
+    )
+    example: Any = TEXTS[0] if text_columns == 1 else [TEXTS[1], TEXTS[0]]
+    bodies: dict[str, Any] = {
+        "several": {"value": {"texts": [example, example]}},
+        "with the scores of all labels": {"value": {"texts": [example], "scores": True}},
+    }
+    if text_columns == 1:
+        bodies["one"] = {"value": {"texts": example}}
+    schemas["ClassifyRequest"].pop("example")
+    refusals = {str(status): _refusal(status) for status in _REFUSALS if keys or status != 401}
+    times = {"description": "Where the time went, in ms; if it was asked for",
+             "schema": {"type": "string"}}  # fmt: skip
+    classify = {
+        "summary": "Classify texts",
+        "parameters": [{"name": TIMING, "in": "header", "schema": {"type": "string"},
+                        "description": "Any value asks for Server-Timing"}],
+        "requestBody": {"required": True, "content": _json("ClassifyRequest", examples=bodies)},
+        "responses": {
+            "200": {"description": "One prediction per text, in order",
+                    "headers": {"Server-Timing": times}, "content": _json("ClassifyResponse")},
+            **refusals,
+        },
+    }  # fmt: skip
+    locked = {"401": _refusal(401)} if keys else {}
+    paths: dict[str, Any] = {
+        "/classify": {"post": classify},
+        "/info": {"get": {
+            "summary": "The model, where it comes from, what it passed, and the limits",
+            "responses": {"200": {"description": "All of it", "content": {
+                "application/json": {"schema": {"type": "object"}}}}} | locked,
+        }},
+        "/metrics": {"get": _plain("What was counted, for Prometheus") | {"security": []}},
+        "/livez": {"get": _plain("The process lives") | {"security": []}},
+        "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
+    }  # fmt: skip
+    components: dict[str, Any] = {"schemas": schemas}
+    whole: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "ad2kit classifier", "version": __version__,
+                 "description": "A distilled text classifier. Errors have one shape."},
+        "servers": [{"url": "."}],
+        "paths": paths,
+        "components": components,
+    }  # fmt: skip
+    if keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        whole["security"] = [{"key": []}]
+    return whole
+
+
+def _json(model: str, **more: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}, **more}}
+
+
+def _plain(what: str) -> dict[str, Any]:
+    responses: dict[str, Any] = {"200": {"description": what}}
+    return {"summary": what, "responses": responses}
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    kind, message, hint = ERRORS[status]
+    example = {"error": {"type": kind, "message": message, "hint": hint}}
+    found: dict[str, Any] = {
+        "description": f"{kind}: {message}", "content": _json("ErrorResponse", example=example)
+    }  # fmt: skip
+    if status == 429:
+        seconds = {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}
+        found["headers"] = {"Retry-After": seconds}
+    return found
+
+
+class Documented:
+    """ASGI middleware: answers GET on one path with a document, instead of the application's.
+
+    Args:
+        app: the application for everything else.
+        path: of the document.
+        document: returns it, at each request, because the service is made after its middleware.
+    """
+
+    def __init__(self, app: App, *, path: str, document: Callable[[], dict[str, Any]]) -> None:
+        self.app, self.path, self.document = app, path, document
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request, or pass it on."""
+        asked = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == self.path
+        if not asked:
+            await self.app(scope, receive, send)
+            return
+        await send_json(send, 200, json.dumps(self.document()).encode())

@@ -1,0 +1,347 @@
+"""What an operator may set of the service, and what of it is refused before a worker starts.
+
+A setting ``name`` comes from the variable ``AD2KIT_NAME``, or in a checkout from ``bentoml serve
+--arg name=value``. BentoML drops ``--arg`` when it serves a Bento, so that a server that was told
+to ask for keys would be open; what was given and lost is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ad2kit.run.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+PREFIX = "AD2KIT_"
+# What the parent process of a server hands to its workers (service_process.py).
+SERVER = f"{PREFIX}SERVER"
+# Other users of the machine can read a command line.
+SECRETS = ("api_keys",)
+PATHS = ("model", "runs_dir", "api_keys_file", "shadow")
+# A Bento was compared with its artefact before it was published; it serves no other.
+OF_A_CHECKOUT = ("model", "runs_dir")
+# Variables that are no settings: of the benchmarks, of the parent process, and those that
+# Kubernetes gives to all pods beside a Service whose name begins with "ad2kit".
+_NO_SETTING = re.compile(
+    rf"{PREFIX}(BENCH_.*|SERVER|(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
+)
+_KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
+
+
+class Settings(BaseModel):
+    """What an operator may set; a new setting is one line here.
+
+    ``model`` is a run or an exported variant; without it the most recent run in ``runs_dir`` that
+    passed its gate is served. ``workers`` processes share the cores, each with ``threads`` for the
+    engine; one for each core with one thread if neither is set. ``api_keys`` holds keys with
+    commas between them, ``api_keys_file`` one key a line. ``shadow`` is a run or an artefact of the
+    teacher, which scores ``shadow_share`` of the texts in the background. ``access_log`` writes a
+    line for each request.
+
+    The others bound what clients can make a worker hold: bytes of a body, bytes of the bodies of
+    all requests beside the first 4096 of each, bytes (address, chunk sizes and trailers included)
+    and number of the headers of a request, seconds until its headers and then its body are here and
+    until a client has read its answer, and connections.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(default=None, min_length=1)
+    runs_dir: str | None = Field(default=None, min_length=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    api_keys: str | None = Field(default=None, repr=False)
+    api_keys_file: str | None = Field(default=None, min_length=1)
+    shadow: str | None = Field(default=None, min_length=1)
+    shadow_share: float = Field(default=0.01, gt=0, le=1)
+    access_log: bool = False
+    max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
+    max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
+    max_header_bytes: int = Field(default=2**14, ge=2**10, le=2**20)
+    max_headers: int = Field(default=100, ge=8, le=10_000)
+    header_timeout_s: float = Field(default=10.0, ge=0.1, le=3600)
+    body_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
+    write_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
+    max_connections: int = Field(default=4096, ge=1, le=2**16)
+
+    def insist_that_they_fit(self) -> None:
+        """Refuse two names of what is served, a share of no shadow, and a bound above another.
+
+        Raises:
+            UserError: says what to leave out.
+        """
+        if self.model is not None and self.runs_dir is not None:
+            raise UserError(
+                f"model names what is served, {self.model}, and runs_dir where to look for it, "
+                f"{self.runs_dir}",
+                hint=f"leave one of {_variable('model')} and {_variable('runs_dir')} out",
+            )
+        if self.shadow is None and "shadow_share" in self.model_fields_set:
+            raise UserError(
+                f"shadow_share={self.shadow_share:g} is the share of texts that a shadow scores, "
+                "and there is no shadow",
+                hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
+            )
+        if self.max_held_bytes < self.max_body_bytes:
+            raise UserError(
+                f"one request may have {self.max_body_bytes} bytes (max_body_bytes), and all of a "
+                f"worker together {self.max_held_bytes} (max_held_bytes)",
+                hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
+            )
+
+    def keys(self) -> list[str]:
+        """Return the keys that clients may use, of ``api_keys`` and of ``api_keys_file``.
+
+        Raises:
+            UserError: the file cannot be read, a key is none, or keys were asked for and there is
+                none.
+        """
+        keys = [
+            _key(key, f"{_variable('api_keys')}, key {number}")
+            for number, key in enumerate(map(_strip, (self.api_keys or "").split(",")), 1)
+            if key
+        ]
+        if self.api_keys_file is not None:
+            keys += keys_of(Path(self.api_keys_file))
+        if not keys and (self.api_keys is not None or self.api_keys_file is not None):
+            # A secret that went wrong must not open the service.
+            raise UserError(
+                "API keys were asked for and there is none",
+                hint=f"write one key a line into the file that {_variable('api_keys_file')} names, "
+                f"or several with commas into {_variable('api_keys')}; unset both to serve "
+                "everybody",
+            )
+        return keys
+
+
+def read_settings(
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str],
+    command: Sequence[str],
+    *,
+    packed: bool,
+) -> Settings:
+    """Return the settings that were given; paths are absolute.
+
+    Args:
+        arguments: what BentoML handed on of ``--arg`` and ``--arg-file``.
+        environment: the variables of this process.
+        command: the command line of this process.
+        packed: whether a Bento is served, which holds its model.
+
+    Raises:
+        UserError: something was lost, is unknown, has a wrong value, or was given twice.
+    """
+    given = {name: str(value) for name, value in arguments.items()}
+    _insist_that_nothing_is_lost(given, command, packed=packed)
+    variables = _variables(environment)
+    values = dict[str, Any]()
+    for name in Settings.model_fields:
+        if name in given:
+            values[name] = _value(name, given[name], f"--arg {name}")
+        if name in variables:
+            value = _value(name, variables[name], _variable(name))
+            if values.setdefault(name, value) != value:
+                raise UserError(
+                    f"{name} was given twice, as {given[name]!r} by --arg and as "
+                    f"{variables[name]!r} by {_variable(name)}",
+                    hint=f"leave one of them out: `unset {_variable(name)}`, or no --arg {name}",
+                )
+        if packed and name in OF_A_CHECKOUT and name in values:
+            raise UserError(
+                f"{name} was given, and a Bento serves the model that it holds",
+                hint=f"leave it out (`unset {_variable(name)}`), or make a Bento of another run "
+                "with `ad2kit package`",
+            )
+        if name in PATHS and name in values:
+            values[name] = str(_absolute(name, values[name], packed=packed))
+    return Settings(**values)
+
+
+def client_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
+    """Return the key that a client sends: the first in ``file``, else in the environment, or None.
+
+    Raises:
+        UserError: the file, or what the environment names, holds no key.
+    """
+    names = ("api_keys", "api_keys_file")
+    given = {name: environment[_variable(name)] for name in names if _variable(name) in environment}
+    keys = Settings.model_validate({"api_keys_file": str(file)} if file else given).keys()
+    return keys[0] if keys else None
+
+
+def keys_of(path: Path) -> list[str]:
+    """Return the keys in a file: one a line, in UTF-8, with or without a byte order mark.
+
+    Empty lines and lines that begin with ``#`` are left out.
+
+    Raises:
+        UserError: it cannot be read, is no text, or a line is no key.
+    """
+    hint = "give a text file with one key a line"
+    try:
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no file" if path.exists() else "absent"
+            raise UserError(f"expected API keys in {path}, and it is {kind}", hint=hint)
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the API keys in {path}: {error}", hint=hint) from error
+    return [
+        _key(line, f"{path}, line {number}")
+        for number, line in enumerate(map(_strip, lines), 1)
+        if line and not line.startswith("#")
+    ]
+
+
+def _strip(text: str) -> str:
+    return text.strip(" \t\r\n")
+
+
+def _key(key: str, where: str) -> str:
+    # What RFC 6750 lets a client send, and a little more; the key itself is not shown.
+    if not re.fullmatch("[!-~]+", key):
+        raise UserError(
+            f"{where}: an API key consists of visible ASCII characters, without a blank, and this "
+            "one has another character",
+            hint="write one key a line, comments on lines of their own that begin with #, or in "
+            f"{_variable('api_keys')} a comma between keys",
+        )
+    return key
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings among the variables, by the names that they have here.
+
+    Raises:
+        UserError: one looks like a setting, and there is none of that name.
+    """
+    known, found = {_variable(name): name for name in Settings.model_fields}, {}
+    for variable, text in environment.items():
+        if variable in known:
+            found[known[variable]] = text
+        elif not variable.upper().startswith(PREFIX) or _NO_SETTING.fullmatch(variable):
+            continue
+        elif not (variable.endswith("_PORT") and _KUBERNETES_PORT.match(text)):
+            raise UserError(
+                f"the environment has {variable}, and there is no such setting"
+                f"{nearest(variable.upper(), known)}",
+                hint=f"unset it; there are {', '.join(known)}",
+            )
+    return found
+
+
+def _value(name: str, text: str, source: str) -> Any:
+    """Return the value of one setting as its type says."""
+    try:
+        return getattr(Settings.model_validate({name: text}), name)
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: expected {_expected(name)}, found {text!r}",
+            hint=f"give such a value by {_variable(name)}, or leave it out",
+        ) from error
+
+
+def _expected(name: str) -> str:
+    """Return in words what a setting may be."""
+    field = Settings.model_fields[name]
+    kinds = {int: "a whole number", float: "a number", bool: "true or false",
+             str: "a text that is not empty"}  # fmt: skip
+    types = get_args(field.annotation) or (field.annotation,)
+    (kind,) = (words for kind, words in kinds.items() if kind in types)
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    said = [
+        f"{words} {getattr(limit, bound):g}"
+        for limit in field.metadata
+        for bound, words in bounds.items()
+        if hasattr(limit, bound)
+    ]
+    return ", ".join([kind, *said])
+
+
+def _absolute(name: str, path: str, *, packed: bool) -> Path:
+    """Return a path as it is from everywhere; workers have another working directory."""
+    if packed and not Path(path).is_absolute():
+        raise UserError(
+            f"{name}: expected an absolute path, because a Bento is served in a folder of its own, "
+            f"found {path!r}",
+            hint=f'set {_variable(name)}="$PWD"/{shlex.quote(path)}',
+        )
+    return Path(path).absolute()
+
+
+def _insist_that_nothing_is_lost(
+    given: Mapping[str, str], command: Sequence[str], *, packed: bool
+) -> None:
+    """Refuse arguments that are not what the command line says, or are no settings.
+
+    Raises:
+        UserError: says how to set it instead.
+    """
+    for option, name, value in _typed(command):
+        if not name and packed:
+            raise UserError(
+                f"`{option} {value}` was given, and BentoML drops it when it serves a Bento",
+                hint=f"set {PREFIX}NAME=VALUE in the environment for each of its lines",
+            )
+        if name and name in Settings.model_fields and given.get(name) != value:
+            found = f"BentoML hands on {given[name]!r}" if name in given else "BentoML drops it"
+            shown = "…" if name in SECRETS else shlex.quote(value)
+            if name in PATHS and not Path(value).is_absolute():
+                shown = f'"$PWD"/{shown}'
+            raise UserError(
+                f"`{option} {name}=` was given, and {found}"
+                f"{' when it serves a Bento' if packed else ': it was given twice'}",
+                hint="a Bento serves the model that it holds: leave it out, or make a Bento of "
+                "another run with `ad2kit package`"
+                if packed and name in OF_A_CHECKOUT
+                else f"set {_variable(name)}={shown} in the environment instead",
+            )
+    typed = [name for _, name, _ in _typed(command) if name]
+    for name in (*typed, *given):
+        if name not in Settings.model_fields:
+            raise UserError(
+                f"there is no argument {name!r}{nearest(name, Settings.model_fields)}",
+                hint=f"there are {', '.join(Settings.model_fields)}",
+            )
+        if name in SECRETS:
+            raise UserError(
+                f"{name} was given by --arg, where other users of the machine can read it",
+                hint=f"set {_variable(name)} in the environment, or give api_keys_file",
+            )
+
+
+def _typed(command: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield option, name and value of what was typed; no name for a file that cannot be read."""
+    program = Path(command[0]) if command else Path()
+    if program.stem != "bentoml" and program.parent.name != "bentoml":
+        return
+    words = iter(command[1:])
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--":
+            return
+        if option in ("--arg", "--arg-file"):
+            value = value if equals else next(words, "")
+            pairs = [value.partition("=")[::2]] if option == "--arg" else _lines_of(value)
+            for name, text in pairs:
+                yield option, name, text
+
+
+def _lines_of(file: str) -> Iterable[tuple[str, str]]:
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return [("", file)]  # BentoML has read it, from another working directory
+    return [(str(name), str(value)) for name, value in (found or {}).items()]

@@ -1,0 +1,501 @@
+"""The distill stage: a teacher, fine-tuned where the recipe says so, and its student."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ad2kit.data import splits
+from ad2kit.data.label_order import insist_on_order
+from ad2kit.data.labels import answers, balance, counts
+from ad2kit.data.metrics import score
+from ad2kit.models import text_model
+from ad2kit.models.baselines import look_at_teacher, untrained_encoder
+from ad2kit.models.head import start_head
+from ad2kit.models.pretrained import RANDOM, find_model
+from ad2kit.models.records import ModelManifest, TeacherReport
+from ad2kit.models.text_model import padded, predict_logits
+from ad2kit.run.errors import RunError
+from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
+from ad2kit.run.folder import exclusive
+from ad2kit.run.machine import accelerator as make_accelerator
+from ad2kit.run.machine import environment, peak_memory_mb
+from ad2kit.run.sections import TrainRecipe
+from ad2kit.training import selection, shared
+from ad2kit.training.ad2 import Batch, distillation, finetuning, inner_losses
+from ad2kit.training.checkpoint import Evaluation
+from ad2kit.training.loop import Trainer, check_compute, prepare
+from ad2kit.training.losses import balanced_weights, check_terms, comparison, soft_targets
+from ad2kit.training.records import (
+    DistillReport,
+    StepRecord,
+    overrun,
+    read_curve,
+    scores_before_decay,
+    verdict,
+)
+from ad2kit.training.schedule import rate_of_width
+from ad2kit.training.students import build_student, check_widths, narrow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from ad2kit.data.splits import Data, Encoded, Split
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.run.sections import DistillRecipe
+    from ad2kit.training.records import Selection, SelectPoint, SplitFacts
+
+logger = logging.getLogger(__name__)
+
+# Rows of `select` that show what the adversary does; a batch.
+_ATTACKED_ROWS = 32
+
+Training = TypeVar("Training", bound=TrainRecipe)
+
+
+@exclusive
+def distill(
+    run: RunDir,
+    *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None,
+    allow_inexact: bool = False,
+) -> DistillReport:
+    """The distill stage: teacher (fine-tuned if the recipe says so) and student of a run.
+
+    Done work is kept: a finished teacher is loaded, one that another run beside this one has
+    fine-tuned on the same data is taken over, an unfinished training goes on from its checkpoint,
+    and a finished student is returned as it is. Under `accelerate launch` every process calls it.
+
+    Args:
+        run: the run folder, with its recipe.
+        on_step: called after each update.
+        allow_inexact: resume under other threads or versions than the checkpoint was made with.
+
+    Raises:
+        DataError, ModelError, RunError, DivergedError: see the functions that this one calls.
+        GateFailed: a simpler model is far better than the teacher, and the recipe does not accept
+            that.
+    """
+    stage = _Stage.of(run, on_step, allow_inexact)
+    recipe, data = stage.recipe, stage.data
+    teacher = stage.teacher()
+    inputs = fingerprint(
+        stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
+        recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
+    )  # fmt: skip
+    if (done := stage.finished(inputs)) is not None:
+        return done
+
+    teacher_select = stage.select_logits(teacher)
+    stage.look_at(teacher, teacher_select)
+    student = stage.student(teacher)
+    settings = with_rate(recipe.distill, student)
+    logger.info(
+        "student: %d layers, %.1f M parameters, learning rate %.3g",
+        student.module.config.num_hidden_layers, student.parameters() / 1e6, settings.rate,
+    )  # fmt: skip
+    select, encoded = (stage.encode(student, each) for each in (data.select, data.distillation()))
+    steps, kept = stage.train_student(
+        teacher, student, settings, encoded, select, teacher_select, inputs=inputs
+    )
+    validation = splits.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
+    report = stage.report(
+        teacher, student, settings, kept, inputs=inputs, steps=steps,
+        splits=splits.facts(data, train=encoded, select=select, validation=validation),
+        teacher_score=stage.score(teacher_select, select),
+    )  # fmt: skip
+    if stage.accelerator.is_main_process:
+        write_record(run.distill_report, report)
+    stage.trainer.clean_up("student")
+    logger.info("%s", report.verdict)
+    if late := overrun(run, recipe.plan):
+        logger.warning("%s", late)
+    return report
+
+
+@exclusive
+def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
+    """Do the part of :func:`distill` that the students of one teacher share, before any of them.
+
+    The teacher of the run is made, and its logits on what the students read; the runs beside this
+    one take both from the store. Arguments and errors are those of :func:`distill`.
+    """
+    stage = _Stage.of(run, lambda _record: None, allow_inexact)
+    teacher = stage.teacher()
+    stage.look_at(teacher, stage.select_logits(teacher))
+    stage.teacher_logits(teacher, stage.data.distillation())
+
+
+def open_models(recipe: Recipe, data: Data) -> TextModel:
+    """Open the models of a recipe, and refuse what cannot be distilled; nothing is trained.
+
+    `ad2kit check` and the stage itself call it, so that they agree.
+
+    Returns:
+        The teacher, before its fine-tuning if there is any.
+
+    Raises:
+        ModelError: a model that cannot be read or served, other labels than the data's, a length
+            beyond its positions, layers or widths that it lacks, a term that teacher and student
+            cannot have, or what ``compute`` asks for and the family lacks.
+    """
+    finished, seed = recipe.teacher.finetune is None, recipe.seed
+    teacher = text_model.load_reference(
+        recipe.teacher.model, data, seed=seed, finished=finished, key="teacher.model"
+    )
+    student = before_training(teacher, recipe, data)
+    check_widths(teacher, recipe.student)
+    check_terms(teacher, student, recipe.distill.intermediate)
+    length = recipe.data.max_length_tokens
+    opened = {"teacher.model": teacher, "student.model": student}
+    for key, model in opened.items():
+        check_compute(model, recipe.compute)
+        text_model.check_length(model, length, key="data.max_length_tokens")
+        text_model.try_out(model, data.train.texts[:2], length, key=key)
+    return teacher
+
+
+def with_rate(settings: Training, model: TextModel) -> Training:
+    """Return the settings of a training with their learning rate, by the width if null."""
+    if settings.lr is not None:
+        return settings
+    return settings.model_copy(update={"lr": rate_of_width(model.module.config.hidden_size)})
+
+
+def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
+    """Return the student with all of its heads and neurons."""
+    source, layers = teacher, recipe.student.layers
+    if recipe.student.model is not None:
+        source = text_model.load_reference(
+            recipe.student.model, data, seed=recipe.seed, finished=False, key="student.model"
+        )
+    return build_student(source, layers) if layers else source
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the steps of the stage share."""
+
+    run: RunDir
+    recipe: Recipe
+    data: Data
+    trainer: Trainer
+
+    @classmethod
+    def of(cls, run: RunDir, on_step: Callable[[StepRecord], None], allow_inexact: bool) -> _Stage:
+        """Look at device and data; nothing is trained yet."""
+        recipe = run.recipe
+        accelerator = make_accelerator(recipe.compute)
+        surroundings = environment(
+            torch.get_num_threads(), accelerator.device.type, accelerator.num_processes
+        ) | {
+            "compile": str(recipe.compute.compile),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
+        data = splits.load_data(recipe.data, recipe.seed)
+        if data.task != "regression":
+            train = data.train
+            shares = balance(counts(data.task, train.labels, data.labels), len(train))
+            logger.info("train: %d rows; %s", len(train), shares)
+        trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
+        return cls(run, recipe, data, trainer)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.trainer.accelerator
+
+    def finished(self, inputs: str) -> DistillReport | None:
+        """Return the report of a student that was distilled from the same inputs, if it is whole.
+
+        Raises:
+            ModelError: the student was changed since.
+        """
+        run = self.run
+        if not run.distill_report.is_file():
+            return None
+        report = DistillReport.read(run.distill_report)
+        saved = (run.student / text_model.MANIFEST, run.select_logits)
+        if report.inputs != inputs or not all(path.is_file() for path in saved):
+            return None
+        text_model.load(run.student, self.data.labels, self.data.task)
+        self.trainer.clean_up("student")
+        logger.info("student is already distilled: %s", run.student)
+        return report
+
+    def train_student(
+        self, teacher: TextModel, student: TextModel, settings: DistillRecipe, encoded: Encoded,
+        select: Encoded, teacher_select: torch.Tensor, *, inputs: str,
+    ) -> tuple[int, Selection]:  # fmt: skip
+        """Train the student, and save it with its logits on ``select``; all processes take part.
+
+        Args:
+            teacher: answers what the student reads.
+            student: before its first update.
+            settings: of the training.
+            encoded: what the student reads.
+            select: what chooses the update that is kept.
+            teacher_select: the teacher's logits on ``select``, shape [rows, outputs].
+            inputs: what the student is made from, as a fingerprint.
+
+        Returns:
+            The number of updates, and which of them was kept.
+        """
+        terms = comparison(teacher, student, settings.intermediate)
+        logits = self.teacher_logits(teacher, self.data.distillation())
+        imitated, taught = (teacher_select, logits) if settings.imitates else (None, None)
+        prepare(student, self.recipe.compute)
+        state, kept, found = self.trainer.train(
+            student, encoded, logits,
+            distillation(self.accelerator, settings, terms, self.class_weights(settings)), settings,
+            lambda model: self.evaluate(model, select, imitated, settings),
+            functools.partial(self.choose, select), phase="student",
+            seed=self.recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
+            start=self.head_start(settings, encoded, taught),
+        )  # fmt: skip
+        if self.accelerator.is_main_process:
+            text_model.save(state.model, self.run.student, inputs=inputs)
+            with whole_file(self.run.select_logits) as new:
+                save_file({"logits": found}, new)
+        self.accelerator.wait_for_everyone()
+        return state.step, kept
+
+    def report(
+        self, teacher: TextModel, student: TextModel, settings: DistillRecipe,
+        selection: Selection, *, inputs: str, steps: int, splits: dict[str, SplitFacts],
+        teacher_score: float,
+    ) -> DistillReport:  # fmt: skip
+        """Return what the stage says of a student that is trained and saved."""
+        run, finetune = self.run, self.recipe.teacher.finetune
+        records = read_curve(run.curve("student"))
+        kd, gain, words = verdict(records, settings)
+        seconds = sum(record.seconds for record in records)
+        rates = {"student": settings.rate}
+        if finetune is not None:
+            rates["teacher"] = with_rate(finetune, teacher).rate
+        return DistillReport(
+            inputs=inputs,
+            labels=self.data.labels,
+            splits=splits,
+            teacher_sha256=self.teacher_sha256(),
+            student_sha256=sha256_of(run.student / text_model.MANIFEST),
+            teacher_parameters=teacher.parameters(),
+            student_parameters=student.parameters(),
+            task=self.data.task,
+            metrics=self.recipe.data.judged_by,
+            teacher_select_score=teacher_score,
+            student_select_score=selection.kept.score,
+            learning_rates=rates,
+            selection=selection,
+            steps=steps,
+            train_seconds=seconds,
+            examples_per_s=sum(record.examples for record in records) / seconds,
+            peak_memory_mb=peak_memory_mb(),
+            mean_clean_kl=kd,
+            mean_adversarial_gain=gain,
+            verdict=words,
+            environment=self.trainer.surroundings,
+        )
+
+    def data_sha256(self) -> str:
+        return fingerprint(
+            self.data.labels, self.data.train.sha256(), self.data.select.sha256(),
+            self.data.validation.sha256(), self.recipe.data.max_length_tokens,
+            self.recipe.data.judged_by,
+        )  # fmt: skip
+
+    def teacher_sha256(self) -> str:
+        """Return what the teacher is: its weights and its tokenizer, however it came about."""
+        return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
+
+    def encode(self, model: TextModel, split: Split) -> Encoded:
+        length = self.recipe.data.max_length_tokens
+        text_model.check_length(model, length, key="data.max_length_tokens")
+        encoded = splits.encode(split, model.tokenizer, length)
+        if encoded.truncated.any():
+            logger.info("%d texts are longer than %d tokens and were truncated",
+                        encoded.truncated.sum(), length)  # fmt: skip
+        return encoded
+
+    def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
+        return predict_logits(model, encoded, self.accelerator.device, self.accelerator)
+
+    def score(self, logits: torch.Tensor, encoded: Encoded) -> float:
+        found = answers(self.data.task, logits.numpy())
+        return score(self.recipe.data.judged_by, found, encoded.labels)
+
+    def evaluate(
+        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None,
+        settings: DistillRecipe | None = None,
+    ) -> Evaluation:  # fmt: skip
+        """Look at a model on ``select``, and at its adversary if the settings have one."""
+        logits, distance = self.logits(model, encoded), None
+        if teacher_logits is not None:
+            temperature = self.recipe.distill.temperature
+            distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
+        found = answers(self.data.task, logits.numpy())
+        constant = bool((found == found[0]).all())
+        inner: tuple[float, float] | tuple[None, None] = (None, None)
+        if settings is not None and settings.alpha and teacher_logits is not None:
+            rows, device = np.arange(min(len(encoded), _ATTACKED_ROWS)), self.accelerator.device
+            batch = Batch(
+                padded(model, encoded, rows, device),
+                torch.from_numpy(encoded.labels[rows]).to(device),
+                teacher_logits[rows].to(device),
+            )
+            inner = inner_losses(model, batch, self.accelerator, settings)
+        return Evaluation(self.score(logits, encoded), logits, distance, constant, inner)
+
+    def choose(
+        self, encoded: Encoded, points: Sequence[SelectPoint], logits: Sequence[torch.Tensor]
+    ) -> Selection:
+        """Say which update of a training is kept, given its answers on ``select``."""
+        found = [answers(self.data.task, each.numpy()) for each in logits]
+        return selection.keep(points, found, encoded.labels, self.recipe.data.judged_by)
+
+    def head_start(
+        self, settings: TrainRecipe, encoded: Encoded, teacher_logits: torch.Tensor | None
+    ) -> Callable[[TextModel], None] | None:
+        """Return what starts the head of a model, of a student with its teacher's answers."""
+        if not settings.start_head:
+            return None
+        targets = encoded.labels
+        if teacher_logits is not None:
+            targets = answers(self.data.task, teacher_logits.numpy())
+        return lambda model: start_head(model, encoded, targets, self.accelerator)
+
+    def teacher(self) -> TextModel:
+        """Return the teacher of the run, which is made now if it is not there yet."""
+        recipe, run, data = self.recipe, self.run, self.data
+        inputs = fingerprint(
+            recipe.seed,
+            self.data_sha256(),
+            recipe.teacher.model_dump(mode="json", exclude={"accept"}),
+        )
+        if self._missing(run.teacher / text_model.MANIFEST):
+            self._make_teacher(inputs)
+        self.trainer.clean_up("teacher")
+        if text_model.saved_inputs(run.teacher) != inputs:
+            raise RunError(
+                f"{run.teacher} was made from other data than this run reads now",
+                hint=f"restore the data, or delete {run.path} to start again",
+            )
+        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
+        teacher = text_model.load(run.teacher, data.labels, data.task)
+        logger.info("teacher: %s", run.teacher)
+        return teacher
+
+    def _missing(self, path: Path) -> bool:
+        """Look whether a file is there: all processes before the first of them makes it."""
+        self.accelerator.wait_for_everyone()
+        missing = not path.is_file()
+        self.accelerator.wait_for_everyone()
+        return missing
+
+    def _make_teacher(self, inputs: str) -> None:
+        """Take over the teacher of another run, or train it; all processes take part."""
+        recipe, run, data = self.recipe, self.run, self.data
+        first = self.accelerator.is_main_process
+        source, settings = recipe.teacher.model, recipe.teacher.finetune
+        key = fingerprint(
+            inputs, recipe.compute.precision,
+            None if source == RANDOM else sha256_of_folder(find_model(source)),
+        )  # fmt: skip
+        if first and shared.take_teacher(run.shared, key, run.teacher):
+            logger.info("another run has made this teacher")
+        if self._missing(run.teacher / text_model.MANIFEST):
+            teacher = open_models(recipe, data)
+            if settings is not None:
+                settings = with_rate(settings, teacher)
+                logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
+                select = self.encode(teacher, data.select)
+                encoded = self.encode(teacher, data.train)
+                prepare(teacher, recipe.compute)
+                objective = finetuning(self.accelerator, self.class_weights(settings))
+                state, _, _ = self.trainer.train(
+                    teacher, encoded, None, objective, settings,
+                    lambda model: self.evaluate(model, select),
+                    functools.partial(self.choose, select), phase="teacher", seed=recipe.seed,
+                    inputs=inputs, start=self.head_start(settings, encoded, None),
+                )  # fmt: skip
+                teacher = state.model
+            if first:
+                text_model.save(teacher, run.teacher, inputs=inputs)
+                shared.give_teacher(run.shared, key, run.teacher)
+            self.accelerator.wait_for_everyone()
+
+    def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
+        """Return the weights of the classes in the loss of the hard labels, if they have any."""
+        if settings.class_weights == "none":
+            return None
+        data = self.data
+        return balanced_weights(data.task, data.train.labels, len(data.labels))
+
+    def student(self, teacher: TextModel) -> TextModel:
+        """Return the student before its first update."""
+        student, train = before_training(teacher, self.recipe, self.data), self.data.train
+        encode = functools.partial(self.encode, teacher, train)
+        narrow(student, teacher, self.recipe.student, encode, self.accelerator)
+        return student
+
+    def select_logits(self, teacher: TextModel) -> torch.Tensor:
+        """Return the teacher's logits on ``select``, or refuse one with its labels in disorder."""
+        data = self.data
+        teacher.module.to(self.accelerator.device)
+        logits = self.logits(teacher, self.encode(teacher, data.select))
+        insist_on_order(
+            data.task, answers(data.task, logits.numpy()), data.select.labels, data.labels,
+            finished=self.recipe.teacher.finetune is None,
+        )  # fmt: skip
+        return logits
+
+    def look_at(self, teacher: TextModel, select_logits: torch.Tensor) -> None:
+        """Put the teacher beside simpler models, once for all runs, and stop if it is no good.
+
+        Raises:
+            GateFailed: see :meth:`ad2kit.models.records.TeacherReport.insist_worth_imitating`.
+        """
+        run, recipe = self.run, self.recipe
+        # The second is of the data, and of what the teacher was before its training.
+        key = fingerprint(self.teacher_sha256(), text_model.saved_inputs(run.teacher))
+        path, first = shared.teacher_report_file(run.shared, key), self.accelerator.is_main_process
+        if self._missing(path) and first:
+            logger.info("looking at the teacher: simpler models on the same rows")
+            report = look_at_teacher(
+                recipe, self.data, untrained_encoder(recipe, self.data, teacher),
+                select_logits.numpy(), self.accelerator.device, inputs=key,
+                teacher_sha256=self.teacher_sha256(),
+                curve=scores_before_decay(run.curve("teacher")),
+            )  # fmt: skip
+            shared.write_teacher_report(path, report)
+        self.accelerator.wait_for_everyone()
+        report = TeacherReport.read(path)
+        if first:
+            write_record(run.teacher_report, report)
+        report.insist_worth_imitating(accepted=recipe.teacher.accept)
+
+    def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
+        """Return the teacher's logits on what the student reads, computed once for all runs.
+
+        They are stored under teacher (with its tokenizer), texts and maximum length: a change of
+        any of them looks for another file.
+        """
+        key = fingerprint(self.teacher_sha256(), split.texts, self.recipe.data.max_length_tokens)
+        path = shared.logits_file(self.run.shared, key)
+        if not self._missing(path):
+            return shared.read_logits(path)
+        logger.info("teacher reads %d training texts", len(split))
+        logits = self.logits(teacher, self.encode(teacher, split))
+        if self.accelerator.is_main_process:
+            shared.write_logits(path, logits)
+        return logits

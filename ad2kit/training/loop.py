@@ -1,0 +1,360 @@
+"""The training loop, and how a training outlives its process.
+
+One loop for every training: the teacher's fine-tuning and the student's distillation differ in
+the objective that they hand to it (see :mod:`ad2kit.training.ad2`). Checkpoints, the
+curve on disk and Ctrl-C are those of every training.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from ad2kit.data import splits
+from ad2kit.models.text_model import padded
+from ad2kit.run.errors import DivergedError, ModelError
+from ad2kit.run.files import write_text
+from ad2kit.run.machine import deferred_interrupt
+from ad2kit.training.ad2 import Batch, StepLosses
+from ad2kit.training.checkpoint import (
+    Evaluation,
+    Snapshots,
+    TrainState,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from ad2kit.training.records import StepRecord, read_curve
+from ad2kit.training.schedule import Schedule
+from ad2kit.training.students import layer_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Literal
+
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from ad2kit.data.splits import Encoded
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.sections import ComputeRecipe, TrainRecipe
+    from ad2kit.training.ad2 import Objective
+    from ad2kit.training.checkpoint import Evaluation
+    from ad2kit.training.records import Selection, SelectPoint
+
+    Choose = Callable[[Sequence[SelectPoint], Sequence[torch.Tensor]], Selection]
+
+
+def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator) -> TrainState:
+    """Return the state before the first update: AdamW without decay on biases and norms.
+
+    The module is moved to the device, and not wrapped: several processes sum their gradients in
+    the loop, once per update and not once per backward pass.
+    """
+    model.module.to(accelerator.device)
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for parameter in model.module.parameters():
+        (decayed if parameter.ndim > 1 else plain).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=settings.rate,
+        fused=True,
+    )
+    return TrainState(replace(model), accelerator.prepare_optimizer(optimizer))
+
+
+def train(
+    state: TrainState,
+    encoded: Encoded,
+    teacher_logits: torch.Tensor | None,
+    objective: Objective,
+    settings: TrainRecipe,
+    evaluate: Callable[[TextModel], Evaluation],
+    accelerator: Accelerator,
+    *,
+    phase: Literal["teacher", "student"],
+    seed: int,
+) -> Iterator[StepRecord]:
+    """Advance ``state`` to its last update; the loop of every training in ad2kit.
+
+    Yields a record after each update, with ``state`` consistent: the caller logs, saves a
+    checkpoint, or stops. Where the schedule says so the model is evaluated; ``state.evaluation``
+    then holds what the caller has to write down. Several processes share the rows of each update,
+    and stay equal.
+
+    Raises:
+        DivergedError: a loss or gradient norm is not finite; the optimiser has not stepped.
+        ModelError: one row alone does not fit into the memory of the GPU.
+    """
+    model, optimizer = state.model, state.optimizer
+    lengths = [len(ids) for ids in encoded.input_ids]
+    plan = Schedule.planned(len(encoded), settings)
+    parts = settings.accumulation_steps
+    batches: list[np.ndarray] = []
+    while state.step < (schedule := plan.decaying_from(state.decay_from)).total:
+        start = time.perf_counter()
+        epoch, index = divmod(state.step, plan.steps_per_epoch)
+        if index == 0 or not batches:
+            batches = splits.epoch_batches(lengths, settings.batch_size, seed, epoch)
+        rows = batches[index]
+        lr = settings.rate * schedule.rate(state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.module.train()
+        sums, parts = _accumulate_in_memory(
+            model, optimizer, encoded, teacher_logits, objective, rows, parts, accelerator, phase
+        )
+        sums = _sum_over_processes(model, sums, accelerator)
+        _insist_finite(sums.loss, "loss", phase, state.step, lr)
+        norm = float(accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm))
+        # In fp16 the loss scaler meets such gradients by design, and skips the step itself.
+        if accelerator.mixed_precision != "fp16":
+            _insist_finite(norm, "gradient norm", phase, state.step, lr)
+        optimizer.step()
+        state.step += 1
+        seconds = time.perf_counter() - start
+        found = None
+        if schedule.evaluates(state.step):
+            found = evaluate(model)
+            state.points.append(found.point(state.step))
+            if state.decay_from is None and plan.is_stale(state.points, settings.patience):
+                state.decay_from = state.step
+        state.evaluation = found
+        yield StepRecord(
+            phase=phase, step=state.step, total_steps=schedule.total, epoch=epoch, lr=lr,
+            loss=sums.loss, terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,
+            select_score=None if found is None else found.score,
+            select_distance=None if found is None else found.distance,
+            inner_loss_before=None if found is None else found.inner_losses[0],
+            inner_loss_after=None if found is None else found.inner_losses[1],
+        )  # fmt: skip
+
+
+def _accumulate_in_memory(
+    model: TextModel, optimizer: AcceleratedOptimizer, encoded: Encoded,
+    teacher_logits: torch.Tensor | None, objective: Objective, rows: np.ndarray, parts: int,
+    accelerator: Accelerator, phase: str,
+) -> tuple[StepLosses, int]:  # fmt: skip
+    """Run an update in so many parts, or in twice as many until they fit; return how many."""
+    while True:
+        optimizer.zero_grad()
+        try:
+            return (
+                _accumulate(model, encoded, teacher_logits, objective, rows, parts, accelerator),
+                parts,
+            )
+        except torch.OutOfMemoryError as error:
+            if parts >= len(rows):
+                longest = max(len(encoded.input_ids[row]) for row in rows)
+                raise ModelError(
+                    f"{phase}: one text of {longest} tokens does not fit into the memory of the "
+                    "GPU",
+                    hint="set compute.gradient_checkpointing=true, compute.precision=bf16, "
+                    "or a smaller data.max_length_tokens",
+                ) from error
+            parts *= 2
+
+
+def _accumulate(
+    model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None,
+    objective: Objective, rows: np.ndarray, parts: int, accelerator: Accelerator,
+) -> StepLosses:  # fmt: skip
+    """Run this process's share of an update in parts; gradients and losses add up."""
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    # With fewer rows than processes, one without takes a row at no weight: it must keep step.
+    weight = 1.0 if len(mine) else 0.0
+    chunks = [part for part in np.array_split(mine, parts) if len(part)] or [rows[:1]]
+    device, sums = accelerator.device, StepLosses(0.0, {})
+    for part in chunks:
+        share = weight * len(part) / len(rows)
+        batch = Batch(
+            padded(model, encoded, part, device),
+            torch.from_numpy(encoded.labels[part]).to(device),
+            None if teacher_logits is None else teacher_logits[part].to(device),
+        )
+        losses = objective(model, batch, share)
+        sums.loss += share * losses.loss
+        for name, value in losses.terms.items():
+            sums.terms[name] = sums.terms.get(name, 0.0) + share * value
+    return sums
+
+
+def _sum_over_processes(model: TextModel, sums: StepLosses, accelerator: Accelerator) -> StepLosses:
+    """Add up gradients and losses: each process has scaled its own by its share of the rows."""
+    if accelerator.num_processes == 1:
+        return sums
+    # All run the same graph: what has no gradient here has none elsewhere, and stays out of AdamW.
+    found = [p.grad for p in model.module.parameters() if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in found]), "sum")
+    for mine, total in zip(found, flat.split([g.numel() for g in found]), strict=True):
+        mine.copy_(total.view_as(mine))
+    values = torch.tensor([sums.loss, *sums.terms.values()], device=accelerator.device)
+    loss, *terms = accelerator.reduce(values, "sum").tolist()
+    return StepLosses(loss, dict(zip(sums.terms, terms, strict=True)))
+
+
+def check_compute(model: TextModel, compute: ComputeRecipe) -> None:
+    """Refuse what the recipe says of speed and memory where the family of a model lacks it."""
+    module, family = model.module, model.module.config.model_type
+    if compute.gradient_checkpointing and not module.supports_gradient_checkpointing:
+        raise ModelError(
+            f"compute.gradient_checkpointing: '{family}' does not support it",
+            hint="leave it out, and lower distill.batch_size or raise accumulation_steps",
+        )
+    if compute.compile and layer_stack(module, module.config.num_hidden_layers) is None:
+        raise ModelError(
+            f"compute.compile: the layers of a '{family}' share their weights, or cannot be found",
+            hint="set compute.compile=false",
+        )
+
+
+def prepare(model: TextModel, compute: ComputeRecipe) -> None:
+    """Apply what the recipe says of speed and memory to a model that will be trained.
+
+    Layers are compiled one by one: the word embeddings stay outside, where their hook lives.
+
+    Raises:
+        ModelError: see :func:`check_compute`.
+    """
+    check_compute(model, compute)
+    module = model.module
+    if compute.gradient_checkpointing:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    if compute.compile:
+        stack = layer_stack(module, module.config.num_hidden_layers) or ""
+        for layer in module.get_submodule(stack.rstrip(".")).children():
+            layer.compile(dynamic=True)
+
+
+def _insist_finite(value: float, what: str, phase: str, step: int, lr: float) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{phase}: the {what} is {value} at update {step + 1} (learning rate {lr:.2e}); "
+            f"the weights were not updated with it",
+            hint=f"lower {'teacher.finetune' if phase == 'teacher' else 'distill'}.lr, or the "
+            "adversary's radius",
+        )
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains the models of one run, each to its end through any number of interruptions.
+
+    Args:
+        run: holds checkpoints and curves.
+        accelerator: device, precision and processes.
+        surroundings: what an exact resume must find unchanged.
+        on_step: called after each update.
+        allow_inexact: resume under other surroundings.
+    """
+
+    run: RunDir
+    accelerator: Accelerator
+    surroundings: dict[str, str]
+    on_step: Callable[[StepRecord], None]
+    allow_inexact: bool
+
+    def train(
+        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None,
+        objective: Objective, settings: TrainRecipe, evaluate: Callable[[TextModel], Evaluation],
+        choose: Choose, *, phase: Literal["teacher", "student"], seed: int, inputs: str,
+        start: Callable[[TextModel], None] | None = None,
+    ) -> tuple[TrainState, Selection, torch.Tensor]:  # fmt: skip
+        """Train a model, and leave the weights of one of its updates in it.
+
+        See :func:`ad2kit.training.loop.train`. ``choose`` says which update, given all that were
+        evaluated and their logits on ``select``. ``inputs`` is the fingerprint of all that the
+        result depends on beside the surroundings: a checkpoint of other inputs is refused.
+        ``start`` changes the model before the first update, and what it makes is evaluated.
+
+        Returns:
+            The state at its end, what was kept, and its logits on ``select``.
+        """
+        accelerator, curve = self.accelerator, self.run.curve(phase)
+        checkpoint = self.run.checkpoint(phase)
+        again = f"delete {checkpoint} to train from the start"
+        snapshots = Snapshots(self.run.snapshots(phase), inputs, cure=again)
+        # Each process draws dropout of its own.
+        torch.manual_seed(seed + accelerator.process_index)
+        state = new_state(model, settings, accelerator)
+        if accelerator.scaler:
+            # Not where the training before this one has left it.
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
+        if checkpoint.is_dir():
+            restore_checkpoint(
+                checkpoint, state, inputs, self.surroundings, accelerator,
+                allow_inexact=self.allow_inexact,
+            )  # fmt: skip
+            logger.info("%s: resumed after update %d", phase, state.step)
+        if accelerator.is_main_process:
+            snapshots.restore(state.points)
+            records = [r for r in read_curve(curve) if r.step <= state.step]
+            write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
+        if start is not None and not state.points and state.step == 0:
+            start(state.model)
+            found = evaluate(state.model)
+            state.points.append(found.point(0))
+            self._write(snapshots, state, found)
+        with deferred_interrupt() as interrupted:
+            for record in train(
+                state, encoded, teacher_logits, objective, settings, evaluate, accelerator,
+                phase=phase, seed=seed,
+            ):  # fmt: skip
+                if state.evaluation is not None:
+                    self._write(snapshots, state, state.evaluation)
+                if accelerator.is_main_process:
+                    with curve.open("a", encoding="utf-8") as lines:
+                        lines.write(f"{record.model_dump_json()}\n")
+                    self.on_step(record)
+                if state.decay_from == state.step:
+                    logger.info(
+                        "%s: %d evaluations brought nothing new, the rate falls from here on",
+                        phase, settings.patience,
+                    )  # fmt: skip
+                stopping = self._any_process(interrupted.is_set())
+                if stopping or record.step % settings.checkpoint_every_steps == 0:
+                    save_checkpoint(checkpoint, state, inputs, self.surroundings, accelerator)
+                    if accelerator.is_main_process:
+                        snapshots.prune(state.points)
+                if stopping:
+                    logger.info("%s: stopped after update %d, saved", phase, record.step)
+                    raise KeyboardInterrupt
+        accelerator.wait_for_everyone()  # the first has written what all read now
+        selection = choose(state.points, [snapshots.logits(point.step) for point in state.points])
+        logger.info("%s: %s", phase, selection.reason)
+        kept = snapshots.weights(selection.kept_step)
+        state.model.module.load_state_dict(kept, strict=True)
+        # Else the next training would hold this one's moments, and unscale its gradients in fp16.
+        accelerator.free_memory()
+        return state, selection, snapshots.logits(selection.kept_step)
+
+    def _write(self, snapshots: Snapshots, state: TrainState, found: Evaluation) -> None:
+        if self.accelerator.is_main_process:
+            snapshots.write(state.points[-1], found.logits, state.model.module.state_dict())
+
+    def clean_up(self, phase: str) -> None:
+        """Remove what is left of a training whose result is saved."""
+        if self.accelerator.is_main_process:
+            for folder in (self.run.checkpoint(phase), self.run.snapshots(phase)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _any_process(self, flag: bool) -> bool:
+        """Agree on a flag, because an update needs all processes."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        found = torch.tensor(int(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(found, "sum").item())

@@ -1,0 +1,160 @@
+"""What the runs under one folder share: fine-tuned teachers, what is known of them, their logits.
+
+    runs/.shared/teachers/<key>/        as in a run folder
+    runs/.shared/teacher-reports/<key>.json
+    runs/.shared/logits/<key>.safetensors
+    runs/.shared/plans/<key>.json       recipes that --max-minutes has planned
+    runs/.shared/measured.json          what systems cost here, see ad2kit.campaigns.fit.costs
+
+A key is the fingerprint of everything that the content depends on, so that a change of any of it
+looks for another entry; only `measured.json` is updated. A run keeps its own teacher (hard links
+where the file system has them), so that deleting this folder costs time and no result of a run.
+But a plan depends on how fast the machine was when it was made: the same command with
+`--max-minutes` may then plan, and so train, another run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ad2kit.data import metrics, splits
+from ad2kit.data.labels import answers
+from ad2kit.models import text_model
+from ad2kit.models.records import ModelManifest
+from ad2kit.models.text_model import predict_logits
+from ad2kit.run.errors import RunError
+from ad2kit.run.files import LOCK, fingerprint, sweep, whole_file, whole_folder, write_record
+from ad2kit.run.machine import accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+    from ad2kit.data.splits import Data
+    from ad2kit.models.records import TeacherReport
+    from ad2kit.run.recipe import Recipe
+
+
+def take_teacher(store: Path, key: str, target: Path) -> bool:
+    """Put a stored teacher at ``target``; False if there is none."""
+    source = store / "teachers" / key[:16]
+    if not source.is_dir():
+        return False
+    link_folder(source, target)
+    return True
+
+
+def give_teacher(store: Path, key: str, source: Path) -> None:
+    """Store a finished teacher for other runs."""
+    target = store / "teachers" / key[:16]
+    with writing(store):
+        if not target.is_dir():
+            link_folder(source, target)
+
+
+def teacher_report_file(store: Path, key: str) -> Path:
+    """Return where the report on a teacher lies, or would."""
+    return store / "teacher-reports" / f"{key[:16]}.json"
+
+
+def write_teacher_report(path: Path, report: TeacherReport) -> None:
+    """Store a report where :func:`teacher_report_file` says, for this run and others."""
+    with writing(path.parent.parent):
+        path.parent.mkdir(exist_ok=True)
+        write_record(path, report)
+
+
+def plan_file(store: Path, key: str) -> Path:
+    """Return where the recipe that was planned for a recipe and its minutes lies, or would."""
+    return store / "plans" / f"{key[:16]}.json"
+
+
+def logits_file(store: Path, key: str) -> Path:
+    """Return where the logits of a key lie, or would."""
+    return store / "logits" / f"{key[:16]}.safetensors"
+
+
+def read_logits(path: Path) -> torch.Tensor:
+    """Return stored logits.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        return load_file(path)["logits"]
+    except (SafetensorError, KeyError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}", hint=f"delete {path} and run again"
+        ) from error
+
+
+def write_logits(path: Path, logits: torch.Tensor) -> None:
+    """Store logits where :func:`logits_file` says, for this run and others."""
+    with writing(path.parent.parent):
+        path.parent.mkdir(exist_ok=True)
+        with whole_file(path) as new:
+            save_file({"logits": logits}, new)
+
+
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Hold the store for writing, rid of what a killed process left in it.
+
+    Who comes second waits: nobody writes for long.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / LOCK):
+        sweep(store)
+        yield
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Put a copy of a folder at ``target``, by hard links where the file system has them."""
+
+    def copy(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(old, new)
+
+    with whole_folder(target) as new:
+        shutil.copytree(source, new, copy_function=copy, dirs_exist_ok=True)
+
+
+Answers = np.ndarray[Any, np.dtype[Any]]
+
+
+class Judge:
+    """Scores teachers and students on the validation set, by the metrics of the task."""
+
+    def __init__(self, recipe: Recipe, data: Data, runs_dir: Path) -> None:
+        self.recipe, self.data, self.runs_dir = recipe, data, runs_dir
+        self.metrics, self.labels = recipe.data.judged_by, data.validation.labels
+
+    def answers(self, folder: Path) -> Answers:
+        """Return a model's answers on the validation set, computed once."""
+        data, length = self.data, self.recipe.data.max_length_tokens
+        files = ModelManifest.read(folder / text_model.MANIFEST).files
+        key = fingerprint(files, data.validation.texts, length)
+        path = logits_file(self.runs_dir / ".shared", key)
+        if not path.is_file():
+            device = accelerator(self.recipe.compute).device
+            model = text_model.load(folder, data.labels, data.task)
+            model.module.to(device)
+            encoded = splits.encode(data.validation, model.tokenizer, length)
+            write_logits(path, predict_logits(model, encoded, device))
+        return answers(data.task, read_logits(path).numpy())
+
+    def score(self, found: Answers) -> float:
+        """Return the score of some answers."""
+        return metrics.score(self.metrics, found, self.labels)
