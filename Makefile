@@ -21,6 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 soak: $(INSTALLED)  ## kill the whole chain at random moments, and send the service anything at all
 	$(BIN)/python bench/soak.py

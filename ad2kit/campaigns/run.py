@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ad2kit.campaigns.fit import shapes
+from ad2kit.campaigns import shapes
 from ad2kit.exporting.export import export
 from ad2kit.gate.latency import bench
 from ad2kit.gate.parity import parity

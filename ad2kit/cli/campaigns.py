@@ -99,7 +99,7 @@ def fit(
     passes the gate. Exit code 1 if none does.
     """
     from ad2kit.campaigns.fit.records import Target, insist_found
-    from ad2kit.campaigns.fit.shapes import Grid
+    from ad2kit.campaigns.shapes import Grid
     from ad2kit.cli.show import print_fit, show_messages, training_progress
     from ad2kit.run.recipe import load
 

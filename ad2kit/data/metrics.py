@@ -42,7 +42,7 @@ class Bin(NamedTuple):
 
 
 def measure(metric: Metric, answers: Array, labels: Array) -> float:
-    """Return one metric of ``answers`` against ``labels``; see :mod:`ad2kit.data.labels` for the shapes.
+    """Return one metric of ``answers`` against ``labels`` (shapes: :mod:`ad2kit.data.labels`).
 
     ``f1`` is of class 1 of two. A correlation with a constant is 0: no answer follows the labels.
     """

@@ -3,8 +3,8 @@
 A check of an estimate has a *target* for the estimate and a *limit* for its interval. It is passed
 if the estimate reaches the target and the interval does not cross the limit; it has failed if the
 whole interval misses the target; otherwise so many rows do not show which of the two it is
-(:class:`ad2kit.exporting.records.Check`). All functions here speak of bounds from below; for a bound from
-above the signs change.
+(:class:`ad2kit.exporting.records.Check`). All functions here speak of bounds from below; for a
+bound from above the signs change.
 
 scipy is imported where it is needed, see :mod:`ad2kit.data.metrics`.
 """

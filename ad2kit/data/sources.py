@@ -51,9 +51,8 @@ def read_rows(recipe: DataRecipe) -> Rows:
                 for number, pair in enumerate(pairs, 1)
             ]
 
-        return (
-            rows(opinions.train, "train"), rows(opinions.validation, "validation"), demo_reviews.LABELS,
-        )  # fmt: skip
+        train, validation = rows(opinions.train, "train"), rows(opinions.validation, "validation")
+        return train, validation, demo_reviews.LABELS
     if scheme == "hub":
         hub = _load_hub(rest)
         train, validation = (_hub_split(hub, rest, name) for name in names)

@@ -18,7 +18,7 @@ from ad2kit.data.sources import Row, read_file, read_rows, read_unlabelled
 from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError, no_column
 from ad2kit.run.files import fingerprint
-from ad2kit.training.records import SplitFacts
+from ad2kit.run.records import Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +37,15 @@ _SELECT_ROWS_PER_CLASS = 4
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
 _CHUNK_CHARACTERS = 65_536
+
+
+class SplitFacts(Part):
+    """What one split holds: its size, its class counts, and how many texts were truncated."""
+
+    rows: int
+    class_counts: dict[str, int]
+    truncated: int
+    sha256: str
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Models as they come in: what a folder holds, how it is loaded, what it is worth beside simpler ones."""
+"""Models as they come in: their folders, loading, and what a teacher has to beat."""

@@ -1,4 +1,4 @@
-"""What is written to disk of a model: its manifest, and how a teacher stands beside simpler ones."""
+"""What is written to disk of a model: its manifest, and a teacher beside simpler models."""
 
 from __future__ import annotations
 

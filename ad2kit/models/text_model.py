@@ -1,4 +1,4 @@
-"""Teachers and students: load, save, and what they answer. Weights are safetensors, checked by sha256."""
+"""Models: load, save, and what they answer. Weights are safetensors, checked by sha256."""
 
 from __future__ import annotations
 

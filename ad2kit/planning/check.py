@@ -69,7 +69,7 @@ class CheckReport(Part):
     fraction, and ``rows_to_pass`` how many validation rows show a student that is as good as its
     teacher: both if teacher and student differ on one text of ten. ``rows_to_agree`` show that a
     conversion which moves a label on half as many texts as ``parity.min_agreement`` allows agrees
-    enough. By the functions of the gate (:mod:`ad2kit.data.sample_size`); null is no number of rows.
+    enough. By :mod:`ad2kit.data.sample_size`, as in the gate; null is no number of rows.
     ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows:
     whether a student lost them cannot be tested. Memory and minutes are rough: from the number of
     parameters, and from one forward pass on this machine.

@@ -1,1 +1,1 @@
-"""What a run is: its recipe, its folder, its records, and the machine. Imports nothing of ad2kit."""
+"""What a run is: its recipe, folder, records and machine. Imports nothing else of ad2kit."""

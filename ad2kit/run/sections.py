@@ -117,15 +117,18 @@ class TrainRecipe(Section):
 
     The training has as many updates as the ``epochs`` make, and at least ``min_updates``. ``lr`` is
     the highest rate; null takes one by the width of the encoder
-    (:func:`ad2kit.training.schedule.rate_of_width`). It rises over ``warmup_ratio`` of the updates and falls
+    (:func:`ad2kit.training.schedule.rate_of_width`). It rises
+    over ``warmup_ratio`` of the updates and falls
     over the last ``decay_ratio``, or over all that are left if that is 1. The model is evaluated
     ``evaluations`` times at equal distances; null stands for the end of each epoch. After
     ``patience`` evaluations that were no better the last part begins early; null waits for it.
-    ``start_head`` fits the last layer by regression before the first update (:mod:`ad2kit.models.head`).
+    ``start_head`` fits the last layer by regression before the first update
+    (:mod:`ad2kit.models.head`).
 
     ``class_weights: balanced`` lets rare classes count as much as frequent ones in the loss of the
     hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c; of
-    several labels each is such a choice between two. See :func:`ad2kit.training.losses.balanced_weights`.
+    several labels each is such a choice between two
+    (:func:`ad2kit.training.losses.balanced_weights`).
     """
 
     epochs: Positive

@@ -1,6 +1,7 @@
 """What a service tells its operators: metrics for Prometheus, log lines, traces, a shadow teacher.
 
-A shadow teacher scores a share of the texts once more, in the background. What drifts away from training shows here first, without a label: the student stops agreeing with
+A shadow teacher scores a share of the texts once more, in the background. What drifts away from
+training shows there first, without a label: the student stops agreeing with
 the model that it was proven against. The teacher has a thread of its own with the lowest priority
 and a short queue; what does not fit is not compared, and no answer ever waits for it.
 """

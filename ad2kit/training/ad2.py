@@ -1,17 +1,18 @@
-"""AD2 and its baselines: what a training minimises, and the perturbation that it is minimised under.
+"""AD2 and its baselines: what a training minimises, and the perturbation of AD2.
 
     L(θ) = w_kd·D(x) + α·D(x + δ*) + w_hard·S(x) + Σ w·intermediate terms
 
 D is the distance between the student's and the teacher's answers (t²·KL; MSE for a regression),
 S the task's own loss with hard labels. With w_kd = 1 and the last two left out this is AD2, after
-Zhang, Uma Naresh and He, AAAI 2022 (below is δ*, and what is our reading); with α = 0 it is plain distillation.
+Zhang, Uma Naresh and He, *Adversarial Data Augmentation for Task-Specific Knowledge Distillation of
+Pre-trained Transformers*, AAAI 2022, doi 10.1609/aaai.v36i10.21423; with α = 0 it is plain
+distillation. The perturbation δ* of the student's word embeddings is the one it imitates worst:
 
-δ* ≈ argmax_{‖δ‖≤ε} KL(p_T(x) ‖ p_S(e(x) + δ))    by K steps    δ ← Π_ε(δ + η · g / ‖g‖)
+    δ* ≈ argmax_{‖δ‖≤ε} KL(p_T(x) ‖ p_S(e(x) + δ))    by K steps    δ ← Π_ε(δ + η · g / ‖g‖)
 
-*Adversarial Data Augmentation for Task-Specific Knowledge Distillation of Pre-trained Transformers*,
-doi 10.1609/aaai.v36i10.21423. The description leaves open the norm, the
-start, the dropout of the adversarial pass and where e(x) is taken; our reading: e(x) is the output
-of the word-embedding module, before position embeddings and LayerNorm; δ is zero on padding;
+The paper's description leaves open the norm, the start, the dropout of the adversarial pass and
+where e(x) is taken. Our reading: e(x) is the output of the word-embedding module, before position
+embeddings and LayerNorm; δ is zero on padding;
 ``g / ‖g‖`` is ``sign(g)`` for the ℓ∞ ball and g over its Euclidean norm over the real tokens of one
 example for the ℓ2 ball; each pass draws dropout of its own.
 """

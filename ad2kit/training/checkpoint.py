@@ -42,7 +42,7 @@ Weights = dict[str, torch.Tensor]
 class CheckpointFacts(Record):
     """``checkpoint.json``: where the training stood, and what a resume must share with it.
 
-    ``points`` are the updates evaluated so far, of which :mod:`ad2kit.training.checkpoint` has the weights.
+    ``points`` are the updates evaluated so far; :class:`Snapshots` has their weights.
     ``decay_from`` is the update after which patience has begun the last part of the training.
     ``scaler`` is the state of the loss scaler of fp16; empty in other precisions.
     """
@@ -65,7 +65,8 @@ class Evaluation:
     """A model on the ``select`` split: its score, and its distance from its teacher if it has one.
 
     ``logits`` are its answers, float32 [rows, outputs]; ``constant`` says that all are the same.
-    ``inner_losses`` are those of :func:`ad2kit.training.ad2.inner_losses`, None without an adversary.
+    ``inner_losses`` are those of :func:`ad2kit.training.ad2.inner_losses`; None without an
+    adversary.
     """
 
     score: float

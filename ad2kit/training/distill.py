@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from ad2kit.data.splits import Data, Encoded, Split
+    from ad2kit.data.splits import Data, Encoded, Split, SplitFacts
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
     from ad2kit.run.recipe import Recipe
     from ad2kit.run.sections import DistillRecipe
-    from ad2kit.training.records import Selection, SelectPoint, SplitFacts
+    from ad2kit.training.records import Selection, SelectPoint
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from ad2kit.data.splits import SplitFacts  # noqa: TC001  (pydantic reads it at run time)
 from ad2kit.run.files import read_lines
 from ad2kit.run.records import Part, Record
 
@@ -15,6 +16,109 @@ if TYPE_CHECKING:
 
     from ad2kit.run.folder import RunDir
     from ad2kit.run.sections import DistillRecipe, Metric, PlanRecipe, Task
+
+
+class StepRecord(Record):
+    """One update of the training loop.
+
+    ``terms`` holds the loss terms in nats, before their weights. ``grad_norm`` is the global
+    Euclidean norm before clipping. ``seconds`` is of the update alone. The rest is set where the
+    model was evaluated after this update: ``select_score`` and, for a student, ``select_distance``
+    (from its teacher); with an adversary ``inner_loss_before`` and ``inner_loss_after``, the
+    distance on some rows of ``select`` without and with what the ascent finds, without dropout.
+    """
+
+    cure: ClassVar[str] = "delete it, and what is left of its training (`checkpoint` beside it)"
+
+    # 1 had the adversary's gain of each update.
+    schema_version: Literal[2] = 2  # type: ignore[assignment]
+    phase: Literal["teacher", "student"]
+    step: int
+    total_steps: int
+    epoch: int
+    lr: float
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+    examples: int
+    seconds: float
+    inner_loss_before: float | None = None
+    inner_loss_after: float | None = None
+    select_score: float | None = None
+    select_distance: float | None = None
+
+    @property
+    def adversarial_gain(self) -> float | None:
+        """How much the ascent raised the distance."""
+        if self.inner_loss_before is None or self.inner_loss_after is None:
+            return None
+        return self.inner_loss_after - self.inner_loss_before
+
+
+class SelectPoint(Part):
+    """A model on ``select`` after one update: its score, and a student's distance from its teacher.
+
+    ``constant`` says that it gives every row the same answer.
+    """
+
+    step: int
+    score: float
+    distance: float | None = None
+    constant: bool = False
+
+
+class Selection(Part):
+    """Which update of a training was kept, and why; see :mod:`ad2kit.training.selection`.
+
+    ``best_step`` has the best score; ``good_enough`` counts the updates that came into question.
+    ``points`` holds both curves, and ends with the last update.
+    """
+
+    kept_step: int
+    best_step: int
+    good_enough: int
+    points: tuple[SelectPoint, ...]
+    reason: str
+
+    @property
+    def kept(self) -> SelectPoint:
+        """The point of the kept update."""
+        return next(point for point in self.points if point.step == self.kept_step)
+
+
+class DistillReport(Record):
+    """What the distill stage did, and on which inputs.
+
+    ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
+    ``learning_rates`` are the highest of teacher and student, those of the recipe or by the width
+    of the encoder. ``mean_clean_kl`` and ``mean_adversarial_gain`` are means over the evaluations
+    (see :class:`StepRecord`), the first over the updates where there is no adversary.
+    ``selection`` is None where there was nothing to train.
+    """
+
+    # 1 knew which update was the best, and not why.
+    schema_version: Literal[2] = 2  # type: ignore[assignment]
+    inputs: str
+    labels: tuple[str, ...]
+    splits: dict[str, SplitFacts]
+    teacher_sha256: str
+    student_sha256: str
+    teacher_parameters: int
+    student_parameters: int
+    task: Task
+    metrics: tuple[Metric, ...]
+    teacher_select_score: float
+    student_select_score: float
+    learning_rates: dict[str, float]
+    selection: Selection | None
+    steps: int
+    train_seconds: float
+    examples_per_s: float
+    peak_memory_mb: dict[str, float]
+    mean_clean_kl: float
+    mean_adversarial_gain: float | None
+    verdict: str
+    environment: dict[str, str]
 
 
 # Below this share of the clean loss, the adversary has changed nothing that training could feel.
@@ -91,115 +195,3 @@ def verdict(
     if gain < IDLE_GAIN * kd:
         return kd, gain, f"the adversary was idle: {facts}; a larger distill.adversary.radius bites"
     return kd, gain, f"the adversary was at work: {facts}"
-
-
-class StepRecord(Record):
-    """One update of the training loop.
-
-    ``terms`` holds the loss terms in nats, before their weights. ``grad_norm`` is the global
-    Euclidean norm before clipping. ``seconds`` is of the update alone. The rest is set where the
-    model was evaluated after this update: ``select_score`` and, for a student, ``select_distance``
-    (from its teacher); with an adversary ``inner_loss_before`` and ``inner_loss_after``, the
-    distance on some rows of ``select`` without and with what the ascent finds, without dropout.
-    """
-
-    cure: ClassVar[str] = "delete it, and what is left of its training (`checkpoint` beside it)"
-
-    # 1 had the adversary's gain of each update.
-    schema_version: Literal[2] = 2  # type: ignore[assignment]
-    phase: Literal["teacher", "student"]
-    step: int
-    total_steps: int
-    epoch: int
-    lr: float
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float
-    examples: int
-    seconds: float
-    inner_loss_before: float | None = None
-    inner_loss_after: float | None = None
-    select_score: float | None = None
-    select_distance: float | None = None
-
-    @property
-    def adversarial_gain(self) -> float | None:
-        """How much the ascent raised the distance."""
-        if self.inner_loss_before is None or self.inner_loss_after is None:
-            return None
-        return self.inner_loss_after - self.inner_loss_before
-
-
-class SelectPoint(Part):
-    """A model on ``select`` after one update: its score, and a student's distance from its teacher.
-
-    ``constant`` says that it gives every row the same answer.
-    """
-
-    step: int
-    score: float
-    distance: float | None = None
-    constant: bool = False
-
-
-class Selection(Part):
-    """Which update of a training was kept, and why; see :mod:`ad2kit.training.selection`.
-
-    ``best_step`` has the best score; ``good_enough`` counts the updates that came into question.
-    ``points`` holds both curves, and ends with the last update.
-    """
-
-    kept_step: int
-    best_step: int
-    good_enough: int
-    points: tuple[SelectPoint, ...]
-    reason: str
-
-    @property
-    def kept(self) -> SelectPoint:
-        """The point of the kept update."""
-        return next(point for point in self.points if point.step == self.kept_step)
-
-
-class SplitFacts(Part):
-    """What one split holds: its size, its class counts, and how many texts were truncated."""
-
-    rows: int
-    class_counts: dict[str, int]
-    truncated: int
-    sha256: str
-
-
-class DistillReport(Record):
-    """What the distill stage did, and on which inputs.
-
-    ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
-    ``learning_rates`` are the highest of teacher and student, those of the recipe or by the width
-    of the encoder. ``mean_clean_kl`` and ``mean_adversarial_gain`` are means over the evaluations
-    (see :class:`StepRecord`), the first over the updates where there is no adversary.
-    ``selection`` is None where there was nothing to train.
-    """
-
-    # 1 knew which update was the best, and not why.
-    schema_version: Literal[2] = 2  # type: ignore[assignment]
-    inputs: str
-    labels: tuple[str, ...]
-    splits: dict[str, SplitFacts]
-    teacher_sha256: str
-    student_sha256: str
-    teacher_parameters: int
-    student_parameters: int
-    task: Task
-    metrics: tuple[Metric, ...]
-    teacher_select_score: float
-    student_select_score: float
-    learning_rates: dict[str, float]
-    selection: Selection | None
-    steps: int
-    train_seconds: float
-    examples_per_s: float
-    peak_memory_mb: dict[str, float]
-    mean_clean_kl: float
-    mean_adversarial_gain: float | None
-    verdict: str
-    environment: dict[str, str]

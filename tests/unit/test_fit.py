@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ad2kit.campaigns.fit import shapes
+from ad2kit.campaigns import shapes
 from ad2kit.campaigns.fit.costs import Call, Stopwatch, System
 from ad2kit.campaigns.fit.looks import Judge, error_of, hopeless, thinned
 from ad2kit.campaigns.fit.records import (
@@ -19,7 +19,7 @@ from ad2kit.campaigns.fit.records import (
     shortfalls,
 )
 from ad2kit.campaigns.fit.report import caption, markdown, plot, rows
-from ad2kit.campaigns.fit.shapes import Grid, Shape
+from ad2kit.campaigns.shapes import Grid, Shape
 from ad2kit.cli.options import numbers
 from ad2kit.data.metrics import retained_interval
 from ad2kit.run.errors import GateFailed, ModelError, RecipeError, UserError

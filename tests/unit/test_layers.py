@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,89 +17,44 @@ import ad2kit
 PACKAGE = Path(ad2kit.__file__).parent
 CHECKOUT = PACKAGE.parent
 
-LAYERS = {
-    0: {"errors", "markdown", "texts", "yaml_core"},
-    1: {
-        "cluster", "files", "recipe", "records", "run_dir", "runtime", "score_records",
-        "search_space", "sections", "shipping", "verdicts",
-    },
-    2: {
-        "adversary", "baseline", "batcher", "blocks", "bundle", "checkpoint", "classifier",
-        "compare_report", "connections", "corpus", "curve", "data", "error_contract", "evidence",
-        "first_token", "fit_records", "fit_report", "fuse", "gate", "golden", "head", "http_api",
-        "int8_search",
-        "intermediate", "judge", "label_order", "labels", "losses", "metrics", "mirror", "models",
-        "objectives", "observability", "openapi", "parquet_blocks", "parquet_rows",
-        "parts", "plots", "pretrained",
-        "prospects", "prune", "quantize", "random_bert", "ray_workers", "references", "resumable",
-        "schedule", "scoring", "selection",
-        "service_arguments", "service_check", "service_metrics", "service_process", "shadow",
-        "shapes", "snapshots", "sources", "stopwatch", "store", "students", "sweep_report",
-        "tables", "tasks", "text_blocks", "text_rows", "tokenise", "training", "tuning", "workers",
-        "baselines", "probe",
-    },
-    3: {
-        "bench", "check", "distill", "doctor", "export", "init", "model_parity", "package",
-        "parity", "push", "report", "score",
-    },
-    3.5: {"campaigns.trial"},  # what a campaign hands to a worker
-    4: {
-        "campaigns", "campaigns.compare", "campaigns.fit", "campaigns.plan", "campaigns.run",
-        "campaigns.sweep",
-        "campaigns.teacher",
-    },
-    5: {
-        "__main__", "campaign_commands", "cli", "options", "parity_terminal", "score_terminal",
-        "stage_commands", "terminal",
-    },
-}  # fmt: skip
-LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+
+def lint_imports(checkout: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=checkout, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+    )  # fmt: skip
 
 
-def modules() -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "__init__.py"
-    }
-
-
-def imported(path: Path) -> set[str]:
-    """The modules of ad2kit that a file imports anywhere, type checking included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ad2kit"):
-            base = (node.module or "").removeprefix("ad2kit").lstrip(".")
-            found |= {base} if base else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.removeprefix("ad2kit.")
-                for alias in node.names
-                if alias.name.startswith("ad2kit.")
-            }
-    return found & set(LAYER_OF)
-
-
-def test_every_module_has_a_layer() -> None:
-    assert set(modules()) == set(LAYER_OF)
-
-
-@pytest.mark.parametrize("module", sorted(LAYER_OF))
-def test_a_module_imports_from_below_only(module: str) -> None:
-    layer = LAYER_OF[module]
-    for other in imported(modules()[module]):
-        # The small modules of layers 1 and 2 may use each other; a stage never knows a stage.
-        allowed = LAYER_OF[other] < layer or (LAYER_OF[other] == layer and layer in (1, 2, 5))
-        assert allowed, f"{module} (layer {layer}) imports {other} (layer {LAYER_OF[other]})"
-
-
-def test_modules_of_one_layer_do_not_import_each_other_in_circles() -> None:
-    graph = {module: imported(path) for module, path in modules().items()}
-    done: set[str] = set()
-    while len(done) < len(graph):
-        ready = {module for module, needs in graph.items() if module not in done and needs <= done}
-        assert ready, f"a circle among {sorted(set(graph) - done)}"
-        done |= ready
+@pytest.mark.parametrize(
+    ("module", "statement", "contract"),
+    [
+        ("run/errors.py", "import ad2kit.cli.app", "A room imports from the rooms below it"),
+        (
+            "data/splits.py",
+            "from ad2kit.gate import parity",
+            "A room imports from the rooms below it",
+        ),
+        (
+            "service/errors.py",
+            "import ad2kit.scoring.score",
+            "A room imports from the rooms below it",
+        ),
+        ("data/texts.py", "from ad2kit.data import splits", "No circles"),
+        ("spare.py", "", "A room imports from the rooms below it"),
+    ],
+)
+def test_an_import_upwards_breaks_the_contract(
+    module: str, statement: str, contract: str, tmp_path: Path
+) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "ad2kit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(CHECKOUT / "pyproject.toml", tmp_path)
+    assert lint_imports(tmp_path).returncode == 0
+    with (tmp_path / "ad2kit" / module).open("a") as file:
+        file.write(f"\n{statement}\n")
+    broken = lint_imports(tmp_path)
+    assert broken.returncode == 1
+    assert f"{contract} BROKEN" in broken.stdout
 
 
 def loaded_after(code: str) -> set[str]:
@@ -121,7 +78,7 @@ def test_the_control_sees_torch() -> None:
     [
         "import ad2kit",
         "import ad2kit.service.batcher, ad2kit.exporting.classifier",
-        "import ad2kit.scoring.score, ad2kit.scoring.parquet_blocks, ad2kit.scoring.workers, ray.data",
+        "import ad2kit.scoring.score, ad2kit.scoring.parquet_blocks, ray.data",
         "import ad2kit.run.recipe; ad2kit.run.recipe.load('demo')",
     ],
 )
@@ -166,5 +123,5 @@ def test_no_call_leaves_open_whether_a_folder_may_run_code(place: str) -> None:
 
 
 def test_no_module_is_too_long_to_read() -> None:
-    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
-    assert {name: n for name, n in lengths.items() if n > 600} == {}
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {path: n for path, n in lengths.items() if n > 600} == {}

@@ -2,7 +2,8 @@
 
 1. What every shape costs is measured on untrained students, beside the teacher's fastest variant.
 2. The shapes that can meet the target are distilled, cheapest first; one that becomes hopeless on
-   ``select`` is given up (:mod:`ad2kit.campaigns.fit.looks`), one that ends too low there goes no further.
+   ``select`` is given up (:mod:`ad2kit.campaigns.fit.looks`), one that ends too low there goes no
+   further.
 3. What is left is exported, measured as it would be shipped against the teacher's own variants, and
    judged on the validation rows, with an interval that widens with each look. The first that passes
    is the answer.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ad2kit.campaigns.fit import shapes
+from ad2kit.campaigns import shapes
 from ad2kit.campaigns.fit.costs import Stopwatch
 from ad2kit.campaigns.fit.looks import Judge, hopeless, lost_on_select, thinned
 from ad2kit.campaigns.fit.records import Candidate, Cost, FitReport, Outcome, Target, shortfalls
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ad2kit.campaigns.fit.costs import System
-    from ad2kit.campaigns.fit.shapes import Grid, Shape
+    from ad2kit.campaigns.shapes import Grid, Shape
     from ad2kit.data.splits import Data
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.recipe import Recipe

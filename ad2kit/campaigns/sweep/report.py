@@ -14,7 +14,7 @@ from ad2kit.run.markdown import table
 from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import (
     Configuration,
-    Metric,  # noqa: TC001  (pydantic reads it at run time)
+    Metric,
 )
 from ad2kit.training.selection import good_enough
 

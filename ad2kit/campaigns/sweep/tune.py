@@ -2,8 +2,8 @@
 
 The trainable is called with the ``trial`` of a config: the fields of a configuration, and a seed.
 It reports ``progress``, of as many parts as it has, and the fields of
-:class:`ad2kit.campaigns.sweep.report.Trial` that it knows, and returns them with a ``state`` at its end; what
-it raises counts as the death of its worker.
+:class:`ad2kit.campaigns.sweep.report.Trial` that it knows, and returns them with a ``state`` at its
+end; what it raises counts as the death of its worker.
 """
 
 from __future__ import annotations
