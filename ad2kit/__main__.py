@@ -7,13 +7,23 @@ import sys
 import typer
 
 from ad2kit.cli.app import app
-from ad2kit.run.errors import EXIT_BUG, EXIT_INTERRUPTED, Ad2kitError, UserError, no_room_left
+from ad2kit.run.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    Ad2kitError,
+    MissingExtra,
+    UserError,
+    no_room_left,
+)
 
 
 def main() -> None:
     """Run the command line; every way to end has its exit code (see :mod:`ad2kit.run.errors`)."""
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        except ModuleNotFoundError as error:
+            raise MissingExtra.of(error) from error
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # newer typers catch it, and say nothing
     except typer.Exit as stop:

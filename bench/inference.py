@@ -30,7 +30,7 @@ import torch
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.fuse import read_first_token_only
 from ad2kit.exporting.int8 import Way, quantize
-from ad2kit.gate.latency import measure, onnx_call, torch_call
+from ad2kit.gate.latency import onnx_call, time_rounds, torch_call
 from ad2kit.models import text_model
 from ad2kit.run.folder import RunDir
 from ad2kit.run.machine import available_cpus, environment
@@ -179,7 +179,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for batch, length in SHAPES:
         ids = generator.integers(999, student.module.config.vocab_size, size=(batch, length))
-        rounds = measure(systems, ids, arguments.seconds)
+        rounds = time_rounds(systems, ids, arguments.seconds)
         seconds = {name: np.concatenate(each) for name, each in rounds.items()}
         medians = {name: float(np.median(times)) for name, times in seconds.items()}
         print(f"\nbatch {batch}, {length} tokens{'p50 ms':>20}{'p99 ms':>9}{'texts/s':>10}"

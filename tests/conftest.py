@@ -91,15 +91,15 @@ def quick_recipe() -> Recipe:
 def finished_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe) -> RunDir:
     """A quick smoke run that is distilled, exported, judged and measured. Do not change it."""
     from ad2kit.exporting.export import export
-    from ad2kit.gate.latency import bench
-    from ad2kit.gate.parity import parity
+    from ad2kit.gate.latency import measure
+    from ad2kit.gate.parity import judge
     from ad2kit.training.distill import distill
 
     run = open_run(quick_recipe, tmp_path_factory.mktemp("runs"))
     distill(run)
     export(run)
-    assert parity(run).passed
-    bench(run)
+    assert judge(run).passed
+    measure(run)
     return run
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from ad2kit.run.files import whole_file
 from ad2kit.run.markdown import table
 from ad2kit.run.records import Part, Record
-from ad2kit.run.sections import Metric  # noqa: TC001  (pydantic reads it at run time)
+from ad2kit.run.sections import Metric
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ad2kit.campaigns import shapes
 from ad2kit.exporting.export import export
-from ad2kit.gate.latency import bench
-from ad2kit.gate.parity import parity
+from ad2kit.gate.latency import measure
+from ad2kit.gate.parity import judge
 from ad2kit.gate.records import insist_passed
 from ad2kit.gate.report import report
 from ad2kit.gate.summary import teacher_report
@@ -58,11 +58,11 @@ def run_all(
     with run.locked() as held:
         distill(held, on_step=on_step, allow_inexact=allow_inexact)
         export(held)
-        verdict = parity(held)
+        verdict = judge(held)
         report(held)
         looked = teacher_report(held)
         insist_passed(verdict, run.path, report=run.parity_report, teacher=looked)
-        bench(held, again=False)
+        measure(held, again=False)
         record = package(held)
         report(held)
     return record
@@ -89,7 +89,7 @@ def export_teacher(run: RunDir) -> RunDir:
     with teacher.locked() as held:
         fill_with_teacher(held, run)
         export(held)
-        parity(held)
+        judge(held)
     return teacher
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ad2kit.cli import options
-from ad2kit.run.machine import stage
 
 
 def run(
@@ -19,12 +18,12 @@ def run(
 
     distill, export, parity, bench and package, each skipped where it is done.
     """
+    from ad2kit.campaigns.run import run_all
     from ad2kit.cli.show import next_steps, print_result, print_table, start_run, training_progress
 
     folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
-    campaign = stage("ad2kit.campaigns.run", "run_all")
     with training_progress() as on_step:
-        record = campaign(folder, on_step=on_step, allow_inexact=allow_inexact)
+        record = run_all(folder, on_step=on_step, allow_inexact=allow_inexact)
     if not as_json:
         print_table(folder)
     print_result(record, next_steps(record.tag, folder), as_json=as_json)
@@ -40,14 +39,14 @@ def compare(
     as_json: options.Json = False,
 ) -> None:
     """Train students by several methods from one teacher; test the last against the others."""
+    from ad2kit.campaigns import compare as campaign
     from ad2kit.cli.show import print_comparison, show_messages, training_progress
     from ad2kit.run.recipe import load
 
     show_messages()
     recipe, names = load(recipe_name, overrides or ()), methods.replace(" ", "").split(",")
-    campaign = stage("ad2kit.campaigns.compare", "compare")
     with training_progress() as on_step:
-        report, folder = campaign(
+        report, folder = campaign.compare(
             recipe, names, seeds, runs_dir, on_step=on_step, allow_inexact=allow_inexact
         )
     print_comparison(report, folder, as_json=as_json)
@@ -63,12 +62,12 @@ def sweep(
     as_json: options.Json = False,
 ) -> None:
     """Search learning rates, batch sizes and more on Ray; judge the best configuration."""
+    from ad2kit.campaigns.sweep import sweep as campaign
     from ad2kit.cli.show import print_sweep, show_messages
     from ad2kit.run.recipe import load
 
     show_messages()
-    campaign = stage("ad2kit.campaigns.sweep.sweep", "sweep")
-    report, folder = campaign(
+    report, folder = campaign.sweep(
         load(recipe_name, overrides or ()), runs_dir,
         address=address, storage=storage, allow_inexact=allow_inexact,
     )  # fmt: skip
@@ -98,6 +97,7 @@ def fit(
     Shapes are measured untrained; those that can meet it are distilled, cheapest first, until one
     passes the gate. Exit code 1 if none does.
     """
+    from ad2kit.campaigns.fit import fit as campaign
     from ad2kit.campaigns.fit.records import Target, insist_found
     from ad2kit.campaigns.shapes import Grid
     from ad2kit.cli.show import print_fit, show_messages, training_progress
@@ -116,9 +116,8 @@ def fit(
         attention_heads=options.numbers("--heads", heads),
         feed_forward=options.numbers("--feed-forward", feed_forward),
     )
-    campaign = stage("ad2kit.campaigns.fit.fit", "fit")
     with training_progress() as on_step:
-        report, folder = campaign(
+        report, folder = campaign.fit(
             recipe, target, grid, runs_dir, on_step=on_step, allow_inexact=allow_inexact
         )
     print_fit(report, folder, as_json=as_json)

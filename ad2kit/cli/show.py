@@ -31,7 +31,7 @@ from ad2kit.gate.summary import HEADER, caption, rows
 from ad2kit.run import files
 from ad2kit.run.errors import UserError
 from ad2kit.run.folder import find_run, named_folder, open_run
-from ad2kit.run.machine import is_first_process, stage
+from ad2kit.run.machine import is_first_process
 from ad2kit.run.recipe import load
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ def start_run(
     show_messages()
     recipe = load(recipe_name, overrides or ())
     if max_minutes is not None:
-        recipe = stage("ad2kit.planning.budget", "planned")(recipe, max_minutes, runs_dir)
+        from ad2kit.planning.budget import planned
+
+        recipe = planned(recipe, max_minutes, runs_dir)
     run = open_run(recipe, runs_dir, folder)
     _note(f"run: {run.path}")
     return run

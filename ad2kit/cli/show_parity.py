@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import ad2kit
 from ad2kit.cli.show import print_json, print_table
 from ad2kit.gate.records import ParityReport, insist_passed
 from ad2kit.gate.shipping import choose_variant, passed_variants
 from ad2kit.gate.summary import teacher_report, untested_words
 from ad2kit.run.errors import UserError
-from ad2kit.run.machine import stage
 from ad2kit.run.recipe import load
-from ad2kit.service.check import MAX_SCORE_GAP, ServiceAnswers
+from ad2kit.service import check
 from ad2kit.service.settings import client_key
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def judge_run(run: RunDir, *, as_json: bool) -> None:
     """Judge the variants of a run, print the verdict, and stop if none passed."""
-    verdict: ParityReport = stage("ad2kit.gate.parity", "parity")(run)
+    verdict = ad2kit.judge(run)
     if as_json:
         print_json(verdict.model_dump(mode="json"))
     else:
@@ -47,14 +47,13 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
 def judge_service(run: RunDir, address: str, api_keys_file: Path | None, *, as_json: bool) -> None:
     """Compare a running service with its run, print the result, and stop if they differ."""
     key = client_key(api_keys_file, os.environ)
-    work = stage("ad2kit.service.check", "judge_service")
-    found: ServiceAnswers = work(run, address.rstrip("/"), key)
+    found = check.judge_service(run, address.rstrip("/"), key)
     if as_json:
         print_json({"texts": found.texts, "label_flips": found.flips, "score_gap": found.gap})
     found.insist_same(f"it is at {address}")
     _say(
         f"service: {found.texts} answers equal the artefact's, score gap {found.gap:.1e}, "
-        f"expected at most {MAX_SCORE_GAP:.0e}"
+        f"expected at most {check.MAX_SCORE_GAP:.0e}"
     )
 
 
@@ -69,9 +68,9 @@ def judge_model(
             f"{data}",
             hint="ad2kit parity --model DIR --teacher DIR --data FILE",
         )
-    verdict: ParityReport = stage("ad2kit.gate.foreign", "judge_model")(
-        model, teacher, data, load(recipe or "custom", overrides)
-    )
+    from ad2kit.gate import foreign
+
+    verdict = foreign.judge_model(model, teacher, data, load(recipe or "custom", overrides))
     _print(verdict, as_json=as_json)
     insist_passed(verdict, model)
 
@@ -100,10 +99,8 @@ def _print(report: ParityReport, *, as_json: bool) -> None:
         return
     table = Table("question", "check", "value", "expected", "verdict", box=box.SIMPLE_HEAD)
     for verdict in report.variants:
-        for check in verdict.checks:
-            table.add_row(
-                check.question, check.name, escape(check.measured), check.expected, check.verdict
-            )  # fmt: skip
+        for one in verdict.checks:
+            table.add_row(one.question, one.name, escape(one.measured), one.expected, one.verdict)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     (verdict,) = report.variants

@@ -10,7 +10,7 @@ import typer
 
 from ad2kit.cli import options
 from ad2kit.run.errors import UserError
-from ad2kit.run.machine import is_first_process, stage
+from ad2kit.run.machine import is_first_process
 
 
 def recipes(as_json: options.Json = False) -> None:
@@ -36,19 +36,20 @@ def check(
     """Check a recipe, its data and its models: what they hold, prove and cost; train nothing."""
     from ad2kit.cli.show import print_json
     from ad2kit.data.splits import load_data
+    from ad2kit.planning import check as planning
     from ad2kit.run.recipe import load
+    from ad2kit.training.distill import open_models
 
     recipe = load(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
-    teacher = stage("ad2kit.training.distill", "open_models")(recipe, data)
-    report = stage("ad2kit.planning.check", "check")(recipe, data, teacher)
+    report = planning.check(recipe, data, open_models(recipe, data))
     if as_json:
         plain = recipe.model_dump(mode="json")
         print_json({"recipe": plain, **report.model_dump(mode="json")})
         return
     if verbose:
         typer.echo(recipe.model_dump_json(indent=2))
-    typer.echo(stage("ad2kit.planning.check", "words")(report))
+    typer.echo(planning.words(report))
 
 
 def init(
@@ -65,18 +66,17 @@ def init(
     to be given. No recipe is overwritten.
     """
     from ad2kit.cli.show import print_json
+    from ad2kit.planning import init as planning
 
-    recipe = Path(f"{name or stage('ad2kit.planning.init', 'recipe_name')(table)}.yaml")
+    recipe = Path(f"{name or planning.recipe_name(table)}.yaml")
     columns = tuple(map(str.strip, text.split(","))) if text else ()
-    guess = stage("ad2kit.planning.init", "init")(
-        table, recipe, validation=validation, text=columns, label=label
-    )
+    guess = planning.init(table, recipe, validation=validation, text=columns, label=label)
     following = f"ad2kit check {recipe}"
     if as_json:
         print_json({"recipe": str(recipe), "data": guess.data, "notes": guess.notes,
                     "doubts": guess.doubts, "next": following})  # fmt: skip
         return
-    typer.echo(stage("ad2kit.planning.init", "words")(guess))
+    typer.echo(planning.words(guess))
     typer.echo(f"written: {recipe}\nnext: {following}")
 
 
@@ -105,13 +105,13 @@ def distill(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune the teacher if need be; distil the student."""
+    import ad2kit
     from ad2kit.cli.show import print_result, start_run, training_progress
     from ad2kit.gate.summary import teacher_report
 
     folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
-    work = stage("ad2kit.training.distill", "distill")
     with training_progress() as on_step:
-        report = work(folder, on_step=on_step, allow_inexact=allow_inexact)
+        report = ad2kit.distill(folder, on_step=on_step, allow_inexact=allow_inexact)
     # The others of several processes may come here before the files are written.
     looked = teacher_report(folder) if is_first_process() else None
     simpler = (
@@ -135,18 +135,21 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Export the student to ONNX, then ask the parity gate."""
+    import ad2kit
     from ad2kit.cli.show import print_json, use_run
     from ad2kit.cli.show_parity import judge_run
 
     folder = use_run(runs_dir, run)
     if teacher:
-        folder = stage("ad2kit.campaigns.run", "export_teacher")(folder)
+        from ad2kit.campaigns.run import export_teacher
+
+        folder = export_teacher(folder)
         judge_run(folder, as_json=as_json)
         shadow = shlex.quote(str(folder.path.resolve()))
         typer.echo(f"as a shadow: AD2KIT_SHADOW={shadow} bentoml serve", err=True)
         return
     with folder.locked() as held:
-        artifacts = stage("ad2kit.exporting.export", "export")(held)
+        artifacts = ad2kit.export(held)
         if not no_parity:
             judge_run(held, as_json=as_json)
             return
@@ -200,12 +203,12 @@ def bench(
 
     Anew each time, whatever the run holds already.
     """
+    import ad2kit
     from ad2kit.cli.show import print_result, use_run
     from ad2kit.gate.summary import capacity_lines, latency_lines
 
     folder = use_run(runs_dir, run)
-    work = stage("ad2kit.gate.latency", "bench")
-    report = work(folder, p99_target_ms=p99_ms, price_per_hour=price_per_hour)
+    report = ad2kit.measure(folder, p99_target_ms=p99_ms, price_per_hour=price_per_hour)
     lines = [*latency_lines(report), *capacity_lines(report)]
     print_result(report, "\n".join(lines), as_json=as_json)
 
@@ -221,12 +224,11 @@ def package(
 
     The tag is published only if the service answers what the artefact computes.
     """
+    import ad2kit
     from ad2kit.cli.show import next_steps, print_result, use_run
 
     folder = use_run(runs_dir, run)
-    record = stage("ad2kit.service.bento", "package")(
-        folder, variant=variant, allow_failed_parity=allow_failed_parity
-    )
+    record = ad2kit.package(folder, variant=variant, allow_failed_parity=allow_failed_parity)
     print_result(record, next_steps(record.tag, folder), as_json=as_json)
 
 
@@ -239,10 +241,10 @@ def push(
 ) -> None:
     """Upload what a run ships to the hub, with a model card; only if it passed its gate."""
     from ad2kit.cli.show import use_run
+    from ad2kit.gate import hub
 
     folder = use_run(runs_dir, run)
-    work = stage("ad2kit.gate.hub", "push")
-    typer.echo(work(folder, repository, variant=variant, private=private))
+    typer.echo(hub.push(folder, repository, variant=variant, private=private))
 
 
 def report(run: options.RunArgument = None, runs_dir: options.RunsDir = options.RUNS) -> None:
@@ -292,14 +294,15 @@ def score(
     The same command goes on where it was stopped. Rows that cannot be read are listed in
     OUTPUT/_errors, and the exit code is 2 if there are any.
     """
+    import ad2kit
     from ad2kit.cli.show import print_result, show_messages, use_servable
     from ad2kit.cli.show_score import insist_on_all_rows, scoring_progress, summary
 
     show_messages()
     columns = tuple(map(str.strip, text_columns.split(","))) if text_columns else None
-    model, work = use_servable(runs_dir, run), stage("ad2kit.scoring.score", "score")
+    model = use_servable(runs_dir, run)
     with scoring_progress() as on_progress:
-        report = work(
+        report = ad2kit.score(
             model, input_url, output_url, text_columns=columns, prefix=prefix,
             engine=engine, address=address, workers=workers, block_rows=block_rows,
             batch_size=batch_size, on_progress=on_progress,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -10,9 +10,7 @@ from pydantic import (
 )
 
 from ad2kit.run.records import Part, Record
-
-if TYPE_CHECKING:
-    from ad2kit.run.sections import Provider, Task
+from ad2kit.run.sections import Provider, Task
 
 Verdict = Literal["passed", "FAILED", "not shown"]
 """Not shown: the validation rows are too few to say that it passed, or that it failed."""

@@ -52,7 +52,7 @@ _CALLS_FOR_P99 = 100
 
 
 @exclusive
-def bench(
+def measure(
     run: RunDir,
     *,
     again: bool = True,
@@ -109,7 +109,7 @@ def bench(
             ids = generator.integers(
                 student.module.config.vocab_size, size=(size, length), dtype=np.int64
             )
-            seconds = measure(systems, ids, recipe.bench.seconds_per_cell)
+            seconds = time_rounds(systems, ids, recipe.bench.seconds_per_cell)
             cells += [cell_of(name, ids, rounds) for name, rounds in seconds.items()]
             logger.info("bench: batch %d, %d tokens done", size, length)
     report = LatencyReport(
@@ -158,7 +158,7 @@ def session_call(session: InferenceSession) -> Call:
     return call
 
 
-def measure(
+def time_rounds(
     systems: dict[str, Call],
     ids: NDArray[np.int64],
     seconds: float,

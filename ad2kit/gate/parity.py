@@ -62,7 +62,7 @@ EXACT = ("fp32", "fused")
 
 
 @exclusive
-def parity(run: RunDir) -> ParityReport:
+def judge(run: RunDir) -> ParityReport:
     """Ask the questions of every variant of a run, write the report, and return it.
 
     A report that is not ``passed`` is written all the same; it is for the caller to stop.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import computed_field
 
 from ad2kit.run.errors import GateFailed
 from ad2kit.run.records import Part, Record
-
-if TYPE_CHECKING:
-    from ad2kit.run.sections import Metric, TrainRecipe
+from ad2kit.run.sections import Metric, TrainRecipe
 
 logger = logging.getLogger(__name__)
 

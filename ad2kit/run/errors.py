@@ -87,6 +87,18 @@ class MissingExtra(Ad2kitError):
             hint=f"pip install 'ad2kit[{extra}]'",
         )
 
+    @classmethod
+    def of(cls, error: ModuleNotFoundError) -> MissingExtra:
+        """Return the error of the extra that a module which cannot be imported belongs to.
+
+        Raises:
+            ModuleNotFoundError: ``error`` itself, if the module is one of ad2kit's own.
+        """
+        module = error.name or str(error)
+        if module.split(".")[0] == "ad2kit":
+            raise error
+        return cls(module, extra="scale" if module in ("ray", "optuna") else "cpu")
+
 
 def nearest(wrong: str, right: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest of ``right``, or an empty string."""

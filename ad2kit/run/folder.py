@@ -25,6 +25,7 @@ import logging
 import os
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
@@ -32,12 +33,11 @@ from filelock import FileLock, Timeout
 from ad2kit.run.errors import RecipeError, RunError, no_room_left
 from ad2kit.run.files import LOCK, TEMPORARY, fingerprint, locked, write_record
 from ad2kit.run.machine import first_process_first, is_first_process
-from ad2kit.run.recipe import Recipe, from_data
+from ad2kit.run.recipe import Recipe, from_data, load
 from ad2kit.run.records import CampaignRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Sequence
 
     from filelock import BaseFileLock
 
@@ -215,24 +215,34 @@ def run_folder(recipe: Recipe, runs_dir: Path) -> Path:
 
 
 def open_run(
-    recipe: Recipe, runs_dir: Path, folder: Path | None = None, *,
+    recipe: Recipe | str | Path,
+    runs_dir: str | Path = "runs",
+    folder: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
     campaign: CampaignRecord | None = None,
-) -> RunDir:  # fmt: skip
+) -> RunDir:
     """Create, or find again, the run of ``recipe`` under ``runs_dir`` or at ``folder``.
+
+        run = ad2kit.open_run("demo", overrides=["distill.lr=1e-4"])
 
     The recipe is written into the folder when the run is locked, by its next stage.
 
     Args:
-        recipe: of the run.
+        recipe: of the run, or the name or path of one.
         runs_dir: where runs lie.
         folder: of this run; named after the recipe if None.
+        overrides: of a recipe that is given by name, such as ``distill.lr=1e-4``.
         campaign: what makes the run, if no command asks for the run itself. It changes no recipe
             of a run that is distilled already.
 
     Raises:
+        RecipeError: there is no such recipe, or it has a wrong key or value.
         RunError: ``folder`` holds a run of another recipe, or something that is no run.
     """
-    run = RunDir(folder or run_folder(recipe, runs_dir), recipe, campaign)
+    if not isinstance(recipe, Recipe):
+        recipe = load(str(recipe), overrides)
+    run = RunDir(Path(folder or run_folder(recipe, Path(runs_dir))), recipe, campaign)
     # The others of several processes find what the first has made.
     with first_process_first(recipe.compute):
         _insist_on_weights(run, recipe)

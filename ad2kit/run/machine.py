@@ -5,7 +5,6 @@ Nothing here imports torch until a function that needs it is called.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import platform
@@ -15,7 +14,7 @@ import threading
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ad2kit.run.errors import MissingExtra, UserError
 
@@ -41,21 +40,6 @@ DECIDE_BITS = {
 }  # fmt: skip
 # x86 from Cascade Lake and Zen 4 on, Arm from v8.2 on.
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
-
-
-def stage(module: str, function: str) -> Any:
-    """Import a stage; what it lacks is a missing extra and not a defect.
-
-    Raises:
-        MissingExtra: names the extra to install.
-    """
-    try:
-        return getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ad2kit"):
-            raise
-        extra = "scale" if error.name in ("ray", "optuna") else "cpu"
-        raise MissingExtra(error.name or module, extra=extra) from error
 
 
 def available_cpus() -> int:

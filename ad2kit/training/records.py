@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ad2kit.data.splits import SplitFacts  # noqa: TC001  (pydantic reads it at run time)
+from ad2kit.data.splits import SplitFacts
 from ad2kit.run.files import read_lines
 from ad2kit.run.records import Part, Record
+from ad2kit.run.sections import Metric, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from ad2kit.run.folder import RunDir
-    from ad2kit.run.sections import DistillRecipe, Metric, PlanRecipe, Task
+    from ad2kit.run.sections import DistillRecipe, PlanRecipe
 
 
 class StepRecord(Record):

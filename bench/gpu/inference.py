@@ -27,7 +27,7 @@ import torch
 from ad2kit.exporting.classifier import MODEL_FILE, PROVIDERS
 from ad2kit.exporting.export import export_fp32
 from ad2kit.exporting.fuse import fuse, to_fp16
-from ad2kit.gate.latency import measure
+from ad2kit.gate.latency import time_rounds
 from ad2kit.models import text_model
 from ad2kit.models.pretrained import find_model
 from ad2kit.run.machine import environment
@@ -163,7 +163,7 @@ def main() -> None:
             first = next(iter(calls))
             for batch, length in SHAPES:
                 ids = generator.integers(999, 20_000, size=(batch, length))
-                rounds = measure(calls, ids, options.seconds)
+                rounds = time_rounds(calls, ids, options.seconds)
                 seconds = {name: np.concatenate(each) for name, each in rounds.items()}
                 medians = {name: float(np.median(times)) for name, times in seconds.items()}
                 print(f"\n{size}, batch {batch} x {length}{'p50 ms':>16}{'p99 ms':>9}"

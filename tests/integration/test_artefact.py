@@ -15,7 +15,7 @@ from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.export import export
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.foreign import judge_model
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.gate.records import ParityReport, insist_passed
 from ad2kit.gate.shipping import passed_variants
 from ad2kit.models import text_model
@@ -134,22 +134,22 @@ def tamper(run: RunDir, **changes: Any) -> None:
 def test_the_gate_passes_what_reads_as_training_did_and_names_what_does_not(
     trained: RunDir,
 ) -> None:
-    assert fidelity(parity(trained)) == {}
+    assert fidelity(judge(trained)) == {}
     honest = OnnxArtifact.read(trained.onnx("fp32") / OnnxArtifact.file_name)
     other = "right" if honest.tokenisation.truncation_side == "left" else "left"
     tamper(trained, truncation_side=other)
     # No text of the gate is longer than the model, and so those that are made of them tell.
-    failed = fidelity(parity(trained))
+    failed = fidelity(judge(trained))
     assert {
         "fp32: long texts with other token ids",
         "int8: long texts with other token ids",
     } <= set(failed)
     assert not any(": texts with other" in name for name in failed)
     tamper(trained, truncation_side=honest.tokenisation.truncation_side)
-    assert fidelity(parity(trained)) == {}
+    assert fidelity(judge(trained)) == {}
     if honest.text_columns == 2:
         tamper(trained, segment_ids=not honest.tokenisation.segment_ids)
-        report = parity(trained)
+        report = judge(trained)
         assert fidelity(report)["fp32: texts with other segment ids"] > 0
         with pytest.raises(GateFailed, match="texts with other segment ids") as refused:
             insist_passed(report, trained.path, report=trained.parity_report)
@@ -202,7 +202,7 @@ def test_what_is_exported_again_after_a_gate_is_loaded_again(
     seconds = 0
     for step in steps:
         if step == "parity":
-            assert parity(copied_run).passed
+            assert judge(copied_run).passed
         elif step == "search":
             seconds += 1
             change_recipe(copied_run, search_seconds=seconds)
@@ -217,7 +217,7 @@ def test_what_is_exported_again_after_a_gate_is_loaded_again(
                 ParityReport.file_name
                 not in OnnxArtifact.read(folder / OnnxArtifact.file_name).files
             )
-    assert parity(copied_run).passed
+    assert judge(copied_run).passed
     assert len(passed_variants(copied_run)) == 3
     export(copied_run)  # and nothing is made again where nothing has changed
     assert len(passed_variants(copied_run)) == 3
@@ -242,6 +242,6 @@ def test_an_artefact_of_an_older_version_is_refused_with_a_cure_that_helps(
         OnnxClassifier(copied_run.onnx("int8"))
     assert "run `ad2kit export` on its run again, then `ad2kit parity`" in refused.value.hint
     export(copied_run)
-    assert parity(copied_run).passed
+    assert judge(copied_run).passed
     for variant in copied_run.recipe.export.variants:
         assert OnnxClassifier(copied_run.onnx(variant), threads=1).predict(["not dull"])

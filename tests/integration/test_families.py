@@ -16,7 +16,7 @@ import transformers
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.exporting.export import export
 from ad2kit.exporting.fuse import read_first_token_only
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.models import text_model
 from ad2kit.run import recipe
 from ad2kit.run.errors import ModelError
@@ -127,7 +127,7 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     export(run)
     # A gap of 1e-4 says something only where texts move the logits much further than that.
     assert OnnxClassifier(run.onnx("fp32"), threads=1).logits(TEXTS).std(axis=0).min() > 1e-2
-    report = parity(run)
+    report = judge(run)
     assert [verdict.variant for verdict in report.variants] == variants
     for verdict in report.variants:
         passed = {check.name for check in verdict.checks if check.passed}
@@ -355,7 +355,7 @@ def test_a_student_of_another_family_width_and_tokenizer_learns_from_the_teacher
     teacher = text_model.load(run.teacher, report.labels)
     assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
     export(run)
-    failed = {check.name for verdict in parity(run).variants for check in verdict.checks
+    failed = {check.name for verdict in judge(run).variants for check in verdict.checks
               if check.question == "export fidelity" and not check.passed}  # fmt: skip
     assert failed == set()
     more = recipe.load("smoke", [*overrides, "distill.intermediate.hidden_states=1"])

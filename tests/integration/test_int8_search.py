@@ -19,7 +19,7 @@ from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.export import export
 from ad2kit.exporting.int8 import WAYS, Way, nodes_to_quantize, quantize
 from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.gate.summary import caption
 from ad2kit.run.errors import ModelError
 from ad2kit.run.files import write_record
@@ -79,7 +79,7 @@ def test_with_time_all_ways_are_tried_and_the_fastest_of_the_exact_is_taken(
     fastest = min(exact, key=lambda trial: trial.batch_ms * trial.alone_ms)
     assert search.taken == fastest.way
     assert (copied_run.onnx("int8") / MODEL_FILE).stat().st_size == fastest.size_bytes
-    assert parity(copied_run).passed
+    assert judge(copied_run).passed
 
 
 @pytest.mark.parametrize("train_rows", [5, 110])
@@ -122,7 +122,7 @@ def test_a_way_that_cannot_be_made_costs_the_others_nothing(
     assert "uint8" in search.taken
     told = {trial.way: trial.failures for trial in search.trials}
     assert told[str(WAYS[0])] == ("impossible: no such kernel",)
-    assert parity(copied_run).variants[-1].variant == "int8"
+    assert judge(copied_run).variants[-1].variant == "int8"
 
 
 def test_a_graph_that_no_way_fits_is_an_error_and_a_full_disk_stays_one(
@@ -235,7 +235,7 @@ def test_what_is_mostly_float_is_not_called_int8(
     assert artifact.weights_in_8_bits is not None
     assert artifact.weights_in_8_bits < 0.5
     assert set(nodes[:-1]) & set(artifact.in_float)
-    verdict = next(v for v in parity(copied_run).variants if v.variant == "int8")
+    verdict = next(v for v in judge(copied_run).variants if v.variant == "int8")
     failed = [check.name for check in verdict.checks if not check.passed]
     assert failed == ["share of weights in 8 bits"]
     assert PurePosixPath(artifact.in_float[0].strip("/")).parent.as_posix() in caption(copied_run)

@@ -298,7 +298,7 @@ def test_the_own_wheel_is_deterministic_and_complete(tmp_path: Path) -> None:
                 assert int(size) == len(content)
     assert sorted(row[0] for row in rows) == sorted(names)
     assert {f"ad2kit/_recipes/{name}.yaml" for name in RECIPES} <= set(names)
-    assert {"ad2kit/py.typed", "ad2kit/cli.py", "ad2kit/_serving/service.py"} <= set(names)
+    assert {"ad2kit/py.typed", "ad2kit/cli/app.py", "ad2kit/_serving/service.py"} <= set(names)
     assert not any("test" in name for name in names)
 
 

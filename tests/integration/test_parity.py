@@ -20,8 +20,8 @@ from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifac
 from ad2kit.exporting.conversion import conversion_cost
 from ad2kit.exporting.export import export
 from ad2kit.exporting.records import OnnxArtifact
-from ad2kit.gate.latency import bench
-from ad2kit.gate.parity import parity
+from ad2kit.gate.latency import measure
+from ad2kit.gate.parity import judge
 from ad2kit.gate.questions import Reference, distillation_quality
 from ad2kit.gate.records import ParityReport, RowAnswers, insist_passed
 from ad2kit.gate.shipping import passed_variants
@@ -45,7 +45,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 def failed_checks(run: RunDir, variant: str = "fp32") -> set[str]:
     """Judge a run, expect a report whatever it says, and return what failed."""
-    report = parity(run)
+    report = judge(run)
     assert ParityReport.read(run.parity_report) == report
     (verdict,) = [v for v in report.variants if v.variant == variant]
     assert report.passed == any(v.passed for v in report.variants)
@@ -199,14 +199,14 @@ def test_a_changed_teacher_or_student_is_noticed_even_where_the_verdict_is_known
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ModelError, match="is not the file that was written"):
-        parity(copied_run)
+        judge(copied_run)
 
 
 def test_a_weak_student_fails_with_the_thresholds_of_the_recipe(copied_run: RunDir) -> None:
     recipe = copied_run.recipe
     strict = recipe.parity.model_copy(update={"min_retained": 1.0, "min_retained_lower": 1.0})
     write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": strict}))
-    report = parity(copied_run)
+    report = judge(copied_run)
     assert not report.passed
     with pytest.raises(
         GateFailed, match=r"retained is .* expected at least 1, its interval from 1"
@@ -231,7 +231,7 @@ def test_a_run_passes_by_the_variant_that_ships_and_says_which_others_did_not(
     assert f"next: ad2kit package {copied_run.path} (or --variant " in done.err
     assert {folder.name for folder in passed_variants(copied_run)} == {"fp32", "fused"}
     # Nobody needs the latency of what cannot be shipped.
-    assert bench(copied_run).artifacts.keys() == {"fp32", "fused"}
+    assert measure(copied_run).artifacts.keys() == {"fp32", "fused"}
     assert ad2kit("report", copied_run.path).code == 0
     page = copied_run.report.read_text()
     assert "classes predicted is 1, expected at least 2" in page
@@ -342,7 +342,7 @@ def test_an_artefact_that_was_changed_after_its_export_is_refused(copied_run: Ru
     path = copied_run.onnx("int8") / MODEL_FILE
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ModelError, match="is not the file that was written"):
-        parity(copied_run)
+        judge(copied_run)
 
 
 def test_a_verdict_does_not_cover_a_later_artefact(copied_run: RunDir) -> None:
@@ -354,7 +354,7 @@ def test_a_verdict_does_not_cover_a_later_artefact(copied_run: RunDir) -> None:
 def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
     (copied_run.onnx("int8") / OnnxArtifact.file_name).unlink()
     with pytest.raises(RunError, match=r"has no onnx/int8/manifest\.json yet") as caught:
-        parity(copied_run)
+        judge(copied_run)
     assert "ad2kit export" in caught.value.hint
 
 
@@ -448,11 +448,11 @@ def test_a_truncated_validation_file_fails(tmp_path: Path, finished_run: RunDir)
     run = open_run(recipes.load("smoke", [*QUICK, *overrides]), tmp_path / "runs")
     distill(run)
     export(run)
-    parity(run)
+    judge(run)
     path = tmp_path / "validation.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(RunError, match="the validation data changed"):
-        parity(run)
+        judge(run)
 
 
 def test_the_slices_cover_all_rows_from_the_shortest_on() -> None:
@@ -494,7 +494,7 @@ def test_a_calibrated_student_answers_the_same_with_other_probabilities(
     after = OnnxClassifier(folder).predict(["never dull", "not at all convincing"])
     assert [p.label for p in after] == [p.label for p in before]
     assert [p.score for p in after] != [p.score for p in before]
-    for verdict in parity(copied_run).variants:
+    for verdict in judge(copied_run).variants:
         assert verdict.ece != verdict.ece_unscaled
 
 

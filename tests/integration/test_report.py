@@ -9,7 +9,7 @@ import pytest
 
 from ad2kit.exporting.export import export
 from ad2kit.exporting.records import QuantisationSearch
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.gate.records import ParityReport, RowAnswers, VariantParity
 from ad2kit.gate.report import report
 from ad2kit.run.errors import RunError
@@ -99,7 +99,7 @@ def test_what_belongs_to_other_artefacts_is_not_shown(copied_run: RunDir) -> Non
     more = recipe.export.model_copy(update={"variants": ("fp32", "fused", "fp16")})
     write_record(copied_run.recipe_file, recipe.model_copy(update={"export": more}))
     export(copied_run)
-    parity(copied_run)
+    judge(copied_run)
     page = report(copied_run).read_text()
     assert "fp16 (ONNX)" in page
     assert "p50 latency" not in page  # fp16 was not there when the others were measured
@@ -113,7 +113,7 @@ def test_a_report_before_parity_or_bench(copied_run: RunDir) -> None:
         damage()
         with pytest.raises(RunError, match=r"answers\.jsonl is missing, or not the file"):
             report(copied_run)
-        parity(copied_run)  # which is known, but not all that it leaves behind
+        judge(copied_run)  # which is known, but not all that it leaves behind
         report(copied_run)
     copied_run.parity_report.unlink()
     with pytest.raises(RunError, match=r"has no parity\.json yet"):

@@ -16,7 +16,7 @@ from ad2kit import load
 from ad2kit.campaigns import run as chain
 from ad2kit.campaigns.fit.looks import Judge
 from ad2kit.data.splits import load_data
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.gate.records import ParityReport
 from ad2kit.gate.shipping import choose_variant, latest_passed_run, passed_variants
 from ad2kit.run.errors import GateFailed, RunError
@@ -88,8 +88,8 @@ def test_a_stage_judges_by_the_recipe_as_it_was_when_the_run_was_locked(
     other = recipe.parity.model_copy(update={"min_retained": 0.1, "bootstrap_samples": 100})
     with copied_run.locked() as held:
         write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": other}))
-        assert parity(held).thresholds == recipe.parity
-    assert parity(copied_run).thresholds == other
+        assert judge(held).thresholds == recipe.parity
+    assert judge(copied_run).thresholds == other
 
 
 class Stop(Exception):
@@ -165,7 +165,7 @@ def narrow(copied_run: RunDir) -> RunDir:
     least = {"min_retained_lower": int8.retained_interval[0] - 1e-3}
     narrow = recipe.parity.model_copy(update=least)
     write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": narrow}))
-    assert parity(copied_run).variants[-1].passed
+    assert judge(copied_run).variants[-1].passed
     return copied_run
 
 

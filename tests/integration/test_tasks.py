@@ -10,7 +10,7 @@ import pytest
 
 import ad2kit
 from ad2kit.exporting.export import export
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.gate.report import report as write_report
 from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import DataError, ModelError
@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
-    report = parity(runs[task])
+    report = judge(runs[task])
     assert report.passed, report.failures()
     assert report.teacher_score > 0.6  # it has learnt the task
     metrics = {
@@ -107,7 +107,7 @@ def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
 @pytest.mark.slow
 def test_predictions_have_the_form_of_their_task(runs: dict[str, RunDir]) -> None:
     for run in runs.values():
-        parity(run)
+        judge(run)
     pair = ad2kit.load(runs["three classes of pairs"].path)
     (answer,) = pair.predict([("red stone blue", "how many colours")])
     assert set(answer.as_dict()) == {"label", "score", "scores", "tokens", "truncated"}

@@ -71,7 +71,7 @@ def test_the_wheel_holds_what_an_installation_needs_and_no_more(installed: Insta
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         described = archive.read(metadata).decode()
     assert {f"ad2kit/_recipes/{name}.yaml" for name in RECIPES} <= names
-    assert {"ad2kit/_serving/service.py", "ad2kit/py.typed", "ad2kit/cli.py"} <= names
+    assert {"ad2kit/_serving/service.py", "ad2kit/py.typed", "ad2kit/cli/app.py"} <= names
     modules = {
         path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "ad2kit").rglob("*.py")
     }

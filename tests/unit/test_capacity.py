@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ad2kit.gate.latency import cell_of, measure
+from ad2kit.gate.latency import cell_of, time_rounds
 from ad2kit.gate.records import LatencyCell, LatencyReport
 from ad2kit.gate.summary import busy_words, capacity_lines, latency_lines, tail, times_as_fast
 
@@ -116,7 +116,7 @@ def test_systems_take_turns() -> None:
         return lambda _ids: turns.append(name)
 
     systems = {name: system(name) for name in ("a", "b", "c")}
-    rounds = measure(systems, ids, seconds=1e-9)
+    rounds = time_rounds(systems, ids, seconds=1e-9)
     # Two calls to warm up, and two that count; each follows the one and the other.
     assert turns[::4] == ["a", "b", "c", "c", "b", "a"] * (len(rounds["a"]) // 2)
     assert len(turns) == 4 * 3 * len(rounds["a"])

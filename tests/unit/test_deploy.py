@@ -31,7 +31,7 @@ CONSTANTS = {
 }
 MANIFEST = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text())
-METRICS = (Path(__file__).parents[2] / "ad2kit" / "service_metrics.py").read_text()
+METRICS = (Path(__file__).parents[2] / "ad2kit" / "service" / "monitoring.py").read_text()
 
 
 def of_kind(kind: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Stopwatch:
         recipe: threads, seed, and the seconds for a system.
         target: the number of texts and their length.
         file: of the measurements, in the store of what runs share.
-        clock: times calls, see :func:`ad2kit.gate.latency.measure`.
+        clock: times calls, see :func:`ad2kit.gate.latency.time_rounds`.
         vocabulary: number of token ids to draw from.
     """
 

@@ -36,7 +36,7 @@ from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, open_session
 from ad2kit.exporting.export import export, export_fp32
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate import latency
-from ad2kit.gate.parity import parity
+from ad2kit.gate.parity import judge
 from ad2kit.models import text_model
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import DivergedError, UserError
@@ -105,8 +105,13 @@ def fit(
     )
     folder = runs_dir / f"fit-{recipe.name}-{inputs[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    stopwatch = Stopwatch(recipe, target, runs_dir / ".shared" / "measured.json", latency.measure,
-                          vocabulary=teacher.module.config.vocab_size)  # fmt: skip
+    stopwatch = Stopwatch(
+        recipe,
+        target,
+        runs_dir / ".shared" / "measured.json",
+        latency.time_rounds,
+        vocabulary=teacher.module.config.vocab_size,
+    )
     search = _Search(
         recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact,
         Judge(target.retain, data.validation.labels),
@@ -247,7 +252,7 @@ class _Search:
 
         The verdicts are written into the run, of which nothing else may be shipped.
         """
-        report, failures, outcomes = parity(run), list[str](), set[Outcome]()
+        report, failures, outcomes = judge(run), list[str](), set[Outcome]()
         record = self.rule
         for cost in sorted(able, key=lambda cost: cost.p50_ms):
             look = self.judge.look(run, report, cost.variant)
@@ -256,7 +261,7 @@ class _Search:
             write_record(run.campaign_record, record)
             facts |= look.facts()
             if not look.failures:
-                latency.bench(run, again=False)
+                latency.measure(run, again=False)
                 self.package = run.path.name, cost.variant
                 return candidate.ended("found", "", **facts)
             failures += look.failures

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from ad2kit.campaigns.shapes import Grid, Shape  # noqa: TC001
+from ad2kit.campaigns.shapes import Grid, Shape
 from ad2kit.run.errors import GateFailed, RecipeError
 from ad2kit.run.recipe import Recipe, from_data
 from ad2kit.run.records import Part, Record
-from ad2kit.run.sections import Metric  # noqa: TC001  (pydantic reads them at run time)
+from ad2kit.run.sections import Metric
 
 if TYPE_CHECKING:
     from pathlib import Path
