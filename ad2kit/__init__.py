@@ -34,8 +34,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "__version__", "distill", "export", "judge", "load", "measure", "open_run", "package", "score",
-]  # fmt: skip
+    "__version__",
+    "distill",
+    "export",
+    "judge",
+    "load",
+    "measure",
+    "open_run",
+    "package",
+    "score",
+]
 
 _HOME = {
     "distill": "ad2kit.training.distill",

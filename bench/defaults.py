@@ -56,10 +56,15 @@ if TYPE_CHECKING:
 
 ONE, PAIR = "data.text_columns=[sentence]", "data.text_columns=[sentence1, sentence2]"
 SETS = {
-    "banking77": [ONE], "clinc150": [ONE], "trec": [ONE], "sst2": [ONE],
-    "cola": [ONE, "data.metrics=[matthews]"], "mrpc": [PAIR, "data.metrics=[f1, accuracy]"],
-    "rte": [PAIR], "stsb": [PAIR, "data.task=regression"],
-}  # fmt: skip
+    "banking77": [ONE],
+    "clinc150": [ONE],
+    "trec": [ONE],
+    "sst2": [ONE],
+    "cola": [ONE, "data.metrics=[matthews]"],
+    "mrpc": [PAIR, "data.metrics=[f1, accuracy]"],
+    "rte": [PAIR],
+    "stsb": [PAIR, "data.task=regression"],
+}
 COLUMNS = ("bag", "probe", "teacher", "kept", "last", "oracle", "retained", "minutes")
 _POINT, _ERRORS = 0.01, 2.0
 
@@ -143,16 +148,24 @@ def cell(name: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
         for record in read_curve(run.curve(phase))
     )
     return {
-        "set": name, "rows": rows, "metrics": recipe.data.judged_by, "classes": len(data.labels),
+        "set": name,
+        "rows": rows,
+        "metrics": recipe.data.judged_by,
+        "classes": len(data.labels),
         **{column: judge.score(found) for column, found in baselines.items()},
-        "teacher": judge.score(teacher), "kept": judge.score(kept), "last": judge.score(last),
-        "oracle": judge.score(students[best]), "retained": judge.score(kept) / judge.score(teacher),
-        "minutes": seconds / 60, "teacher_reaches_baselines": judge.reaches(teacher, better),
+        "teacher": judge.score(teacher),
+        "kept": judge.score(kept),
+        "last": judge.score(last),
+        "oracle": judge.score(students[best]),
+        "retained": judge.score(kept) / judge.score(teacher),
+        "minutes": seconds / 60,
+        "teacher_reaches_baselines": judge.reaches(teacher, better),
         "kept_reaches_oracle": judge.reaches(kept, students[best]),
         "updates": {"kept": report.selection.kept_step, "last": report.steps, "oracle": best},
-        "learning_rates": report.learning_rates, "overrides": options.overrides,
+        "learning_rates": report.learning_rates,
+        "overrides": options.overrides,
         "environment": environment(torch.get_num_threads()),
-    }  # fmt: skip
+    }
 
 
 def show(found: dict[str, Any]) -> str:

@@ -61,9 +61,12 @@ class AD2Trainer(Trainer):
         self.teacher, self.settings = teacher.eval(), settings
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the loss of AD2; the last two arguments belong to the Trainer's interface."""
         del return_outputs, num_items_in_batch
         chosen = self.settings
@@ -121,21 +124,36 @@ class Turns(TrainerCallback):
 
 
 def train(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
-    texts: tuple[tuple[str, ...], ...], settings: Settings, turns: Turns, folder: str,
-) -> None:  # fmt: skip
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: tuple[tuple[str, ...], ...],
+    settings: Settings,
+    turns: Turns,
+    folder: str,
+) -> None:
     """Train the student in place; nothing is saved in ``folder``, but the Trainer wants one."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     tokens = tokenizer(*columns, truncation=True, max_length=settings.max_length)
     arguments = TrainingArguments(
-        folder, num_train_epochs=settings.epochs, seed=settings.seed, use_cpu=True,
+        folder,
+        num_train_epochs=settings.epochs,
+        seed=settings.seed,
+        use_cpu=True,
         per_device_train_batch_size=settings.batch_size // settings.accumulation_steps,
-        gradient_accumulation_steps=settings.accumulation_steps, optim="adamw_torch_fused",
-        learning_rate=settings.lr, warmup_ratio=settings.warmup_ratio,
-        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
-        save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=False,
-    )  # fmt: skip
+        gradient_accumulation_steps=settings.accumulation_steps,
+        optim="adamw_torch_fused",
+        learning_rate=settings.lr,
+        warmup_ratio=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
     trainer = AD2Trainer(
         teacher,
         settings,

@@ -47,8 +47,11 @@ SHAPES = ((1, 16), (1, 128), (32, 16), (32, 128))
 
 def inputs(ids: np.ndarray[Any, Any], names: list[str]) -> dict[str, np.ndarray[Any, Any]]:
     """Return the inputs of full texts, by the names that a model wants."""
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids),
-            "token_type_ids": np.zeros_like(ids)}  # fmt: skip
+    feed = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
     return {name: feed[name] for name in names}
 
 
@@ -182,12 +185,16 @@ def main() -> None:
         rounds = time_rounds(systems, ids, arguments.seconds)
         seconds = {name: np.concatenate(each) for name, each in rounds.items()}
         medians = {name: float(np.median(times)) for name, times in seconds.items()}
-        print(f"\nbatch {batch}, {length} tokens{'p50 ms':>20}{'p99 ms':>9}{'texts/s':>10}"
-              f"{'ratio':>8}")  # fmt: skip
+        print(
+            f"\nbatch {batch}, {length} tokens{'p50 ms':>20}{'p99 ms':>9}{'texts/s':>10}"
+            f"{'ratio':>8}"
+        )
         for name, times in sorted(seconds.items(), key=lambda item: medians[item[0]]):
             ratio, p99_ms = medians[name] / medians[OURS], 1e3 * np.percentile(times, 99)
-            print(f"{name:<26}{1e3 * medians[name]:>15.2f}{p99_ms:>9.2f}"
-                  f"{batch / medians[name]:>10.0f}{ratio:>8.2f}")  # fmt: skip
+            print(
+                f"{name:<26}{1e3 * medians[name]:>15.2f}{p99_ms:>9.2f}"
+                f"{batch / medians[name]:>10.0f}{ratio:>8.2f}"
+            )
         found[f"{batch}x{length}"] = {name: ms / medians[OURS] for name, ms in medians.items()}
     print(json.dumps({"over_ad2kit_int8": found, "environment": environment(threads)}))
 

@@ -99,8 +99,11 @@ class Bench:
         for _ in range(samples):
             seeds = generator.integers(len(gap), size=len(gap))
             draws.append(gap[seeds][:, generator.integers(gap.shape[1], size=gap.shape[1])].mean())
-        return {"recipe minus": change, "points": 100 * gap.mean(),
-                "interval": (100 * np.percentile(draws, [2.5, 97.5])).tolist()}  # fmt: skip
+        return {
+            "recipe minus": change,
+            "points": 100 * gap.mean(),
+            "interval": (100 * np.percentile(draws, [2.5, 97.5])).tolist(),
+        }
 
 
 def set_up(parser: argparse.ArgumentParser) -> tuple[Bench, range, argparse.Namespace]:

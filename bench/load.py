@@ -57,8 +57,10 @@ class Load:
 
 def post(path: str, body: bytes, is_right: Callable[[bytes], bool]) -> Request:
     """Return a request that POSTs JSON."""
-    head = (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n")  # fmt: skip
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     return Request(head.encode() + body, is_right)
 
 

@@ -178,8 +178,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of too much load")
     parser.add_argument("--requests", type=int, default=200_000, help="of trial 5")
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * CONNECTIONS, resource.getrlimit(
-        resource.RLIMIT_NOFILE)[1]))  # fmt: skip
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (2 * CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
     run = RunDir(options.run)
     folder, workers = run.onnx(options.variant), available_cpus()
     sent = requests(OURS, *sure_texts(run, folder))
@@ -207,13 +208,15 @@ def main() -> None:
             after = capacity(port, sent)
             memory += [*watched, resident_mb(port)]
             facts[f"{trial}_overload"] = {
-                "answered_per_s": much.per_s, "p99_ms_since_sent": much.served_ms(0.99),
-                "refused": much.errors["429"], "capacity_before_per_s": before,
+                "answered_per_s": much.per_s,
+                "p99_ms_since_sent": much.served_ms(0.99),
+                "refused": much.errors["429"],
+                "capacity_before_per_s": before,
                 "capacity_after_per_s": after,
                 "capacity_after": statistics.median(after) / per_s,
                 "memory_mb": [round(mb) for mb in (memory[0], *watched, memory[-1])],
                 "memory_while_it_lasted": watched[-1] / watched[0],
-            }  # fmt: skip
+            }
         alone = drive(closed_loop(port, sent, 16, 5.0))
         beside = drive(beside_bad_clients(port, sent, 10.0))
         report(OURS, "16 connections", alone)
@@ -231,8 +234,11 @@ def main() -> None:
             report(OURS, "the other worker", little)
             only(much, "all on one worker", {"429"})
             only(little, "the other worker", set())
-            facts["skew"] = {"answered_per_s": much.per_s, "refused": much.errors["429"],
-                             "p99_of_the_other_ms": little.quantile(0.99)}  # fmt: skip
+            facts["skew"] = {
+                "answered_per_s": much.per_s,
+                "refused": much.errors["429"],
+                "p99_of_the_other_ms": little.quantile(0.99),
+            }
 
         start_mb, asked = resident_mb(port), 0
         while asked < options.requests:

@@ -93,8 +93,9 @@ def cpu_us(name: str, tag: str, folder: Path, texts: list[str], labels: list[str
         before = [worker.cpu_times() for worker in workers]
         load = drive(closed_loop(port, sent, CONNECTIONS, 5.0))
         after = [worker.cpu_times() for worker in workers]
-        spent = np.sum([(a.user + a.system) - (b.user + b.system)
-                        for a, b in zip(after, before, strict=True)])  # fmt: skip
+        spent = np.sum(
+            [(a.user + a.system) - (b.user + b.system) for a, b in zip(after, before, strict=True)]
+        )
     return float(1e6 * spent / len(load.ms))
 
 

@@ -68,8 +68,10 @@ def plain_process(folder: Path, table: Path, names: Sequence[str], seconds: floa
     single_threaded()
     classifier = OnnxClassifier(folder, threads=1)
     some = parquet.ParquetFile(table).iter_batches(BLOCK_ROWS, columns=list(names))
-    blocks = [list(zip(*(column.to_pylist() for column in batch), strict=True))
-              for _, batch in zip(range(25), some, strict=False)]  # fmt: skip
+    blocks = [
+        list(zip(*(column.to_pylist() for column in batch), strict=True))
+        for _, batch in zip(range(25), some, strict=False)
+    ]
     done, turn, start = 0, 0, time.perf_counter()
     while turn <= _WARM_UP_BLOCKS or time.perf_counter() < start + seconds:
         if turn == _WARM_UP_BLOCKS:
@@ -97,10 +99,26 @@ def limit(folder: Path, table: Path, names: Sequence[str], workers: int, seconds
 def start(options: argparse.Namespace, folder: Path, table: Path, out: Path, engine: str) -> Any:
     """Start a job."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ad2kit", "score", str(table), str(out), "--run", str(folder),
-         "--prefix", "answer_", "--engine", engine, "--workers", str(options.workers), "--json"],
-        stdout=subprocess.PIPE, stderr=None if options.verbose else subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ad2kit",
+            "score",
+            str(table),
+            str(out),
+            "--run",
+            str(folder),
+            "--prefix",
+            "answer_",
+            "--engine",
+            engine,
+            "--workers",
+            str(options.workers),
+            "--json",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=None if options.verbose else subprocess.DEVNULL,
+    )
 
 
 def memory_mb(process: psutil.Process) -> float:
@@ -140,8 +158,11 @@ def kill(job: Any, out: Path, parts: int) -> bool:
 
 def contents(out: Path) -> dict[str, str]:
     """Return the sha256 of each file of an output folder."""
-    return {str(path.relative_to(out)): sha256_of(path)
-            for path in out.rglob("*") if path.is_file() and path.name != ".lock"}  # fmt: skip
+    return {
+        str(path.relative_to(out)): sha256_of(path)
+        for path in out.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def main() -> None:
@@ -177,9 +198,12 @@ def main() -> None:
         for engine in engines:
             report, mb = straight(start(options, folder, table, Path(temporary) / engine, engine))
             found[engine] = {
-                "rows_per_s": report.rows_per_s, "seconds": report.seconds, "peak_mb": mb,
-                "rows": report.rows, "parts": report.parts,
-            }  # fmt: skip
+                "rows_per_s": report.rows_per_s,
+                "seconds": report.seconds,
+                "peak_mb": mb,
+                "rows": report.rows,
+                "parts": report.parts,
+            }
             print(f"  {engine}: {report.rows_per_s:,.0f} rows/s", flush=True)
             limits.append(look())
         if options.kill:
@@ -191,8 +215,9 @@ def main() -> None:
                 kill(job, out, int(share * parts))
             straight(start(options, folder, table, out, engines[0]))
             expected = contents(Path(temporary) / engines[0])
-            identical = all(contents(Path(temporary) / name) == expected
-                            for name in (*engines, "killed"))  # fmt: skip
+            identical = all(
+                contents(Path(temporary) / name) == expected for name in (*engines, "killed")
+            )
     median = statistics.median(limits)
     print(f"\n{options.workers} workers with one thread each, {folder.name} of {options.run}\n")
     print(f"| engine | rows | s | rows/s | per core | of the limit | peak MB |\n{'|---' * 7}|")
@@ -200,16 +225,28 @@ def main() -> None:
     for engine, facts in found.items():
         rate = facts["rows_per_s"]
         facts["of_the_limit"] = rate / median
-        print(f"| {engine} | {facts['rows']:,} | {facts['seconds']:,.0f} | {rate:,.0f} "
-              f"| {rate / options.workers:,.0f} | {rate / median:.3f} "
-              f"| {facts['peak_mb']:,.0f} |")  # fmt: skip
+        print(
+            f"| {engine} | {facts['rows']:,} | {facts['seconds']:,.0f} | {rate:,.0f} "
+            f"| {rate / options.workers:,.0f} | {rate / median:.3f} "
+            f"| {facts['peak_mb']:,.0f} |"
+        )
     if identical is not None:
         print(f"killed {options.kill} times: {'identical' if identical else 'DIFFERENT'}")
-    print(json.dumps({
-        "limit_texts_per_s": median, "limits": limits, "engines": found, "workers": options.workers,
-        "killed": options.kill, "identical": identical, "variant": folder.name,
-        "environment": environment(1), "load": os.getloadavg(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "limit_texts_per_s": median,
+                "limits": limits,
+                "engines": found,
+                "workers": options.workers,
+                "killed": options.kill,
+                "identical": identical,
+                "variant": folder.name,
+                "environment": environment(1),
+                "load": os.getloadavg(),
+            }
+        )
+    )
     sys.exit(1 if identical is False else 0)
 
 

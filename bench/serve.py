@@ -88,8 +88,10 @@ def in_process_limit(folder: Path, texts: list[str], seconds: float) -> dict[str
                 total = sum(queue.get(timeout=120) for _ in running)
                 for process in running:
                     process.join()
-                name = (f"{processes} processes x {threads} threads, batch {batch}"
-                        f"{', sorted' if sort else ''}")  # fmt: skip
+                name = (
+                    f"{processes} processes x {threads} threads, batch {batch}"
+                    f"{', sorted' if sort else ''}"
+                )
                 found[name] = total
                 print(f"in process, {name}: {total:.0f} texts/s", flush=True)
     return found
@@ -156,8 +158,13 @@ def serving(name: str, tag: str, folder: Path, workers: int) -> Iterator[tuple[i
     """Start a server; yield its port and the seconds that it took to answer."""
     port, start = free_port(), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        env = {**os.environ, "AD2KIT_BENCH_MODEL": str(folder.resolve()), "OMP_NUM_THREADS": "1",
-               "AD2KIT_BENCH_WORKERS": str(workers), "AD2KIT_BENCH_SCRATCH": scratch}  # fmt: skip
+        env = {
+            **os.environ,
+            "AD2KIT_BENCH_MODEL": str(folder.resolve()),
+            "OMP_NUM_THREADS": "1",
+            "AD2KIT_BENCH_WORKERS": str(workers),
+            "AD2KIT_BENCH_SCRATCH": scratch,
+        }
         command = [sys.executable, str(Path(__file__).parent / "servers.py"), name, "--port"]
         if name == OURS:
             command = [sys.executable, "-m", "bentoml", "serve", tag, "--port"]
@@ -181,8 +188,11 @@ def sure_texts(run: RunDir, folder: Path, *, long: bool = False) -> tuple[list[s
     if long:
         texts = ["word " * 299 + text if row % 50 == 0 else text for row, text in enumerate(texts)]
     found = OnnxClassifier(folder, threads=1).predict(texts, batch_size=1)
-    sure = [(text, str(answer.label)) for text, answer in zip(texts, found, strict=True)
-            if (answer.score or 0) > SURE]  # fmt: skip
+    sure = [
+        (text, str(answer.label))
+        for text, answer in zip(texts, found, strict=True)
+        if (answer.score or 0) > SURE
+    ]
     print(f"{len(sure)} of {len(texts)} texts, those with a score above {SURE}")
     return [text for text, _ in sure], [label for _, label in sure]
 
@@ -270,27 +280,40 @@ def main() -> None:
             except (RuntimeError, OSError) as error:
                 print(f"{name} failed: {error}")
                 result.pop(name, None)
-    capacity_of = {name: max(float(np.median([cell["per_s"] for cell in cells]))
-                             for cells in found["closed"].values())
-                   for name, found in result.items()}  # fmt: skip
-    print(f"\n{'server':<20}{'capacity/s':>11}{'of limit':>10}{'p50 ms':>8}{'p99 ms':>8}"
-          f"{'start s':>9}{'MB':>6}")  # fmt: skip
+    capacity_of = {
+        name: max(
+            float(np.median([cell["per_s"] for cell in cells]))
+            for cells in found["closed"].values()
+        )
+        for name, found in result.items()
+    }
+    print(
+        f"\n{'server':<20}{'capacity/s':>11}{'of limit':>10}{'p50 ms':>8}{'p99 ms':>8}"
+        f"{'start s':>9}{'MB':>6}"
+    )
     for name, capacity in sorted(capacity_of.items(), key=lambda item: -item[1]):
         one = result[name]["closed"][1][0]
-        print(f"{name:<20}{capacity:>11.0f}{capacity / best:>10.2f}{one['p50_ms']:>8.2f}"
-              f"{one['p99_ms']:>8.2f}{result[name]['start_s']:>9.1f}"
-              f"{result[name]['memory_mb']:>6.0f}")  # fmt: skip
+        print(
+            f"{name:<20}{capacity:>11.0f}{capacity / best:>10.2f}{one['p50_ms']:>8.2f}"
+            f"{one['p99_ms']:>8.2f}{result[name]['start_s']:>9.1f}"
+            f"{result[name]['memory_mb']:>6.0f}"
+        )
     ours = capacity_of.get(OURS, math.nan)
     facts = {
         "capacity_over_in_process": ours / best,
         "capacity_over_uvicorn": ours / capacity_of.get(BARE, math.nan),
         "capacity_over_stock_bentoml": ours / capacity_of.get(STOCK, math.nan),
         "capacity_over_fitted_bentoml": ours / capacity_of.get(FITTED, math.nan),
-        "p50_minus_in_process_ms": result.get(OURS, {}).get("closed", {}).get(1, [{}])[0].get(
-            "p50_ms", math.nan) - alone_ms,
-        "in_process": limit, "in_process_p50_ms": alone_ms, "servers": result,
+        "p50_minus_in_process_ms": result.get(OURS, {})
+        .get("closed", {})
+        .get(1, [{}])[0]
+        .get("p50_ms", math.nan)
+        - alone_ms,
+        "in_process": limit,
+        "in_process_p50_ms": alone_ms,
+        "servers": result,
         "environment": environment(1, processes=workers),
-    }  # fmt: skip
+    }
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "serve.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -311,9 +334,14 @@ def plot(result: dict[str, dict[str, Any]], limit: float, target: Path) -> None:
         p99 = [np.median([c["p99_ms"] for c in found["open"][share]]) for share in SHARES]
         right.plot([100 * s for s in SHARES], p99, marker="o", linewidth=width, label=name)
     left.axhline(limit, linestyle=":", color="grey", label="in process")
-    left.set(xscale="log", xticks=CONNECTIONS, xticklabels=CONNECTIONS, ylim=(0, None),
-             xlabel="connections, each asking again when it is answered",
-             ylabel="right answers per second")  # fmt: skip
+    left.set(
+        xscale="log",
+        xticks=CONNECTIONS,
+        xticklabels=CONNECTIONS,
+        ylim=(0, None),
+        xlabel="connections, each asking again when it is answered",
+        ylabel="right answers per second",
+    )
     right.set(yscale="log", xlabel="load, % of the server's own capacity", ylabel="p99, ms")
     left.legend()
     figure.savefig(target)
@@ -321,15 +349,22 @@ def plot(result: dict[str, dict[str, Any]], limit: float, target: Path) -> None:
 
 def told(load: Load) -> dict[str, Any]:
     """Return a load as plain numbers."""
-    return {"per_s": load.per_s, "p50_ms": load.quantile(0.5), "p99_ms": load.quantile(0.99),
-            "errors": dict(load.errors)}  # fmt: skip
+    return {
+        "per_s": load.per_s,
+        "p50_ms": load.quantile(0.5),
+        "p99_ms": load.quantile(0.99),
+        "errors": dict(load.errors),
+    }
 
 
 def report(name: str, what: str, load: Load) -> None:
     """Print a load on one line."""
     errors = ", ".join(f"{count} {error}" for error, count in load.errors.items())
-    print(f"{name:<20}{what:<20}{load.per_s:>8.0f}/s  p50 {load.quantile(0.5):8.2f}  "
-          f"p99 {load.quantile(0.99):8.2f} ms  {errors}", flush=True)  # fmt: skip
+    print(
+        f"{name:<20}{what:<20}{load.per_s:>8.0f}/s  p50 {load.quantile(0.5):8.2f}  "
+        f"p99 {load.quantile(0.99):8.2f} ms  {errors}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

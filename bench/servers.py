@@ -53,8 +53,10 @@ def uvicorn_app() -> Any:
         logits = await batcher.submit(encodings)
         found = [each.as_dict() for each in engine.predictions(encodings, logits)]
         content = json.dumps({"predictions": found}).encode()
-        headers = [(b"content-type", b"application/json"),
-                   (b"content-length", str(len(content)).encode())]  # fmt: skip
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
@@ -90,8 +92,14 @@ def run_uvicorn(port: int) -> None:
 
     name = "uvicorn_app" if sys.argv[1] == "uvicorn" else "fastapi_app"
     sys.path.insert(0, str(Path(__file__).parent))
-    uvicorn.run(f"servers:{name}", factory=True, port=port, workers=WORKERS, log_level="warning",
-                access_log=False)  # fmt: skip
+    uvicorn.run(
+        f"servers:{name}",
+        factory=True,
+        port=port,
+        workers=WORKERS,
+        log_level="warning",
+        access_log=False,
+    )
 
 
 def run_litserve(port: int) -> None:
@@ -101,8 +109,9 @@ def run_litserve(port: int) -> None:
 
     server = litserve.LitServer(
         Api(max_batch_size=BATCH, batch_timeout=0.001, api_path="/classify"),
-        accelerator="cpu", workers_per_device=WORKERS,
-    )  # fmt: skip
+        accelerator="cpu",
+        workers_per_device=WORKERS,
+    )
     server.run(port=port, generate_client_file=False, log_level="warning")
 
 
@@ -113,9 +122,9 @@ def run_mosec(port: int) -> None:
     from server_mosec import Inference
 
     server = Server()
-    server.register_runtime({
-        "/classify": [Runtime(Inference, num=WORKERS, max_batch_size=BATCH, max_wait_time=1)]
-    })  # fmt: skip
+    server.register_runtime(
+        {"/classify": [Runtime(Inference, num=WORKERS, max_batch_size=BATCH, max_wait_time=1)]}
+    )
     server.run()
 
 

@@ -28,10 +28,19 @@ from ad2kit.run.folder import RunDir
 
 # The first traces of the stages, in the order of the chain.
 MARKERS = (
-    "recipe.json", "teacher-training.jsonl", "teacher-checkpoint", "teacher", "teacher.json",
-    "training.jsonl", "checkpoint", "student", "onnx/fp32", "onnx/int8", "parity.json",
+    "recipe.json",
+    "teacher-training.jsonl",
+    "teacher-checkpoint",
+    "teacher",
+    "teacher.json",
+    "training.jsonl",
+    "checkpoint",
+    "student",
+    "onnx/fp32",
+    "onnx/int8",
+    "parity.json",
     "latency.json",
-)  # fmt: skip
+)
 
 
 def command(recipe: str, runs_dir: Path) -> list[str]:

@@ -131,9 +131,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
     overrides = (
-        f"data.max_train_rows={options.rows}", f"distill.epochs={options.epochs}",
-        "teacher.finetune.epochs=1", "distill.checkpoint_every_steps=5",
-    )  # fmt: skip
+        f"data.max_train_rows={options.rows}",
+        f"distill.epochs={options.epochs}",
+        "teacher.finetune.epochs=1",
+        "distill.checkpoint_every_steps=5",
+    )
     generator = random.Random(options.seed)  # noqa: S311  (no secret)
     with tempfile.TemporaryDirectory(prefix="ad2kit-sweep-soak-") as temporary:
         alone, workers, driver = (Path(temporary) / n for n in ("alone", "workers", "driver"))
@@ -154,9 +156,12 @@ def main() -> None:
     same = all(each == expected for each in found) and not expected["half_written"]
     print("identical" if same else f"different:\n  {expected}\n  {found}")
     result = {
-        "trials": len(students), "workers_killed": landed, "finished_before_kill": len(before),
-        "repeated": len(repeated), "identical": same,
-    }  # fmt: skip
+        "trials": len(students),
+        "workers_killed": landed,
+        "finished_before_kill": len(before),
+        "repeated": len(repeated),
+        "identical": same,
+    }
     print(json.dumps(result))
     sys.exit(0 if same and complete and landed == options.workers and not repeated else 1)
 

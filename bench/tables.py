@@ -72,8 +72,9 @@ def measure(path: Path) -> list[float]:
                 numbers = np.arange(len(rows.texts))
                 answers = {
                     "label": np.array(["bad", "good"])[numbers % 2],
-                    "score": numbers / block.rows, "truncated": numbers < 0,
-                }  # fmt: skip
+                    "score": numbers / block.rows,
+                    "truncated": numbers < 0,
+                }
                 start = time.process_time()
                 if write:
                     tables.write(rows, numbers.tolist(), layout, answers)

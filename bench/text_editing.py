@@ -156,26 +156,42 @@ def main() -> None:
         parser.error("needs a teacher with a mask token, and word embeddings as wide as its layers")
     split, epochs = bench.rows(options.rows), bench.recipe.distill.epochs
     rounds = [one_round(bench, split, options.copies) for _ in range(options.rounds)]
-    print(f"\n{len(split)} sentences, {options.copies} copies of each; seconds\n"
-          f"{'system':<11}{'make':>8}{'teacher':>9}{'epoch':>9}{'ms a sentence':>15}"
-          f"{f'over ad2, {epochs} epochs':>20}{'one epoch':>11}")  # fmt: skip
+    print(
+        f"\n{len(split)} sentences, {options.copies} copies of each; seconds\n"
+        f"{'system':<11}{'make':>8}{'teacher':>9}{'epoch':>9}{'ms a sentence':>15}"
+        f"{f'over ad2, {epochs} epochs':>20}{'one epoch':>11}"
+    )
     found: dict[str, dict[str, float]] = {}
     for name in rounds[0]:
         made_s, read_s, trained_s = np.median([each[name] for each in rounds], axis=0).tolist()
         once, spread = made_s + read_s + trained_s, (made_s + read_s) / epochs + trained_s
         found[name] = one = {
-            "make_s": made_s, "teacher_s": read_s, "train_epoch_s": trained_s,
-            "epoch_s": spread, "first_epoch_s": once, "sentence_s": spread / len(split),
-        }  # fmt: skip
+            "make_s": made_s,
+            "teacher_s": read_s,
+            "train_epoch_s": trained_s,
+            "epoch_s": spread,
+            "first_epoch_s": once,
+            "sentence_s": spread / len(split),
+        }
         one["over_ad2"] = spread / found["ad2"]["epoch_s"]
         one["first_epoch_over_ad2"] = once / found["ad2"]["first_epoch_s"]
-        print(f"{name:<11}{made_s:>8.2f}{read_s:>9.2f}{trained_s:>9.2f}"
-              f"{1e3 * one['sentence_s']:>15.2f}{one['over_ad2']:>20.2f}"
-              f"{one['first_epoch_over_ad2']:>11.2f}", flush=True)  # fmt: skip
-    print(json.dumps({
-        **vars(options), "rows": len(split), "epochs": epochs, "systems": found,
-        "environment": environment(torch.get_num_threads()),
-    }))  # fmt: skip
+        print(
+            f"{name:<11}{made_s:>8.2f}{read_s:>9.2f}{trained_s:>9.2f}"
+            f"{1e3 * one['sentence_s']:>15.2f}{one['over_ad2']:>20.2f}"
+            f"{one['first_epoch_over_ad2']:>11.2f}",
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                **vars(options),
+                "rows": len(split),
+                "epochs": epochs,
+                "systems": found,
+                "environment": environment(torch.get_num_threads()),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -66,8 +66,10 @@ if TYPE_CHECKING:
 
 WARM_UP = 3
 ATTACKS: dict[str, dict[str, Any]] = {
-    "ad2": {}, "ad2_random_start": {"start": "random"}, "ad2_two_steps": {"steps": 2},
-}  # fmt: skip
+    "ad2": {},
+    "ad2_random_start": {"start": "random"},
+    "ad2_two_steps": {"steps": 2},
+}
 FLOORS = {"finetune": 1, "kd": 1, "ad2": 2, "ad2_random_start": 8 / 3, "ad2_two_steps": 8 / 3}
 PADDINGS = ["max_length", "longest"]
 AT_MOST, PEER_AT_LEAST = {"ad2": 2.3, "ad2_random_start": 2.9}, 3.0  # required
@@ -103,8 +105,10 @@ class Workbench:
         """Return one that judges on training rows behind the first, which have been trained on."""
         rows = np.arange(trained, trained + count)
         if rows[-1] >= len(self.data.train):
-            raise SystemExit(f"--unseen {count}: train has {len(self.data.train)} rows, and the "
-                             f"first {trained} are trained on")  # fmt: skip
+            raise SystemExit(
+                f"--unseen {count}: train has {len(self.data.train)} rows, and the "
+                f"first {trained} are trained on"
+            )
         found = replace(self, judged=self.data.train.take(rows))
         print(f"teacher: {found.score(found.answers(self.teacher)):.4f} on {count} unseen rows")
         return found
@@ -118,17 +122,26 @@ class Workbench:
         return score(self.recipe.data.judged_by, found, self.judged.labels)
 
     def updates(
-        self, model: TextModel, split: Split, logits: torch.Tensor | None, objective: Objective,
-        settings: TrainRecipe, seed: int | None = None,
-    ) -> Iterator[StepRecord]:  # fmt: skip
+        self,
+        model: TextModel,
+        split: Split,
+        logits: torch.Tensor | None,
+        objective: Objective,
+        settings: TrainRecipe,
+        seed: int | None = None,
+    ) -> Iterator[StepRecord]:
         """Return the updates of a training, none of them done yet."""
         return train(
             new_state(model, settings, self.accelerator),
             encode(split, model.tokenizer, self.recipe.data.max_length_tokens),
-            logits, objective, settings, lambda _model: Evaluation(0.0, torch.zeros(1, 1)),
-            self.accelerator, phase="teacher" if logits is None else "student",
+            logits,
+            objective,
+            settings,
+            lambda _model: Evaluation(0.0, torch.zeros(1, 1)),
+            self.accelerator,
+            phase="teacher" if logits is None else "student",
             seed=self.recipe.seed if seed is None else seed,
-        )  # fmt: skip
+        )
 
 
 def set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Workbench]:
@@ -198,9 +211,11 @@ def step_times(bench: Workbench, steps: int) -> dict[str, float]:
         ratios, most = times[name][WARM_UP:] / times["finetune"][WARM_UP:], AT_MOST.get(name)
         low, medians[name], high = np.percentile(ratios, (25, 50, 75)).tolist()
         missed = "  missed" if most and medians[name] > most else ""
-        print(f"{name:<18}{1e3 * np.median(times[name][WARM_UP:]):>8.1f}{medians[name]:>8.2f}"
-              f"{f'{low:.2f} to {high:.2f}':>15}{FLOORS[name]:>7.2f}{most or '':>9}{missed}",
-              flush=True)  # fmt: skip
+        print(
+            f"{name:<18}{1e3 * np.median(times[name][WARM_UP:]):>8.1f}{medians[name]:>8.2f}"
+            f"{f'{low:.2f} to {high:.2f}':>15}{FLOORS[name]:>7.2f}{most or '':>9}{missed}",
+            flush=True,
+        )
     return medians
 
 
@@ -227,15 +242,22 @@ def pair(bench: Workbench, rows: int, count: int, padding: str, seed: int) -> Pa
         with machine.seeded(seed + epoch):
             return run(updates, -(-len(split) // settings.batch_size))
 
-    values = settings.model_dump() | settings.adversary.model_dump() | {
-        "seed": seed, "padding": padding, "max_length": recipe.data.max_length_tokens,
-    }  # fmt: skip
+    values = (
+        settings.model_dump()
+        | settings.adversary.model_dump()
+        | {
+            "seed": seed,
+            "padding": padding,
+            "max_length": recipe.data.max_length_tokens,
+        }
+    )
     same = peer.Settings(**{field.name: values[field.name] for field in fields(peer.Settings)})
     turns, teacher = peer.Turns(our_epoch), bench.teacher.module
     with tempfile.TemporaryDirectory() as folder:
         peer.train(theirs.module, teacher, theirs.tokenizer, split.texts, same, turns, folder)
-    found = Pair(bench.answers(ours), bench.answers(theirs), sum(turns.others), sum(turns.own),
-                 reading_s)  # fmt: skip
+    found = Pair(
+        bench.answers(ours), bench.answers(theirs), sum(turns.others), sum(turns.own), reading_s
+    )
     scores = [bench.score(one) for one in (found.ours, found.theirs)]
     print(f"seed {seed}, {padding}: ad2kit {scores[0]:.4f}, peer {scores[1]:.4f}", flush=True)
     return found
@@ -253,18 +275,23 @@ def epochs(bench: Workbench, rows: int, count: int, padding: str, seeds: int) ->
     by_seed = np.take_along_axis(draws.reshape(samples, seeds, 2), drawn[:, :, None], axis=1)
     means = by_seed.mean(axis=1)
     low, high = np.percentile(means[:, 0] - means[:, 1], [2.5, 97.5]).tolist()
-    ours_s, theirs_s = (sum(times) / seeds for times in zip(
-        *((found.ours_s, found.theirs_s) for found in pairs), strict=True))  # fmt: skip
+    ours_s, theirs_s = (
+        sum(times) / seeds
+        for times in zip(*((found.ours_s, found.theirs_s) for found in pairs), strict=True)
+    )
     reading_s = sum(found.reading_s for found in pairs) / seeds
     return {
-        "ad2kit_s": ours_s / count, "teacher_s": reading_s / count, "peer_s": theirs_s / count,
+        "ad2kit_s": ours_s / count,
+        "teacher_s": reading_s / count,
+        "peer_s": theirs_s / count,
         "ratio": theirs_s / (ours_s + reading_s),
         "ad2kit_score": float(np.mean([bench.score(found.ours) for found in pairs])),
         "peer_score": float(np.mean([bench.score(found.theirs) for found in pairs])),
-        "difference_low": low, "difference_high": high,
+        "difference_low": low,
+        "difference_high": high,
         "learned": min(len(np.unique(answers)) for answers in models) > 1,
         "smallest_detectable": smallest_detectable_difference(means, len(labels)),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -280,27 +307,40 @@ def main() -> None:
     if options.unseen:
         bench = bench.judged_on(max(options.rows, options.teacher_rows), options.unseen)
     ratios = step_times(bench, options.steps) if options.steps else {}
-    print(f"\n{'peer pads to':<13}{'ad2kit s/epoch':>15}{'+ teacher':>10}{'peer s/epoch':>14}"
-          f"{'ratio':>7}{'scores':>15}{'difference, 95 %':>20}{'detectable':>12}")  # fmt: skip
+    print(
+        f"\n{'peer pads to':<13}{'ad2kit s/epoch':>15}{'+ teacher':>10}{'peer s/epoch':>14}"
+        f"{'ratio':>7}{'scores':>15}{'difference, 95 %':>20}{'detectable':>12}"
+    )
     found = {}
     for padding in options.padding:
         found[padding] = one = epochs(bench, options.rows, options.epochs, padding, options.seeds)
         interval = f"{one['difference_low']:+.4f} to {one['difference_high']:+.4f}"
-        print(f"{padding:<13}{one['ad2kit_s']:>15.2f}{one['teacher_s']:>10.2f}"
-              f"{one['peer_s']:>14.2f}{one['ratio']:>7.2f}{one['ad2kit_score']:>8.4f}"
-              f"{one['peer_score']:>7.4f}{interval:>20}{one['smallest_detectable']:>12.4f}",
-              flush=True)  # fmt: skip
+        print(
+            f"{padding:<13}{one['ad2kit_s']:>15.2f}{one['teacher_s']:>10.2f}"
+            f"{one['peer_s']:>14.2f}{one['ratio']:>7.2f}{one['ad2kit_score']:>8.4f}"
+            f"{one['peer_score']:>7.4f}{interval:>20}{one['smallest_detectable']:>12.4f}",
+            flush=True,
+        )
         if not one["learned"]:
             print("one of them gives all texts the same answer: raise --rows or --epochs")
     if "max_length" in found:
         print(f"required of max_length: a ratio of at least {PEER_AT_LEAST}")
-    print(json.dumps({
-        **vars(options), "rows": len(bench.rows(options.rows)),
-        **{f"{name}_over_finetune": value for name, value in ratios.items() if name != "finetune"},
-        "peer_over_ad2kit": {padding: one["ratio"] for padding, one in found.items()},
-        "peer_pads_to": found,
-        "environment": machine.environment(torch.get_num_threads()),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                **vars(options),
+                "rows": len(bench.rows(options.rows)),
+                **{
+                    f"{name}_over_finetune": value
+                    for name, value in ratios.items()
+                    if name != "finetune"
+                },
+                "peer_over_ad2kit": {padding: one["ratio"] for padding, one in found.items()},
+                "peer_pads_to": found,
+                "environment": machine.environment(torch.get_num_threads()),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

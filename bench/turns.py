@@ -62,10 +62,20 @@ def main() -> None:
         base = next(iter(rates.values()))
         for name, found in rates.items():
             over, low, high = ratio(found, base)
-            facts.append({"connections": connections, "service": name, "per_s": np.mean(found),
-                          "ratio": over, "interval": [low, high]})  # fmt: skip
-            print(f"{connections:>4} connections  {name:<12}{np.mean(found):>7.0f}/s  "
-                  f"{over:.3f} [{low:.3f}, {high:.3f}]", flush=True)  # fmt: skip
+            facts.append(
+                {
+                    "connections": connections,
+                    "service": name,
+                    "per_s": np.mean(found),
+                    "ratio": over,
+                    "interval": [low, high],
+                }
+            )
+            print(
+                f"{connections:>4} connections  {name:<12}{np.mean(found):>7.0f}/s  "
+                f"{over:.3f} [{low:.3f}, {high:.3f}]",
+                flush=True,
+            )
     print(json.dumps({"ratios": facts, "environment": environment(1)}))
 
 

@@ -61,9 +61,15 @@ MAX_WAIT_S = DEADLINE_S / 4
 # How long Python lets the event loop run on when the engine's thread has a result (default 5 ms).
 SWITCH_S = 0.0005
 LIMITS = (
-    "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_headers", "max_connections",
-    "header_timeout_s", "body_timeout_s", "write_timeout_s",
-)  # fmt: skip
+    "max_body_bytes",
+    "max_held_bytes",
+    "max_header_bytes",
+    "max_headers",
+    "max_connections",
+    "header_timeout_s",
+    "body_timeout_s",
+    "write_timeout_s",
+)
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
@@ -137,23 +143,34 @@ class Ad2kitClassifier:
         seconds = time.perf_counter() - start
         self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
         self.batcher = Batcher(
-            self.classifier.run, max_batch_tokens=MAX_BATCH_TOKENS,
-            max_queue_texts=MAX_QUEUE_TEXTS, max_queue_tokens=MAX_QUEUE_TOKENS,
+            self.classifier.run,
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            max_queue_texts=MAX_QUEUE_TEXTS,
+            max_queue_tokens=MAX_QUEUE_TOKENS,
             max_wait_s=MAX_WAIT_S,
             observe=self.observe,
-        )  # fmt: skip
+        )
         self.shadow = None
         if server.shadow is not None:
             teacher = OnnxClassifier(server.shadow, threads=1)
             share, observe = settings.shadow_share, self.metrics.shadowed
             self.shadow = Shadow(teacher, self.classifier, share, observe)
         self.api = Classify(
-            self.classifier, self.batcher, deadline_s=DEADLINE_S, max_wait_s=MAX_WAIT_S,
-            metrics=self.metrics, shadow=self.shadow, access_log=settings.access_log,
-        )  # fmt: skip
-        facts = {"variant": self.classifier.artifact.variant, "model": str(folder),
-                 "threads": threads, "golden_answers": compared,
-                 "warm_up_ms": round(1e3 * seconds, 1)}  # fmt: skip
+            self.classifier,
+            self.batcher,
+            deadline_s=DEADLINE_S,
+            max_wait_s=MAX_WAIT_S,
+            metrics=self.metrics,
+            shadow=self.shadow,
+            access_log=settings.access_log,
+        )
+        facts = {
+            "variant": self.classifier.artifact.variant,
+            "model": str(folder),
+            "threads": threads,
+            "golden_answers": compared,
+            "warm_up_ms": round(1e3 * seconds, 1),
+        }
         # What lives as long as the process need not be searched for garbage again and again.
         gc.collect()
         gc.freeze()

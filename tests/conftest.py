@@ -57,10 +57,16 @@ settings.register_profile(
 settings.load_profile("suite")
 
 HEADLESS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
     "--enable-logging=stderr",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,9 +81,12 @@ def ray_here() -> Iterator[None]:
     import ray
 
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
         configure_logging=False,
-    )  # fmt: skip
+    )
     yield
     ray.shutdown()
 
@@ -167,8 +176,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def load(address: str, *options: str) -> tuple[str, list[str]]:
         done = subprocess.run(
             [path, *HEADLESS, *options, f"--user-data-dir={profile}", "--dump-dom", address],
-            capture_output=True, text=True, check=True, timeout=60,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return load

@@ -58,19 +58,31 @@ class Family:
 
 def _sizes(positions: int = LONGEST, **more: Any) -> dict[str, Any]:
     return {
-        "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
-        "intermediate_size": 64, "max_position_embeddings": positions, **more,
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 64,
+        "max_position_embeddings": positions,
+        **more,
+    }
 
 
 FAMILIES = {
     "bert": Family("Bert", "wordpiece", BERT, config=_sizes()),
     # These count positions from the padding id on.
     "roberta": Family("Roberta", "bytes", ROBERTA, config=_sizes(LONGEST + 2, type_vocab_size=1)),
-    "distilbert": Family("DistilBert", "wordpiece", BERT, config={
-        "dim": WIDTH, "n_layers": DEPTH, "n_heads": HEADS, "hidden_dim": 64,
-        "max_position_embeddings": LONGEST,
-    }),
+    "distilbert": Family(
+        "DistilBert",
+        "wordpiece",
+        BERT,
+        config={
+            "dim": WIDTH,
+            "n_layers": DEPTH,
+            "n_heads": HEADS,
+            "hidden_dim": 64,
+            "max_position_embeddings": LONGEST,
+        },
+    ),
     "electra": Family("Electra", "wordpiece", BERT, config=_sizes(embedding_size=NARROW)),
     "albert": Family("Albert", "unigram", ALBERT, config=_sizes(embedding_size=NARROW)),
     "mpnet": Family("MPNet", "wordpiece", MPNET, config=_sizes(LONGEST + 2)),
@@ -81,14 +93,23 @@ FAMILIES = {
         "Camembert", "unigram", ROBERTA, config=_sizes(LONGEST + 2, type_vocab_size=1)
     ),
     # As the published v3: positions are relative alone, in buckets.
-    "deberta-v2": Family("DebertaV2", "unigram", DEBERTA, config=_sizes(
-        relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
-        share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
-        type_vocab_size=0,
-    )),
+    "deberta-v2": Family(
+        "DebertaV2",
+        "unigram",
+        DEBERTA,
+        config=_sizes(
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+    ),
     # A window that these texts are longer than.
     "modernbert": Family("ModernBert", "bytes", MODERNBERT, config=_sizes(local_attention=8)),
-}  # fmt: skip
+}
 
 
 def tiny(name: str, *, seed: int = 3) -> TextModel:
@@ -101,9 +122,12 @@ def tiny(name: str, *, seed: int = 3) -> TextModel:
     }
     config = getattr(transformers, f"{family.classes}Config")(
         # Weights large enough that layers and tokens tell in the logits.
-        vocab_size=len(words), initializer_range=0.2, **family.config, **ids,
+        vocab_size=len(words),
+        initializer_range=0.2,
+        **family.config,
+        **ids,
         **head_config(LABELS, "single_label"),
-    )  # fmt: skip
+    )
     for key in config.to_dict():
         if "drop" in key:
             setattr(config, key, 0.0)
@@ -140,10 +164,17 @@ def tokenizer(family: Family) -> transformers.PreTrainedTokenizerFast:
     own = getattr(transformers, f"{family.classes}TokenizerFast", None)
     more = {} if own else {"model_input_names": ["input_ids", "attention_mask"]}
     made: transformers.PreTrainedTokenizerFast = (own or transformers.PreTrainedTokenizerFast)(
-        tokenizer_object=backend, pad_token=pad, unk_token=unknown, cls_token=first,
-        bos_token=first, sep_token=last, eos_token=last, mask_token=mask,
-        model_max_length=LONGEST, **more,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        pad_token=pad,
+        unk_token=unknown,
+        cls_token=first,
+        bos_token=first,
+        sep_token=last,
+        eos_token=last,
+        mask_token=mask,
+        model_max_length=LONGEST,
+        **more,
+    )
     return made
 
 
@@ -179,9 +210,11 @@ def _bytes(special: tuple[str, ...]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=list(special), show_progress=False,
+        vocab_size=500,
+        special_tokens=list(special),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     backend.train_from_iterator(WORDS, trainer)
     return backend
 

@@ -23,9 +23,15 @@ if TYPE_CHECKING:
     from ad2kit.run.sections import Task
 
 TEXTS = (
-    "never dull", "hardly a disappointment, all told", "bad", "not at all a convincing film",
-    "a slow start but a fine end", "dull", "fine, fine, fine", "the film is not bad at all",
-)  # fmt: skip
+    "never dull",
+    "hardly a disappointment, all told",
+    "bad",
+    "not at all a convincing film",
+    "a slow start but a fine end",
+    "dull",
+    "fine, fine, fine",
+    "the film is not bad at all",
+)
 LABELS = ("negative", "positive")
 
 
@@ -92,7 +98,9 @@ def settings(**changes: object) -> DistillRecipe:
 
 def gradients(model: TextModel) -> torch.Tensor:
     """All gradients in one vector."""
-    return torch.cat([
-        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
-        for p in model.module.parameters()
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+            for p in model.module.parameters()
+        ]
+    )

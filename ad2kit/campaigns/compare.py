@@ -65,9 +65,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def compare(
-    recipe: Recipe, methods: Sequence[str], seeds: int, runs_dir: Path, *,
-    on_step: Callable[[StepRecord], None] = lambda _record: None, allow_inexact: bool = False,
-) -> tuple[CompareReport, Path]:  # fmt: skip
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: int,
+    runs_dir: Path,
+    *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None,
+    allow_inexact: bool = False,
+) -> tuple[CompareReport, Path]:
     """Train every method from the same teacher with each seed, judge them, write the report.
 
     What is trained already is not trained again.

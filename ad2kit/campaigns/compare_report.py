@@ -84,19 +84,26 @@ def tables(report: CompareReport) -> tuple[list[tuple[str, ...]], list[tuple[str
     results = [(name, f"{score:.4f}", *[""] * 5) for name, score in before.items()]
     results += [
         (
-            each.method, f"{each.median:.4f}", f"{each.lowest:.4f}", f"{each.highest:.4f}",
-            f"{each.retained:.2%}", f"{each.train_seconds:.0f}", f"{each.examples_per_s:.0f}",
+            each.method,
+            f"{each.median:.4f}",
+            f"{each.lowest:.4f}",
+            f"{each.highest:.4f}",
+            f"{each.retained:.2%}",
+            f"{each.train_seconds:.0f}",
+            f"{each.examples_per_s:.0f}",
         )
         for each in report.methods
-    ]  # fmt: skip
+    ]
     differences: list[tuple[str, ...]] = [
         (
-            f"{each.method} - {each.baseline}", f"{100 * each.difference:+.2f}",
-            f"{100 * each.interval[0]:+.2f} to {100 * each.interval[1]:+.2f}", f"{each.p:.3f}",
+            f"{each.method} - {each.baseline}",
+            f"{100 * each.difference:+.2f}",
+            f"{100 * each.interval[0]:+.2f} to {100 * each.interval[1]:+.2f}",
+            f"{each.p:.3f}",
             f"{100 * each.smallest_detectable_difference:.2f}",
         )
         for each in report.differences
-    ]  # fmt: skip
+    ]
     return results, differences
 
 

@@ -111,7 +111,12 @@ def fill_with_teacher(run: RunDir, student: RunDir) -> None:
         "student_sha256": sha256_of(run.student / text_model.MANIFEST),
         "student_parameters": distilled.teacher_parameters,
         "student_select_score": distilled.teacher_select_score,
-        "selection": None, "steps": 0, "train_seconds": 0.0, "examples_per_s": 0.0,
-        "mean_clean_kl": 0.0, "mean_adversarial_gain": None, "verdict": "the teacher itself",
-    }  # fmt: skip
+        "selection": None,
+        "steps": 0,
+        "train_seconds": 0.0,
+        "examples_per_s": 0.0,
+        "mean_clean_kl": 0.0,
+        "mean_adversarial_gain": None,
+        "verdict": "the teacher itself",
+    }
     write_record(run.distill_report, distilled.model_copy(update=untrained))

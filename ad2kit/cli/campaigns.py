@@ -68,9 +68,12 @@ def sweep(
 
     show_messages()
     report, folder = campaign.sweep(
-        load(recipe_name, overrides or ()), runs_dir,
-        address=address, storage=storage, allow_inexact=allow_inexact,
-    )  # fmt: skip
+        load(recipe_name, overrides or ()),
+        runs_dir,
+        address=address,
+        storage=storage,
+        allow_inexact=allow_inexact,
+    )
     print_sweep(report, folder, as_json=as_json)
 
 
@@ -108,9 +111,14 @@ def fit(
     recipe = load(recipe_name, [*(overrides or ()), *provider])
     usual = recipe.parity.min_retained - recipe.parity.min_retained_lower
     target = Target(
-        retain=retain, margin=max(0.0, usual) if margin is None else margin, p99_ms=p99_ms,
-        max_mb=max_mb, speedup=speedup, batch_size=batch, length_tokens=length,
-    )  # fmt: skip
+        retain=retain,
+        margin=max(0.0, usual) if margin is None else margin,
+        p99_ms=p99_ms,
+        max_mb=max_mb,
+        speedup=speedup,
+        batch_size=batch,
+        length_tokens=length,
+    )
     grid = Grid(
         layers=options.numbers("--layers", layers),
         attention_heads=options.numbers("--heads", heads),

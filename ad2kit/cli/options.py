@@ -40,10 +40,11 @@ RUNS = Path("runs")
 Table = Annotated[
     Path,
     typer.Argument(
-        metavar="FILE", help="The training table (csv, tsv, jsonl, parquet), or a folder with "
+        metavar="FILE",
+        help="The training table (csv, tsv, jsonl, parquet), or a folder with "
         "train and validation tables.",
     ),
-]  # fmt: skip
+]
 Validation = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The validation table, if FILE has none beside.")
 ]
@@ -153,11 +154,12 @@ Speedup = Annotated[
 Margin = Annotated[
     float | None,
     typer.Option(
-        min=0.0, max=1.0,
+        min=0.0,
+        max=1.0,
         help="How far the 95 % interval may reach below --retain; default: as in the recipe's "
         "parity section.",
     ),
-]  # fmt: skip
+]
 Batch = Annotated[int, typer.Option(min=1, help="Texts in a call.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of a text.")]
 Device = Annotated[

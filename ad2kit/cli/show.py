@@ -63,9 +63,13 @@ def training_progress() -> Iterator[Callable[[StepRecord], None]]:
         yield _Lines(console)
         return
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[facts]}"), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
     tasks: dict[str, TaskID] = {}
     pace, metric = _Pace(), ""
 
@@ -101,9 +105,12 @@ def show_messages() -> None:
 
 
 def start_run(
-    recipe_name: str, overrides: list[str] | None, runs_dir: Path, folder: Path | None,
+    recipe_name: str,
+    overrides: list[str] | None,
+    runs_dir: Path,
+    folder: Path | None,
     max_minutes: float | None = None,
-) -> RunDir:  # fmt: skip
+) -> RunDir:
     """Create the run of a recipe, planned if need be, or find it again, and say where it lies."""
     show_messages()
     recipe = load(recipe_name, overrides or ())
@@ -198,9 +205,13 @@ def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:
 
 
 def _print_report(
-    report: BaseModel, parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]], caption: str,
-    page: Path, *, as_json: bool,
-) -> None:  # fmt: skip
+    report: BaseModel,
+    parts: Mapping[tuple[str, ...], Sequence[tuple[str, ...]]],
+    caption: str,
+    page: Path,
+    *,
+    as_json: bool,
+) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return

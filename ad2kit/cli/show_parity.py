@@ -58,9 +58,14 @@ def judge_service(run: RunDir, address: str, api_keys_file: Path | None, *, as_j
 
 
 def judge_model(
-    model: Path, teacher: str | None, data: Path | None, recipe: str | None,
-    overrides: Sequence[str], *, as_json: bool,
-) -> None:  # fmt: skip
+    model: Path,
+    teacher: str | None,
+    data: Path | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    *,
+    as_json: bool,
+) -> None:
     """Judge an ONNX folder that anyone made, print every check, and stop if one did not pass."""
     if teacher is None or data is None:
         raise UserError(

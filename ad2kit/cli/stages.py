@@ -73,8 +73,15 @@ def init(
     guess = planning.init(table, recipe, validation=validation, text=columns, label=label)
     following = f"ad2kit check {recipe}"
     if as_json:
-        print_json({"recipe": str(recipe), "data": guess.data, "notes": guess.notes,
-                    "doubts": guess.doubts, "next": following})  # fmt: skip
+        print_json(
+            {
+                "recipe": str(recipe),
+                "data": guess.data,
+                "notes": guess.notes,
+                "doubts": guess.doubts,
+                "next": following,
+            }
+        )
         return
     typer.echo(planning.words(guess))
     typer.echo(f"written: {recipe}\nnext: {following}")
@@ -303,9 +310,17 @@ def score(
     model = use_servable(runs_dir, run)
     with scoring_progress() as on_progress:
         report = ad2kit.score(
-            model, input_url, output_url, text_columns=columns, prefix=prefix,
-            engine=engine, address=address, workers=workers, block_rows=block_rows,
-            batch_size=batch_size, on_progress=on_progress,
-        )  # fmt: skip
+            model,
+            input_url,
+            output_url,
+            text_columns=columns,
+            prefix=prefix,
+            engine=engine,
+            address=address,
+            workers=workers,
+            block_rows=block_rows,
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
     print_result(report, summary(report), as_json=as_json)
     insist_on_all_rows(report)

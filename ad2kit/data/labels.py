@@ -82,9 +82,7 @@ class LabelSet:
     columns: tuple[int, ...]
 
 
-def label_set(
-    rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] | None
-) -> LabelSet:  # fmt: skip
+def label_set(rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] | None) -> LabelSet:
     """Return the labels of the recipe, of the source, or all that occur.
 
     Those that occur are sorted: as numbers if all are whole numbers, else as texts. A regression

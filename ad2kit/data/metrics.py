@@ -109,10 +109,13 @@ def reliability(probabilities: Floats, labels: Array, bins: int = 15) -> list[Bi
     right = probabilities.argmax(axis=1) == labels
     index = np.minimum(np.ceil(confidence * bins).astype(int) - 1, bins - 1)
     return [
-        Bin(float(confidence[index == b].mean()), float(right[index == b].mean()),
-            int((index == b).sum()))
+        Bin(
+            float(confidence[index == b].mean()),
+            float(right[index == b].mean()),
+            int((index == b).sum()),
+        )
         for b in np.unique(index)
-    ]  # fmt: skip
+    ]
 
 
 def fit_temperature(task: Task, logits: Array, labels: Array) -> float:
@@ -221,9 +224,13 @@ def smallest_detectable_difference(draws: Floats, rows: int) -> float:
 
 
 def randomisation_p(
-    metrics: Sequence[Metric], first: Sequence[Array], second: Sequence[Array], labels: Array,
-    samples: int, seed: int,
-) -> float:  # fmt: skip
+    metrics: Sequence[Metric],
+    first: Sequence[Array],
+    second: Sequence[Array],
+    labels: Array,
+    samples: int,
+    seed: int,
+) -> float:
     """Return the two-sided p-value of an approximate randomisation test of two methods.
 
     Yeh, *More accurate tests for the statistical significance of result differences*, COLING
@@ -247,8 +254,9 @@ def randomisation_p(
     for _ in range(samples):
         swap = generator.random(len(labels)) < 0.5
         mask = swap[:, None] if first[0].ndim == 2 else swap
-        pairs = [(np.where(mask, b, a), np.where(mask, a, b))
-                 for a, b in zip(first, second, strict=True)]  # fmt: skip
+        pairs = [
+            (np.where(mask, b, a), np.where(mask, a, b)) for a, b in zip(first, second, strict=True)
+        ]
         ours, theirs = zip(*pairs, strict=True)
         # A hair's breadth, so that a swap that changes nothing counts whatever the rounding.
         at_least += abs(difference(ours, theirs)) >= observed - 1e-12

@@ -119,9 +119,14 @@ def rows_for_correlation(truth: float, target: float, limit: float) -> int | Non
 
 
 def about_normal(
-    value: float, interval: Interval, deviation: float, rows: int, *, unit: float = 1.0,
+    value: float,
+    interval: Interval,
+    deviation: float,
+    rows: int,
+    *,
+    unit: float = 1.0,
     error: float = ERROR,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Return an estimate that is about normal, such as a bootstrapped one.
 
     Its interval is widened to what could hide behind so few rows: where no row speaks against
@@ -147,9 +152,14 @@ def about_normal(
 
 
 def rows_for_mean(
-    truth: float, target: float, limit: float, deviation: float, *, unit: float = 1.0,
+    truth: float,
+    target: float,
+    limit: float,
+    deviation: float,
+    *,
+    unit: float = 1.0,
     error: float = ERROR,
-) -> int | None:  # fmt: skip
+) -> int | None:
     """Return how many rows show a mean, see :func:`about_normal`; None if no number does.
 
     In the normal approximation: the estimate passes from the target, or the limit and half of its
@@ -164,9 +174,7 @@ def rows_for_mean(
     return _smallest(enough)
 
 
-def half_width(
-    deviation: float, rows: int, *, unit: float = 1.0, error: float = ERROR
-) -> float:  # fmt: skip
+def half_width(deviation: float, rows: int, *, unit: float = 1.0, error: float = ERROR) -> float:
     """Return how far the interval of :func:`about_normal` will reach on so many rows."""
     return max(_quantile(error) * deviation / math.sqrt(rows), unit * unseen(rows, error))
 

@@ -83,8 +83,9 @@ def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
             )
         return [
             (f"{path}, line {number}", {text_columns[0]: line})
-            for number, line in _lines(path) if line.strip()
-        ]  # fmt: skip
+            for number, line in _lines(path)
+            if line.strip()
+        ]
     return read_file(path, text_columns)
 
 

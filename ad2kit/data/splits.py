@@ -87,9 +87,11 @@ class Data:
     def splits(self) -> dict[str, Split]:
         """Return the splits that hold anything, by name."""
         splits = {
-            "train": self.train, "select": self.select, "validation": self.validation,
+            "train": self.train,
+            "select": self.select,
+            "validation": self.validation,
             "unlabelled": self.unlabelled,
-        }  # fmt: skip
+        }
         return {name: split for name, split in splits.items() if len(split)}
 
     def distillation(self) -> Split:
@@ -165,8 +167,9 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             f"data.max_leakage={math.ceil(100 * share) / 100:g}",
         )
     if known:
-        logger.warning("%d of %d validation texts are also training texts", known,
-                       len(data.validation))  # fmt: skip
+        logger.warning(
+            "%d of %d validation texts are also training texts", known, len(data.validation)
+        )
     return data
 
 
@@ -200,9 +203,11 @@ def facts(
     """Return what the splits hold; ``train`` also encodes the unlabelled texts, after its own."""
     rows = len(data.train)
     truncated = {
-        "train": train.truncated[:rows], "select": select.truncated,
-        "validation": validation.truncated, "unlabelled": train.truncated[rows:],
-    }  # fmt: skip
+        "train": train.truncated[:rows],
+        "select": select.truncated,
+        "validation": validation.truncated,
+        "unlabelled": train.truncated[rows:],
+    }
     return {
         name: SplitFacts(
             rows=len(split),

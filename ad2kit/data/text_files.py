@@ -105,8 +105,9 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
     elif twice:
         error = error or f"the column '{twice[0]}' appears twice"
     if error:
-        raise bad_row(f"{name}, line {first + 1}", error, text,
-                      "correct the line that names the columns")  # fmt: skip
+        raise bad_row(
+            f"{name}, line {first + 1}", error, text, "correct the line that names the columns"
+        )
     _insist_on_format(f"{name}, line {first + 1}", names, suffix)
     return tuple(names), end
 

@@ -251,8 +251,9 @@ class OnnxClassifier:
             if task == "single_label":
                 facts |= {"label": self.labels[int(answer)], "score": float(row[int(answer)])}
             elif task == "multi_label":
-                facts["labels"] = tuple(name for name, on in zip(self.labels, answer, strict=True)
-                                        if on)  # fmt: skip
+                facts["labels"] = tuple(
+                    name for name, on in zip(self.labels, answer, strict=True) if on
+                )
             else:
                 facts = {"value": float(answer)}
             found.append(

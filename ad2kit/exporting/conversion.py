@@ -45,9 +45,13 @@ class Rows:
 
 
 def conversion_cost(
-    logits: Logits, alone: Logits, fp32: Logits, reference: Rows, thresholds: ParityRecipe,
+    logits: Logits,
+    alone: Logits,
+    fp32: Logits,
+    reference: Rows,
+    thresholds: ParityRecipe,
     seed: int | None = None,
-) -> tuple[Check, ...]:  # fmt: skip
+) -> tuple[Check, ...]:
     """Question 2: a converted variant against fp32; all arrays run over the same rows.
 
     The activations of a dynamic int8 graph are quantised over the whole batch, so that an answer
@@ -74,11 +78,15 @@ def conversion_cost(
         at_most(question, POINTS_LOST, lost, most)
         if seed is None
         else estimated(
-            question, POINTS_LOST, "at most",
+            question,
+            POINTS_LOST,
+            "at most",
             _points_lost(lost, worse, fp32, reference, thresholds.bootstrap_samples, seed),
-            most, limit, best=0.0,
+            most,
+            limit,
+            best=0.0,
         ),
-    )  # fmt: skip
+    )
 
 
 def _points_lost(
@@ -115,9 +123,15 @@ def agreement(task: Task, logits: Logits, fp32: Logits) -> Estimate:
 
 
 def estimated(
-    question: Question, name: str, bound: Literal["at most", "at least"], found: Estimate,
-    threshold: float, limit: float | None, *, best: float,
-) -> Check:  # fmt: skip
+    question: Question,
+    name: str,
+    bound: Literal["at most", "at least"],
+    found: Estimate,
+    threshold: float,
+    limit: float | None,
+    *,
+    best: float,
+) -> Check:
     """Return the check of an estimate, and how many rows would show it.
 
     Args:
@@ -138,23 +152,25 @@ def estimated(
         truth=truth, rows=found.rows_for(sign * truth, sign * threshold, least), present=found.rows
     )
     return Check(
-        question=question, name=name, value=found.value, bound=bound, threshold=threshold,
-        interval=found.interval, limit=limit, needed=needed,
-    )  # fmt: skip
+        question=question,
+        name=name,
+        value=found.value,
+        bound=bound,
+        threshold=threshold,
+        interval=found.interval,
+        limit=limit,
+        needed=needed,
+    )
 
 
 def at_most(question: Question, name: str, value: float, threshold: float) -> Check:
     """Return the check ``value <= threshold``; NaN fails."""
-    return Check(
-        question=question, name=name, value=value, bound="at most", threshold=threshold
-    )  # fmt: skip
+    return Check(question=question, name=name, value=value, bound="at most", threshold=threshold)
 
 
 def at_least(question: Question, name: str, value: float, threshold: float) -> Check:
     """Return the check ``value >= threshold``; NaN fails."""
-    return Check(
-        question=question, name=name, value=value, bound="at least", threshold=threshold
-    )  # fmt: skip
+    return Check(question=question, name=name, value=value, bound="at least", threshold=threshold)
 
 
 def not_finite(logits: Logits) -> int:

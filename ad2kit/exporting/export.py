@@ -79,14 +79,20 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
     recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
     tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
     parts = [
-        __version__, variant, sha256_of(run.student / text_model.MANIFEST), tools,
-        recipe.data.max_length_tokens, recipe.export.provider, recipe.export.calibrate,
-    ]  # fmt: skip
+        __version__,
+        variant,
+        sha256_of(run.student / text_model.MANIFEST),
+        tools,
+        recipe.data.max_length_tokens,
+        recipe.export.provider,
+        recipe.export.calibrate,
+    ]
     if variant == "int8":
         parts += [
-            recipe.export.search_seconds, recipe.parity.model_dump(mode="json"),
+            recipe.export.search_seconds,
+            recipe.parity.model_dump(mode="json"),
             "fused" in recipe.export.variants,
-        ]  # fmt: skip
+        ]
     inputs, folder = fingerprint(*parts), run.onnx(variant)
     kept = _exported(folder)
     if kept is not None and kept.inputs == inputs:
@@ -201,9 +207,12 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
         )
         taken, trials = search.write(target, recipe.export.search_seconds)
     return QuantisationSearch(
-        inputs=inputs, rows=len(data.select), seconds=time.monotonic() - start, taken=taken,
+        inputs=inputs,
+        rows=len(data.select),
+        seconds=time.monotonic() - start,
+        taken=taken,
         trials=trials,
-    )  # fmt: skip
+    )
 
 
 def _calibration(

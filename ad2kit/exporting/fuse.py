@@ -32,9 +32,15 @@ if TYPE_CHECKING:
 
 # What the fusions make, and no exporter writes (LayerNormalization alone comes from both).
 FUSED = (
-    "Attention", "MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization",
-    "LayerNormalization", "BiasGelu", "FastGelu", "Gelu",
-)  # fmt: skip
+    "Attention",
+    "MultiHeadAttention",
+    "EmbedLayerNormalization",
+    "SkipLayerNormalization",
+    "LayerNormalization",
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+)
 
 
 def fuse(fp32: Path, fused: Path) -> None:
@@ -57,9 +63,13 @@ def fuse(fp32: Path, fused: Path) -> None:
     # Of pruned heads: the fusion says that they are narrower than the layer, and fuses them.
     with without_message("fusion_attention", "Input hidden size"):
         model = optimize_model(
-            str(fp32), model_type="bert", num_heads=0, hidden_size=0, optimization_options=options,
+            str(fp32),
+            model_type="bert",
+            num_heads=0,
+            hidden_size=0,
+            optimization_options=options,
             opt_level=0,
-        )  # fmt: skip
+        )
     read_first_token_only(model.model)
     model.save_model_to_file(str(fused))
 
@@ -82,10 +92,29 @@ def node_counts(path: Path) -> dict[str, int]:
 
 # Each position of the output depends on that position of the inputs (of the last axis, on all).
 _POSITIONWISE = {
-    "Add", "And", "BiasGelu", "Cast", "Clip", "Div", "Erf", "FastGelu", "Gelu", "Identity", "IsNaN",
-    "LayerNormalization", "Mul", "Pow", "Relu", "Sigmoid", "SkipLayerNormalization", "Softmax",
-    "Sqrt", "Sub", "Tanh", "Where",
-}  # fmt: skip
+    "Add",
+    "And",
+    "BiasGelu",
+    "Cast",
+    "Clip",
+    "Div",
+    "Erf",
+    "FastGelu",
+    "Gelu",
+    "Identity",
+    "IsNaN",
+    "LayerNormalization",
+    "Mul",
+    "Pow",
+    "Relu",
+    "Sigmoid",
+    "SkipLayerNormalization",
+    "Softmax",
+    "Sqrt",
+    "Sub",
+    "Tanh",
+    "Where",
+}
 _TOKENS = -2  # the axis of [texts, tokens, width]; axes are counted from the end throughout
 
 
@@ -140,8 +169,11 @@ def _wanted(node: onnx.NodeProto, axis: int, shapes: dict[str, Shape]) -> dict[i
         if attributes.get("axis", -1) not in (-1, len(out) - 1):
             return None
         # Inputs without this axis, or with one position of it, are the same for all positions.
-        return {place: axis for place, shape in enumerate(inputs)
-                if len(shape) >= -axis and shape[axis] != 1}  # fmt: skip
+        return {
+            place: axis
+            for place, shape in enumerate(inputs)
+            if len(shape) >= -axis and shape[axis] != 1
+        }
     if node.op_type == "MatMul" and axis == -2:
         return {0: axis}
     if node.op_type == "Transpose":

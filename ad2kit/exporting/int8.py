@@ -78,8 +78,10 @@ class Way:
 
     def __str__(self) -> str:
         parts = [
-            self.activations, self.weights, "per channel" if self.per_channel else "per tensor",
-        ]  # fmt: skip
+            self.activations,
+            self.weights,
+            "per channel" if self.per_channel else "per tensor",
+        ]
         if self.fused:
             parts.append("fused")
         if self.in_float:
@@ -91,10 +93,12 @@ class Way:
 WAYS = tuple(
     Way(activations, weights, per_channel, fused)  # type: ignore[arg-type]
     for activations, weights, per_channel, fused in itertools.product(
-        ("dynamic", "percentile", "minmax", "entropy"), ("int8", "uint8"), (True, False),
+        ("dynamic", "percentile", "minmax", "entropy"),
+        ("int8", "uint8"),
+        (True, False),
         (False, True),
     )
-)  # fmt: skip
+)
 
 
 def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] = ()) -> None:
@@ -134,10 +138,14 @@ def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] =
         shaped = SymbolicShapeInference.infer_shapes(onnx.load(source), auto_merge=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the calibrator prints as it goes
             quantize_static(
-                shaped, target, _Reader(calibration), quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QUInt8, calibrate_method=_METHODS[way.activations],
+                shaped,
+                target,
+                _Reader(calibration),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                calibrate_method=_METHODS[way.activations],
                 **common,
-            )  # fmt: skip
+            )
 
 
 def nodes_to_quantize(path: Path) -> list[str]:
@@ -298,8 +306,9 @@ class Int8Search:
                 impossible.append(_impossible(way, error))
                 continue
             tried.append(last)
-            logger.info("int8, %s: agreement %.4f%s", way, last.agreement,
-                        "" if last.passed else ", failed")  # fmt: skip
+            logger.info(
+                "int8, %s: agreement %.4f%s", way, last.agreement, "" if last.passed else ", failed"
+            )
             if time.monotonic() > deadline or (not seconds and self._safe(last)):
                 break
         if not tried:
@@ -417,6 +426,12 @@ class Int8Search:
 def _impossible(way: Way, error: Exception) -> QuantisationTrial:
     nothing = math.nan
     return QuantisationTrial(
-        way=str(way), agreement=nothing, rms_error=nothing, points_lost=nothing,
-        failures=(f"impossible: {error}",), size_bytes=0, batch_ms=nothing, alone_ms=nothing,
-    )  # fmt: skip
+        way=str(way),
+        agreement=nothing,
+        rms_error=nothing,
+        points_lost=nothing,
+        failures=(f"impossible: {error}",),
+        size_bytes=0,
+        batch_ms=nothing,
+        alone_ms=nothing,
+    )

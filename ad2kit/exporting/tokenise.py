@@ -54,14 +54,33 @@ _GIANT_TOKENS = 256
 _OPEN_WORDS = 16
 # What a prefix says of the words before its end: these look no further than to the end of a run of
 # spaces, of marks or of characters of one kind. A text behind anything else is read whole.
-_NORMALIZERS = frozenset({
-    "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend",
-    "Strip", "StripAccents",
-})  # fmt: skip
-_PRE_TOKENIZERS = frozenset({
-    "BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation",
-    "Whitespace", "WhitespaceSplit",
-})  # fmt: skip
+_NORMALIZERS = frozenset(
+    {
+        "BertNormalizer",
+        "Lowercase",
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "Nmt",
+        "Precompiled",
+        "Prepend",
+        "Strip",
+        "StripAccents",
+    }
+)
+_PRE_TOKENIZERS = frozenset(
+    {
+        "BertPreTokenizer",
+        "ByteLevel",
+        "CharDelimiterSplit",
+        "Digits",
+        "Metaspace",
+        "Punctuation",
+        "Whitespace",
+        "WhitespaceSplit",
+    }
+)
 # The only pattern in the normalisers of SentencePiece models that transformers has converted.
 _SPACES = " {2,}"
 _PROBE = "a 1 . 一"
@@ -185,11 +204,17 @@ class Tokenise:
                 found.append(Tokens(ids, types, truncated=False))
             else:
                 columns = encoding.sequence_ids
-                found.append(self._fit([
-                    self._column([i for i, c in zip(ids, columns, strict=True) if c == column],
-                                 whole=True)
-                    for column in range(self._columns)
-                ]))  # fmt: skip
+                found.append(
+                    self._fit(
+                        [
+                            self._column(
+                                [i for i, c in zip(ids, columns, strict=True) if c == column],
+                                whole=True,
+                            )
+                            for column in range(self._columns)
+                        ]
+                    )
+                )
         return found
 
     def _read_enough(self, example: tuple[str, ...]) -> list[_Column]:

@@ -82,14 +82,26 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         logits = classifier.run_sorted(encodings, BATCH)
         checks = _consistency(classifier, encodings, logits, task, recipe.parity)
     reference = Reference(
-        task, recipe.data.judged_by, split.labels, teacher=teacher_logits, student=logits,
-        encoded=encoded, student_left=np.empty((0, len(labels)), dtype=np.float32),
-    )  # fmt: skip
+        task,
+        recipe.data.judged_by,
+        split.labels,
+        teacher=teacher_logits,
+        student=logits,
+        encoded=encoded,
+        student_left=np.empty((0, len(labels)), dtype=np.float32),
+    )
     files = sha256_of_folder(folder)
     verdict = distillation_quality(
-        folder.name, fingerprint(files), logits, reference, labels, checks, recipe.parity,
-        recipe.seed, classifier.artifact.temperature,
-    )  # fmt: skip
+        folder.name,
+        fingerprint(files),
+        logits,
+        reference,
+        labels,
+        checks,
+        recipe.parity,
+        recipe.seed,
+        classifier.artifact.temperature,
+    )
     found = answers(task, teacher_logits)
     return ParityReport(
         inputs=fingerprint(

@@ -71,9 +71,10 @@ def push(run: RunDir, repository: str, *, variant: str | None = None, private: b
             api = HfApi()
             made = api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=made.repo_id, folder_path=staged,
+                repo_id=made.repo_id,
+                folder_path=staged,
                 commit_message=f"{folder.name} of {run.path.name}",
-            )  # fmt: skip
+            )
         except (OSError, HFValidationError) as error:
             reason, _, _ = str(error).partition("\n")
             raise UserError(
@@ -114,11 +115,21 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
     )
     use = _USE.format(repository=repository)
     lineage = [f"- {name}: `{value}`" for name, value in artifact.lineage.items()]
-    return "\n".join([
-        header, what, kept,
-        *table(summary.HEADER, summary.rows(run)), "", f"{summary.caption(run)}\n",
-        "## What it was judged by\n",
-        *table(("check", "value", "expected", "verdict"), checks), "",
-        "The whole verdict is in `parity.json`, the sha256 of every file in `manifest.json`.\n",
-        use, "## Lineage\n", *lineage, "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            header,
+            what,
+            kept,
+            *table(summary.HEADER, summary.rows(run)),
+            "",
+            f"{summary.caption(run)}\n",
+            "## What it was judged by\n",
+            *table(("check", "value", "expected", "verdict"), checks),
+            "",
+            "The whole verdict is in `parity.json`, the sha256 of every file in `manifest.json`.\n",
+            use,
+            "## Lineage\n",
+            *lineage,
+            "",
+        ]
+    )

@@ -84,8 +84,10 @@ def measure(
     artifacts = {folder.name: sha256_of(folder / OnnxArtifact.file_name) for folder in folders}
     inputs = fingerprint(
         artifacts,
-        distilled.teacher_sha256, recipe.bench.model_dump(mode="json"), surroundings,
-    )  # fmt: skip
+        distilled.teacher_sha256,
+        recipe.bench.model_dump(mode="json"),
+        surroundings,
+    )
     if not again and run.latency_report.is_file():
         report = LatencyReport.read(run.latency_report)
         if report.inputs == inputs:
@@ -113,16 +115,23 @@ def measure(
             cells += [cell_of(name, ids, rounds) for name, rounds in seconds.items()]
             logger.info("bench: batch %d, %d tokens done", size, length)
     report = LatencyReport(
-        inputs=inputs, artifacts=artifacts, threads=threads, environment=surroundings,
-        sizes_bytes=sizes, cells=tuple(cells), p99_target_ms=p99_target_ms,
+        inputs=inputs,
+        artifacts=artifacts,
+        threads=threads,
+        environment=surroundings,
+        sizes_bytes=sizes,
+        cells=tuple(cells),
+        p99_target_ms=p99_target_ms,
         price_per_hour=price_per_hour,
-    )  # fmt: skip
+    )
     write_record(run.latency_report, report)
     if report.busy:
         logger.warning(
             "the machine was busy: rounds of the same calls differ by up to %.1f times; "
-            "measure again when it is idle: ad2kit bench %s", report.spread, run.path,
-        )  # fmt: skip
+            "measure again when it is idle: ad2kit bench %s",
+            report.spread,
+            run.path,
+        )
     return report
 
 
@@ -191,11 +200,17 @@ def cell_of(system: str, ids: NDArray[np.int64], rounds: list[list[float]]) -> L
     ms = 1e3 * np.concatenate(rounds)
     p50, p90, p99 = np.percentile(ms, [50, 90, 99])
     return LatencyCell(
-        system=system, batch_size=ids.shape[0], length_tokens=ids.shape[1], calls=len(ms),
-        p50_ms=p50, p90_ms=p90, p99_ms=p99 if len(ms) >= _CALLS_FOR_P99 else None,
-        max_ms=ms.max(), rounds_ms=tuple(1e3 * float(np.median(times)) for times in rounds),
+        system=system,
+        batch_size=ids.shape[0],
+        length_tokens=ids.shape[1],
+        calls=len(ms),
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99 if len(ms) >= _CALLS_FOR_P99 else None,
+        max_ms=ms.max(),
+        rounds_ms=tuple(1e3 * float(np.median(times)) for times in rounds),
         texts_per_s=1e3 * ids.shape[0] * len(ms) / ms.sum(),
-    )  # fmt: skip
+    )
 
 
 def _weights_bytes(folder: Path) -> int:

@@ -86,9 +86,13 @@ def judge(run: RunDir) -> ParityReport:
     inputs = fingerprint(
         environment(recipe.compute.threads or available_cpus()),
         [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
-        distilled.teacher_sha256, distilled.student_sha256, expected,
-        recipe.parity.model_dump(mode="json"), recipe.data.judged_by, recipe.seed,
-    )  # fmt: skip
+        distilled.teacher_sha256,
+        distilled.student_sha256,
+        expected,
+        recipe.parity.model_dump(mode="json"),
+        recipe.data.judged_by,
+        recipe.seed,
+    )
     classifiers = {
         folder.name: OnnxClassifier(folder, threads=recipe.compute.threads) for folder in folders
     }
@@ -151,9 +155,16 @@ def _judge(
         if (share := classifier.artifact.weights_in_8_bits) is not None:
             checks += (mostly_8_bits(share),)
         return distillation_quality(
-            name, sha256_of(run.onnx(name) / OnnxArtifact.file_name), logits[name], reference,
-            data.labels, checks, recipe.parity, recipe.seed, classifier.artifact.temperature,
-        )  # fmt: skip
+            name,
+            sha256_of(run.onnx(name) / OnnxArtifact.file_name),
+            logits[name],
+            reference,
+            data.labels,
+            checks,
+            recipe.parity,
+            recipe.seed,
+            classifier.artifact.temperature,
+        )
 
     variants = tuple(verdict(name, classifier) for name, classifier in classifiers.items())
     _write_answers(run, data.validation, reference, logits)
@@ -181,9 +192,12 @@ def _judge(
 
 
 def _reference(
-    run: RunDir, data: splits.Data, student: TextModel, fp32: OnnxClassifier,
+    run: RunDir,
+    data: splits.Data,
+    student: TextModel,
+    fp32: OnnxClassifier,
     tokens: Sequence[Tokens],
-) -> Reference:  # fmt: skip
+) -> Reference:
     """Compute what every variant is held against: the answers of teacher and student in PyTorch.
 
     ``tokens`` are those that ``fp32`` makes of the validation texts.

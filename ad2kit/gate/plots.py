@@ -32,9 +32,13 @@ def latency(points: Mapping[str, tuple[float, float]], score: str) -> str:
         ):
             axes.plot(ms, value, "o", color=colour)
             axes.annotate(
-                name, (ms, value), xytext=(0, 8 if place % 2 else -16), ha="center",
-                textcoords="offset points", color=colour,
-            )  # fmt: skip
+                name,
+                (ms, value),
+                xytext=(0, 8 if place % 2 else -16),
+                ha="center",
+                textcoords="offset points",
+                color=colour,
+            )
         axes.set_xscale("log")
         # Without numbers of their own between the powers of ten, which would overlap.
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -96,9 +100,13 @@ def calibration(models: Mapping[str, Sequence[Bin]]) -> str:
         axes.plot([0, 1], [0, 1], "--", color="#888888", label="calibrated")
         for colour, (name, bins) in zip(_colours(len(models)), models.items(), strict=True):
             axes.plot(
-                [b.confidence for b in bins], [b.accuracy for b in bins], "o-", color=colour,
-                label=name, markersize=4,
-            )  # fmt: skip
+                [b.confidence for b in bins],
+                [b.accuracy for b in bins],
+                "o-",
+                color=colour,
+                label=name,
+                markersize=4,
+            )
         axes.set_xlim(min(b.confidence for bins in models.values() for b in bins) - 0.05, 1.0)
         axes.set_xlabel("confidence")
         axes.set_ylabel("accuracy")

@@ -164,10 +164,16 @@ def longer_texts(encoded: Encoded, texts: Sequence[Texts], max_length_tokens: in
 
 
 def distillation_quality(
-    variant: str, manifest_sha256: str, logits: Logits, reference: Reference,
-    names: tuple[str, ...], earlier: tuple[Check, ...], thresholds: ParityRecipe, seed: int,
+    variant: str,
+    manifest_sha256: str,
+    logits: Logits,
+    reference: Reference,
+    names: tuple[str, ...],
+    earlier: tuple[Check, ...],
+    thresholds: ParityRecipe,
+    seed: int,
     temperature: float = 1.0,
-) -> VariantParity:  # fmt: skip
+) -> VariantParity:
     """Question 3: a variant against the teacher; ``earlier`` are its answers so far."""
     task, labels = reference.task, reference.labels
     finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
@@ -213,13 +219,16 @@ def distillation_quality(
             *_classes_kept(task, lost, names),
             retained_check(reference.metrics, kept, thresholds),
         ),
-    )  # fmt: skip
+    )
 
 
 def retained(
-    score: float, teacher_score: float, draws: NDArray[np.float64], rows: int,
+    score: float,
+    teacher_score: float,
+    draws: NDArray[np.float64],
+    rows: int,
     error: float = sample_size.ERROR,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Return the student's score over its teacher's, with an interval of the error ``error``.
 
     Args:
@@ -237,15 +246,18 @@ def retained(
     return sample_size.about_normal(value, interval, deviation, rows, unit=unit, error=error)
 
 
-def retained_check(
-    names: tuple[Metric, ...], kept: Estimate, thresholds: ParityRecipe
-) -> Check:  # fmt: skip
+def retained_check(names: tuple[Metric, ...], kept: Estimate, thresholds: ParityRecipe) -> Check:
     """Return the check of what :func:`retained` found; ``names`` are the metrics of the score."""
     name, least = f"{' and '.join(names)} retained", thresholds.min_retained
     return estimated(
-        "distillation quality", name, "at least", kept, least, thresholds.min_retained_lower,
+        "distillation quality",
+        name,
+        "at least",
+        kept,
+        least,
+        thresholds.min_retained_lower,
         best=1.0,
-    )  # fmt: skip
+    )
 
 
 def _ece(logits: Logits, labels: NDArray[Any]) -> float:
@@ -285,10 +297,15 @@ def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> t
     found = sample_size.about_normal(accuracy, interval, of_one / rows**0.5, rows)
     return (
         estimated(
-            "distillation quality", "teacher accuracy, against the most frequent label",
-            "at least", found, float(often.mean()), None, best=1.0,
+            "distillation quality",
+            "teacher accuracy, against the most frequent label",
+            "at least",
+            found,
+            float(often.mean()),
+            None,
+            best=1.0,
         ),
-    )  # fmt: skip
+    )
 
 
 def _order_of_labels(
@@ -322,9 +339,7 @@ def _classes_kept(
     if found is None:
         return ()
     what = "labels" if task == "multi_label" else "classes"
-    check = at_most(
-        "distillation quality", f"{what} that the student lost", len(found.lost), 0
-    )  # fmt: skip
+    check = at_most("distillation quality", f"{what} that the student lost", len(found.lost), 0)
     if not found.lost:
         return (check,)
     words = [

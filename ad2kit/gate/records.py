@@ -167,9 +167,12 @@ class RowAnswers(Record):
 
 
 def insist_passed(
-    verdict: ParityReport, what: Path, *, report: Path | None = None,
+    verdict: ParityReport,
+    what: Path,
+    *,
+    report: Path | None = None,
     teacher: TeacherReport | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Say the verdict on each variant, and stop where none passed.
 
     Args:
@@ -205,13 +208,13 @@ def insist_passed(
 
 def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path | None) -> str:
     """Return what a failed gate is due to, conversion, teacher or student, and a remedy."""
-    failed = [
-        [check for check in found.checks if not check.passed] for found in verdict.variants
-    ]  # fmt: skip
+    failed = [[check for check in found.checks if not check.passed] for found in verdict.variants]
     if any(check.question == "export fidelity" for checks in failed for check in checks):
-        again = "look at tokenizer, labels and export" if report is None else (
-            f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
-        )  # fmt: skip
+        again = (
+            "look at tokenizer, labels and export"
+            if report is None
+            else (f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)")
+        )
         return (
             "the reason is the conversion: the artefact computes something else than the student "
             "that was trained, which no training mends; look at the first of these checks, and "
@@ -343,9 +346,12 @@ class LatencyReport(Record):
         best = max(within, key=lambda cell: cell.texts_per_s)
         cost = self.price_per_hour and self.price_per_hour / (best.texts_per_s * 3600) * 1e6
         return Capacity(
-            system=system, length_tokens=length, batch_size=best.batch_size,
-            texts_per_s=best.texts_per_s, cost_per_million_texts=cost,
-        )  # fmt: skip
+            system=system,
+            length_tokens=length,
+            batch_size=best.batch_size,
+            texts_per_s=best.texts_per_s,
+            cost_per_million_texts=cost,
+        )
 
 
 class BentoRecord(Record):

@@ -66,8 +66,10 @@ def _context(run: RunDir) -> Context:
     curve = read_curve(run.curve("student"))
     answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
     latency, campaign, looked = (
-        summary.measured_latency(run), campaign_of(run), summary.teacher_report(run)
-    )  # fmt: skip
+        summary.measured_latency(run),
+        campaign_of(run),
+        summary.teacher_report(run),
+    )
     refused = (
         [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)
     )
@@ -76,7 +78,9 @@ def _context(run: RunDir) -> Context:
         "verdict": "refused" if refused and parity.passed else parity.verdict,
         "summary": [*_summary(variant, latency), *refused],
         "models": {
-            "header": summary.HEADER, "rows": summary.rows(run), "caption": summary.caption(run),
+            "header": summary.HEADER,
+            "rows": summary.rows(run),
+            "caption": summary.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),
         "gate": [(*_checks(each), each.reasons(), _recall(each)) for each in parity.variants],
@@ -85,8 +89,10 @@ def _context(run: RunDir) -> Context:
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
         "slices": [
             (
-                f"{piece.tokens[0]} to {piece.tokens[1]}", str(piece.rows),
-                f"{piece.teacher_score:.4f}", f"{piece.score:.4f}",
+                f"{piece.tokens[0]} to {piece.tokens[1]}",
+                str(piece.rows),
+                f"{piece.teacher_score:.4f}",
+                f"{piece.score:.4f}",
                 f"{100 * (piece.score - piece.teacher_score):+.1f}",
             )
             for piece in variant.slices
@@ -109,7 +115,9 @@ def _context(run: RunDir) -> Context:
         "search": summary.int8_search(run),
         "splits": [
             (
-                name, str(facts.rows), str(facts.truncated),
+                name,
+                str(facts.rows),
+                str(facts.truncated),
                 ", ".join(f"{label} {count}" for label, count in facts.class_counts.items()),
                 facts.sha256[:12],
             )
@@ -123,7 +131,7 @@ def _context(run: RunDir) -> Context:
             *((f"{each.variant} sha256", each.manifest_sha256) for each in parity.variants),
         ],
         "recipe": recipe.model_dump_json(indent=2),
-    }  # fmt: skip
+    }
 
 
 def _markup(svg: str) -> Any:
@@ -162,9 +170,10 @@ def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
     if latency is None:
         return ""
     known = {
-        "teacher (PyTorch)": parity.teacher_score, "student (PyTorch)": parity.student_score,
+        "teacher (PyTorch)": parity.teacher_score,
+        "student (PyTorch)": parity.student_score,
         **{each.variant: each.score for each in parity.variants},
-    }  # fmt: skip
+    }
     points = {
         name: (summary.smallest_and_largest(latency, name)[0].p50_ms, value)
         for name, value in known.items()
@@ -176,12 +185,15 @@ def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
 def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
     lines: list[tuple[str, ...]] = [
         (
-            check.question, check.name, f"{check.value:.4g}",
+            check.question,
+            check.name,
+            f"{check.value:.4g}",
             f"{check.interval[0]:.4g} to {check.interval[1]:.4g}" if check.interval else "",
-            check.expected, check.verdict,
+            check.expected,
+            check.verdict,
         )
         for check in variant.checks
-    ]  # fmt: skip
+    ]
     if variant.mcnemar_p is not None:
         p = f"{variant.mcnemar_p:.3g}"
         lines.append(("distillation quality", "McNemar's test, p", p, "", "not a check", ""))
@@ -195,11 +207,14 @@ def _recall(variant: VariantParity) -> list[tuple[str, ...]]:
     )
     return [
         (
-            name, str(found.rows), f"{found.teacher:.3f}", f"{found.variant:.3f}",
+            name,
+            str(found.rows),
+            f"{found.teacher:.3f}",
+            f"{found.variant:.3f}",
             f"{100 * (found.variant - found.teacher):+.1f}",
         )
         for name, found in classes
-    ]  # fmt: skip
+    ]
 
 
 def _differ(
@@ -244,12 +259,14 @@ def _differ(
         "header": ("text", "label", TEACHER, variant),
         "texts": [
             (
-                _cut(" | ".join(answered[row].texts)), truth(answered[row].label),
-                say(TEACHER, row), say(variant, row),
+                _cut(" | ".join(answered[row].texts)),
+                truth(answered[row].label),
+                say(TEACHER, row),
+                say(variant, row),
             )
             for row in furthest.tolist()
         ],
-    }  # fmt: skip
+    }
 
 
 def _matrix(
@@ -306,8 +323,9 @@ def _plan(run: RunDir) -> str:
             f"{updates:,} updates of the {name} at {plan.seconds_per_update[name]:.3f} s"
             for name, updates in plan.updates.items()
         )
-        + f", {plan.minutes:.1f} min" + (f"; {late}" if late else "")
-    )  # fmt: skip
+        + f", {plan.minutes:.1f} min"
+        + (f"; {late}" if late else "")
+    )
 
 
 def _bento(run: RunDir) -> str:

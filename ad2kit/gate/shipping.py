@@ -93,9 +93,11 @@ def choose_variant(
             return folder, False
     if not allow_failed_parity:
         reasons = [
-            reason for name, all_of in refusals(run).items() if variant in (None, name)
+            reason
+            for name, all_of in refusals(run).items()
+            if variant in (None, name)
             for reason in all_of
-        ]  # fmt: skip
+        ]
         raise GateFailed(
             f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now:\n"
             + "\n".join(f"  {reason}" for reason in reasons),

@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 
 # So many classes are named.
 _NAMED = 12
-HEADER = ("model", "score", "retained", "95 % interval", "size MB", "p50 ms", "p99 ms",
-          "texts/s", "gate")  # fmt: skip
+HEADER = (
+    "model",
+    "score",
+    "retained",
+    "95 % interval",
+    "size MB",
+    "p50 ms",
+    "p99 ms",
+    "texts/s",
+    "gate",
+)
 
 
 def rows(run: RunDir) -> list[tuple[str, ...]]:
@@ -38,28 +47,38 @@ def rows(run: RunDir) -> list[tuple[str, ...]]:
             return ("", "", "", "")
         one, many = smallest_and_largest(latency, system)
         return (
-            f"{latency.sizes_bytes[system] / 1e6:.1f}", f"{one.p50_ms:.2f}", tail(one),
+            f"{latency.sizes_bytes[system] / 1e6:.1f}",
+            f"{one.p50_ms:.2f}",
+            tail(one),
             f"{many.texts_per_s:,.0f}",
-        )  # fmt: skip
+        )
 
     teacher, student = "teacher (PyTorch)", "student (PyTorch)"
     table = [
         *((name, f"{score:.4f}", *[""] * 7) for name, score in baseline_scores(run).items()),
         (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
         (
-            student, f"{parity.student_score:.4f}",
-            f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}", "",
-            *measured(student), "",
+            student,
+            f"{parity.student_score:.4f}",
+            f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}",
+            "",
+            *measured(student),
+            "",
         ),
-    ]  # fmt: skip
+    ]
     for verdict in parity.variants:
         low, high = verdict.retained_interval
         refused = campaign and campaign.refusals(verdict.variant, verdict.manifest_sha256)
-        table.append((
-            f"{verdict.variant} (ONNX)", f"{verdict.score:.4f}", f"{verdict.retained:.2%}",
-            f"{low:.2%} to {high:.2%}", *measured(verdict.variant),
-            "refused" if verdict.passed and refused else verdict.verdict,
-        ))  # fmt: skip
+        table.append(
+            (
+                f"{verdict.variant} (ONNX)",
+                f"{verdict.score:.4f}",
+                f"{verdict.retained:.2%}",
+                f"{low:.2%} to {high:.2%}",
+                *measured(verdict.variant),
+                "refused" if verdict.passed and refused else verdict.verdict,
+            )
+        )
     return table
 
 
@@ -84,11 +103,14 @@ def teacher_table(report: TeacherReport) -> dict[str, Any]:
     """Return the teacher beside the baselines, on ``select``."""
     lines: list[tuple[str, ...]] = [
         (
-            each.name, f"{each.select_score:.4f}", f"{100 * each.difference:+.1f}",
-            f"{100 * each.standard_error:.1f}", "" if each.bar else "for information",
+            each.name,
+            f"{each.select_score:.4f}",
+            f"{100 * each.difference:+.1f}",
+            f"{100 * each.standard_error:.1f}",
+            "" if each.bar else "for information",
         )
         for each in report.baselines
-    ]  # fmt: skip
+    ]
     return {
         "words": f"{' and '.join(report.metrics)} on the {report.rows} rows of select. The "
         f"simpler models were trained on {report.train_rows} training rows. The probes are linear "
@@ -232,18 +254,30 @@ def int8_search(run: RunDir) -> dict[str, Any] | None:
         "words": f"Tried on the {search.rows} rows of select in {search.seconds:.0f} s, against "
         "fp32. Of what passes by a standard error and moves the logits little more than the best "
         "does, the fastest is taken; milliseconds are of one text.",
-        "header": ("way", "agreement", "logits, RMS", "points lost", "MB", "ms, batch of 32",
-                   "ms, alone", ""),
+        "header": (
+            "way",
+            "agreement",
+            "logits, RMS",
+            "points lost",
+            "MB",
+            "ms, batch of 32",
+            "ms, alone",
+            "",
+        ),
         "rows": [
             (
-                trial.way, f"{trial.agreement:.4f}", f"{trial.rms_error:.3f}",
+                trial.way,
+                f"{trial.agreement:.4f}",
+                f"{trial.rms_error:.3f}",
                 f"{trial.points_lost:+.2f}",
-                f"{trial.size_bytes / 1e6:.1f}", f"{trial.batch_ms:.3f}", f"{trial.alone_ms:.3f}",
+                f"{trial.size_bytes / 1e6:.1f}",
+                f"{trial.batch_ms:.3f}",
+                f"{trial.alone_ms:.3f}",
                 "taken" if trial.way == search.taken else "; ".join(trial.failures) or "passed",
             )
             for trial in search.trials
         ],
-    }  # fmt: skip
+    }
 
 
 def _shape(latency: LatencyReport) -> tuple[int, int]:

@@ -161,9 +161,16 @@ def baseline_answers(
 
 
 def look_at_teacher(
-    recipe: Recipe, data: Data, encoder: TextModel, logits: Array, device: torch.device, *,
-    inputs: str, teacher_sha256: str, curve: tuple[float, ...],
-) -> TeacherReport:  # fmt: skip
+    recipe: Recipe,
+    data: Data,
+    encoder: TextModel,
+    logits: Array,
+    device: torch.device,
+    *,
+    inputs: str,
+    teacher_sha256: str,
+    curve: tuple[float, ...],
+) -> TeacherReport:
     """Put a teacher beside the baselines, on ``select``.
 
     Args:
@@ -180,9 +187,12 @@ def look_at_teacher(
     found = baseline_answers(recipe, data, encoder, device)
     teacher = answers(data.task, logits)
     draws = metrics.paired_bootstrap(
-        judged_by, [teacher, *(select for select, _ in found.values())], labels, _DRAWS,
+        judged_by,
+        [teacher, *(select for select, _ in found.values())],
+        labels,
+        _DRAWS,
         recipe.seed,
-    )  # fmt: skip
+    )
     # As in metrics.smallest_detectable_difference: never finer than one of the rows.
     errors = np.maximum((draws[:, :1] - draws[:, 1:]).std(axis=0), 1 / len(labels))
     score = metrics.score(judged_by, teacher, labels)

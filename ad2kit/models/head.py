@@ -140,9 +140,11 @@ def last_linear(module: torch.nn.Module) -> torch.nn.Linear:
 
 @torch.inference_mode()
 def read_vectors(
-    model: TextModel, encoded: Encoded, device: torch.device,
+    model: TextModel,
+    encoded: Encoded,
+    device: torch.device,
     chosen: NDArray[np.int64] | None = None,
-) -> Vectors:  # fmt: skip
+) -> Vectors:
     """Return the vectors of rows, without dropout.
 
     Args:

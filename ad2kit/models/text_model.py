@@ -65,8 +65,7 @@ class TextModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key: str
-                   ) -> TextModel:  # fmt: skip
+def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key: str) -> TextModel:
     """Load a teacher, or a checkpoint to make a student from.
 
     Args:
@@ -84,12 +83,20 @@ def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
         return TextModel(*parts, data.labels, data.task)
     folder = find_model(reference, key=key)
-    return load(folder, data.labels, data.task, seed=seed, finished=finished,
-                order_given=data.order_given)  # fmt: skip
+    return load(
+        folder, data.labels, data.task, seed=seed, finished=finished, order_given=data.order_given
+    )
 
 
-def load(folder: Path, labels: tuple[str, ...], task: Task = "single_label", *, seed: int = 0,
-         finished: bool = True, order_given: bool = False) -> TextModel:  # fmt: skip
+def load(
+    folder: Path,
+    labels: tuple[str, ...],
+    task: Task = "single_label",
+    *,
+    seed: int = 0,
+    finished: bool = True,
+    order_given: bool = False,
+) -> TextModel:
     """Load a model from a folder; see :func:`load_reference`.
 
     A folder that :func:`save` wrote is compared with its sha256 manifest first. A finished
@@ -328,9 +335,13 @@ def check_files(folder: Path) -> None:
 
 
 def _check_labels(
-    folder: Path, config: transformers.PretrainedConfig, labels: tuple[str, ...], task: Task, *,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    labels: tuple[str, ...],
+    task: Task,
+    *,
     order_given: bool,
-) -> int | None:  # fmt: skip
+) -> int | None:
     """Refuse a finished classifier of another task or of other labels than the data's.
 
     Names are compared without regard to case.

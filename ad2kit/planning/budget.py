@@ -83,9 +83,12 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
         )
     data = splits.load_data(recipe.data, recipe.seed)
     key = fingerprint(
-        recipe.model_dump(mode="json"), max_minutes, data.train.sha256(), data.unlabelled.sha256(),
+        recipe.model_dump(mode="json"),
+        max_minutes,
+        data.train.sha256(),
+        data.unlabelled.sha256(),
         environment(recipe.compute.threads or available_cpus()),
-    )  # fmt: skip
+    )
     path = shared.plan_file(runs_dir / ".shared", key)
     if path.is_file():
         found = _read(path)
@@ -226,15 +229,28 @@ def measure(recipe: Recipe, data: Data) -> Costs:
     logger.info("--max-minutes: timing some updates")
     seconds: dict[str, float] = {}
 
-    def timed(phase: Literal["teacher", "student"], settings: TrainRecipe, trained: Any,
-              encoded: Any, logits: Any, objective: Any) -> float:  # fmt: skip
+    def timed(
+        phase: Literal["teacher", "student"],
+        settings: TrainRecipe,
+        trained: Any,
+        encoded: Any,
+        logits: Any,
+        objective: Any,
+    ) -> float:
         prepare(trained, recipe.compute)
         short = {"epochs": 1, "min_updates": 0, "evaluations": 1, "patience": None}
         settings = with_rate(settings, trained).model_copy(update=short)
         records = train(
-            new_state(trained, settings, ours), encoded, logits, objective, settings,
-            lambda _: Evaluation(0.0, torch.zeros(0)), ours, phase=phase, seed=recipe.seed,
-        )  # fmt: skip
+            new_state(trained, settings, ours),
+            encoded,
+            logits,
+            objective,
+            settings,
+            lambda _: Evaluation(0.0, torch.zeros(0)),
+            ours,
+            phase=phase,
+            seed=recipe.seed,
+        )
         found = [record.seconds for record in records]
         return float(np.mean(found[1:] or found))
 
@@ -252,9 +268,13 @@ def measure(recipe: Recipe, data: Data) -> Costs:
     reading_seconds = time.perf_counter() - start
     insides = comparison(model, student, recipe.distill.intermediate)
     seconds["student"] = timed(
-        "student", recipe.distill, student, splits.encode(texts, student.tokenizer, length),
-        logits, distillation(ours, recipe.distill, insides),
-    )  # fmt: skip
+        "student",
+        recipe.distill,
+        student,
+        splits.encode(texts, student.tokenizer, length),
+        logits,
+        distillation(ours, recipe.distill, insides),
+    )
     if recipe.teacher.finetune is not None:
         settings = recipe.teacher.finetune
         rows = data.train.take(np.arange(min(len(data.train), (_TIMED + 1) * settings.batch_size)))

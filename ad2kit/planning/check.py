@@ -108,8 +108,9 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         for name, split in data.splits().items()
     }
     phases: dict[str, TrainRecipe | None] = {
-        "teacher": recipe.teacher.finetune, "student": recipe.distill,
-    }  # fmt: skip
+        "teacher": recipe.teacher.finetune,
+        "student": recipe.distill,
+    }
     texts = {"teacher": len(data.train), "student": len(data.train) + len(data.unlabelled)}
     updates = {
         name: Schedule.planned(texts[name], phase).total
@@ -135,17 +136,24 @@ def words(report: CheckReport) -> str:
     head = ("", "rows", "tokens: median", "95 %", "longest", "cut", "repeated")
     table = [
         (
-            name, f"{found.rows:,}", str(found.tokens_median), str(found.tokens_p95),
-            str(found.tokens_longest), f"{found.cut:.1%}", f"{found.duplicates:.1%}",
+            name,
+            f"{found.rows:,}",
+            str(found.tokens_median),
+            str(found.tokens_p95),
+            str(found.tokens_longest),
+            f"{found.cut:.1%}",
+            f"{found.duplicates:.1%}",
         )
         for name, found in report.splits.items()
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
     lines = [
-        "  ".join(f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
-                  for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in (head, *table)
-    ]  # fmt: skip
+    ]
     train, validation = report.splits["train"], report.splits["validation"]
     order = "in the order that was given" if report.ordered else "in the order of the alphabet"
     if not report.ordered and all(name.removeprefix("-").isdecimal() for name in report.labels):
@@ -230,17 +238,21 @@ def _short(text: str, characters: int = 70) -> str:
 
 
 def _split(
-    split: Split, data: Data, recipe: Recipe, teacher: TextModel,
+    split: Split,
+    data: Data,
+    recipe: Recipe,
+    teacher: TextModel,
     trained: set[tuple[str, ...]] | None,
-) -> SplitCheck:  # fmt: skip
+) -> SplitCheck:
     sample = split.take(np.linspace(0, len(split) - 1, min(len(split), _SAMPLE)).astype(int))
     columns = [list(column) for column in zip(*sample.texts, strict=True)]
     lengths = np.array([len(ids) for ids in teacher.tokenizer(*columns)["input_ids"]])
     unlabelled = split is data.unlabelled
     return SplitCheck(
         rows=len(split),
-        labels="" if unlabelled else balance(counts(data.task, split.labels, data.labels),
-                                             len(split)),
+        labels=""
+        if unlabelled
+        else balance(counts(data.task, split.labels, data.labels), len(split)),
         tokens_median=int(np.median(lengths)),
         tokens_p95=int(np.quantile(lengths, 0.95)),
         tokens_longest=int(lengths.max()),
@@ -250,7 +262,7 @@ def _split(
         quoted=sum(text[:1] == text[-1:] == '"' for column in columns for text in column)
         / sum(map(len, columns)),
         example=split.texts[0],
-    )  # fmt: skip
+    )
 
 
 def _memory_bytes(recipe: Recipe, teacher: TextModel, train: SplitCheck) -> float:

@@ -11,8 +11,16 @@ from pathlib import Path
 from ad2kit.run.machine import available_cpus, cpu_flags, dot_products, environment
 from ad2kit.run.records import Part
 
-_NO_VERSIONS = {"python", "platform", "cpu", "cores", "device", "threads", "processes",
-                "int8_dot_products"}  # fmt: skip
+_NO_VERSIONS = {
+    "python",
+    "platform",
+    "cpu",
+    "cores",
+    "device",
+    "threads",
+    "processes",
+    "int8_dot_products",
+}
 
 
 class Finding(Part):
@@ -41,15 +49,12 @@ def examine() -> list[Finding]:
         ),
         Finding(
             name="versions",
-            value=", ".join(
-                f"{name} {facts[name]}" for name in facts
-                if name not in _NO_VERSIONS
-            ),
+            value=", ".join(f"{name} {facts[name]}" for name in facts if name not in _NO_VERSIONS),
             advice=f"missing: {', '.join(missing)}; pip install 'ad2kit[cpu]'" if missing else "",
         ),
         _torch(),
         *_onnxruntime(),
-    ]  # fmt: skip
+    ]
 
 
 def _cpu(name: str) -> Finding:
@@ -84,9 +89,10 @@ def _torch() -> Finding:
         import torch
     except ModuleNotFoundError:
         return Finding(
-            name="torch", value="not installed",
+            name="torch",
+            value="not installed",
             advice="fine for serving; to train: pip install 'ad2kit[cpu]'",
-        )  # fmt: skip
+        )
     if torch.cuda.is_available():
         cudnn = torch.backends.cudnn.version()
         return Finding(
@@ -96,10 +102,11 @@ def _torch() -> Finding:
         )
     if torch.version.cuda:
         return Finding(
-            name="torch", value=f"{torch.__version__}, built for CUDA, but sees no device",
+            name="torch",
+            value=f"{torch.__version__}, built for CUDA, but sees no device",
             advice="look at nvidia-smi: no card, no driver, or an older driver than CUDA "
             f"{torch.version.cuda} needs",
-        )  # fmt: skip
+        )
     return Finding(name="torch", value=f"{torch.__version__}, no CUDA device, training on the CPU")
 
 
@@ -110,10 +117,11 @@ def _onnxruntime() -> list[Finding]:
     if not owners:
         return [
             Finding(
-                name="onnxruntime", value="not installed",
+                name="onnxruntime",
+                value="not installed",
                 advice="pip install 'ad2kit[cpu]' or 'ad2kit[gpu]'",
             )
-        ]  # fmt: skip
+        ]
     clash = len(owners) > 1
     findings = [
         Finding(

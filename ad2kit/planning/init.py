@@ -33,9 +33,21 @@ if TYPE_CHECKING:
 _VALIDATION = ("validation", "valid", "val", "dev")
 # What columns of labels are called; it decides where several columns could be one.
 _LABEL_NAMES = (
-    "label", "labels", "class", "category", "categories", "target", "intent", "sentiment", "score",
-    "rating", "stars", "similarity", "tags", "topic",
-)  # fmt: skip
+    "label",
+    "labels",
+    "class",
+    "category",
+    "categories",
+    "target",
+    "intent",
+    "sentiment",
+    "score",
+    "rating",
+    "stars",
+    "similarity",
+    "tags",
+    "topic",
+)
 # A column with more different values, or with longer ones on average, holds no classes.
 _MOST_CLASSES, _CLASS_CHARACTERS = 1_000, 50
 # A second column of texts with less than this part of the first one's length may be a title.
@@ -237,8 +249,9 @@ def _label(
             hint="name one with --text A, or the two of a pair with --text A,B",
         )
     if label in text:
-        raise DataError(f"'{label}' is both text and label", hint="name two columns, or leave "
-                        "--label out")  # fmt: skip
+        raise DataError(
+            f"'{label}' is both text and label", hint="name two columns, or leave --label out"
+        )
     if label is not None:
         cells = columns[label]
         different, numbers = len(set(map(str, cells))), _are_numbers(cells)
@@ -277,8 +290,11 @@ def _texts(
     found = sorted(lengths, key=lambda name: -lengths[name])
     if len(found) == 2 and lengths[found[1]] >= _PAIR * lengths[found[0]]:
         pair = [name for name in columns if name in found]
-        guess.doubt("text_columns", "Two columns hold sentences: they are read as a pair. If the "
-                    "label is a matter of one of them alone, delete the other.")  # fmt: skip
+        guess.doubt(
+            "text_columns",
+            "Two columns hold sentences: they are read as a pair. If the "
+            "label is a matter of one of them alone, delete the other.",
+        )
         return pair
     if len(found) == 1:
         return found
@@ -374,23 +390,34 @@ def _task(cells: list[Any], guess: Guess) -> None:
         if "rare" in shares:
             guess.doubt("labels", "Accuracy hardly sees rare classes: metrics: [macro_f1] does.")
         if len(found) == 1:
-            guess.doubt("labels", "All rows have the same, and check will refuse that: name the "
-                        "right column by --label.")  # fmt: skip
+            guess.doubt(
+                "labels",
+                "All rows have the same, and check will refuse that: name the "
+                "right column by --label.",
+            )
         if len(found) > 2 and numbers:
-            guess.doubt("task", f"{len(found)} whole numbers are taken for classes. If 3 is more "
-                        "than 2, set it to regression.")  # fmt: skip
+            guess.doubt(
+                "task",
+                f"{len(found)} whole numbers are taken for classes. If 3 is more "
+                "than 2, set it to regression.",
+            )
     if numbers and not (Path(guess.data["source"] or "") / "labels.txt").is_file():
-        guess.doubt("labels", "Nothing says what the numbers are called: give the names in their "
-                    "order, and answers will have names.")  # fmt: skip
+        guess.doubt(
+            "labels",
+            "Nothing says what the numbers are called: give the names in their "
+            "order, and answers will have names.",
+        )
 
 
 def _multi_label(cells: list[Any], guess: Guess) -> None:
     rows: list[list[Any]] = [
-        cell if isinstance(cell, list)
-        else json.loads(cell) if _is_json_list(cell)
+        cell
+        if isinstance(cell, list)
+        else json.loads(cell)
+        if _is_json_list(cell)
         else [part.strip() for part in cell.split(",")]
         for cell in cells
-    ]  # fmt: skip
+    ]
     width = len(rows[0])
     if width > 1 and all(
         len(row) == width
@@ -398,15 +425,21 @@ def _multi_label(cells: list[Any], guess: Guess) -> None:
         for row in rows
     ):
         guess.data["labels"] = [f"label-{number}" for number in range(width)]
-        guess.doubt("labels", f"Each row has {width} cells of 0 or 1, and nothing says what they "
-                    "are called: put their names here, in the order of the cells.")  # fmt: skip
+        guess.doubt(
+            "labels",
+            f"Each row has {width} cells of 0 or 1, and nothing says what they "
+            "are called: put their names here, in the order of the cells.",
+        )
         return
     found = Counter(str(name) for row in rows for name in row)
     guess.note("task", "Any number of labels a row.")
     guess.note("labels", f"In the training table: {balance(dict(found), len(rows))}.")
     if any(isinstance(cell, str) and not _is_json_list(cell) for cell in cells):
-        guess.doubt("task", "Commas are taken to separate labels. If they are part of a name, set "
-                    "it to single_label.")  # fmt: skip
+        guess.doubt(
+            "task",
+            "Commas are taken to separate labels. If they are part of a name, set "
+            "it to single_label.",
+        )
 
 
 def _length(columns: list[list[Any]], guess: Guess) -> None:
@@ -428,8 +461,9 @@ def _length(columns: list[list[Any]], guess: Guess) -> None:
     guess.note("max_length_tokens", f"99 of 100 texts have at most {longest} tokens, {how}.")
     if wanted > most:
         cut = sum(length > most for length in lengths) / len(lengths)
-        guess.doubt("max_length_tokens", f"The model reads {most} tokens: {cut:.0%} of the texts "
-                    "are cut.")  # fmt: skip
+        guess.doubt(
+            "max_length_tokens", f"The model reads {most} tokens: {cut:.0%} of the texts are cut."
+        )
 
 
 def _teacher() -> str:
@@ -443,11 +477,14 @@ def _recipe(name: str, source: Path, guess: Guess) -> str:
     lines = (recipes_folder() / "custom.yaml").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("seed:"))
     head = [
-        *_comment(f"Made by `ad2kit init {source}`. Lines that begin with UNSURE are guesses that "
-                  f"you should look at. Try it with `ad2kit check {name}.yaml`.", ""),
+        *_comment(
+            f"Made by `ad2kit init {source}`. Lines that begin with UNSURE are guesses that "
+            f"you should look at. Try it with `ad2kit check {name}.yaml`.",
+            "",
+        ),
         f"name: {name}",
         f"description: {json.dumps(f'Made for {source} by ad2kit init.', ensure_ascii=False)}",
-    ]  # fmt: skip
+    ]
     return "\n".join([*head, *_filled(lines[start:], guess)]) + "\n"
 
 

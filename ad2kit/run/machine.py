@@ -29,15 +29,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSIONED = (
-    "ad2kit", "accelerate", "bentoml", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
-    "optimum", "optimum-onnx", "tokenizers", "torch", "transformers",
-)  # fmt: skip
+    "ad2kit",
+    "accelerate",
+    "bentoml",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "optimum",
+    "optimum-onnx",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 # Of a snapshot of the surroundings, what decides the bits of a training. The kernel does not, nor
 # does the number of cores as long as the number of threads is the same.
 DECIDE_BITS = {
-    "accelerate", "ad2kit", "compile", "cpu", "cpu_capability", "device", "numpy", "processes",
-    "threads", "tokenizers", "torch", "transformers",
-}  # fmt: skip
+    "accelerate",
+    "ad2kit",
+    "compile",
+    "cpu",
+    "cpu_capability",
+    "device",
+    "numpy",
+    "processes",
+    "threads",
+    "tokenizers",
+    "torch",
+    "transformers",
+}
 # x86 from Cascade Lake and Zen 4 on, Arm from v8.2 on.
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 

@@ -60,10 +60,13 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         if address is None:
             with _silent_stderr():
                 ray.init(
-                    address="local", num_cpus=available_cpus(), include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
+                    address="local",
+                    num_cpus=available_cpus(),
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
                     configure_logging=False,
-                )  # fmt: skip
+                )
         else:
             try:
                 with _silent_stderr():

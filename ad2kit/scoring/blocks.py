@@ -215,8 +215,11 @@ def insist_on_partition_columns(reference: str, surveys: Mapping[str, Survey]) -
 def _files(store: Any, path: str) -> list[str]:
     if store.isdir(path):
         inside = {name: name.removeprefix(path.rstrip("/") + "/") for name in store.find(path)}
-        return [name for name, rest in inside.items()
-                if not any(part.startswith(("_", ".")) for part in rest.split("/"))]  # fmt: skip
+        return [
+            name
+            for name, rest in inside.items()
+            if not any(part.startswith(("_", ".")) for part in rest.split("/"))
+        ]
     if store.exists(path):
         return [path]
     if glob.has_magic(path):
@@ -229,6 +232,7 @@ def _describe(store: Any, name: str) -> InputFile:
     tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
     versions = [str(info[tag]) for tag in tags if info.get(tag) is not None]
     return InputFile(
-        url=address_of(store, name), size_bytes=info["size"],
+        url=address_of(store, name),
+        size_bytes=info["size"],
         version=versions[0] if versions else "",
-    )  # fmt: skip
+    )

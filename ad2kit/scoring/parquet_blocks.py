@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 1024
 # Of the answers, by the kind of their array; a block without any has types too.
 _TYPES = {
-    "U": pa.string(), "O": pa.list_(pa.string()), "f": pa.float64(),
+    "U": pa.string(),
+    "O": pa.list_(pa.string()),
+    "f": pa.float64(),
     "b": pa.bool_(),
-}  # fmt: skip
+}
 
 
 def survey(file: InputFile, block_rows: int) -> Survey:

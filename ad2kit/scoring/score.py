@@ -117,10 +117,14 @@ def score(
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
     job = ScoreJob(
         form=_FORM,
-        artifact_sha256=sha256_of(folder / OnnxArtifact.file_name), versions=versions(_VERSIONED),
-        text_columns=layout.text_columns, prefix=prefix, block_rows=block_rows,
-        batch_size=batch_size, inputs=files,
-    )  # fmt: skip
+        artifact_sha256=sha256_of(folder / OnnxArtifact.file_name),
+        versions=versions(_VERSIONED),
+        text_columns=layout.text_columns,
+        prefix=prefix,
+        block_rows=block_rows,
+        batch_size=batch_size,
+        inputs=files,
+    )
     work = Work(str(folder.resolve()), output.url, layout, batch_size)
     with output.claimed(job):
         finished = output.names() & {part_name(index, suffix) for index, _ in blocks}
@@ -129,16 +133,26 @@ def score(
         rows = sum(block.rows for _, block in blocks)
         done, bad = rows - sum(block.rows for _, block in left), output.count_bad(finished)
         before = ScoreReport(
-            output=output.url, rows=rows, bad_rows=bad, parts=len(blocks), engine=engine,
-            workers=workers, scored_here=0, seconds=0.0, answered_here=0, classifier_seconds=0.0,
-        )  # fmt: skip
+            output=output.url,
+            rows=rows,
+            bad_rows=bad,
+            parts=len(blocks),
+            engine=engine,
+            workers=workers,
+            scored_here=0,
+            seconds=0.0,
+            answered_here=0,
+            classifier_seconds=0.0,
+        )
         return _watched(_run(engine, work, left, workers, address), before, done, on_progress)
 
 
 def _watched(
-    blocks: Iterable[Done], before: ScoreReport, done: int,
+    blocks: Iterable[Done],
+    before: ScoreReport,
+    done: int,
     on_progress: Callable[[Progress], None],
-) -> ScoreReport:  # fmt: skip
+) -> ScoreReport:
     """Add up what is said of each block, tell of it, and return the report of all.
 
     Args:
@@ -157,10 +171,13 @@ def _watched(
         on_progress(Progress(rows, done + scored, bad, scored, time.monotonic() - start))
     return before.model_copy(
         update={
-            "bad_rows": bad, "scored_here": scored, "answered_here": answered,
-            "classifier_seconds": classifier_seconds, "seconds": time.monotonic() - start,
+            "bad_rows": bad,
+            "scored_here": scored,
+            "answered_here": answered,
+            "classifier_seconds": classifier_seconds,
+            "seconds": time.monotonic() - start,
         }
-    )  # fmt: skip
+    )
 
 
 def _survey(files: tuple[InputFile, ...], block_rows: int) -> dict[str, Survey]:

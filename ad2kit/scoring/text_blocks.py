@@ -58,8 +58,12 @@ def survey(file: InputFile, block_rows: int) -> Survey:
             rows += 1
             if rows == block_rows or lines.byte - start.first_byte >= _BLOCK_BYTES:
                 blocks.append(replace(start, rows=rows, end_byte=lines.byte))
-                start = replace(start, first_row=start.first_row + rows, first_byte=lines.byte,
-                                lines_before=lines.line)  # fmt: skip
+                start = replace(
+                    start,
+                    first_row=start.first_row + rows,
+                    first_byte=lines.byte,
+                    lines_before=lines.line,
+                )
                 rows = 0
         if rows:
             blocks.append(replace(start, rows=rows, end_byte=lines.byte))

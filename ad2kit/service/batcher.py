@@ -303,11 +303,13 @@ class Batcher:
         tokens = sum(item.length for item in batch)
         self._observe(
             BatchFacts(
-                texts=len(batch), tokens=tokens,
+                texts=len(batch),
+                tokens=tokens,
                 padded_tokens=len(batch) * max(item.length for item in batch),
-                inference_s=seconds, queue_s=tuple(start - item.since for item in batch),
+                inference_s=seconds,
+                queue_s=tuple(start - item.since for item in batch),
             )
-        )  # fmt: skip
+        )
 
 
 def _tell(done: list[_Call]) -> None:

@@ -112,17 +112,23 @@ def package(
         _lay_out(context, recipe, folder, lineage, wheel)
         # Nothing that is set for another service here, and a key of its own: it is nobody else's.
         key = secrets.token_urlsafe()
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(PREFIX)}  # fmt: skip
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(PREFIX)
+        }
         bento = _build(context, Path(temporary) / "store", tag, environment)
         environment[f"{PREFIX}API_KEYS"] = key
         with served(bento, bento.parent, environment=environment) as address:
             found = compare_service(run, folder, address, key)
         found.insist_same(f"{tag} was not published")
         record = BentoRecord(
-            inputs=inputs, tag=tag, variant=artifact.variant, forced=forced,
-            service_texts=found.texts, service_label_flips=found.flips, service_score_gap=found.gap,
-        )  # fmt: skip
+            inputs=inputs,
+            tag=tag,
+            variant=artifact.variant,
+            forced=forced,
+            service_texts=found.texts,
+            service_label_flips=found.flips,
+            service_score_gap=found.gap,
+        )
         if _published(tag):
             bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
         published = bentoml.bentos.import_bento(str(bento), input_format="folder")
@@ -173,8 +179,17 @@ def served(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", _SERVE, str(target), "--host", "127.0.0.1", "--port",
-               str(port), *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        _SERVE,
+        str(target),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *arguments,
+    ]
     log_path = folder / "server.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)

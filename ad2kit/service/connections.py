@@ -235,10 +235,18 @@ class Bounded(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive():
             raise _RefusedError(problem)
         self.cycle = RequestResponseCycle(
-            self.scope, self.transport, self.flow, self.logger, self.access_logger,
-            access_log=False, default_headers=[], message_event=asyncio.Event(),
-            expect_100_continue=False, keep_alive=True, on_response=self.on_response_complete,
-        )  # fmt: skip
+            self.scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            access_log=False,
+            default_headers=[],
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=self.on_response_complete,
+        )
         self.cycle.response_started = self.cycle.response_complete = self._in_body = True
         self._say(problem)
         self.on_response_complete()
@@ -305,9 +313,12 @@ class Bounded(HttpToolsProtocol):
         type(self).observe(problem.status, problem.kind)
         content = problem.content()
         headers = [
-            *self.server_state.default_headers, (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(content)), *problem.headers(), *more,
-        ]  # fmt: skip
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+            *problem.headers(),
+            *more,
+        ]
         lines = (b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", content]))
 

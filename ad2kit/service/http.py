@@ -50,8 +50,12 @@ _HUGE_BYTES = 2**16
 _PIECE_TEXTS = 16
 _TIMING = TIMING.lower().encode()
 # How a body begins that is not what its headers say.
-_MARKS = {b"\xef\xbb\xbf": "a byte order mark", b"\xff\xfe": "the mark of UTF-16",
-          b"\xfe\xff": "the mark of UTF-16", b"\x1f\x8b": "the mark of gzip"}  # fmt: skip
+_MARKS = {
+    b"\xef\xbb\xbf": "a byte order mark",
+    b"\xff\xfe": "the mark of UTF-16",
+    b"\xfe\xff": "the mark of UTF-16",
+    b"\x1f\x8b": "the mark of gzip",
+}
 
 
 class _Lane:
@@ -125,10 +129,16 @@ class Classify:
     """
 
     def __init__(
-        self, classifier: OnnxClassifier, batcher: Batcher, *, deadline_s: float,
+        self,
+        classifier: OnnxClassifier,
+        batcher: Batcher,
+        *,
+        deadline_s: float,
         max_wait_s: float = math.inf,
-        metrics: ServiceMetrics, shadow: Shadow | None = None, access_log: bool = False,
-    ) -> None:  # fmt: skip
+        metrics: ServiceMetrics,
+        shadow: Shadow | None = None,
+        access_log: bool = False,
+    ) -> None:
         self.classifier, self.batcher, self.metrics = classifier, batcher, metrics
         self.deadline_s, self.shadow, self.access_log = deadline_s, shadow, access_log
         self._here = _Here()
@@ -373,8 +383,10 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     try:
         found = from_json(body, cache_strings="none")
     except ValueError as error:
-        mark = next((f"; it begins with {name}" for mark, name in _MARKS.items()
-                     if body.startswith(mark)), "")  # fmt: skip
+        mark = next(
+            (f"; it begins with {name}" for mark, name in _MARKS.items() if body.startswith(mark)),
+            "",
+        )
         found, status = None, 400
         fault = f"the body is not valid JSON: {error}{mark}"
     else:

@@ -96,13 +96,18 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     """
     models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ErrorResponse]
     _, found = models_json_schema(
-        [(model, "serialization" if model is not ClassifyRequest else "validation")
-         for model in models],
+        [
+            (model, "serialization" if model is not ClassifyRequest else "validation")
+            for model in models
+        ],
         ref_template="#/components/schemas/{model}",
-    )  # fmt: skip
+    )
     schemas = found["$defs"]
-    one = _TEXT if text_columns == 1 else {"type": "array", "prefixItems": [_TEXT, _TEXT],
-                                           "minItems": 2, "maxItems": 2}  # fmt: skip
+    one = (
+        _TEXT
+        if text_columns == 1
+        else {"type": "array", "prefixItems": [_TEXT, _TEXT], "minItems": 2, "maxItems": 2}
+    )
     many = {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS}
     schemas["ClassifyRequest"]["properties"]["texts"] = (
         {"anyOf": [one, many]} if text_columns == 1 else many
@@ -116,40 +121,61 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
         bodies["one"] = {"value": {"texts": example}}
     schemas["ClassifyRequest"].pop("example")
     refusals = {str(status): _refusal(status) for status in _REFUSALS if keys or status != 401}
-    times = {"description": "Where the time went, in ms; if it was asked for",
-             "schema": {"type": "string"}}  # fmt: skip
+    times = {
+        "description": "Where the time went, in ms; if it was asked for",
+        "schema": {"type": "string"},
+    }
     classify = {
         "summary": "Classify texts",
-        "parameters": [{"name": TIMING, "in": "header", "schema": {"type": "string"},
-                        "description": "Any value asks for Server-Timing"}],
+        "parameters": [
+            {
+                "name": TIMING,
+                "in": "header",
+                "schema": {"type": "string"},
+                "description": "Any value asks for Server-Timing",
+            }
+        ],
         "requestBody": {"required": True, "content": _json("ClassifyRequest", examples=bodies)},
         "responses": {
-            "200": {"description": "One prediction per text, in order",
-                    "headers": {"Server-Timing": times}, "content": _json("ClassifyResponse")},
+            "200": {
+                "description": "One prediction per text, in order",
+                "headers": {"Server-Timing": times},
+                "content": _json("ClassifyResponse"),
+            },
             **refusals,
         },
-    }  # fmt: skip
+    }
     locked = {"401": _refusal(401)} if keys else {}
     paths: dict[str, Any] = {
         "/classify": {"post": classify},
-        "/info": {"get": {
-            "summary": "The model, where it comes from, what it passed, and the limits",
-            "responses": {"200": {"description": "All of it", "content": {
-                "application/json": {"schema": {"type": "object"}}}}} | locked,
-        }},
+        "/info": {
+            "get": {
+                "summary": "The model, where it comes from, what it passed, and the limits",
+                "responses": {
+                    "200": {
+                        "description": "All of it",
+                        "content": {"application/json": {"schema": {"type": "object"}}},
+                    }
+                }
+                | locked,
+            }
+        },
         "/metrics": {"get": _plain("What was counted, for Prometheus") | {"security": []}},
         "/livez": {"get": _plain("The process lives") | {"security": []}},
         "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
-    }  # fmt: skip
+    }
     components: dict[str, Any] = {"schemas": schemas}
     whole: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "ad2kit classifier", "version": __version__,
-                 "description": "A distilled text classifier. Errors have one shape."},
+        "info": {
+            "title": "ad2kit classifier",
+            "version": __version__,
+            "description": "A distilled text classifier. Errors have one shape.",
+        },
         "servers": [{"url": "."}],
         "paths": paths,
         "components": components,
-    }  # fmt: skip
+    }
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         whole["security"] = [{"key": []}]
@@ -169,8 +195,9 @@ def _refusal(status: int) -> dict[str, Any]:
     kind, message, hint = ERRORS[status]
     example = {"error": {"type": kind, "message": message, "hint": hint}}
     found: dict[str, Any] = {
-        "description": f"{kind}: {message}", "content": _json("ErrorResponse", example=example)
-    }  # fmt: skip
+        "description": f"{kind}: {message}",
+        "content": _json("ErrorResponse", example=example),
+    }
     if status == 429:
         seconds = {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}
         found["headers"] = {"Retry-After": seconds}

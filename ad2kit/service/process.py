@@ -100,8 +100,13 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
     for folder in filter(None, (shadow, artifact)):
         read_artifact(folder)
     sha256 = _sha256(settings, artifact, shadow)
-    return Server(pid=os.getpid(), settings=settings, artifact=artifact.absolute(),
-                  shadow=shadow, sha256=sha256)  # fmt: skip
+    return Server(
+        pid=os.getpid(),
+        settings=settings,
+        artifact=artifact.absolute(),
+        shadow=shadow,
+        sha256=sha256,
+    )
 
 
 def end_with_parent(pid: int, drain_s: float) -> None:

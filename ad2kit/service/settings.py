@@ -256,8 +256,12 @@ def _value(name: str, text: str, source: str) -> Any:
 def _expected(name: str) -> str:
     """Return in words what a setting may be."""
     field = Settings.model_fields[name]
-    kinds = {int: "a whole number", float: "a number", bool: "true or false",
-             str: "a text that is not empty"}  # fmt: skip
+    kinds = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text that is not empty",
+    }
     types = get_args(field.annotation) or (field.annotation,)
     (kind,) = (words for kind, words in kinds.items() if kind in types)
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

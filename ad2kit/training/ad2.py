@@ -79,9 +79,11 @@ def finetuning(accelerator: Accelerator, weights: torch.Tensor | None = None) ->
 
 
 def distillation(
-    accelerator: Accelerator, settings: DistillRecipe, insides: Comparison | None = None,
+    accelerator: Accelerator,
+    settings: DistillRecipe,
+    insides: Comparison | None = None,
     weights: torch.Tensor | None = None,
-) -> Objective:  # fmt: skip
+) -> Objective:
     """Return the objective of a distillation; a term of weight 0 costs nothing.
 
     ``weights`` of the classes are those of the hard labels; see :func:`finetuning`.
@@ -152,9 +154,14 @@ def inner_losses(
 
 
 def _clean_terms(
-    model: TextModel, batch: Batch, delta: torch.Tensor | None, accelerator: Accelerator,
-    settings: DistillRecipe, insides: Comparison | None, weights: torch.Tensor | None,
-) -> dict[str, tuple[float, torch.Tensor]]:  # fmt: skip
+    model: TextModel,
+    batch: Batch,
+    delta: torch.Tensor | None,
+    accelerator: Accelerator,
+    settings: DistillRecipe,
+    insides: Comparison | None,
+    weights: torch.Tensor | None,
+) -> dict[str, tuple[float, torch.Tensor]]:
     """Run the clean pass; return the weight and the value of each term, ``kd`` always."""
     assert batch.teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
     with perturbed(model.word_embeddings, delta), accelerator.autocast():
@@ -175,9 +182,12 @@ def _clean_terms(
 
 
 def _inner_loss(
-    model: TextModel, batch: Batch, accelerator: Accelerator, settings: DistillRecipe,
+    model: TextModel,
+    batch: Batch,
+    accelerator: Accelerator,
+    settings: DistillRecipe,
     masks: torch.Tensor | None,
-) -> Callable[[torch.Tensor], torch.Tensor]:  # fmt: skip
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the distance from the teacher as a function of δ.
 
     ``masks`` is the state of the generator to draw the same dropout from each time; with None each
@@ -200,9 +210,13 @@ def _inner_loss(
 
 
 def _most_different(
-    inner: Callable[[torch.Tensor], torch.Tensor], batch: Batch, model: TextModel,
-    attack: AdversaryRecipe, accelerator: Accelerator, gradient: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    inner: Callable[[torch.Tensor], torch.Tensor],
+    batch: Batch,
+    model: TextModel,
+    attack: AdversaryRecipe,
+    accelerator: Accelerator,
+    gradient: torch.Tensor | None,
+) -> torch.Tensor:
     """Return δ*, by the ascent that the recipe says.
 
     ``gradient`` is that of the inner loss at a start from zero, where it is known already.

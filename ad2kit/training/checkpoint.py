@@ -98,9 +98,12 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, inputs: str, environment: dict[str, str],
+    folder: Path,
+    state: TrainState,
+    inputs: str,
+    environment: dict[str, str],
     accelerator: Accelerator,
-) -> None:  # fmt: skip
+) -> None:
     """Write weights, optimiser moments and generator states, atomically.
 
     Every process calls it, and the first one writes.
@@ -128,9 +131,14 @@ def save_checkpoint(
 
 
 def restore_checkpoint(
-    folder: Path, state: TrainState, inputs: str, environment: dict[str, str],
-    accelerator: Accelerator, *, allow_inexact: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    state: TrainState,
+    inputs: str,
+    environment: dict[str, str],
+    accelerator: Accelerator,
+    *,
+    allow_inexact: bool,
+) -> None:
     """Put ``state``, and torch's generators, back to where the checkpoint was written.
 
     Raises:

@@ -91,9 +91,11 @@ def distill(
     recipe, data = stage.recipe, stage.data
     teacher = stage.teacher()
     inputs = fingerprint(
-        stage.teacher_sha256(), stage.data_sha256(), data.unlabelled.sha256(),
+        stage.teacher_sha256(),
+        stage.data_sha256(),
+        data.unlabelled.sha256(),
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
-    )  # fmt: skip
+    )
     if (done := stage.finished(inputs)) is not None:
         return done
 
@@ -103,18 +105,25 @@ def distill(
     settings = with_rate(recipe.distill, student)
     logger.info(
         "student: %d layers, %.1f M parameters, learning rate %.3g",
-        student.module.config.num_hidden_layers, student.parameters() / 1e6, settings.rate,
-    )  # fmt: skip
+        student.module.config.num_hidden_layers,
+        student.parameters() / 1e6,
+        settings.rate,
+    )
     select, encoded = (stage.encode(student, each) for each in (data.select, data.distillation()))
     steps, kept = stage.train_student(
         teacher, student, settings, encoded, select, teacher_select, inputs=inputs
     )
     validation = splits.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     report = stage.report(
-        teacher, student, settings, kept, inputs=inputs, steps=steps,
+        teacher,
+        student,
+        settings,
+        kept,
+        inputs=inputs,
+        steps=steps,
         splits=splits.facts(data, train=encoded, select=select, validation=validation),
         teacher_score=stage.score(teacher_select, select),
-    )  # fmt: skip
+    )
     if stage.accelerator.is_main_process:
         write_record(run.distill_report, report)
     stage.trainer.clean_up("student")
@@ -234,9 +243,16 @@ class _Stage:
         return report
 
     def train_student(
-        self, teacher: TextModel, student: TextModel, settings: DistillRecipe, encoded: Encoded,
-        select: Encoded, teacher_select: torch.Tensor, *, inputs: str,
-    ) -> tuple[int, Selection]:  # fmt: skip
+        self,
+        teacher: TextModel,
+        student: TextModel,
+        settings: DistillRecipe,
+        encoded: Encoded,
+        select: Encoded,
+        teacher_select: torch.Tensor,
+        *,
+        inputs: str,
+    ) -> tuple[int, Selection]:
         """Train the student, and save it with its logits on ``select``; all processes take part.
 
         Args:
@@ -256,13 +272,18 @@ class _Stage:
         imitated, taught = (teacher_select, logits) if settings.imitates else (None, None)
         prepare(student, self.recipe.compute)
         state, kept, found = self.trainer.train(
-            student, encoded, logits,
-            distillation(self.accelerator, settings, terms, self.class_weights(settings)), settings,
+            student,
+            encoded,
+            logits,
+            distillation(self.accelerator, settings, terms, self.class_weights(settings)),
+            settings,
             lambda model: self.evaluate(model, select, imitated, settings),
-            functools.partial(self.choose, select), phase="student",
-            seed=self.recipe.seed if settings.seed is None else settings.seed, inputs=inputs,
+            functools.partial(self.choose, select),
+            phase="student",
+            seed=self.recipe.seed if settings.seed is None else settings.seed,
+            inputs=inputs,
             start=self.head_start(settings, encoded, taught),
-        )  # fmt: skip
+        )
         if self.accelerator.is_main_process:
             text_model.save(state.model, self.run.student, inputs=inputs)
             with whole_file(self.run.select_logits) as new:
@@ -271,10 +292,17 @@ class _Stage:
         return state.step, kept
 
     def report(
-        self, teacher: TextModel, student: TextModel, settings: DistillRecipe,
-        selection: Selection, *, inputs: str, steps: int, splits: dict[str, SplitFacts],
+        self,
+        teacher: TextModel,
+        student: TextModel,
+        settings: DistillRecipe,
+        selection: Selection,
+        *,
+        inputs: str,
+        steps: int,
+        splits: dict[str, SplitFacts],
         teacher_score: float,
-    ) -> DistillReport:  # fmt: skip
+    ) -> DistillReport:
         """Return what the stage says of a student that is trained and saved."""
         run, finetune = self.run, self.recipe.teacher.finetune
         records = read_curve(run.curve("student"))
@@ -309,10 +337,13 @@ class _Stage:
 
     def data_sha256(self) -> str:
         return fingerprint(
-            self.data.labels, self.data.train.sha256(), self.data.select.sha256(),
-            self.data.validation.sha256(), self.recipe.data.max_length_tokens,
+            self.data.labels,
+            self.data.train.sha256(),
+            self.data.select.sha256(),
+            self.data.validation.sha256(),
+            self.recipe.data.max_length_tokens,
             self.recipe.data.judged_by,
-        )  # fmt: skip
+        )
 
     def teacher_sha256(self) -> str:
         """Return what the teacher is: its weights and its tokenizer, however it came about."""
@@ -323,8 +354,11 @@ class _Stage:
         text_model.check_length(model, length, key="data.max_length_tokens")
         encoded = splits.encode(split, model.tokenizer, length)
         if encoded.truncated.any():
-            logger.info("%d texts are longer than %d tokens and were truncated",
-                        encoded.truncated.sum(), length)  # fmt: skip
+            logger.info(
+                "%d texts are longer than %d tokens and were truncated",
+                encoded.truncated.sum(),
+                length,
+            )
         return encoded
 
     def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
@@ -335,9 +369,12 @@ class _Stage:
         return score(self.recipe.data.judged_by, found, encoded.labels)
 
     def evaluate(
-        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None = None,
+        self,
+        model: TextModel,
+        encoded: Encoded,
+        teacher_logits: torch.Tensor | None = None,
         settings: DistillRecipe | None = None,
-    ) -> Evaluation:  # fmt: skip
+    ) -> Evaluation:
         """Look at a model on ``select``, and at its adversary if the settings have one."""
         logits, distance = self.logits(model, encoded), None
         if teacher_logits is not None:
@@ -408,9 +445,10 @@ class _Stage:
         first = self.accelerator.is_main_process
         source, settings = recipe.teacher.model, recipe.teacher.finetune
         key = fingerprint(
-            inputs, recipe.compute.precision,
+            inputs,
+            recipe.compute.precision,
             None if source == RANDOM else sha256_of_folder(find_model(source)),
-        )  # fmt: skip
+        )
         if first and shared.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
         if self._missing(run.teacher / text_model.MANIFEST):
@@ -423,11 +461,18 @@ class _Stage:
                 prepare(teacher, recipe.compute)
                 objective = finetuning(self.accelerator, self.class_weights(settings))
                 state, _, _ = self.trainer.train(
-                    teacher, encoded, None, objective, settings,
+                    teacher,
+                    encoded,
+                    None,
+                    objective,
+                    settings,
                     lambda model: self.evaluate(model, select),
-                    functools.partial(self.choose, select), phase="teacher", seed=recipe.seed,
-                    inputs=inputs, start=self.head_start(settings, encoded, None),
-                )  # fmt: skip
+                    functools.partial(self.choose, select),
+                    phase="teacher",
+                    seed=recipe.seed,
+                    inputs=inputs,
+                    start=self.head_start(settings, encoded, None),
+                )
                 teacher = state.model
             if first:
                 text_model.save(teacher, run.teacher, inputs=inputs)
@@ -454,9 +499,12 @@ class _Stage:
         teacher.module.to(self.accelerator.device)
         logits = self.logits(teacher, self.encode(teacher, data.select))
         insist_on_order(
-            data.task, answers(data.task, logits.numpy()), data.select.labels, data.labels,
+            data.task,
+            answers(data.task, logits.numpy()),
+            data.select.labels,
+            data.labels,
             finished=self.recipe.teacher.finetune is None,
-        )  # fmt: skip
+        )
         return logits
 
     def look_at(self, teacher: TextModel, select_logits: torch.Tensor) -> None:
@@ -472,11 +520,15 @@ class _Stage:
         if self._missing(path) and first:
             logger.info("looking at the teacher: simpler models on the same rows")
             report = look_at_teacher(
-                recipe, self.data, untrained_encoder(recipe, self.data, teacher),
-                select_logits.numpy(), self.accelerator.device, inputs=key,
+                recipe,
+                self.data,
+                untrained_encoder(recipe, self.data, teacher),
+                select_logits.numpy(),
+                self.accelerator.device,
+                inputs=key,
                 teacher_sha256=self.teacher_sha256(),
                 curve=scores_before_decay(run.curve("teacher")),
-            )  # fmt: skip
+            )
             shared.write_teacher_report(path, report)
         self.accelerator.wait_for_everyone()
         report = TeacherReport.read(path)

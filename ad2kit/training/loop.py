@@ -132,20 +132,34 @@ def train(
                 state.decay_from = state.step
         state.evaluation = found
         yield StepRecord(
-            phase=phase, step=state.step, total_steps=schedule.total, epoch=epoch, lr=lr,
-            loss=sums.loss, terms=sums.terms, grad_norm=norm, examples=len(rows), seconds=seconds,
+            phase=phase,
+            step=state.step,
+            total_steps=schedule.total,
+            epoch=epoch,
+            lr=lr,
+            loss=sums.loss,
+            terms=sums.terms,
+            grad_norm=norm,
+            examples=len(rows),
+            seconds=seconds,
             select_score=None if found is None else found.score,
             select_distance=None if found is None else found.distance,
             inner_loss_before=None if found is None else found.inner_losses[0],
             inner_loss_after=None if found is None else found.inner_losses[1],
-        )  # fmt: skip
+        )
 
 
 def _accumulate_in_memory(
-    model: TextModel, optimizer: AcceleratedOptimizer, encoded: Encoded,
-    teacher_logits: torch.Tensor | None, objective: Objective, rows: np.ndarray, parts: int,
-    accelerator: Accelerator, phase: str,
-) -> tuple[StepLosses, int]:  # fmt: skip
+    model: TextModel,
+    optimizer: AcceleratedOptimizer,
+    encoded: Encoded,
+    teacher_logits: torch.Tensor | None,
+    objective: Objective,
+    rows: np.ndarray,
+    parts: int,
+    accelerator: Accelerator,
+    phase: str,
+) -> tuple[StepLosses, int]:
     """Run an update in so many parts, or in twice as many until they fit; return how many."""
     while True:
         optimizer.zero_grad()
@@ -167,9 +181,14 @@ def _accumulate_in_memory(
 
 
 def _accumulate(
-    model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None,
-    objective: Objective, rows: np.ndarray, parts: int, accelerator: Accelerator,
-) -> StepLosses:  # fmt: skip
+    model: TextModel,
+    encoded: Encoded,
+    teacher_logits: torch.Tensor | None,
+    objective: Objective,
+    rows: np.ndarray,
+    parts: int,
+    accelerator: Accelerator,
+) -> StepLosses:
     """Run this process's share of an update in parts; gradients and losses add up."""
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     # With fewer rows than processes, one without takes a row at no weight: it must keep step.
@@ -269,11 +288,20 @@ class Trainer:
     allow_inexact: bool
 
     def train(
-        self, model: TextModel, encoded: Encoded, teacher_logits: torch.Tensor | None,
-        objective: Objective, settings: TrainRecipe, evaluate: Callable[[TextModel], Evaluation],
-        choose: Choose, *, phase: Literal["teacher", "student"], seed: int, inputs: str,
+        self,
+        model: TextModel,
+        encoded: Encoded,
+        teacher_logits: torch.Tensor | None,
+        objective: Objective,
+        settings: TrainRecipe,
+        evaluate: Callable[[TextModel], Evaluation],
+        choose: Choose,
+        *,
+        phase: Literal["teacher", "student"],
+        seed: int,
+        inputs: str,
         start: Callable[[TextModel], None] | None = None,
-    ) -> tuple[TrainState, Selection, torch.Tensor]:  # fmt: skip
+    ) -> tuple[TrainState, Selection, torch.Tensor]:
         """Train a model, and leave the weights of one of its updates in it.
 
         See :func:`ad2kit.training.loop.train`. ``choose`` says which update, given all that were
@@ -296,9 +324,13 @@ class Trainer:
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
         if checkpoint.is_dir():
             restore_checkpoint(
-                checkpoint, state, inputs, self.surroundings, accelerator,
+                checkpoint,
+                state,
+                inputs,
+                self.surroundings,
+                accelerator,
                 allow_inexact=self.allow_inexact,
-            )  # fmt: skip
+            )
             logger.info("%s: resumed after update %d", phase, state.step)
         if accelerator.is_main_process:
             snapshots.restore(state.points)
@@ -311,9 +343,16 @@ class Trainer:
             self._write(snapshots, state, found)
         with deferred_interrupt() as interrupted:
             for record in train(
-                state, encoded, teacher_logits, objective, settings, evaluate, accelerator,
-                phase=phase, seed=seed,
-            ):  # fmt: skip
+                state,
+                encoded,
+                teacher_logits,
+                objective,
+                settings,
+                evaluate,
+                accelerator,
+                phase=phase,
+                seed=seed,
+            ):
                 if state.evaluation is not None:
                     self._write(snapshots, state, state.evaluation)
                 if accelerator.is_main_process:
@@ -323,8 +362,9 @@ class Trainer:
                 if state.decay_from == state.step:
                     logger.info(
                         "%s: %d evaluations brought nothing new, the rate falls from here on",
-                        phase, settings.patience,
-                    )  # fmt: skip
+                        phase,
+                        settings.patience,
+                    )
                 stopping = self._any_process(interrupted.is_set())
                 if stopping or record.step % settings.checkpoint_every_steps == 0:
                     save_checkpoint(checkpoint, state, inputs, self.surroundings, accelerator)

@@ -43,9 +43,11 @@ def good_enough(scores: Floats, errors: Floats) -> Array:
 
 
 def keep(
-    points: Sequence[SelectPoint], answers: Sequence[Array], labels: Array,
+    points: Sequence[SelectPoint],
+    answers: Sequence[Array],
+    labels: Array,
     metrics: Sequence[Metric],
-) -> Selection:  # fmt: skip
+) -> Selection:
     """Choose one of the evaluated updates of a training; see the module.
 
     Args:
@@ -65,9 +67,12 @@ def keep(
         near = [i for i, good in zip(pool, enough, strict=True) if good]
     kept = min(near, key=lambda i: (_distance(points[i]), -points[i].step))
     return Selection(
-        kept_step=points[kept].step, best_step=points[best].step, good_enough=len(near),
-        points=tuple(points), reason=_reason(points, kept, best, len(near), " and ".join(metrics)),
-    )  # fmt: skip
+        kept_step=points[kept].step,
+        best_step=points[best].step,
+        good_enough=len(near),
+        points=tuple(points),
+        reason=_reason(points, kept, best, len(near), " and ".join(metrics)),
+    )
 
 
 def beaten(points: Sequence[SelectPoint]) -> set[int]:

@@ -230,9 +230,12 @@ def layers_of(model: TextModel) -> list[torch.nn.Module]:
 
 
 def narrow(
-    student: TextModel, teacher: TextModel, settings: StudentRecipe,
-    rows: Callable[[], Encoded], accelerator: Accelerator,
-) -> None:  # fmt: skip
+    student: TextModel,
+    teacher: TextModel,
+    settings: StudentRecipe,
+    rows: Callable[[], Encoded],
+    accelerator: Accelerator,
+) -> None:
     """Cut the layers that a student has copied from its teacher as the recipe says, in place.
 
     Args:
@@ -317,9 +320,9 @@ def keep_heads(model: TextModel, kept: Units) -> None:
     """Cut all attention heads but those of ``kept`` out of a model, in place."""
     heads, _ = widths(model)
     module: Any = model.module
-    module.prune_heads({
-        layer: sorted(set(range(heads)) - set(stay)) for layer, stay in enumerate(kept)
-    })  # fmt: skip
+    module.prune_heads(
+        {layer: sorted(set(range(heads)) - set(stay)) for layer, stay in enumerate(kept)}
+    )
 
 
 def keep_neurons(model: TextModel, kept: Units) -> None:

@@ -269,12 +269,20 @@ class Checks:
     ) -> DistillRecipe:
         """Return those of the recipe for a single update, without clipping."""
         settings = self.recipe.distill
-        attack = {"norm": norm, "start": "zero", "radius": radius, "steps": steps,
-                  "dropout": "replayed"}  # fmt: skip
+        attack = {
+            "norm": norm,
+            "start": "zero",
+            "radius": radius,
+            "steps": steps,
+            "dropout": "replayed",
+        }
         changes = {
-            "epochs": 1, "batch_size": rows, "accumulation_steps": 1, "max_grad_norm": 1e9,
+            "epochs": 1,
+            "batch_size": rows,
+            "accumulation_steps": 1,
+            "max_grad_norm": 1e9,
             "adversary": settings.adversary.model_copy(update=attack),
-        }  # fmt: skip
+        }
         return settings.model_copy(update=changes)
 
     def texts(self, model: TextModel, rows: int) -> tuple[Encoded, torch.Tensor]:
@@ -284,9 +292,11 @@ class Checks:
         ids = [row[: self.tokens // (1 + index % 2)] for index, row in enumerate(ids)]
         types = "token_type_ids" in model.tokenizer.model_input_names
         encoded = Encoded(
-            ids, [[0] * len(row) for row in ids] if types else None,
-            generator.integers(0, 2, rows), np.zeros(rows, dtype=bool),
-        )  # fmt: skip
+            ids,
+            [[0] * len(row) for row in ids] if types else None,
+            generator.integers(0, 2, rows),
+            np.zeros(rows, dtype=bool),
+        )
         logits = torch.from_numpy(2 * generator.standard_normal((rows, len(model.labels))))
         return encoded, logits.float()
 
@@ -318,9 +328,16 @@ class Checks:
         torch.manual_seed(0)
         state = new_state(model, settings, accelerator)
         updates = train(
-            state, encoded, logits, objective, settings,
-            lambda _model: Evaluation(0.0, torch.zeros(1, 1)), accelerator, phase="student", seed=0,
-        )  # fmt: skip
+            state,
+            encoded,
+            logits,
+            objective,
+            settings,
+            lambda _model: Evaluation(0.0, torch.zeros(1, 1)),
+            accelerator,
+            phase="student",
+            seed=0,
+        )
         next(updates)
         return state
 
@@ -476,9 +493,11 @@ def students(recipe: Recipe, data: Data, seeds: int, runs_dir: Path) -> dict[str
         f"{use['bf16_matrix_tflop_s']:.2f} TFLOP/s of a large bf16 product"
     )
     return {
-        "teacher": teacher, "median": middle, "students": [asdict(each) for each in found],
+        "teacher": teacher,
+        "median": middle,
+        "students": [asdict(each) for each in found],
         "use_of_the_device": use,
-    }  # fmt: skip
+    }
 
 
 def print_table(

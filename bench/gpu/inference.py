@@ -84,8 +84,11 @@ class OrtCall:
         session = onnxruntime.InferenceSession(self.graph, options, providers=[(name, settings)])
         if session.get_providers()[0] != name:
             sys.exit(f"{name} was asked for, but the session runs on {session.get_providers()}")
-        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids),
-                "token_type_ids": np.zeros_like(ids)}  # fmt: skip
+        feed = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+        }
         value = onnxruntime.OrtValue
         given = {
             item.name: value.ortvalue_from_numpy(feed[item.name], self.device, 0)
@@ -119,8 +122,10 @@ def systems(
     half = device.type == "cuda"
     graph = graph_of(model, folder, half=half)
     if not half:
-        return {"PyTorch fp32": torch_call(model, device, torch.float32),
-                "ORT fp32": OrtCall(graph, "cpu", replay=False)}  # fmt: skip
+        return {
+            "PyTorch fp32": torch_call(model, device, torch.float32),
+            "ORT fp32": OrtCall(graph, "cpu", replay=False),
+        }
     return {
         "PyTorch bf16": torch_call(model, device, torch.bfloat16),
         "PyTorch fp16": torch_call(again, device, torch.float16),
@@ -166,12 +171,17 @@ def main() -> None:
                 rounds = time_rounds(calls, ids, options.seconds)
                 seconds = {name: np.concatenate(each) for name, each in rounds.items()}
                 medians = {name: float(np.median(times)) for name, times in seconds.items()}
-                print(f"\n{size}, batch {batch} x {length}{'p50 ms':>16}{'p99 ms':>9}"
-                      f"{'texts/s':>10}{'ratio':>7}")  # fmt: skip
+                print(
+                    f"\n{size}, batch {batch} x {length}{'p50 ms':>16}{'p99 ms':>9}"
+                    f"{'texts/s':>10}{'ratio':>7}"
+                )
                 for name, times in seconds.items():
                     ratio, p99_ms = medians[name] / medians[first], 1e3 * np.percentile(times, 99)
-                    print(f"{name:<24}{1e3 * medians[name]:>15.3f}{p99_ms:>9.3f}"
-                          f"{batch / medians[name]:>10.0f}{ratio:>7.2f}", flush=True)  # fmt: skip
+                    print(
+                        f"{name:<24}{1e3 * medians[name]:>15.3f}{p99_ms:>9.3f}"
+                        f"{batch / medians[name]:>10.0f}{ratio:>7.2f}",
+                        flush=True,
+                    )
                 found.setdefault(size, {})[f"{batch}x{length}"] = {
                     name: 1e3 * value for name, value in medians.items()
                 }

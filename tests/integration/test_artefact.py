@@ -39,13 +39,15 @@ WORDS = ("never", "dull", "fine", "film", "bad", "slow", "start", "end", "hardly
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "cut on the left": (1, {"truncation_side": "left"}),
     "pairs without segments, cut on the left": (
-        2, {"model_input_names": ["input_ids", "attention_mask"], "truncation_side": "left"},
+        2,
+        {"model_input_names": ["input_ids", "attention_mask"], "truncation_side": "left"},
     ),
     "pairs": (2, {"pad_token_type_id": 1}),
     "special tokens are text, in capitals": (
-        1, {"split_special_tokens": True, "do_lower_case": False},
+        1,
+        {"split_special_tokens": True, "do_lower_case": False},
     ),
-}  # fmt: skip
+}
 
 
 def rows(folder: Path, columns: int) -> Path:
@@ -72,13 +74,22 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     file = teacher / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     names = ",".join(f"text{column}" for column in range(columns))
-    recipe = recipes.load("smoke", [
-        f"data.source={rows(folder / 'data', columns)}", f"data.text_columns=[{names}]",
-        f"data.max_length_tokens={LENGTH}", f"teacher.model={teacher}",
-        "teacher.finetune.epochs=1", "distill.epochs=1", "student.layers=[0, 3]",
-        "export.variants=[fp32,int8]", "parity.bootstrap_samples=100",
-        "parity.min_retained=0.1", "parity.min_retained_lower=0.1",
-    ])  # fmt: skip
+    recipe = recipes.load(
+        "smoke",
+        [
+            f"data.source={rows(folder / 'data', columns)}",
+            f"data.text_columns=[{names}]",
+            f"data.max_length_tokens={LENGTH}",
+            f"teacher.model={teacher}",
+            "teacher.finetune.epochs=1",
+            "distill.epochs=1",
+            "student.layers=[0, 3]",
+            "export.variants=[fp32,int8]",
+            "parity.bootstrap_samples=100",
+            "parity.min_retained=0.1",
+            "parity.min_retained_lower=0.1",
+        ],
+    )
     run = open_run(recipe, folder / "runs")
     distill(run)
     export(run)
@@ -161,10 +172,15 @@ def test_the_gate_passes_what_reads_as_training_did_and_names_what_does_not(
 def test_a_foreign_model_is_read_by_the_settings_beside_it(trained: RunDir, tmp_path: Path) -> None:
     columns = OnnxArtifact.read(trained.onnx("fp32") / OnnxArtifact.file_name).text_columns
     names = ",".join(f"text{column}" for column in range(columns))
-    recipe = recipes.load("custom", [
-        f"data.text_columns=[{names}]", f"data.max_length_tokens={LENGTH}",
-        "compute.threads=1", "parity.bootstrap_samples=100",
-    ])  # fmt: skip
+    recipe = recipes.load(
+        "custom",
+        [
+            f"data.text_columns=[{names}]",
+            f"data.max_length_tokens={LENGTH}",
+            "compute.threads=1",
+            "parity.bootstrap_samples=100",
+        ],
+    )
     folder = tmp_path / "model"
     folder.mkdir()
     for file in trained.onnx("fp32").iterdir():

@@ -161,8 +161,9 @@ class TestTables:
         self, case: Callable[[str], Path], ad2kit: Any, tmp_path: Path, finished_run: RunDir
     ) -> None:
         case("16-score-broken-symlink")
-        refused = ad2kit("score", "in", tmp_path / "out", "--prefix", "p_",
-                         "--run", finished_run.path)  # fmt: skip
+        refused = ad2kit(
+            "score", "in", tmp_path / "out", "--prefix", "p_", "--run", finished_run.path
+        )
         assert refused.code == 2
         assert "broken.parquet" in refused.err
 
@@ -170,9 +171,13 @@ class TestTables:
         "name", ["17-score-crlf-cells/crlf.csv", "32-score-bare-carriage-return/cr.csv"]
     )
     def test_17_and_32_cells_stay_as_they_are(
-        self, case: Callable[[str], Path], ad2kit: Any, tmp_path: Path, finished_run: RunDir,
+        self,
+        case: Callable[[str], Path],
+        ad2kit: Any,
+        tmp_path: Path,
+        finished_run: RunDir,
         name: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         folder, _, file = name.partition("/")
         path = case(folder) / file
         output = tmp_path / "out"
@@ -221,8 +226,9 @@ class TestTokenizers:
         self, case: Callable[[str], Path], ad2kit: Any, tmp_path: Path
     ) -> None:
         case("03-truncation-side-left")
-        assert ad2kit("distill", "../tiny.yaml", "distill.epochs=12",
-                      "--runs-dir", tmp_path).code == 0  # fmt: skip
+        assert (
+            ad2kit("distill", "../tiny.yaml", "distill.epochs=12", "--runs-dir", tmp_path).code == 0
+        )
         assert ad2kit("export", "--runs-dir", tmp_path).code == 0
         filler = " ".join(["staff", "line", "call", "bank", "price", "food"] * 10)
         names = {"topicaa": "alpha", "topicab": "beta", "topicac": "delta", "topicad": "gamma"}
@@ -245,9 +251,12 @@ class TestTokenizers:
 
 class TestTeachers:
     def test_13_the_code_of_a_folder_is_not_run(
-        self, case: Callable[[str], Path], ad2kit: Any, tmp_path: Path,
+        self,
+        case: Callable[[str], Path],
+        ad2kit: Any,
+        tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+    ) -> None:
         # The code writes a file beside itself, if it is run.
         folder = tmp_path / "13"
         shutil.copytree(case("13-custom-code-prompt"), folder)

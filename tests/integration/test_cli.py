@@ -50,11 +50,21 @@ def test_check_is_one_screen(ad2kit: Any, tmp_path: Path) -> None:
     lines = [f"word{n} is {'good ' * (1 + n % 40)},{'yes' if n % 4 else 'no'}" for n in range(200)]
     train = ["tweet,label", *lines, *lines[:50]]
     (tmp_path / "train.csv").write_text("\n".join(train))
-    (tmp_path / "validation.csv").write_text("\n".join(["tweet,label", *lines[190:], *(
-        f"other{n} good,{'yes' if n % 2 else 'no'}" for n in range(90)
-    )]))  # fmt: skip
-    options = ("smoke", f"data.source={tmp_path}", "data.text_columns=[tweet]",
-               "data.max_length_tokens=16")  # fmt: skip
+    (tmp_path / "validation.csv").write_text(
+        "\n".join(
+            [
+                "tweet,label",
+                *lines[190:],
+                *(f"other{n} good,{'yes' if n % 2 else 'no'}" for n in range(90)),
+            ]
+        )
+    )
+    options = (
+        "smoke",
+        f"data.source={tmp_path}",
+        "data.text_columns=[tweet]",
+        "data.max_length_tokens=16",
+    )
     checked = ad2kit("check", *options)
     assert checked.code == 0
     shown = checked.out.splitlines()
@@ -315,9 +325,24 @@ def test_fit_ends_before_any_training_where_no_shape_can_meet_the_target(
 ) -> None:
     quick = ("bench.seconds_per_cell=0.02", "export.variants=[fp32]")
     failed = ad2kit(
-        "fit", "smoke", *quick, "--retain", "0.9", "--p99-ms", "0.000001", "--max-mb", "1000",
-        "--layers", "1", "--feed-forward", "8", "--length", "16", "--runs-dir", tmp_path,
-    )  # fmt: skip
+        "fit",
+        "smoke",
+        *quick,
+        "--retain",
+        "0.9",
+        "--p99-ms",
+        "0.000001",
+        "--max-mb",
+        "1000",
+        "--layers",
+        "1",
+        "--feed-forward",
+        "8",
+        "--length",
+        "16",
+        "--runs-dir",
+        tmp_path,
+    )
     assert failed.code == 1
     assert (
         "no student meets the target (retain 90.00%, its interval above 80.00%; p99 at"

@@ -45,8 +45,9 @@ def test_a_comparison_trains_each_student_once_from_one_teacher(
     assert len({student.teacher_sha256 for student in report.students}) == 1
     assert len({student.student_sha256 for student in report.students}) == 6
     assert {(d.method, d.baseline) for d in report.differences} == {
-        ("ad2", "finetune"), ("ad2", "kd"),
-    }  # fmt: skip
+        ("ad2", "finetune"),
+        ("ad2", "kd"),
+    }
     assert CompareReport.read(folder / "compare.json") == report
     assert "| ad2 - kd |" in (folder / "compare.md").read_text()
     assert (folder / "compare.svg").read_text().startswith("<?xml")
@@ -69,13 +70,27 @@ def test_a_comparison_trains_each_student_once_from_one_teacher(
 
 def test_a_student_that_gives_one_answer_is_called_so() -> None:
     student = StudentResult(
-        method="ad2", seed=1, run="run-1", teacher_sha256="", student_sha256="", score=0.5,
-        train_seconds=1.0, examples_per_s=1.0, verdict="",
-    )  # fmt: skip
+        method="ad2",
+        seed=1,
+        run="run-1",
+        teacher_sha256="",
+        student_sha256="",
+        score=0.5,
+        train_seconds=1.0,
+        examples_per_s=1.0,
+        verdict="",
+    )
     report = CompareReport(
-        recipe="r", inputs="", metrics=("accuracy",), rows=10, teacher_score=0.9,
-        students=(student,), methods=(), differences=(), environment={},
-    )  # fmt: skip
+        recipe="r",
+        inputs="",
+        metrics=("accuracy",),
+        rows=10,
+        teacher_score=0.9,
+        students=(student,),
+        methods=(),
+        differences=(),
+        environment={},
+    )
     assert "the same answer" not in caption(report)
     same = student.model_copy(update={"constant": True})
     text = caption(report.model_copy(update={"students": (same,)}))

@@ -43,36 +43,59 @@ each_family = pytest.mark.parametrize("family", list(families.FAMILIES))
 DEPTH = families.DEPTH
 EVERY_TERM = IntermediateRecipe(pkd=1.0, hidden_states=1.0, attentions=1.0, value_relations=1.0)
 FIDELITY = {
-    "logits not finite", "label flips", "logit gap, batches", "logit gap, one by one",
-    "logit gap, padded", "logit gap, padded on the left", "logit gap, reversed order",
+    "logits not finite",
+    "label flips",
+    "logit gap, batches",
+    "logit gap, one by one",
+    "logit gap, padded",
+    "logit gap, padded on the left",
+    "logit gap, reversed order",
     "texts with other token ids",
-}  # fmt: skip
+}
 CONVERSION = {
-    "converted logits not finite", "label agreement with fp32",
+    "converted logits not finite",
+    "label agreement with fp32",
     "label agreement with fp32, one by one",
-}  # fmt: skip
+}
 
 
 # What fusing finds in students of two layers: Attention, EmbedLayerNormalization,
 # SkipLayerNormalization, and Gelu in any form. It knows no attention with relative positions.
 FUSED = {
-    "bert": (2, 1, 4, 2), "roberta": (2, 0, 4, 2), "distilbert": (2, 1, 4, 2),
-    "electra": (2, 1, 4, 3), "albert": (1, 0, 4, 2), "mpnet": (0, 0, 5, 2),
-    "xlm-roberta": (2, 0, 4, 2), "camembert": (2, 0, 4, 2),
-    "deberta-v2": (0, 0, 4, 3), "modernbert": (0, 0, 4, 3),
-}  # fmt: skip
+    "bert": (2, 1, 4, 2),
+    "roberta": (2, 0, 4, 2),
+    "distilbert": (2, 1, 4, 2),
+    "electra": (2, 1, 4, 3),
+    "albert": (1, 0, 4, 2),
+    "mpnet": (0, 0, 5, 2),
+    "xlm-roberta": (2, 0, 4, 2),
+    "camembert": (2, 0, 4, 2),
+    "deberta-v2": (0, 0, 4, 3),
+    "modernbert": (0, 0, 4, 3),
+}
 
 # How many nodes of the plain graph need the first token alone: the last layer from its queries on,
 # in some families from its feed-forward block on.
 FIRST_TOKEN = {
-    "bert": 22, "roberta": 22, "distilbert": 22, "electra": 16, "albert": 25, "mpnet": 16,
-    "xlm-roberta": 22, "camembert": 22, "deberta-v2": 16, "modernbert": 9,
-}  # fmt: skip
+    "bert": 22,
+    "roberta": 22,
+    "distilbert": 22,
+    "electra": 16,
+    "albert": 25,
+    "mpnet": 16,
+    "xlm-roberta": 22,
+    "camembert": 22,
+    "deberta-v2": 16,
+    "modernbert": 9,
+}
 
 SHORT = (
-    "teacher.finetune.epochs=1", "distill.epochs=1", "data.max_train_rows=300",
-    "data.max_length_tokens=40", "parity.bootstrap_samples=100",
-)  # fmt: skip
+    "teacher.finetune.epochs=1",
+    "distill.epochs=1",
+    "data.max_train_rows=300",
+    "data.max_length_tokens=40",
+    "parity.bootstrap_samples=100",
+)
 
 
 def layers(model: TextModel) -> list[torch.nn.Module]:
@@ -113,8 +136,12 @@ def forward(model: TextModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Te
 def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path) -> None:
     teacher = families.save(family, tmp_path / "teacher")
     variants = ["fp32", "fused", "fp16", "int8"]
-    overrides = [f"teacher.model={teacher}", "student.layers=[0, 3]", *SHORT,
-                 f"export.variants=[{','.join(variants)}]"]  # fmt: skip
+    overrides = [
+        f"teacher.model={teacher}",
+        "student.layers=[0, 3]",
+        *SHORT,
+        f"export.variants=[{','.join(variants)}]",
+    ]
     run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
     distilled = distill(run)
     assert distilled.steps == 8  # 240 rows in batches of 32
@@ -171,8 +198,9 @@ def test_no_real_token_feels_a_perturbation_of_the_padding(family: str, layout: 
     model = families.tiny(family)
     inputs = laid_out(model, layout)
     mask = inputs["attention_mask"]
-    noise = torch.randn(*mask.shape, model.word_embeddings.embedding_dim,
-                        generator=torch.Generator().manual_seed(5))  # fmt: skip
+    noise = torch.randn(
+        *mask.shape, model.word_embeddings.embedding_dim, generator=torch.Generator().manual_seed(5)
+    )
     logits, states = forward(model, inputs)
     with ad2.perturbed(model.word_embeddings, noise * (1 - mask).unsqueeze(-1)):
         unmoved_logits, unmoved = forward(model, inputs)
@@ -355,8 +383,12 @@ def test_a_student_of_another_family_width_and_tokenizer_learns_from_the_teacher
     teacher = text_model.load(run.teacher, report.labels)
     assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
     export(run)
-    failed = {check.name for verdict in judge(run).variants for check in verdict.checks
-              if check.question == "export fidelity" and not check.passed}  # fmt: skip
+    failed = {
+        check.name
+        for verdict in judge(run).variants
+        for check in verdict.checks
+        if check.question == "export fidelity" and not check.passed
+    }
     assert failed == set()
     more = recipe.load("smoke", [*overrides, "distill.intermediate.hidden_states=1"])
     other = open_run(more, tmp_path / "runs")

@@ -43,8 +43,15 @@ def runs(finished_run: RunDir, tmp_path: Path) -> Path:
 
 
 def target(**changes: float | None) -> Target:
-    plain = {"retain": 0.5, "margin": 0.2, "p99_ms": None, "max_mb": None, "speedup": None,
-             "batch_size": 1, "length_tokens": 16}  # fmt: skip
+    plain = {
+        "retain": 0.5,
+        "margin": 0.2,
+        "p99_ms": None,
+        "max_mb": None,
+        "speedup": None,
+        "batch_size": 1,
+        "length_tokens": 16,
+    }
     return Target.model_validate(plain | changes)
 
 
@@ -96,8 +103,9 @@ def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs
     assert parity.thresholds.min_retained == 0.5
     verdict = next(each for each in parity.variants if each.variant == variant)
     assert (found.retained, found.retained_interval) == (
-        verdict.retained, verdict.retained_interval
-    )  # fmt: skip
+        verdict.retained,
+        verdict.retained_interval,
+    )
     assert LatencyReport.read(run.latency_report).cells[0].length_tokens == 16
     config = json.loads((run.student / "config.json").read_text())
     assert config["intermediate_size"] == 64
@@ -148,8 +156,9 @@ def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs:
     grid = Grid(layers=(1, 2), attention_heads=(4,), feed_forward=(128,))
     report, folder = fit(recipe, target(retain=0.98, margin=0.0, max_mb=1.0), grid, runs)
     assert [(each.outcome, each.look) for each in report.candidates] == [
-        ("not shown", 1), ("not shown", 2),
-    ]  # fmt: skip
+        ("not shown", 1),
+        ("not shown", 2),
+    ]
     for each, ordinary in zip(report.candidates, (True, False), strict=True):
         assert str(each.run).startswith(f"{folder.name}-")
         assert ": accuracy retained is " in each.reason
@@ -160,8 +169,11 @@ def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs:
         run = RunDir(runs / str(each.run))
         (said,) = CampaignRecord.read(run.campaign_record).verdicts
         assert (said.variant, said.look, said.interval, said.passed) == (
-            each.variant, each.look, each.retained_interval, False
-        )  # fmt: skip
+            each.variant,
+            each.look,
+            each.retained_interval,
+            False,
+        )
         assert passed_variants(run) == []
         found, plain = np.array([each.retained_interval, verdict.retained_interval], float)
         assert found[0] <= plain[0] < plain[1] <= found[1]

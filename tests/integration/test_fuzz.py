@@ -74,9 +74,12 @@ def documented(fuzzed: str) -> Any:
 
 
 OPERATIONS = [
-    ("/classify", "POST"), ("/info", "GET"), ("/livez", "GET"), ("/metrics", "GET"),
+    ("/classify", "POST"),
+    ("/info", "GET"),
+    ("/livez", "GET"),
+    ("/metrics", "GET"),
     ("/readyz", "GET"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
@@ -112,14 +115,25 @@ def test_the_control_finds_what_a_document_leaves_out(documented: BaseSchema, fu
 
 
 def test_the_document_leaves_no_path_out(documented: BaseSchema) -> None:
-    assert {(path, method.upper()) for path, methods in documented.raw_schema["paths"].items()
-            for method in methods} == set(OPERATIONS)  # fmt: skip
+    assert {
+        (path, method.upper())
+        for path, methods in documented.raw_schema["paths"].items()
+        for method in methods
+    } == set(OPERATIONS)
 
 
 TRICKY = st.sampled_from(
-    ["\ud83c", "a\0b", "\u202e\u05e9\u05dc", "e" + "\u0301" * 50, "👩\u200d👩\u200d👧", "\ufeff",
-     "\u2028", "\x1b[2J"]
-)  # fmt: skip
+    [
+        "\ud83c",
+        "a\0b",
+        "\u202e\u05e9\u05dc",
+        "e" + "\u0301" * 50,
+        "👩\u200d👩\u200d👧",
+        "\ufeff",
+        "\u2028",
+        "\x1b[2J",
+    ]
+)
 TEXTS = st.one_of(st.text(), TRICKY, st.lists(TRICKY, max_size=4).map("".join))
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
@@ -135,14 +149,17 @@ BODIES = st.one_of(
     st.binary(max_size=200),
     VALUES.map(json.dumps),
     st.lists(TEXTS, min_size=1, max_size=130).map(lambda texts: json.dumps({"texts": texts})),
-    st.builds(lambda texts, more: json.dumps({"texts": texts, **more}), VALUES,
-              st.dictionaries(TEXTS, VALUES, max_size=2)),
+    st.builds(
+        lambda texts, more: json.dumps({"texts": texts, **more}),
+        VALUES,
+        st.dictionaries(TEXTS, VALUES, max_size=2),
+    ),
     st.integers(1, 20_000).map(lambda depth: '{"texts": ' + "[" * depth + "]" * depth + "}"),
     st.lists(TEXTS, min_size=2, max_size=3).map(
         lambda texts: "{" + ", ".join(f'"texts": {json.dumps(text)}' for text in texts) + "}"
     ),
     ENDLESS,
-)  # fmt: skip
+)
 
 
 @given(body=BODIES)
@@ -166,14 +183,24 @@ def test_any_body_is_answered_or_refused_in_one_shape(fuzzed: str, body: str | b
         st.one_of(
             st.binary(max_size=60),
             st.sampled_from(
-                [b"POST /classify HTTP/1.1", b"Content-Length: -1", b"Content-Length: 5",
-                 b"Host: a", b"Transfer-Encoding: chunked", b"Content-Type: application/json",
-                 b"", b"zz", b"Expect: 100-continue", b"Connection: close", b"X: " + b"y" * 70_000]
+                [
+                    b"POST /classify HTTP/1.1",
+                    b"Content-Length: -1",
+                    b"Content-Length: 5",
+                    b"Host: a",
+                    b"Transfer-Encoding: chunked",
+                    b"Content-Type: application/json",
+                    b"",
+                    b"zz",
+                    b"Expect: 100-continue",
+                    b"Connection: close",
+                    b"X: " + b"y" * 70_000,
+                ]
             ),
         ),
         max_size=8,
     )
-)  # fmt: skip
+)
 def test_what_is_no_http_harms_nobody_else(fuzzed: str, lines: list[bytes]) -> None:
     connection = http.client.HTTPConnection(fuzzed.removeprefix("http://"), timeout=10)
     connection.connect()

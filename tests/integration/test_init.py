@@ -148,9 +148,10 @@ def test_the_name_decides_between_two_columns_of_classes(guessed: Any, here: Pat
 
 def test_what_is_unclear_is_asked_for_with_the_columns(here: Path, ad2kit: Any) -> None:
     more = {
-        "city": lambda row: "ab"[row % 2], "colour": lambda row: TOPICS[row % 3],
+        "city": lambda row: "ab"[row % 2],
+        "colour": lambda row: TOPICS[row % 3],
         "body": lambda row: f"{sentence(row)} " * 9,
-    }  # fmt: skip
+    }
     train = write(here / "mine.csv", columns(range(ROWS), **more))
     held_out = write(here / "held.csv", columns(range(ROWS, 2 * ROWS), **more))
     command = ["init", train, "--validation", held_out]

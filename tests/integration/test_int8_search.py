@@ -39,10 +39,12 @@ FLOAT = {"MatMul", "Gemm", "Attention", "EmbedLayerNormalization"}
 def searched(run: RunDir, seconds: float, **thresholds: Any) -> QuantisationSearch:
     """Export a run again under other settings, and return what the search says."""
     recipe = run.recipe
-    changed = recipe.model_copy(update={
-        "export": recipe.export.model_copy(update={"search_seconds": seconds}),
-        "parity": recipe.parity.model_copy(update=thresholds),
-    })  # fmt: skip
+    changed = recipe.model_copy(
+        update={
+            "export": recipe.export.model_copy(update={"search_seconds": seconds}),
+            "parity": recipe.parity.model_copy(update=thresholds),
+        }
+    )
     write_record(run.recipe_file, changed)
     export(run)
     return QuantisationSearch.read(run.int8_search)

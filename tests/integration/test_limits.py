@@ -42,9 +42,14 @@ WORST_MB = 350.0
 def tight(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One worker with little patience, which asks for a key."""
     given = (
-        "workers=1", "max_header_bytes=2048", "max_headers=20", "header_timeout_s=0.5",
-        "body_timeout_s=0.5", "max_connections=24", f"model={finished_run.onnx('int8')}",
-    )  # fmt: skip
+        "workers=1",
+        "max_header_bytes=2048",
+        "max_headers=20",
+        "header_timeout_s=0.5",
+        "body_timeout_s=0.5",
+        "max_connections=24",
+        f"model={finished_run.onnx('int8')}",
+    )
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:  # of this server alone
             patch.setenv("AD2KIT_API_KEYS", "a-key")
@@ -75,8 +80,11 @@ def told(link: socket.socket, sent: bytes = b"") -> Reply:
 
 def rejected(address: str) -> dict[str, float]:
     found = metrics_of(address)
-    return {name.split('"')[1]: count for name, count in found.items()
-            if name.startswith("ad2kit_rejected_total")}  # fmt: skip
+    return {
+        name.split('"')[1]: count
+        for name, count in found.items()
+        if name.startswith("ad2kit_rejected_total")
+    }
 
 
 @pytest.mark.parametrize("line", [b"GET /livez", b"GET /info", b"POST /classify", b"GET /nowhere"])
@@ -151,10 +159,11 @@ def worker(address: str) -> psutil.Process:
     """The worker that listens at an address; its parent process listens there too."""
     port = int(address.rpartition(":")[2])
     (found,) = [
-        process for process in psutil.Process().children(recursive=True)
+        process
+        for process in psutil.Process().children(recursive=True)
         if "_bentoml_impl" in " ".join(process.cmdline())
         and any(link.laddr.port == port for link in process.net_connections("tcp"))
-    ]  # fmt: skip
+    ]
     return found
 
 

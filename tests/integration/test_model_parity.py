@@ -86,9 +86,10 @@ def destroy_a_scale(folder: Path) -> None:
     shutil.copy(folder.parent / "int8.onnx", folder / MODEL_FILE)
     loaded = onnx.load(folder / MODEL_FILE)
     scale = next(
-        tensor for tensor in loaded.graph.initializer
+        tensor
+        for tensor in loaded.graph.initializer
         if tensor.name.endswith("_scale") and "classifier" in tensor.name
-    )  # fmt: skip
+    )
     scale.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(scale), scale.name))
     onnx.save(loaded, folder / MODEL_FILE)
 
@@ -107,12 +108,13 @@ def another_tokenizer(folder: Path) -> None:
         pytest.param(graph(drop_the_mask), "answers kept behind padding", id="dropped mask"),
         pytest.param(
             graph(lambda g: edit(g, "classifier.bias", lambda bias: bias * float("nan"))),
-            "logits not finite", id="NaN",
+            "logits not finite",
+            id="NaN",
         ),
         pytest.param(destroy_a_scale, "accuracy retained", id="int8 scale"),
         pytest.param(another_tokenizer, "accuracy retained", id="tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_model_is_caught(
     model: Path, finished_run: RunDir, rows: Path, damage: Callable[[Path], None], expected: str
 ) -> None:
@@ -185,8 +187,13 @@ def test_weights_in_a_file_of_their_own_are_read(
     model: Path, finished_run: RunDir, rows: Path
 ) -> None:
     loaded = onnx.load(model / MODEL_FILE)
-    onnx.save(loaded, model / MODEL_FILE, save_as_external_data=True, location="model.onnx_data",
-              size_threshold=0)  # fmt: skip
+    onnx.save(
+        loaded,
+        model / MODEL_FILE,
+        save_as_external_data=True,
+        location="model.onnx_data",
+        size_threshold=0,
+    )
     assert (model / "model.onnx_data").is_file()
     assert failed(model, finished_run, rows) == set()
 
@@ -195,15 +202,20 @@ def traced(run: RunDir, folder: Path, axes: dict[int, str]) -> None:
     """Export the student as a user would who has torch alone; ``axes`` are the dynamic ones."""
     names = ("input_ids", "attention_mask", "token_type_ids")
     student = text_model.load(run.student, DistillReport.read(run.distill_report).labels)
-    inputs = student.tokenizer(["never dull", "not at all convincing"], padding=True,
-                               return_tensors="pt")  # fmt: skip
+    inputs = student.tokenizer(
+        ["never dull", "not at all convincing"], padding=True, return_tensors="pt"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer
         torch.onnx.export(
-            student.module.eval(), tuple(inputs[name] for name in names), folder / MODEL_FILE,
-            dynamo=False, input_names=list(names), output_names=["logits"],
+            student.module.eval(),
+            tuple(inputs[name] for name in names),
+            folder / MODEL_FILE,
+            dynamo=False,
+            input_names=list(names),
+            output_names=["logits"],
             dynamic_axes=dict.fromkeys(names, axes) if axes else {},
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("axes", [{}, {0: "batch"}, {1: "tokens"}])

@@ -37,11 +37,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWar
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 FINISHED, TRAINED = "teacher.finetune=null", "with the recipe's teacher.finetune"
 QUICK = (
-    "data.max_train_rows=80", "data.max_length_tokens=40", "student.layers=[0]",
-    "teacher.finetune.epochs=1", "distill.epochs=1", "distill.alpha=0", "compute.threads=1",
-)  # fmt: skip
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
+    "data.max_train_rows=80",
+    "data.max_length_tokens=40",
+    "student.layers=[0]",
+    "teacher.finetune.epochs=1",
+    "distill.epochs=1",
+    "distill.alpha=0",
+    "compute.threads=1",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 class Both(NamedTuple):
@@ -289,7 +300,9 @@ REFUSED = {
         config(pad_token_id=None), "config.json: pad_token_id is null", write_the_number
     ),
     "null epsilon of another family": Kind(
-        config(layer_norm_eps=None), "config.json: layer_norm_eps is null", write_the_number,
+        config(layer_norm_eps=None),
+        "config.json: layer_norm_eps is null",
+        write_the_number,
         "deberta-v2",
     ),
     "a width that the heads do not divide": Kind(
@@ -299,7 +312,8 @@ REFUSED = {
         config(hidden_act="nonsense"), "is not a text classifier that transformers can load", None
     ),
     "fewer layers than weights": Kind(
-        config(num_hidden_layers=2), "tensors of layers that the 'bert' of its config.json does",
+        config(num_hidden_layers=2),
+        "tensors of layers that the 'bert' of its config.json does",
         config_of_the_weights,
     ),
     "another width": Kind(
@@ -337,7 +351,7 @@ REFUSED = {
     "too long for roberta with another padding": too_long("roberta", 50, 49, pad_token_id=0),
     "too long for camembert": too_long("camembert", 50, 48),
     "too long for mpnet": too_long("mpnet", 49, 48),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -423,9 +437,10 @@ def one_output(
     """Keep the second output of a tiny classifier alone; return what it was."""
     model = families.tiny(family)
     head = next(
-        part for part in model.module.modules()
+        part
+        for part in model.module.modules()
         if isinstance(part, torch.nn.Linear) and part.out_features == 2
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for parameter in head.parameters():
             parameter[0] = 0
@@ -552,10 +567,19 @@ def test_a_vocabulary_of_sentencepiece_needs_the_package(
     assert refused.hint.strip() == "pip install sentencepiece"
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(families.WORDS), model_prefix=str(folder / "spm"), vocab_size=100,
-        pad_id=0, unk_id=3, bos_id=1, eos_id=2, pad_piece="[PAD]", bos_piece="[CLS]",
-        eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(families.WORDS),
+        model_prefix=str(folder / "spm"),
+        vocab_size=100,
+        pad_id=0,
+        unk_id=3,
+        bos_id=1,
+        eos_id=2,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
     assert both(FINISHED).code == 0
 
 
@@ -626,8 +650,11 @@ def test_segments_that_the_model_does_not_have_are_named_before_training(tmp_pat
     folder = families.save("bert", tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     key = "bert.embeddings.token_type_embeddings.weight"
-    save_file(weights | {key: weights[key][:1].clone()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        weights | {key: weights[key][:1].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     edit(folder / "config.json", type_vocab_size=1)
     model = text_model.load(folder, LABELS)
     model.module.train()
@@ -657,9 +684,12 @@ FOLDERS = [
 @pytest.mark.skipif(not CASES.is_dir(), reason="the folders of cases are not on this machine")
 @pytest.mark.parametrize(("name", "overrides", "cause"), FOLDERS)
 def test_the_folders_of_users(
-    both: Callable[..., Both], monkeypatch: pytest.MonkeyPatch, name: str, overrides: list[str],
+    both: Callable[..., Both],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    overrides: list[str],
     cause: str | None,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(CASES / name)
     monkeypatch.setattr(pretrained, "is_sentencepiece_available", lambda: False)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 9)))

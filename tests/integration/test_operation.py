@@ -64,9 +64,12 @@ def test_scores_come_when_they_are_asked_for(operated: str) -> None:
     assert fields() == fields(scores=False) == {"label", "score", "tokens", "truncated"}
     assert fields(scores=True) == fields() | {"scores"}
     body = b'{"texts": ["fine"], "scores": 1}'
-    assert "scores" in check_error(
-        call(operated, "POST", "/classify", body, JSON), 422, "invalid_input"
-    )["message"]  # fmt: skip
+    assert (
+        "scores"
+        in check_error(call(operated, "POST", "/classify", body, JSON), 422, "invalid_input")[
+            "message"
+        ]
+    )
 
 
 def test_stage_times_come_on_request_and_add_up(operated: str) -> None:
@@ -98,8 +101,10 @@ def test_the_log_is_json_and_holds_numbers_and_no_texts(operated: str, folder: P
 def test_the_shadow_agrees_with_itself_and_counts(operated: str) -> None:
     def compared() -> dict[str, float]:
         found = metrics_of(operated)
-        return {result: found.get(f'ad2kit_shadow_texts_total{{result="{result}"}}', 0.0)
-                for result in ("agreed", "disagreed")}  # fmt: skip
+        return {
+            result: found.get(f'ad2kit_shadow_texts_total{{result="{result}"}}', 0.0)
+            for result in ("agreed", "disagreed")
+        }
 
     before = compared()["agreed"]
     assert len(classify(operated, ["fine", "dull", "not dull"]).predictions) == 3
@@ -120,8 +125,9 @@ def test_the_teacher_is_exported_and_shadows_its_student(
     int8 = OnnxArtifact.read(teacher.onnx("int8") / OnnxArtifact.file_name)
     student = OnnxClassifier(copied_run.onnx("fp32"), threads=1)
     found = list[bool | None]()
-    shadow = Shadow(OnnxClassifier(teacher.onnx(int8.variant), threads=1), student, 1.0,
-                    found.append)  # fmt: skip
+    shadow = Shadow(
+        OnnxClassifier(teacher.onnx(int8.variant), threads=1), student, 1.0, found.append
+    )
     texts = [text[0] for text in load_data(copied_run.recipe.data, 0).validation.texts[:50]]
     shadow.offer(texts, student.predict(texts))
     wait_for(lambda: len(found) == len(texts))
@@ -231,8 +237,11 @@ def test_spans_go_to_the_collector_that_is_named_and_hold_no_text(
     with serving(tmp_path, f"model={finished_run.onnx('fp32')}", "workers=1") as address:
         assert classify(address, SECRET).status == 200
         assert call(address, "GET", f"/?text={SECRET.replace(' ', '%20')}").status == 200
-        wait_for(lambda: all(any(name in body for body in received)
-                             for name in (b"POST /classify", b"GET /")))  # fmt: skip
+        wait_for(
+            lambda: all(
+                any(name in body for body in received) for name in (b"POST /classify", b"GET /")
+            )
+        )
     spans = b"".join(received)
     assert SECRET.encode() not in spans
     assert b"unmistakable" not in spans

@@ -192,12 +192,14 @@ def edit_manifest(folder: Path) -> None:
             lambda folder: flip_a_bit(folder / "model.onnx"), ModelError, "sha256", id="graph"
         ),
         pytest.param(
-            lambda folder: flip_a_bit(folder / "tokenizer.json"), ModelError, "sha256",
+            lambda folder: flip_a_bit(folder / "tokenizer.json"),
+            ModelError,
+            "sha256",
             id="tokenizer",
         ),
         pytest.param(edit_manifest, GateFailed, "changed after it was judged", id="manifest"),
     ],
-)  # fmt: skip
+)
 def test_an_artefact_that_is_not_the_one_that_was_judged_is_refused(
     copied_run: RunDir,
     damage: Callable[[Path], None],
@@ -305,10 +307,21 @@ def test_the_own_wheel_is_deterministic_and_complete(tmp_path: Path) -> None:
 def test_the_own_wheel_installs(tmp_path: Path) -> None:
     wheel, site = own_wheel(tmp_path), tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index",
-         "--target", str(site), str(wheel)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(site),
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
     code = (
         "import ad2kit.service.bento as b, ad2kit.run.recipe as r, importlib.metadata as m\n"
         "print(b.__file__, b.service_file(), m.version('ad2kit'), *r.recipe_names())"
@@ -316,8 +329,12 @@ def test_the_own_wheel_installs(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site)}  # before the editable install
     found = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     assert found[0] == str(site / "ad2kit" / "bundle.py")
     assert found[1] == str(site / "ad2kit" / "_serving" / "service.py")
     assert found[2] == metadata.version("ad2kit")
@@ -344,8 +361,10 @@ def test_the_bento_serves_where_only_its_own_requirements_are_installed(
     # pip had to add nothing of its own choice: the pins are the whole closure.
     listed = subprocess.run(
         [str(python), "-m", "pip", "list", "--format=json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     installed = {each["name"].lower().replace("_", "-") for each in json.loads(listed.stdout)}
     pinned = {pin.split("==")[0] for pin in pinned_requirements()}
     assert installed - {"pip", "setuptools", "wheel"} == pinned | {"ad2kit"}

@@ -241,8 +241,15 @@ def test_a_run_passes_by_the_variant_that_ships_and_says_which_others_did_not(
 def test_the_verdict_comes_before_the_latency(
     tmp_path: Path, ad2kit: Any, quick_recipe: Recipe
 ) -> None:
-    done = ad2kit("run", "smoke", *QUICK, "parity.min_retained=1.0",
-                  "parity.min_retained_lower=1.0", "--runs-dir", tmp_path)  # fmt: skip
+    done = ad2kit(
+        "run",
+        "smoke",
+        *QUICK,
+        "parity.min_retained=1.0",
+        "parity.min_retained_lower=1.0",
+        "--runs-dir",
+        tmp_path,
+    )
     run = RunDir(next(tmp_path.glob(f"{quick_recipe.name}-*")))
     assert done.code == 1
     assert "fp32: accuracy retained is " in done.err
@@ -263,10 +270,23 @@ def unsure_run(tmp_path_factory: pytest.TempPathFactory, quick_recipe: Recipe) -
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
-        [sys.executable, "-m", "ad2kit", "run", "smoke", *QUICK, f"data.source={folder}",
-         "parity.min_retained_lower=0.97", "compute.threads=1", "--runs-dir", folder / "runs"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ad2kit",
+            "run",
+            "smoke",
+            *QUICK,
+            f"data.source={folder}",
+            "parity.min_retained_lower=0.97",
+            "compute.threads=1",
+            "--runs-dir",
+            folder / "runs",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     (folder / "said.txt").write_text(done.stderr)
     assert done.returncode == 1, done.stderr
     (path,) = (folder / "runs").glob("smoke-*")
@@ -311,10 +331,22 @@ def test_what_is_not_shown_is_shipped_by_no_command(unsure_run: RunDir, ad2kit: 
     runs = unsure_run.path.parent
     for argument in (f"model={unsure_run.path}", f"runs_dir={runs}"):
         served = subprocess.run(
-            [sys.executable, "-m", "bentoml", "serve", SERVICE,
-             "--working-dir", str(CHECKOUT), f"--arg={argument}"],
-            capture_output=True, text=True, check=False, timeout=120, cwd=CHECKOUT,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "bentoml",
+                "serve",
+                SERVICE,
+                "--working-dir",
+                str(CHECKOUT),
+                f"--arg={argument}",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            cwd=CHECKOUT,
+        )
         words = " ".join((served.stdout + served.stderr).split())
         assert served.returncode != 0
         assert "passed the parity gate" in words
@@ -370,9 +402,13 @@ def test_one_answer_for_everything_fails_even_beside_such_a_teacher(copied_run: 
 
 def judged(labels: Any, teacher: Any, student: Any, task: Task = "single_label") -> Reference:
     metrics = DataRecipe(
-        train="x", validation="x", task=task, text_columns=("x",), label_column="y",
+        train="x",
+        validation="x",
+        task=task,
+        text_columns=("x",),
+        label_column="y",
         max_length_tokens=8,
-    ).judged_by  # fmt: skip
+    ).judged_by
     none = np.zeros(len(labels), dtype=bool)
     encoded = Encoded([[1]] * len(labels), None, labels, none)
     return Reference(task, metrics, labels, teacher, student, encoded, student_left=student)

@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 # 129 training rows in batches of 32: the last batch has one row, fewer than there are processes.
-SETTINGS = ("data.max_train_rows=161", "teacher.finetune.epochs=2", "distill.accumulation_steps=2",
-            "student.attention_heads=3", "student.feed_forward=100")  # fmt: skip
+SETTINGS = (
+    "data.max_train_rows=161",
+    "teacher.finetune.epochs=2",
+    "distill.accumulation_steps=2",
+    "student.attention_heads=3",
+    "student.feed_forward=100",
+)
 LONGER = (*SETTINGS, "distill.epochs=8", "distill.checkpoint_every_steps=100")
 
 
@@ -43,8 +48,10 @@ def start(runs_dir: Path, *settings: str) -> subprocess.Popen[str]:
     command = ["distill", "smoke", *settings, "--runs-dir", str(runs_dir), "--json"]
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, "--nproc-per-node=2", "-m", "ad2kit", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def two_processes(runs_dir: Path, *settings: str) -> tuple[RunDir, str]:

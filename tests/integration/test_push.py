@@ -46,8 +46,10 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
         elif self.path.startswith(f"/api/models/{REPOSITORY}/preupload/"):
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             self.answer(200, {"files": files})
         elif self.path.startswith(f"/api/models/{REPOSITORY}/commit/"):
             for line in map(json.loads, body.splitlines()):
@@ -93,10 +95,18 @@ def push(
     """Run the command in a process of its own: the hub's library reads its address on import."""
     return subprocess.run(
         [sys.executable, "-m", "ad2kit", "push", REPOSITORY, str(run.path), *arguments],
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": key, "HF_HUB_OFFLINE": "0",
-             "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "HF_ENDPOINT": endpoint,
+            "HF_TOKEN": key,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def test_what_passed_is_uploaded_whole_with_a_card(

@@ -33,8 +33,16 @@ def test_a_browser_shows_the_whole_report_without_a_complaint(
     shown, console = browser(page.as_uri())
     assert console == []
     headings = re.findall(r"<h2>(.*?)</h2>", shown)
-    assert headings == ["Models", "The teacher", "The gate", "Where teacher and student differ",
-                        "Calibration", "Training", "int8", "Where it comes from"]  # fmt: skip
+    assert headings == [
+        "Models",
+        "The teacher",
+        "The gate",
+        "Where teacher and student differ",
+        "Calibration",
+        "Training",
+        "int8",
+        "Where it comes from",
+    ]
     assert shown.count("<svg") == 4
     judged = ParityReport.read(copied_run.parity_report)
     for verdict in judged.variants:
@@ -57,10 +65,12 @@ def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None
     lines = copied_run.answers.read_text().rstrip("\n").split("\n")
     answered = RowAnswers.model_validate_json(lines[0])
     # As far apart as can be, so that it comes first.
-    apart = answered.model_copy(update={
-        "texts": (f"\u2028{INJECTION}",),
-        "logits": answered.logits | {"teacher": (50.0, -50.0), "int8": (-50.0, 50.0)},
-    })  # fmt: skip
+    apart = answered.model_copy(
+        update={
+            "texts": (f"\u2028{INJECTION}",),
+            "logits": answered.logits | {"teacher": (50.0, -50.0), "int8": (-50.0, 50.0)},
+        }
+    )
     copied_run.answers.write_text("\n".join([apart.model_dump_json(), *lines[1:]]) + "\n")
     judged = ParityReport.read(copied_run.parity_report)
     forged = {"answers_sha256": sha256_of(copied_run.answers)}
@@ -73,12 +83,16 @@ def test_texts_are_shown_and_never_run(browser: Any, copied_run: RunDir) -> None
 def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
     judged = ParityReport.read(copied_run.parity_report)
     failed = tuple(
-        each.model_copy(update={"checks": tuple(
-            check.model_copy(update={"threshold": 2.0, "bound": "at least"})
-            for check in each.checks
-        )})
+        each.model_copy(
+            update={
+                "checks": tuple(
+                    check.model_copy(update={"threshold": 2.0, "bound": "at least"})
+                    for check in each.checks
+                )
+            }
+        )
         for each in judged.variants
-    )  # fmt: skip
+    )
 
     def page_of(variants: tuple[VariantParity, ...]) -> str:
         write_record(copied_run.parity_report, judged.model_copy(update={"variants": variants}))

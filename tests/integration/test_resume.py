@@ -55,9 +55,14 @@ def curve(run: RunDir, phase: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "stops", [[("teacher", 3)], [("teacher", 17), ("student", 1)], [("student", 10)],
-              [("teacher", 124), ("student", 15), ("student", 23)]],
-)  # fmt: skip
+    "stops",
+    [
+        [("teacher", 3)],
+        [("teacher", 17), ("student", 1)],
+        [("student", 10)],
+        [("teacher", 124), ("student", 15), ("student", 23)],
+    ],
+)
 def test_a_resumed_run_is_bit_identical_to_a_straight_one(
     tmp_path: Path, quick_recipe: Recipe, finished_run: RunDir, stops: list[tuple[str, int]]
 ) -> None:
@@ -75,12 +80,20 @@ def test_a_resumed_run_is_bit_identical_to_a_straight_one(
 
 # Heads that are started, a last part that patience begins early, and more evaluations than epochs.
 WITH_PATIENCE = (
-    *QUICK, "teacher.finetune.start_head=true", "teacher.finetune.decay_ratio=0.2",
-    "teacher.finetune.evaluations=20", "teacher.finetune.patience=1",
-    "teacher.finetune.min_updates=160", "distill.start_head=true",
-    "distill.min_updates=90", "distill.evaluations=9", "distill.decay_ratio=0.3",
-    "distill.patience=1", "distill.lr=null", "data.max_train_rows=900",
-)  # fmt: skip
+    *QUICK,
+    "teacher.finetune.start_head=true",
+    "teacher.finetune.decay_ratio=0.2",
+    "teacher.finetune.evaluations=20",
+    "teacher.finetune.patience=1",
+    "teacher.finetune.min_updates=160",
+    "distill.start_head=true",
+    "distill.min_updates=90",
+    "distill.evaluations=9",
+    "distill.decay_ratio=0.3",
+    "distill.patience=1",
+    "distill.lr=null",
+    "data.max_train_rows=900",
+)
 
 
 def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_path: Path) -> None:
@@ -97,8 +110,13 @@ def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_pa
     run = open_run(recipe, tmp_path / "stopped")
     last = points[-1].step
     # Before the first checkpoint, about the decision of patience, and in the last part.
-    moments = [("teacher", 2), *[("teacher", ended - back) for back in (40, 31, 1)],
-               ("student", 4), ("student", last - 11), ("student", last - 1)]  # fmt: skip
+    moments = [
+        ("teacher", 2),
+        *[("teacher", ended - back) for back in (40, 31, 1)],
+        ("student", 4),
+        ("student", last - 11),
+        ("student", last - 1),
+    ]
     for phase, step in moments:
         with pytest.raises(Stopped):
             distill(run, on_step=stop_at(phase, step))
@@ -111,9 +129,11 @@ def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_pa
 
 
 def test_a_snapshot_that_was_deleted_is_missed(tmp_path: Path, quick_recipe: Recipe) -> None:
-    recipe = quick_recipe.model_copy(update={
-        "distill": quick_recipe.distill.model_copy(update={"evaluations": 12}),
-    })  # fmt: skip
+    recipe = quick_recipe.model_copy(
+        update={
+            "distill": quick_recipe.distill.model_copy(update={"evaluations": 12}),
+        }
+    )
     run = half_trained(tmp_path, recipe)
     snapshots = sorted(run.snapshots("student").iterdir())
     assert len(snapshots) > 1
@@ -232,12 +252,22 @@ def test_kill_9_at_random_moments_changes_nothing(
     straight = open_run(recipes.load("smoke", settings), tmp_path / "straight")
     steps = distill(straight).steps
     runs_dir = tmp_path / "killed"
-    command = [sys.executable, "-m", "ad2kit", "distill", "smoke",
-               *settings, "--runs-dir", str(runs_dir)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "ad2kit",
+        "distill",
+        "smoke",
+        *settings,
+        "--runs-dir",
+        str(runs_dir),
+    ]
     # The start-up takes seconds: counted from the first line of the curve, kills hit the work.
     for marker, delay in (
-        ("teacher-training.jsonl", 0.15), ("training.jsonl", 0.05), ("training.jsonl", 0.3),
-    ):  # fmt: skip
+        ("teacher-training.jsonl", 0.15),
+        ("training.jsonl", 0.05),
+        ("training.jsonl", 0.3),
+    ):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:

@@ -38,8 +38,10 @@ FIT = CampaignRecord(command="ad2kit fit", rule="retain 97 %")
 def ad2kit_alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ad2kit", *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def opened_again(run: RunDir, recipe: Recipe, **options: Any) -> RunDir:
@@ -136,8 +138,10 @@ def test_a_kill_before_there_is_a_recipe_leaves_a_folder_that_can_be_opened(
     with open_run(quick_recipe, tmp_path).locked() as held:
         assert RunDir(held.path).recipe == quick_recipe
         assert sorted(p.name for p in run.path.iterdir()) == [
-            ".lock", "campaign.json", "recipe.json",
-        ]  # fmt: skip
+            ".lock",
+            "campaign.json",
+            "recipe.json",
+        ]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(RunError, match="is not empty and is not a run folder"):

@@ -87,8 +87,11 @@ def ad2kit_score(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def score_it(model: Path, table: str | Path, output: str | Path, **changes: Any) -> ScoreReport:
     """Score by one process in small blocks and batches, but for the changes."""
     options = {
-        "text_columns": ("text",), "block_rows": BLOCK_ROWS, "batch_size": 8, "workers": 1,
-    }  # fmt: skip
+        "text_columns": ("text",),
+        "block_rows": BLOCK_ROWS,
+        "batch_size": 8,
+        "workers": 1,
+    }
     return score(model, str(table), str(output), **{**options, **changes})
 
 
@@ -216,9 +219,12 @@ def test_what_ray_cannot_do_is_said(
     # Written anew between survey and scoring, as if something else were still filling it.
     with pytest.raises(DataError, match="has changed while it was scored: expected 1 rows") as told:
         score_it(
-            model, source, tmp_path / "b", engine="ray",
+            model,
+            source,
+            tmp_path / "b",
+            engine="ray",
             on_progress=lambda _: source.write_text("text\n"),
-        )  # fmt: skip
+        )
     assert "once it is complete" in told.value.hint
     source.write_text("text\nfine\n")
     with pytest.raises(DataError, match=r"cannot read .*in\.csv: .*No such file"):
@@ -259,9 +265,13 @@ def test_bad_rows_are_listed_and_the_others_scored(
 ) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out"
     lines = [
-        {"id": 1, "text": "never dull"}, {"id": 2, "text": " "}, {"id": 3, "text": None},
-        {"id": 4, "text": "half \ud800"}, {"id": 5}, {"id": 6, "text": "dull \u2028 " * 200},
-    ]  # fmt: skip
+        {"id": 1, "text": "never dull"},
+        {"id": 2, "text": " "},
+        {"id": 3, "text": None},
+        {"id": 4, "text": "half \ud800"},
+        {"id": 5},
+        {"id": 6, "text": "dull \u2028 " * 200},
+    ]
     source.write_text("\n".join([*map(json.dumps, lines), "{"]) + "\n")
     arguments = (source, output, "--run", model, "--text-columns", "text", "--block-rows", 2)
     for _ in range(2):  # the second time, nothing is left to score
@@ -273,16 +283,24 @@ def test_bad_rows_are_listed_and_the_others_scored(
         assert report["answered_here"] == report["scored_here"] * 2 / 7
     scored = [
         json.loads(line)
-        for path in sorted(output.glob("part-*")) for line in path.read_text().split("\n") if line
-    ]  # fmt: skip
+        for path in sorted(output.glob("part-*"))
+        for line in path.read_text().split("\n")
+        if line
+    ]
     assert [(row["id"], row["truncated"]) for row in scored] == [(1, False), (6, True)]
-    bad = [json.loads(line) for path in sorted(output.glob("_errors/*"))
-           for line in path.read_text().splitlines()]  # fmt: skip
+    bad = [
+        json.loads(line)
+        for path in sorted(output.glob("_errors/*"))
+        for line in path.read_text().splitlines()
+    ]
     assert [(row["row"], row["line"]) for row in bad] == [(n, n) for n in (2, 3, 4, 5, 7)]
     assert [row["reason"].split(":")[0] for row in bad] == [
-        "'text'", "'text'", "holds half a surrogate pair, which is no character", "'text'",
+        "'text'",
+        "'text'",
+        "holds half a surrogate pair, which is no character",
+        "'text'",
         "not JSON",
-    ]  # fmt: skip
+    ]
     assert {row["file"] for row in bad} == {str(source)}
 
 
@@ -339,9 +357,13 @@ def test_any_fsspec_address(
     ],
 )
 def test_a_mistake_is_named_before_anything_is_written(
-    copied_run: RunDir, tmp_path: Path, ad2kit_score: Any, files: dict[str, str],
-    options: list[str], expected: str,
-) -> None:  # fmt: skip
+    copied_run: RunDir,
+    tmp_path: Path,
+    ad2kit_score: Any,
+    files: dict[str, str],
+    options: list[str],
+    expected: str,
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name, content in files.items():
@@ -401,10 +423,13 @@ def test_ctrl_c_ends_with_130_and_leaves_whole_parts(
     output = tmp_path / "out"
     arguments = command(table, output, model, "--workers", "2")
     process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         # A shell that runs the tests in the background would have it ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )  # fmt: skip
+    )
     while process.poll() is None and len(list(output.glob("part-*"))) < 5:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too

@@ -107,8 +107,12 @@ def strained_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def strained(strained_folder: Path, finished_run: RunDir) -> Iterator[str]:
     # One worker: which of several gets a connection is not for a test to say.
-    arguments = ("--working-dir", str(strained_folder), "--arg=workers=1",
-                 f"--arg=model={finished_run.path}")  # fmt: skip
+    arguments = (
+        "--working-dir",
+        str(strained_folder),
+        "--arg=workers=1",
+        f"--arg=model={finished_run.path}",
+    )
     with served("strained:Ad2kitClassifier", strained_folder, *arguments) as address:
         yield address
 
@@ -206,11 +210,19 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
     assert info["labels"] == list(fp32.labels)
     assert info["max_length_tokens"] == fp32.artifact.max_length_tokens
     assert info["limits"] == {
-        "texts": 128, "queue_texts": 1024, "queue_tokens": 2**17, "deadline_s": 10.0,
-        "body_bytes": MEBIBYTE, "held_bytes": 24 * MEBIBYTE, "header_bytes": 2**14, "headers": 100,
-        "connections": 4096, "header_timeout_s": 10.0, "body_timeout_s": 30.0,
+        "texts": 128,
+        "queue_texts": 1024,
+        "queue_tokens": 2**17,
+        "deadline_s": 10.0,
+        "body_bytes": MEBIBYTE,
+        "held_bytes": 24 * MEBIBYTE,
+        "header_bytes": 2**14,
+        "headers": 100,
+        "connections": 4096,
+        "header_timeout_s": 10.0,
+        "body_timeout_s": 30.0,
         "write_timeout_s": 30.0,
-    }  # fmt: skip
+    }
     assert info["lineage"] == fp32.artifact.lineage
     assert len(info["lineage"]["student_sha256"]) == 64
     # The artefact says itself what it passed, wherever it is moved to.
@@ -230,8 +242,11 @@ def test_metrics_count_requests(service: str) -> None:
     reply = call(service, "GET", "/metrics")
     assert reply.status == 200
     lines = reply.body.decode().splitlines()
-    found = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)
-             if not name.startswith("#")}  # fmt: skip
+    found = {
+        name: float(value)
+        for name, _, value in (line.rpartition(" ") for line in lines)
+        if not name.startswith("#")
+    }
     assert found['ad2kit_requests_total{status="200"}'] >= 1
     assert found['ad2kit_requests_total{status="422"}'] >= 1
     assert found['ad2kit_rejected_total{reason="invalid_input"}'] >= 1
@@ -267,7 +282,10 @@ def test_metrics_count_requests(service: str) -> None:
         pytest.param(b'{"texts": ["a", ""]}', 422, "invalid_input", "text 1", id="empty text"),
         pytest.param(b'{"texts": " "}', 422, "invalid_input", "visible", id="blank text"),
         pytest.param(
-            '{"texts": ["a", "\u200b\ufeff"]}'.encode(), 422, "invalid_input", "text 1: ",
+            '{"texts": ["a", "\u200b\ufeff"]}'.encode(),
+            422,
+            "invalid_input",
+            "text 1: ",
             id="invisible text",
         ),
         pytest.param(b'{"texts": [["a", "b"]]}', 422, "invalid_input", "text 0", id="a pair"),
@@ -275,11 +293,14 @@ def test_metrics_count_requests(service: str) -> None:
             b'{"texts": [["a", "b", "c"]]}', 422, "invalid_input", "found 3 texts", id="three"
         ),
         pytest.param(
-            json.dumps({"texts": ["a"] * 129}).encode(), 413, "too_large", "at most 128",
+            json.dumps({"texts": ["a"] * 129}).encode(),
+            413,
+            "too_large",
+            "at most 128",
             id="too many texts",
         ),
     ],
-)  # fmt: skip
+)
 def test_an_invalid_body_is_refused(
     service: str, body: bytes, status: int, kind: str, said: str
 ) -> None:
@@ -369,8 +390,12 @@ def test_a_stop_answers_what_is_under_way(strained_folder: Path, finished_run: R
     busy = strained_folder / "busy"
     busy.unlink(missing_ok=True)
     # One worker: which of several gets a connection is not for a test to say.
-    arguments = ("--working-dir", str(strained_folder), "--arg=workers=1",
-                 f"--arg=model={finished_run.path}")  # fmt: skip
+    arguments = (
+        "--working-dir",
+        str(strained_folder),
+        "--arg=workers=1",
+        f"--arg=model={finished_run.path}",
+    )
     with ThreadPoolExecutor(1) as pool:
         with served("strained:Ad2kitClassifier", strained_folder, *arguments) as address:
             reply = pool.submit(classify, address, "awkward")
@@ -439,8 +464,11 @@ def test_without_a_valid_key_nothing_but_health_and_metrics_answers(
         for key in ("old-key", "new-key"):  # both, while clients change over
             headers = {**JSON, "Authorization": f"Bearer {key}"}
             assert call(address, "POST", "/classify", body, headers).status == 200
-        for headers in (JSON, {**JSON, "Authorization": "Bearer old-ke"},
-                        {**JSON, "Authorization": "Basic old-key"}):  # fmt: skip
+        for headers in (
+            JSON,
+            {**JSON, "Authorization": "Bearer old-ke"},
+            {**JSON, "Authorization": "Basic old-key"},
+        ):
             refused = call(address, "POST", "/classify", body, headers)
             check_error(refused, 401, "unauthorized")
             assert refused.headers["www-authenticate"] == "Bearer"
@@ -460,10 +488,21 @@ def test_keys_that_went_wrong_open_nothing(
         monkeypatch.setenv("AD2KIT_API_KEYS", " , ")
         arguments = []
     refused = subprocess.run(
-        [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(CHECKOUT),
-         *arguments],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "bentoml",
+            "serve",
+            SERVICE,
+            "--working-dir",
+            str(CHECKOUT),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert refused.returncode != 0
     said = refused.stdout + refused.stderr
     assert "key a line" in " ".join(said.split())
@@ -473,10 +512,21 @@ def test_keys_that_went_wrong_open_nothing(
 @pytest.mark.parametrize("argument", ["model", "shadow"])
 def test_a_folder_that_is_no_model_starts_no_worker(argument: str, tmp_path: Path) -> None:
     refused = subprocess.run(
-        [sys.executable, "-m", "bentoml", "serve", SERVICE, "--working-dir", str(CHECKOUT),
-         f"--arg={argument}={tmp_path}"],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "bentoml",
+            "serve",
+            SERVICE,
+            "--working-dir",
+            str(CHECKOUT),
+            f"--arg={argument}={tmp_path}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert refused.returncode != 0
     said = " ".join((refused.stdout + refused.stderr).split())
     assert "neither a run folder nor an exported variant" in said
@@ -556,8 +606,11 @@ def test_the_service_imports_neither_torch_nor_transformers(finished_run: RunDir
     )
     found = subprocess.run(
         [sys.executable, "-c", code, str(finished_run.onnx("fp32"))],
-        cwd=CHECKOUT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     modules = set(json.loads(found.stdout))
     assert {"ad2kit", "bentoml", "onnxruntime", "tokenizers"} <= modules
     heavy = {"torch", "transformers", "optimum", "datasets", "onnx", "sklearn", "scipy", "pyarrow"}

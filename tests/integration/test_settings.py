@@ -111,8 +111,11 @@ def refused(target: str | Path, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "bentoml", "serve", str(target), *arguments],
         env={**os.environ, **environment},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode != 0
     said = " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in said
@@ -122,8 +125,12 @@ def refused(target: str | Path, *arguments: str, **environment: str) -> str:
 def test_keys_are_asked_for_on_every_route_that_is_not_public(operated: str) -> None:
     document = call(operated, "GET", "/docs.json", headers=bearer("one"))
     assert document.status == 200
-    paths = {(method.upper(), path) for path, methods in document.json["paths"].items()
-             for method in methods if path not in PUBLIC}  # fmt: skip
+    paths = {
+        (method.upper(), path)
+        for path, methods in document.json["paths"].items()
+        for method in methods
+        if path not in PUBLIC
+    }
     assert ("POST", "/classify") in paths
     others = ("/info", "/docs.json", "/schema.json", "/nowhere", "/static_content/x", "//metrics")
     for method, path in sorted(paths | {("GET", path) for path in others}):
@@ -243,8 +250,11 @@ def test_a_worker_that_is_restarted_serves_and_counts_as_its_siblings_do(
         temporary.chmod(0o777)
         monkeypatch.setattr(sys, "executable", str(stranger))
     shutil.copytree(finished_run.path, tmp_path / "runs" / "one")
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in ("USER", "LOGNAME", "LNAME", "USERNAME")}  # fmt: skip
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("USER", "LOGNAME", "LNAME", "USERNAME")
+    }
     environment |= {
         "TMPDIR": str(temporary),
         "BENTOML_HOME": str(temporary / "bentoml"),

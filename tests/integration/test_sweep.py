@@ -39,9 +39,14 @@ pytestmark = pytest.mark.slow
 
 # Two learning rates, of which one diverges at its second update, with two seeds each.
 SPACE = (
-    *QUICK, "data.max_train_rows=300", "distill.epochs=3", "distill.checkpoint_every_steps=3",
-    "sweep.batch_sizes=[32]", "sweep.lrs=[1e-3,1e30]", "sweep.seeds=2",
-)  # fmt: skip
+    *QUICK,
+    "data.max_train_rows=300",
+    "distill.epochs=3",
+    "distill.checkpoint_every_steps=3",
+    "sweep.batch_sizes=[32]",
+    "sweep.lrs=[1e-3,1e30]",
+    "sweep.seeds=2",
+)
 
 
 @dataclass
@@ -69,8 +74,10 @@ def kill_driver_after_its_first_student(runs_dir: Path, storage: str) -> list[st
     command = [sys.executable, "-m", "ad2kit", "sweep", "smoke", *SPACE, "--address", address]
     driver = subprocess.Popen(
         [*command, "--storage", storage, "--runs-dir", str(runs_dir)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     finished: list[str] = []
     while not finished:
         assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
@@ -113,9 +120,11 @@ def test_a_sweep_ends_complete_whoever_was_killed(swept: Swept) -> None:
     assert curve_times(swept.runs_dir, list(swept.before)) == swept.before
     states = {(trial.configuration.lr, trial.seed): trial.state for trial in report.trials}
     assert states == {
-        (1e-3, 17): "finished", (1e-3, 18): "finished",
-        (1e30, 17): "diverged", (1e30, 18): "diverged",
-    }  # fmt: skip
+        (1e-3, 17): "finished",
+        (1e-3, 18): "finished",
+        (1e30, 17): "diverged",
+        (1e30, 18): "diverged",
+    }
     assert report.selected.lr == 1e-3
     assert sorted(student.seed for student in report.students) == [17, 18]
     page = (swept.folder / "sweep.md").read_text()
@@ -209,9 +218,12 @@ def test_a_full_disk_ends_its_trial_alone_and_the_trial_goes_on(
 ) -> None:
     """A limit on the size of a file stands for the full disk: the write fails half-way."""
     job = Job(
-        load("smoke", [*SPACE, "distill.epochs=1"]), swept.runs_dir, tmp_path, None,
+        load("smoke", [*SPACE, "distill.epochs=1"]),
+        swept.runs_dir,
+        tmp_path,
+        None,
         allow_inexact=False,
-    )  # fmt: skip
+    )
     point = {**swept.report.selected.model_dump(), "seed": 40}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))

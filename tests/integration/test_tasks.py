@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 TASKS: dict[str, dict[str, Any]] = {
     "three classes of pairs": {"text_columns": ["first", "second"], "label_column": "label"},
     "several labels": {
-        "text_columns": ["first"], "label_column": "label", "task": "multi_label",
+        "text_columns": ["first"],
+        "label_column": "label",
+        "task": "multi_label",
         "metrics": ["micro_f1", "accuracy"],
     },
     "a number": {
-        "text_columns": ["first", "second"], "label_column": "label", "task": "regression",
+        "text_columns": ["first", "second"],
+        "label_column": "label",
+        "task": "regression",
     },
-}  # fmt: skip
+}
 
 
 def rows(task: str, seed: int, count: int) -> Iterator[dict[str, Any]]:
@@ -52,9 +56,12 @@ def rows(task: str, seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 LEARNS = (
-    "teacher.finetune.epochs=15", "teacher.finetune.lr=2e-3", "distill.epochs=4",
-    "distill.lr=2e-3", "parity.bootstrap_samples=200",
-)  # fmt: skip
+    "teacher.finetune.epochs=15",
+    "teacher.finetune.lr=2e-3",
+    "distill.epochs=4",
+    "distill.lr=2e-3",
+    "parity.bootstrap_samples=200",
+)
 
 
 def chain(task: str, folder: Path, **data: Any) -> RunDir:
@@ -95,9 +102,12 @@ def test_every_task_passes_its_gate(runs: dict[str, RunDir], task: str) -> None:
     expected = {
         "three classes of pairs": {"label flips", "classes predicted", "accuracy retained"},
         "several labels": {"labels that the student lost", "label flips"},
-        "a number": {"correlation with fp32", "different values predicted",
-                     "pearson and spearman retained"},
-    }[task]  # fmt: skip
+        "a number": {
+            "correlation with fp32",
+            "different values predicted",
+            "pearson and spearman retained",
+        },
+    }[task]
     assert expected <= names
     page = write_report(runs[task]).read_text()
     assert "Where teacher and student differ" in page
@@ -147,8 +157,9 @@ def test_a_lost_label_and_a_constant_value_fail_their_gates() -> None:
     verdict = distillation_quality("fp32", "", constant, reference, ("x",), (), ParityRecipe(), 0)
     failed = {check.name for check in verdict.checks if not check.passed}
     assert failed == {
-        "different values predicted", "pearson and spearman retained",
-    }  # fmt: skip
+        "different values predicted",
+        "pearson and spearman retained",
+    }
 
 
 @pytest.mark.slow
@@ -185,9 +196,13 @@ def test_a_finished_teacher_with_another_number_of_labels_is_refused(
     (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows}")
     (tmp_path / "validation.tsv").write_text(f"text\tlabel\n{rows.replace('word', 'other')}")
     recipe = recipes.load(
-        "smoke", [f"data.source={tmp_path}", f"teacher.model={finished_run.teacher}",
-                  "teacher.finetune=null"]
-    )  # fmt: skip
+        "smoke",
+        [
+            f"data.source={tmp_path}",
+            f"teacher.model={finished_run.teacher}",
+            "teacher.finetune=null",
+        ],
+    )
     with pytest.raises(ModelError, match="the teacher's labels differ from the data's") as caught:
         distill(open_run(recipe, tmp_path / "runs"))
     assert "{0: 'negative', 1: 'positive'}" in caught.value.message
@@ -212,8 +227,11 @@ def test_bulk_scoring_gives_every_task_its_columns(
         facts = json.loads(line)
         assert {name: facts.pop(name) for name in row} == row
         plain = json.loads(json.dumps(answer.as_dict()))
-        expected = {f"our_{name}": value for name, value in plain.items()
-                    if name not in ("scores", "tokens")}  # fmt: skip
+        expected = {
+            f"our_{name}": value
+            for name, value in plain.items()
+            if name not in ("scores", "tokens")
+        }
         assert facts.keys() == expected.keys()
         for name, value in expected.items():
             assert facts[name] == (pytest.approx(value) if isinstance(value, float) else value)

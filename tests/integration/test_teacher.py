@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
 # One epoch at this rate changes nothing: the teacher stays the random one that it begins as.
 WEAK = (
-    "teacher.finetune.epochs=1", "teacher.finetune.lr=1e-9", "distill.epochs=1",
-    "teacher.accept=false", "parity.bootstrap_samples=200",
-)  # fmt: skip
+    "teacher.finetune.epochs=1",
+    "teacher.finetune.lr=1e-9",
+    "distill.epochs=1",
+    "teacher.accept=false",
+    "parity.bootstrap_samples=200",
+)
 BASELINES = ["largest class", "bag of words", "linear probe", "mean-vector probe"]
 
 
@@ -152,8 +155,15 @@ def test_the_commands_end_with_1_and_go_on_where_it_is_accepted(
     ad2kit: Any, tmp_path: Path
 ) -> None:
     weak_recipe("three classes of pairs", tmp_path)
-    typed = ["smoke", f"data.source={tmp_path}", "data.text_columns=[first,second]",
-             *QUICK, *WEAK, "--runs-dir", tmp_path / "runs"]  # fmt: skip
+    typed = [
+        "smoke",
+        f"data.source={tmp_path}",
+        "data.text_columns=[first,second]",
+        *QUICK,
+        *WEAK,
+        "--runs-dir",
+        tmp_path / "runs",
+    ]
     for command in ("distill", "run"):
         stopped = ad2kit(command, *typed)
         assert stopped.code == 1
@@ -212,9 +222,7 @@ def reason(run: RunDir, *, teacher: TeacherReport | None = None, **changes: Any)
 
 
 def check(question: Any, name: str, value: float, threshold: float) -> Check:
-    return Check(
-        question=question, name=name, value=value, bound="at least", threshold=threshold
-    )  # fmt: skip
+    return Check(question=question, name=name, value=value, bound="at least", threshold=threshold)
 
 
 def test_a_failed_gate_says_who_is_the_reason(finished_run: RunDir) -> None:
@@ -235,10 +243,12 @@ def test_a_failed_gate_says_who_is_the_reason(finished_run: RunDir) -> None:
     assert reason(finished_run, checks=(order,)).startswith("the reason is the teacher")
     few = kept.model_copy(
         update={
-            "value": 0.6, "interval": (0.2, 1.0), "limit": 0.3,
+            "value": 0.6,
+            "interval": (0.2, 1.0),
+            "limit": 0.3,
             "needed": RowsNeeded(truth=0.6, rows=1138, present=640),
         }
-    )  # fmt: skip
+    )
     hint = reason(finished_run, checks=(few,))
     assert hint.startswith("the reason is too few rows: give about 1,138 labelled validation rows")
     cost = check("conversion cost", "label agreement with fp32", 0.5, 0.9)

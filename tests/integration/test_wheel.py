@@ -53,14 +53,27 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)],
-        cwd=CHECKOUT, check=True, capture_output=True,
-    )  # fmt: skip
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = folder.glob("*.whl")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index",
-         "--target", str(folder / "site"), str(wheel)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(folder / "site"),
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return Installed(wheel, folder / "site")
 
 
@@ -152,5 +165,6 @@ def test_the_installed_service_is_found_by_the_package_stage(installed: Installe
     done = installed.python("-c", code)
     package = installed.site / "ad2kit"
     assert done.stdout.split() == [
-        str(package / "_serving" / "service.py"), str(package / "_recipes"),
-    ], done.stderr  # fmt: skip
+        str(package / "_serving" / "service.py"),
+        str(package / "_recipes"),
+    ], done.stderr

@@ -147,9 +147,15 @@ def looked_at(wrong: int, task: Task = "single_label") -> TeacherReport:
         found[:wrong] = -found[:wrong]
     encoder = models.tiny_bert()
     return baselines.look_at_teacher(
-        recipe.from_data(plain, where="test"), data, encoder, found, torch.device("cpu"),
-        inputs="i", teacher_sha256="t", curve=(0.5, 0.6),
-    )  # fmt: skip
+        recipe.from_data(plain, where="test"),
+        data,
+        encoder,
+        found,
+        torch.device("cpu"),
+        inputs="i",
+        teacher_sha256="t",
+        curve=(0.5, 0.6),
+    )
 
 
 def test_the_standard_error_is_that_of_the_paired_difference() -> None:
@@ -179,19 +185,33 @@ def test_a_perfect_teacher_is_below_nothing_and_a_bad_one_is(task: Task) -> None
 def report(**changes: Any) -> TeacherReport:
     """A good teacher, with some facts changed."""
     plain: dict[str, Any] = {
-        "inputs": "", "teacher": "hub://me/mine", "teacher_sha256": "", "metrics": ("accuracy",),
-        "finetune": recipe.load("custom").teacher.finetune, "rows": 200, "train_rows": 800,
-        "score": 0.8, "standard_error": 0.03, "labels": 5, "unanswered": {}, "curve": (),
-        "cut": 0.0, "baselines": (),
-    }  # fmt: skip
+        "inputs": "",
+        "teacher": "hub://me/mine",
+        "teacher_sha256": "",
+        "metrics": ("accuracy",),
+        "finetune": recipe.load("custom").teacher.finetune,
+        "rows": 200,
+        "train_rows": 800,
+        "score": 0.8,
+        "standard_error": 0.03,
+        "labels": 5,
+        "unanswered": {},
+        "curve": (),
+        "cut": 0.0,
+        "baselines": (),
+    }
     return TeacherReport(**(plain | changes))
 
 
 def beside(difference: float, *, bar: bool = True, name: str = "linear probe") -> Baseline:
     return Baseline(
-        name=name, bar=bar, select_score=0.8 - difference, validation_score=0.7,
-        difference=difference, standard_error=0.02,
-    )  # fmt: skip
+        name=name,
+        bar=bar,
+        select_score=0.8 - difference,
+        validation_score=0.7,
+        difference=difference,
+        standard_error=0.02,
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,11 +303,20 @@ def test_what_rises_when_the_rate_falls_says_nothing(tmp_path: Path) -> None:
     def write(scores: list[float], rates: list[float]) -> tuple[float, ...]:
         steps[:] = [
             StepRecord(
-                phase="teacher", step=number + 1, total_steps=len(scores), epoch=0, lr=rate,
-                loss=1.0, terms={}, grad_norm=1.0, examples=1, seconds=1.0, select_score=score,
+                phase="teacher",
+                step=number + 1,
+                total_steps=len(scores),
+                epoch=0,
+                lr=rate,
+                loss=1.0,
+                terms={},
+                grad_norm=1.0,
+                examples=1,
+                seconds=1.0,
+                select_score=score,
             )
             for number, (score, rate) in enumerate(zip(scores, rates, strict=True))
-        ]  # fmt: skip
+        ]
         path.write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
         return scores_before_decay(path)
 

@@ -325,10 +325,12 @@ def test_what_happened_to_a_batch_is_told() -> None:
             engine.released.set()
             await asyncio.gather(first, *tasks)
         assert [(facts.texts, facts.tokens, facts.padded_tokens) for facts in told] == [
-            (1, 1, 1), (2, 8, 10),
-        ]  # fmt: skip
-        assert all(0 <= seconds < 20 for facts in told
-                   for seconds in (facts.inference_s, *facts.queue_s))  # fmt: skip
+            (1, 1, 1),
+            (2, 8, 10),
+        ]
+        assert all(
+            0 <= seconds < 20 for facts in told for seconds in (facts.inference_s, *facts.queue_s)
+        )
 
     run(test)
 

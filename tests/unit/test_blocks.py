@@ -71,7 +71,7 @@ def test_csv_is_the_same_in_blocks_of_any_size(tmp_path: Path, block_rows: int) 
         (4, 7, "expected 2 fields (id, text), found 3"),
         (5, 8, "expected 2 fields (id, text), found 3"),
         (6, 9, "not CSV: ',' expected after '\"', 2 lines long: is a quotation mark never closed?"),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_quotation_mark_that_is_never_closed_takes_no_more_than_its_part(tmp_path: Path) -> None:
@@ -113,9 +113,16 @@ def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     lines = [
         b'{"text": "a\xe2\x80\xa8b", "n": [1234567890123456789, 1e400, 0.10], \r"x": "\\u00e9" }  ',
-        b"", b'{"text": "half', b"[1]", b'{"other": 1}', b'{"text": "\\ud800"}',
-        b'{"text": "caf\xe9"}', b'{"text": "twice", "label": 1}', b"[" * 100_000, b'{"text": 3}',
-    ]  # fmt: skip
+        b"",
+        b'{"text": "half',
+        b"[1]",
+        b'{"other": 1}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "caf\xe9"}',
+        b'{"text": "twice", "label": 1}',
+        b"[" * 100_000,
+        b'{"text": 3}',
+    ]
     path.write_bytes(b"\n".join(lines))
     for found in (read_all(path, 1), read_all(path, 4), whole := read_all(path, 100)):
         assert texts(found) == ["a\u2028b", None, 3]
@@ -123,10 +130,16 @@ def test_json_lines(tmp_path: Path) -> None:
         assert [place[:2] for place in refused] == [(2, 3), (3, 4), (5, 6), (6, 7), (7, 8), (8, 9)]
         for (_, _, reason), expected in zip(
             refused,
-            ("not JSON: Unterminated", "expected a JSON object, found list", "half a surrogate",
-             "not UTF-8", "has a 'label' already", "not JSON: maximum recursion"),
+            (
+                "not JSON: Unterminated",
+                "expected a JSON object, found list",
+                "half a surrogate",
+                "not UTF-8",
+                "has a 'label' already",
+                "not JSON: maximum recursion",
+            ),
             strict=True,
-        ):  # fmt: skip
+        ):
             assert expected in reason
     layout = Layout(("text",), ("text",), tuple(ANSWERS))
     written = text_blocks.write(whole[0], [0], layout, ANSWERS)
@@ -187,9 +200,10 @@ def test_rows_can_be_left_out_whatever_the_types_of_the_columns(tmp_path: Path) 
     """``take`` knows neither string_view nor its like."""
     cells = [f"text {n}" if n != 1 else None for n in range(5)]
     columns = {
-        "text": pa.array(cells, pa.string_view()), "bytes": pa.array([b"x"] * 5, pa.binary_view()),
+        "text": pa.array(cells, pa.string_view()),
+        "bytes": pa.array([b"x"] * 5, pa.binary_view()),
         "tags": pa.array([[1]] * 5, pa.list_view(pa.int64())),
-    }  # fmt: skip
+    }
     parquet.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=2)
     (rows,) = read_all(tmp_path / "in.parquet", 100)
     assert texts([rows]) == cells
@@ -393,8 +407,9 @@ def test_columns_are_looked_at_before_anything_is_scored(
     with pytest.raises(DataError, match=expected):
         layout_of(
             {file.url: text_blocks.survey(file, 10) for file in find_inputs(str(tmp_path))},
-            ("text",), ("label", "score"),
-        )  # fmt: skip
+            ("text",),
+            ("label", "score"),
+        )
 
 
 def test_a_column_of_numbers_holds_no_texts(tmp_path: Path) -> None:

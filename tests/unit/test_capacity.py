@@ -18,34 +18,55 @@ if TYPE_CHECKING:
 
 def cell(system: str, batch: int, length: int, p99_ms: float, texts_per_s: float) -> LatencyCell:
     return LatencyCell(
-        system=system, batch_size=batch, length_tokens=length, calls=10, p50_ms=p99_ms / 2,
-        p90_ms=p99_ms, p99_ms=p99_ms, texts_per_s=texts_per_s,
-    )  # fmt: skip
+        system=system,
+        batch_size=batch,
+        length_tokens=length,
+        calls=10,
+        p50_ms=p99_ms / 2,
+        p90_ms=p99_ms,
+        p99_ms=p99_ms,
+        texts_per_s=texts_per_s,
+    )
 
 
 REPORT = LatencyReport(
-    inputs="", artifacts={}, threads=2, environment={}, sizes_bytes={"teacher": 4, "int8": 1},
-    p99_target_ms=20.0, price_per_hour=0.18,
+    inputs="",
+    artifacts={},
+    threads=2,
+    environment={},
+    sizes_bytes={"teacher": 4, "int8": 1},
+    p99_target_ms=20.0,
+    price_per_hour=0.18,
     cells=(
-        cell("teacher", 1, 16, 9.0, 100.0), cell("teacher", 8, 16, 20.0, 400.0),
-        cell("teacher", 32, 16, 20.01, 500.0), cell("teacher", 1, 128, 30.0, 40.0),
-        cell("int8", 1, 16, 1.0, 1000.0), cell("int8", 8, 16, 5.0, 900.0),
+        cell("teacher", 1, 16, 9.0, 100.0),
+        cell("teacher", 8, 16, 20.0, 400.0),
+        cell("teacher", 32, 16, 20.01, 500.0),
+        cell("teacher", 1, 128, 30.0, 40.0),
+        cell("int8", 1, 16, 1.0, 1000.0),
+        cell("int8", 8, 16, 5.0, 900.0),
         cell("int8", 1, 128, 10.0, 100.0),
     ),
-)  # fmt: skip
+)
 
 
 def test_the_fastest_batch_within_the_target_counts() -> None:
     """0.18 an hour at 400 texts/s are 0.18 / 1.44 = 0.125 for a million."""
     found = [
-        (each.system, each.length_tokens, each.batch_size, each.texts_per_s,
-         each.cost_per_million_texts and round(each.cost_per_million_texts, 9))
+        (
+            each.system,
+            each.length_tokens,
+            each.batch_size,
+            each.texts_per_s,
+            each.cost_per_million_texts and round(each.cost_per_million_texts, 9),
+        )
         for each in REPORT.capacity
-    ]  # fmt: skip
+    ]
     assert found == [
-        ("teacher", 16, 8, 400.0, 0.125), ("int8", 16, 1, 1000.0, 0.05),
-        ("teacher", 128, None, None, None), ("int8", 128, 1, 100.0, 0.5),
-    ]  # fmt: skip
+        ("teacher", 16, 8, 400.0, 0.125),
+        ("int8", 16, 1, 1000.0, 0.05),
+        ("teacher", 128, None, None, None),
+        ("int8", 128, 1, 100.0, 0.5),
+    ]
 
 
 def test_without_a_price_there_is_no_cost() -> None:

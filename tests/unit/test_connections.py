@@ -44,9 +44,13 @@ class Server:
             Settings(**limits), lambda *told: self.told.append(told), self.admit, pace
         )
         config = uvicorn.Config(
-            contract, port=0, http=self.protocol, log_config=None, lifespan="off",
+            contract,
+            port=0,
+            http=self.protocol,
+            log_config=None,
+            lifespan="off",
             timeout_keep_alive=30,
-        )  # fmt: skip
+        )
         self.server = uvicorn.Server(config)
 
     def admit(self, method: bytes, path: bytes) -> None:
@@ -186,13 +190,13 @@ def test_what_is_within_the_bounds_is_answered(
         pytest.param(GET[:-2] + b"A: b\r\n" * 10 + b"\r\n", id="too many"),
         pytest.param(b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", id="address"),
         pytest.param(b"GET /?" + b"a" * 3000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", id="query"),
-        pytest.param(b"G" + b"\r\n" * 3000, id="a method") ,
+        pytest.param(b"G" + b"\r\n" * 3000, id="a method"),
         pytest.param(b"\r\n" * 3000, id="empty lines"),
         pytest.param(CHUNKED + b"1\r\nx\r\n0\r\nA: " + b"b" * LARGE, id="trailer"),
         pytest.param(CHUNKED + b"1\r\nx\r\n0\r\n" + b"A: b\r\n" * 10 + b"\r\n", id="trailers"),
         pytest.param(CHUNKED + b"1;" + b"a" * LARGE, id="extension of a chunk"),
     ],
-)  # fmt: skip
+)
 def test_headers_beyond_the_bounds_are_refused_and_nothing_more_is_read(
     server: Server, seen: list[Message], sent: bytes
 ) -> None:
@@ -213,13 +217,14 @@ def test_headers_beyond_the_bounds_are_refused_and_nothing_more_is_read(
         pytest.param(b"GET / HTTP/9.9\r\n\r\n", "Invalid HTTP version", id="version"),
         pytest.param(GET[:-2] + b"A b: c\r\n\r\n", "Invalid header token", id="header"),
         pytest.param(
-            CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n"), "Content-Length",
+            CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n"),
+            "Content-Length",
             id="two lengths",
         ),
         pytest.param(CHUNKED + b"zz\r\n", "Invalid character in chunk size", id="chunk"),
         pytest.param(b"CONNECT a:80 HTTP/1.1\r\n\r\n", "address cannot be read", id="CONNECT"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_http_is_told_so_in_the_shape_of_all_errors(
     server: Server, seen: list[Message], sent: bytes, said: str
 ) -> None:
@@ -408,8 +413,9 @@ def test_what_is_not_admitted_is_told_so_and_the_connection_lives_on() -> None:
         # A client that asks for no more is answered before it is closed.
         assert "full" in error(
             ask(link, sized(b"x").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), 9),
-            429, "overloaded",
-        )  # fmt: skip
+            429,
+            "overloaded",
+        )
 
 
 def test_refusals_go_out_at_a_pace_and_one_more_for_each_answer() -> None:

@@ -336,8 +336,9 @@ def test_unlabelled_texts_join_what_the_student_reads_and_nothing_else(tmp_path:
     assert not set(data.unlabelled.texts) & {*data.train.texts, *data.select.texts}
     plain = load_data(recipe(tmp_path), 1)
     assert (plain.train.sha256(), plain.select.sha256()) == (
-        data.train.sha256(), data.select.sha256(),
-    )  # fmt: skip
+        data.train.sha256(),
+        data.select.sha256(),
+    )
     assert set(plain.splits()) == {"train", "select", "validation"}
 
 
@@ -538,16 +539,21 @@ def test_an_epoch_holds_every_row_once_in_batches_of_similar_length() -> None:
     assert spread < 10  # of 57 at random
     same = epoch_batches(lengths, 16, seed=5, epoch=0)
     assert all((a == b).all() for a, b in zip(batches, same, strict=True))
-    assert any((a != b).any() for a, b in zip(
-        batches[:40], epoch_batches(lengths, 16, seed=5, epoch=1)[:40], strict=True
-    ) if len(a) == len(b))  # fmt: skip
+    assert any(
+        (a != b).any()
+        for a, b in zip(batches[:40], epoch_batches(lengths, 16, seed=5, epoch=1)[:40], strict=True)
+        if len(a) == len(b)
+    )
 
 
 @pytest.mark.parametrize(
     ("task", "columns", "rows", "classes"),
-    [("sst2", ("sentence",), 872, 2), ("trec", ("sentence",), 500, 6),
-     ("mrpc", ("sentence1", "sentence2"), 408, 2)],
-)  # fmt: skip
+    [
+        ("sst2", ("sentence",), 872, 2),
+        ("trec", ("sentence",), 500, 6),
+        ("mrpc", ("sentence1", "sentence2"), 408, 2),
+    ],
+)
 def test_real_tasks_are_read_whole(
     shared_data: Callable[[str], Path],
     task: str,

@@ -39,9 +39,13 @@ def logits_of(answers: NDArray[Any], classes: int) -> NDArray[np.float32]:
 
 
 def judged(
-    labels: NDArray[Any], teacher: NDArray[Any], student: NDArray[Any], classes: int = 2,
-    samples: int = 400, **thresholds: float,
-) -> VariantParity:  # fmt: skip
+    labels: NDArray[Any],
+    teacher: NDArray[Any],
+    student: NDArray[Any],
+    classes: int = 2,
+    samples: int = 400,
+    **thresholds: float,
+) -> VariantParity:
     """What the gate says of answers."""
     task: Task = "multi_label" if labels.ndim == 2 else "single_label"
     theirs, ours = (logits_of(each, classes) for each in (teacher, student))
@@ -61,10 +65,17 @@ def check_of(verdict: VariantParity, name: str) -> Check:
 
 def report_of(*variants: VariantParity) -> ParityReport:
     return ParityReport(
-        inputs="", thresholds=ParityRecipe(), rows=100, truncated=0, teacher_score=0.9,
-        teacher_metrics={}, teacher_ece=None, student_score=0.9, answers_sha256=None,
+        inputs="",
+        thresholds=ParityRecipe(),
+        rows=100,
+        truncated=0,
+        teacher_score=0.9,
+        teacher_metrics={},
+        teacher_ece=None,
+        student_score=0.9,
+        answers_sha256=None,
         variants=variants,
-    )  # fmt: skip
+    )
 
 
 def cells(shares: tuple[float, ...], rows: int, seed: int | None = None) -> tuple[Any, Any, Any]:
@@ -195,9 +206,8 @@ def test_the_interval_of_a_correlation_is_fishers() -> None:
         x = generator.normal(size=(rows, 1)).astype(np.float32)
         y = 0.99 * x + math.sqrt(1 - 0.99**2) * generator.normal(size=(rows, 1)).astype(np.float32)
         tables.append(
-            agrees("conversion cost", "", agreement("regression", x, y),
-                   ParityRecipe()).passed
-        )  # fmt: skip
+            agrees("conversion cost", "", agreement("regression", x, y), ParityRecipe()).passed
+        )
     assert ABOUT[0] <= sum(tables) <= ABOUT[1]
 
 
@@ -207,9 +217,14 @@ def test_points_lost_have_an_interval_and_a_limit() -> None:
     converted[:6] = converted[:6, ::-1]  # two points lost
     none = np.zeros(300, dtype=bool)
     reference = Reference(
-        "single_label", ("accuracy",), labels, fp32, fp32, Encoded([[1]] * 300, None, labels, none),
+        "single_label",
+        ("accuracy",),
+        labels,
+        fp32,
+        fp32,
+        Encoded([[1]] * 300, None, labels, none),
         student_left=fp32,
-    )  # fmt: skip
+    )
     found = conversion_cost(converted, converted, fp32, reference, ParityRecipe(), seed=0)
     lost = found[-1]
     assert (lost.name, lost.limit) == ("points lost to fp32", 3.0)
@@ -239,8 +254,10 @@ def test_a_teacher_on_too_few_rows_is_not_called_worse_than_the_most_frequent_la
         return check_of(judged(labels, teacher, teacher), name).verdict
 
     assert [verdict(40, 0.55), verdict(2000, 0.5), verdict(40, 0.65)] == [
-        "not shown", "FAILED", "passed",
-    ]  # fmt: skip
+        "not shown",
+        "FAILED",
+        "passed",
+    ]
 
 
 def test_a_lost_class_with_many_rows_fails_and_one_with_three_is_listed() -> None:
@@ -329,9 +346,14 @@ def test_three_values_of_a_check(
     value: float, interval: Any, limit: float | None, bound: Any, expected: str
 ) -> None:
     check = Check(
-        question="conversion cost", name="x", value=value, bound=bound, threshold=0.97,
-        interval=interval, limit=limit,
-    )  # fmt: skip
+        question="conversion cost",
+        name="x",
+        value=value,
+        bound=bound,
+        threshold=0.97,
+        interval=interval,
+        limit=limit,
+    )
     assert (check.verdict, check.passed) == (expected, expected == "passed")
 
 
@@ -381,8 +403,10 @@ def test_classes_with_too_few_rows_are_named_in_words() -> None:
     assert verdict.untested_classes == {f"c{index}": 1 for index in range(2, 20)}
     words = untested_words(report_of(verdict))
     assert words.startswith("The teacher gives these on too few validation texts")
-    assert words.endswith("c2 (1), c3 (1), c4 (1), c5 (1), c6 (1), c7 (1), c8 (1), c9 (1), "
-                          "c10 (1), c11 (1), c12 (1), c13 (1) and 6 more.")  # fmt: skip
+    assert words.endswith(
+        "c2 (1), c3 (1), c4 (1), c5 (1), c6 (1), c7 (1), c8 (1), c9 (1), "
+        "c10 (1), c11 (1), c12 (1), c13 (1) and 6 more."
+    )
     assert untested_words(report_of(judged(*cells(GOOD, 500)))) == ""
 
 

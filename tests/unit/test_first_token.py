@@ -17,31 +17,36 @@ HEAD = "y = Gather<axis = 1>(h, zero)"
 # What a graph computes of the states x, and how many nodes of it need the first token alone.
 NARROW = {
     "a product, a sum and a norm": (
-        "m = MatMul(x, w)  s = Add(m, x)  h = LayerNormalization(s, b, b)", 3,
+        "m = MatMul(x, w)  s = Add(m, x)  h = LayerNormalization(s, b, b)",
+        3,
     ),
     "a diamond": ("m = MatMul(x, w)  e = Erf(m)  h = Mul(m, e)", 3),
     "attention by queries": (
         """q = MatMul(x, w)  t = Transpose<perm = [0, 2, 1]>(x)  a = MatMul(q, t)
-           p = Softmax<axis = -1>(a)  h = MatMul(p, x)""", 4,
+           p = Softmax<axis = -1>(a)  h = MatMul(p, x)""",
+        4,
     ),
     "heads that are split off and joined": (
         """q = MatMul(x, w)  r = Reshape(q, four)  t = Transpose<perm = [0, 2, 1, 3]>(r)
-           e = Erf(t)  u = Transpose<perm = [0, 2, 1, 3]>(e)  h = Reshape(u, three)""", 6,
+           e = Erf(t)  u = Transpose<perm = [0, 2, 1, 3]>(e)  h = Reshape(u, three)""",
+        6,
     ),
     "a mask for every position": ("i = Cast<to = 1>(mask)  h = Add(x, i)", 2),
     "a bias that is broadcast": ("m = MatMul(x, w)  h = Add(m, b)", 2),
-}  # fmt: skip
+}
 WHOLE = {
     "a softmax over the tokens": ("e = Erf(x)  h = Softmax<axis = 1>(e)", 0),
     "a sum over the tokens": (
-        "e = Erf(x)  t = Transpose<perm = [0, 2, 1]>(e)  a = MatMul(e, t)  h = MatMul(a, x)", 2,
+        "e = Erf(x)  t = Transpose<perm = [0, 2, 1]>(e)  a = MatMul(e, t)  h = MatMul(a, x)",
+        2,
     ),
     "another node reads all": ("e = Erf(x)  h = Tanh(e)  z = ReduceMean(e, one)", 1),
     "tokens that are mixed": (
-        "e = Erf(x)  t = Transpose<perm = [0, 2, 1]>(e)  h = Reshape(t, mixed)", 0,
+        "e = Erf(x)  t = Transpose<perm = [0, 2, 1]>(e)  h = Reshape(t, mixed)",
+        0,
     ),
     "a kind of node that is not known": ("e = Erf(x)  h = CumSum(e, one_axis)", 0),
-}  # fmt: skip
+}
 
 
 def model(body: str, head: str = HEAD) -> onnx.ModelProto:

@@ -37,26 +37,48 @@ def shape(layers: int, heads: int = 4, neurons: int = 128) -> Shape:
     return Shape(layers=tuple(range(layers)), attention_heads=heads, feed_forward=neurons)
 
 
-def cost(variant: str = "int8", *, ms: float = 2.0, megabytes: float = 10, speedup: float = 2.0
-         ) -> Cost:  # fmt: skip
+def cost(
+    variant: str = "int8", *, ms: float = 2.0, megabytes: float = 10, speedup: float = 2.0
+) -> Cost:
     return Cost(
-        variant=variant, size_bytes=int(1e6 * megabytes), p50_ms=ms, p99_ms=1.5 * ms, calls=100,
-        speedup=speedup, speedup_range=(0.9 * speedup, 1.1 * speedup), spread=1.1,
-    )  # fmt: skip
+        variant=variant,
+        size_bytes=int(1e6 * megabytes),
+        p50_ms=ms,
+        p99_ms=1.5 * ms,
+        calls=100,
+        speedup=speedup,
+        speedup_range=(0.9 * speedup, 1.1 * speedup),
+        spread=1.1,
+    )
 
 
 def target(**changes: float | None) -> Target:
-    plain = {"retain": 0.97, "margin": 0.02, "p99_ms": None, "max_mb": None, "speedup": None,
-             "batch_size": 1, "length_tokens": 64}  # fmt: skip
+    plain = {
+        "retain": 0.97,
+        "margin": 0.02,
+        "p99_ms": None,
+        "max_mb": None,
+        "speedup": None,
+        "batch_size": 1,
+        "length_tokens": 64,
+    }
     return Target.model_validate(plain | changes)
 
 
 def report(aim: Target, *candidates: Candidate) -> FitReport:
     return FitReport(
-        recipe="tiny", inputs="x", target=aim, grid=Grid(), metrics=("accuracy",), rows=100,
-        untrained_teacher=(cost(ms=4.0, speedup=1.0),), candidates=candidates, trained=(),
-        package=None, environment={"threads": "2", "cpu": "a CPU"},
-    )  # fmt: skip
+        recipe="tiny",
+        inputs="x",
+        target=aim,
+        grid=Grid(),
+        metrics=("accuracy",),
+        rows=100,
+        untrained_teacher=(cost(ms=4.0, speedup=1.0),),
+        candidates=candidates,
+        trained=(),
+        package=None,
+        environment={"threads": "2", "cpu": "a CPU"},
+    )
 
 
 # Shapes.
@@ -173,15 +195,21 @@ def test_candidates_that_lost_between_the_splits_make_the_next_bring_a_part_of_i
 
 
 def test_shortfalls_say_which_bound_and_by_how_much() -> None:
-    found = shortfalls(cost(ms=4.0, megabytes=40, speedup=2.0),
-                       target(p99_ms=5, max_mb=30, speedup=2.5))  # fmt: skip
+    found = shortfalls(
+        cost(ms=4.0, megabytes=40, speedup=2.0), target(p99_ms=5, max_mb=30, speedup=2.5)
+    )
     assert [each.words for each in found] == [
-        "p99 6.00 ms, 1.00 ms above 5 ms", "size 40.00 MB, 10.00 MB above 30 MB",
+        "p99 6.00 ms, 1.00 ms above 5 ms",
+        "size 40.00 MB, 10.00 MB above 30 MB",
         "2.00 times the teacher's speed, 0.50 below 2.5",
-    ]  # fmt: skip
+    ]
     assert [each.share for each in found] == pytest.approx([0.2, 1 / 3, 0.25])
-    assert shortfalls(cost(ms=4.0, megabytes=30, speedup=2.5),
-                      target(p99_ms=6, max_mb=30, speedup=2.5)) == []  # fmt: skip
+    assert (
+        shortfalls(
+            cost(ms=4.0, megabytes=30, speedup=2.5), target(p99_ms=6, max_mb=30, speedup=2.5)
+        )
+        == []
+    )
 
 
 def test_the_best_variant_is_the_fastest_that_meets_the_target() -> None:
@@ -209,10 +237,14 @@ def test_the_recipe_takes_its_thresholds_from_the_target() -> None:
     ("aim", "overrides", "expected", "hint"),
     [
         (target(), [], "is met by the teacher itself", "--p99-ms, --max-mb or --speedup"),
-        (target(speedup=2), ["data.select_from=validation"], "the rows that judge them",
-         "data.select_from=train"),
+        (
+            target(speedup=2),
+            ["data.select_from=validation"],
+            "the rows that judge them",
+            "data.select_from=train",
+        ),
     ],
-)  # fmt: skip
+)
 def test_targets_that_mean_nothing_are_refused(
     aim: Target, overrides: list[str], expected: str, hint: str
 ) -> None:
@@ -242,9 +274,14 @@ def test_where_none_is_good_enough_the_best_is_named(tmp_path: Path) -> None:
         "given up", "0.7100 on select after 2 epochs", select_score=0.71
     )
     better = Candidate(shape=shape(2), costs=(cost(),)).ended(
-        "failed the gate", "int8: accuracy retained is 0.955, expected at least 0.97",
-        retained=0.955, retained_interval=(0.93, 0.98), look=1, select_score=0.84, variant="int8",
-    )  # fmt: skip
+        "failed the gate",
+        "int8: accuracy retained is 0.955, expected at least 0.97",
+        retained=0.955,
+        retained_interval=(0.93, 0.98),
+        look=1,
+        select_score=0.84,
+        variant="int8",
+    )
     with pytest.raises(GateFailed, match="2 shapes are cheap enough and none is good") as caught:
         insist_found(report(aim, worse, better), tmp_path)
     assert "nearest: 2 layers, 4 heads, feed-forward 128: failed the" in caught.value.message
@@ -260,10 +297,17 @@ def test_where_none_is_good_enough_the_best_is_named(tmp_path: Path) -> None:
 
 def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> None:
     aim = target(speedup=1.5)
-    gone = Candidate(shape=shape(1), costs=(cost(),)).ended("given up", "0.71 after 2 epochs",
-                                                            select_score=0.71)  # fmt: skip
-    judged = Candidate(shape=shape(2), costs=(cost(),), variant="int8", retained=0.95, look=1,
-                       retained_interval=(0.93, 1.0))  # fmt: skip
+    gone = Candidate(shape=shape(1), costs=(cost(),)).ended(
+        "given up", "0.71 after 2 epochs", select_score=0.71
+    )
+    judged = Candidate(
+        shape=shape(2),
+        costs=(cost(),),
+        variant="int8",
+        retained=0.95,
+        look=1,
+        retained_interval=(0.93, 1.0),
+    )
     failed = judged.ended("failed the gate", "int8: too little")
     unsure = judged.ended("not shown", "int8: too few rows", shape=shape(5))
     found = judged.ended("found", "", shape=shape(3), retained=0.98, look=2)
@@ -280,8 +324,14 @@ def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> 
     plot(page, tmp_path / "fit.svg")
     drawn = (tmp_path / "fit.svg").read_text()
     assert drawn.startswith("<?xml")
-    for words in ("teacher", "target", "found", "distilled, failed the gate", "too costly",
-                  "distilled, not shown to be good enough"):  # fmt: skip
+    for words in (
+        "teacher",
+        "target",
+        "found",
+        "distilled, failed the gate",
+        "too costly",
+        "distilled, not shown to be good enough",
+    ):
         assert f"<!-- {words} -->" in drawn
 
 

@@ -107,8 +107,9 @@ def test_a_body_in_an_encoding_that_is_not_read_is_told_so(
 
 def test_what_comes_while_the_service_drains_is_told_so() -> None:
     async def ask_late() -> None:
-        batcher = Batcher(lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=8,
-                          max_queue_texts=8)  # fmt: skip
+        batcher = Batcher(
+            lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=8, max_queue_texts=8
+        )
         await batcher.close()
         api = Classify(Tokens(), batcher, deadline_s=1.0, metrics=Uncounted())  # type: ignore[arg-type]
         await api.answer(b'{"texts": ["late"]}')
@@ -155,8 +156,9 @@ class Uncounted:
 async def classifying(
     tokens: Tokens, *, max_queue_texts: int = 1000, **more: Any
 ) -> AsyncIterator[Classify]:
-    batcher = Batcher(lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=64,
-                      max_queue_texts=max_queue_texts)  # fmt: skip
+    batcher = Batcher(
+        lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=64, max_queue_texts=max_queue_texts
+    )
     given: dict[str, Any] = {"deadline_s": 10.0, "metrics": Uncounted(), **more}
     api = Classify(tokens, batcher, **given)  # type: ignore[arg-type]
     try:
@@ -278,15 +280,17 @@ def test_the_time_for_a_turn_counts_against_the_deadline() -> None:
 
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["texts", "scores", "text"]), inner, max_size=3
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["texts", "scores", "text"]), inner, max_size=3)
     ),
-)  # fmt: skip
+)
 NEARLY = st.fixed_dictionaries(
-    {"texts": st.one_of(VALUES, st.lists(st.text(max_size=2) | st.lists(st.text(max_size=2)))),
-     },
+    {
+        "texts": st.one_of(VALUES, st.lists(st.text(max_size=2) | st.lists(st.text(max_size=2)))),
+    },
     optional={"scores": VALUES | st.booleans()},
-)  # fmt: skip
+)
 
 
 @given(value=st.one_of(VALUES, NEARLY))
@@ -316,15 +320,15 @@ def test_a_body_is_read_as_its_published_model_reads_it(value: Any) -> None:
         (b'{"texts": []}', 422, "texts: expected at least 1 text, found an empty list"),
         (b'{"text": "a"}', 422, "there is no field 'text' (did you mean 'texts'?)"),
         (b'{"texts": "a", "scores": 1}', 422, "scores: expected true or false, found a number"),
-        (b'{}', 422, "texts: the field is missing"),
-        (b'[]', 422, "expected an object, found a list"),
+        (b"{}", 422, "texts: the field is missing"),
+        (b"[]", 422, "expected an object, found a list"),
         (b'{"texts": ["a",]}', 400, "not valid JSON: trailing comma at line 1 column 16"),
         (b'\xef\xbb\xbf{"texts": "a"}', 400, "begins with a byte order mark"),
-        (b'\x1f\x8b\x08\x00', 400, "begins with the mark of gzip"),
+        (b"\x1f\x8b\x08\x00", 400, "begins with the mark of gzip"),
         (json.dumps({"texts": ["a"] * 129}).encode(), 413, "at most 128 texts, found 129"),
         (json.dumps({"texts": [["a", "b"]] * 200}).encode(), 413, "at most 128 texts, found 200"),
     ],
-)  # fmt: skip
+)
 def test_a_client_is_told_of_one_fault_in_words(body: bytes, status: int, said: str) -> None:
     with pytest.raises(Problem) as problem:
         parse(body, 1)

@@ -32,9 +32,12 @@ def recipe(source: str | None = None, **changes: Any) -> DataRecipe:
 
 
 def read(
-    cells: Sequence[object], *, more: Sequence[object] = (), names: tuple[str, ...] | None = None,
+    cells: Sequence[object],
+    *,
+    more: Sequence[object] = (),
+    names: tuple[str, ...] | None = None,
     **changes: Any,
-) -> tuple[tuple[str, ...], list[Any]]:  # fmt: skip
+) -> tuple[tuple[str, ...], list[Any]]:
     """Return the names, and the labels of training cells and more; ``names`` is labels.txt."""
     train, validation = (
         [(f"{name}.csv, line {n}", {"label": cell}) for n, cell in enumerate(column, 2)]
@@ -73,8 +76,10 @@ def test_a_number_is_an_id_where_the_order_is_given_and_no_name_is_a_number() ->
     assert read(["0", 1, "neg", 1.0], labels=("neg", "pos"))[1] == [0, 1, 0, 1]
     assert read(["0", "pos"], names=("neg", "pos"))[1] == [0, 1]
     assert read([[0], ["pos"], "0,1"], task="multi_label", names=("neg", "pos"))[1] == [
-        [1, 0], [0, 1], [1, 1],
-    ]  # fmt: skip
+        [1, 0],
+        [0, 1],
+        [1, 1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,8 +183,10 @@ def test_rows_that_are_neither_labels_nor_0_and_1_for_each_are_refused(
 def test_ids_are_told_from_rows_of_0_and_1() -> None:
     names = ("a", "b", "c")
     assert read([[0, 1], [2], []], task="multi_label", labels=names)[1] == [
-        [1, 1, 0], [0, 0, 1], [0, 0, 0],
-    ]  # fmt: skip
+        [1, 1, 0],
+        [0, 0, 1],
+        [0, 0, 0],
+    ]
     assert read(["0,1", "2", ""], task="multi_label", labels=names)[1][0] == [1, 1, 0]
     with pytest.raises(DataError, match="2 cells of 0 or 1, expected one for each label"):
         read([[0, 1], [1, 0]], task="multi_label", labels=names)
@@ -188,10 +195,21 @@ def test_ids_are_told_from_rows_of_0_and_1() -> None:
 @pytest.mark.parametrize(
     "cell",
     [
-        "['a', 'b']", "['a' 'b']", "('a', 'b')", "{'a', 'b'}", "set()", "()", "array(['a'])",
-        "[a, b]", "(a, b)", "[1 0 1]", "frozenset({'a'})", "['a']", '["a", "b"',
+        "['a', 'b']",
+        "['a' 'b']",
+        "('a', 'b')",
+        "{'a', 'b'}",
+        "set()",
+        "()",
+        "array(['a'])",
+        "[a, b]",
+        "(a, b)",
+        "[1 0 1]",
+        "frozenset({'a'})",
+        "['a']",
+        '["a", "b"',
     ],
-)  # fmt: skip
+)
 def test_a_list_as_python_writes_it_is_refused_with_the_cure(cell: str) -> None:
     with pytest.raises(DataError, match="line 3: 'label' holds a list as Python") as caught:
         read(["a,b", cell], task="multi_label")
@@ -208,8 +226,9 @@ def test_a_list_is_no_class(cell: str) -> None:
 
 def test_a_list_in_json_is_read_and_brackets_in_names_are_no_lists() -> None:
     assert read(['["a","b"]', '["b"]', "[]", "a"], task="multi_label") == (
-        ("a", "b"), [[1, 1], [0, 1], [0, 0], [1, 0]],
-    )  # fmt: skip
+        ("a", "b"),
+        [[1, 1], [0, 1], [0, 0], [1, 0]],
+    )
     names, _ = read(["[spam]", "(other), b", ":(", ":)", "[spam],b"], task="multi_label")
     assert names == ("(other)", ":(", ":)", "[spam]", "b")
     assert read(["[a", "b]"], task="multi_label", labels=("[a", "b]"))[1] == [[1, 0], [0, 1]]
@@ -232,11 +251,19 @@ def test_a_comma_or_another_separator_that_may_be_part_of_a_name_is_refused() ->
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("mêlé", "me\u0302le\u0301"), ("Yes", "yes"), ("a b", "a  b"), ("a", "a\u200b"),
-        ("❤", "❤\ufe0f"), ("1", "01"), ("1", "1.0"), ("\uff11", "1"), ("straße", "STRASSE"),
-        ("\ufeffa", "a"), ("co\u00adop", "coop"),
+        ("mêlé", "me\u0302le\u0301"),
+        ("Yes", "yes"),
+        ("a b", "a  b"),
+        ("a", "a\u200b"),
+        ("❤", "❤\ufe0f"),
+        ("1", "01"),
+        ("1", "1.0"),
+        ("\uff11", "1"),
+        ("straße", "STRASSE"),
+        ("\ufeffa", "a"),
+        ("co\u00adop", "coop"),
     ],
-)  # fmt: skip
+)
 def test_labels_that_look_alike_are_refused_unless_both_are_listed(one: str, other: str) -> None:
     for cells in ([one, "x", other], [[one], ["x"], [other]]):
         task: Task = "single_label" if isinstance(cells[0], str) else "multi_label"
@@ -259,8 +286,9 @@ def test_large_numbers_that_differ_are_not_alike() -> None:
 
 # What a file may hold, and what pandas and plain Python make of it.
 
-NAME = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1,
-               max_size=6).filter(str.strip)  # fmt: skip
+NAME = st.text(
+    st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=6
+).filter(str.strip)
 PLAIN = st.sampled_from(["a", "b", "c c", "É", "x,y", "no", "[z]", "1", "0", "-1", "10", "2.0"])
 CLASS: dict[str, st.SearchStrategy[Any]] = {
     "whole numbers": st.integers(-3, 12),
@@ -301,8 +329,10 @@ def read_file(folder: Path, cells: list[Any], suffix: str, **changes: Any) -> An
 
 
 @settings(max_examples=150)
-@given(st.sampled_from(sorted(CLASS)).flatmap(lambda kind: columns(CLASS[kind])),
-       st.sampled_from(["csv", "jsonl"]))  # fmt: skip
+@given(
+    st.sampled_from(sorted(CLASS)).flatmap(lambda kind: columns(CLASS[kind])),
+    st.sampled_from(["csv", "jsonl"]),
+)
 def test_classes_are_read_as_pandas_reads_them_or_refused(
     tmp_path_factory: pytest.TempPathFactory, cells: list[Any], suffix: str
 ) -> None:
@@ -365,16 +395,21 @@ def meanings(cells: list[list[Any]], names: tuple[str, ...]) -> list[list[list[i
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(sorted(LISTS)).flatmap(lambda kind: columns(LISTS[kind])),
-       st.sampled_from(sorted(WRITERS)), st.sampled_from([2, 3, 4, None]))  # fmt: skip
+@given(
+    st.sampled_from(sorted(LISTS)).flatmap(lambda kind: columns(LISTS[kind])),
+    st.sampled_from(sorted(WRITERS)),
+    st.sampled_from([2, 3, 4, None]),
+)
 def test_several_labels_are_read_as_they_were_meant_or_refused(
     cells: list[list[Any]], writer: str, count: int | None
 ) -> None:
     """A CSV round trip of texts, lists as they are; given names (the first ``count``) or not."""
     flat = [cell for row in cells for cell in row]
     # Between commas, nobody can tell a comma of a name, or the name True from what is true.
-    assume(writer != "commas" or not any(cell is True or cell is False or cell == "x,y"
-                                         for cell in flat))  # fmt: skip
+    assume(
+        writer != "commas"
+        or not any(cell is True or cell is False or cell == "x,y" for cell in flat)
+    )
     column = [WRITERS[writer](row) for row in cells]
     if writer != "lists":
         buffer = io.StringIO()

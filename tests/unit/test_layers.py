@@ -21,9 +21,12 @@ CHECKOUT = PACKAGE.parent
 def lint_imports(checkout: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
-        cwd=checkout, capture_output=True, text=True, check=False,
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(checkout)},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

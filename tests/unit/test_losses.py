@@ -68,9 +68,12 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(double_kl, student, eps=1e-2, atol=1e-3, rtol=1e-2)
     labels = torch.tensor([0, 2])
     assert torch.autograd.gradcheck(
-        lambda logits: supervised("single_label", logits, labels).double(), student,
-        eps=1e-2, atol=1e-3, rtol=1e-2,
-    )  # fmt: skip
+        lambda logits: supervised("single_label", logits, labels).double(),
+        student,
+        eps=1e-2,
+        atol=1e-3,
+        rtol=1e-2,
+    )
 
 
 def test_a_row_without_a_label_adds_nothing_and_still_counts() -> None:

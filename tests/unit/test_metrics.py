@@ -131,10 +131,12 @@ def test_a_tail_beyond_the_draws_lies_where_many_more_draws_put_it(cells: Any) -
     retained = many[:, 0] / many[:, 1]
     for error in (0.05, 0.05 / 2**6, 0.05 / 2**9):  # the first look, the seventh, the tenth
         low, high = np.percentile(retained, [50 * error, 100 - 50 * error])
-        found = np.array([
-            metrics.retained_interval(drawn_shares(2000, seed, *cells), error)
-            for seed in range(20)
-        ])  # fmt: skip
+        found = np.array(
+            [
+                metrics.retained_interval(drawn_shares(2000, seed, *cells), error)
+                for seed in range(20)
+            ]
+        )
         assert found.mean(axis=0) == pytest.approx([low, high], abs=0.06 * (high - low))
     # The control: for the tenth, the most extreme of 2,000 draws ends too early.
     few = drawn_shares(2000, 3, *cells)

@@ -38,8 +38,10 @@ def test_what_was_sent_comes_back_whole(tmp_path: Path, folder: Path, scheme: st
     assert mirror.take(back, "run", last="aaa.json")
     files = {p.relative_to(back).as_posix(): p.read_bytes() for p in back.rglob("*") if p.is_file()}
     assert files == {
-        "aaa.json": b"first by name, sent last", "recipe.json": b"{}", "student/model": b"weights",
-    }  # fmt: skip
+        "aaa.json": b"first by name, sent last",
+        "recipe.json": b"{}",
+        "student/model": b"weights",
+    }
 
 
 def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path: Path, folder: Path) -> None:

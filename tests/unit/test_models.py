@@ -50,9 +50,14 @@ def test_a_layer_that_the_teacher_lacks_is_refused() -> None:
 
 def albert(groups: int) -> text_model.TextModel:
     config = transformers.AlbertConfig(
-        vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=3,
-        num_attention_heads=2, intermediate_size=32, num_hidden_groups=groups,
-    )  # fmt: skip
+        vocab_size=40,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_hidden_groups=groups,
+    )
     module: Any = transformers.AlbertForSequenceClassification(config)
     return text_model.TextModel(module, tiny_bert().tokenizer, LABELS)
 

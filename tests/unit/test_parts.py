@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 JOB = ScoreJob(
-    artifact_sha256="a" * 64, text_columns=("text",), prefix="", block_rows=10, batch_size=4,
-    versions={"onnxruntime": "1.31"}, inputs=(InputFile(url="in.csv", size_bytes=3, version="1"),),
-)  # fmt: skip
+    artifact_sha256="a" * 64,
+    text_columns=("text",),
+    prefix="",
+    block_rows=10,
+    batch_size=4,
+    versions={"onnxruntime": "1.31"},
+    inputs=(InputFile(url="in.csv", size_bytes=3, version="1"),),
+)
 BAD = BadRow(file="in.csv", row=2, line=3, reason="caf\u00e9")
 
 
@@ -48,8 +53,11 @@ def test_parts_and_errors_of_a_job(output: OutputFolder) -> None:
         output.write_part(first, b"text\n", [BAD])
         output.write_part(second, b"text\n", [])
     assert names(output) == {
-        "_job.json", "part-00000000.csv", "part-00000001.csv", "_errors/part-00000000.jsonl",
-    }  # fmt: skip
+        "_job.json",
+        "part-00000000.csv",
+        "part-00000001.csv",
+        "_errors/part-00000000.jsonl",
+    }
     with output.claimed(JOB):
         assert output.names() >= {first, second}
         assert output.count_bad({first, second}) == 1

@@ -232,11 +232,16 @@ def test_of_equals_the_first_stay() -> None:
     [
         ("bert", 5, None, r"attention_heads is 5, but the layers of the 'bert' .* have 4", "4 or"),
         ("bert", 2, 65, r"student\.feed_forward is 65, but .* have 64", "64 or less"),
-        ("mpnet", 2, None, r"attention_heads: cannot be cut in a 'mpnet', only in bert, roberta",
-         "feed_forward can be cut"),
+        (
+            "mpnet",
+            2,
+            None,
+            r"attention_heads: cannot be cut in a 'mpnet', only in bert, roberta",
+            "feed_forward can be cut",
+        ),
         ("modernbert", 2, 32, r"cannot be cut in a 'modernbert', only in .*albert$", "leave"),
     ],
-)  # fmt: skip
+)
 def test_widths_that_cannot_be_are_refused(
     family: str, heads: int | None, neurons: int | None, expected: str, hint: str
 ) -> None:
@@ -274,10 +279,12 @@ def test_a_family_that_nobody_has_tried_is_refused() -> None:
         (["student.model=somewhere", "student.feed_forward=8"], "leave 'model' out"),
         (["student.attention_heads=0"], "student.attention_heads: .*, found 0"),
         (["student.feed_foward=8"], r"unknown key 'student.feed_foward' \(did you mean 'feed_f"),
-        (["student.attention_heads=1", "distill.intermediate.attentions=1"],
-         "compare head by head"),
+        (
+            ["student.attention_heads=1", "distill.intermediate.attentions=1"],
+            "compare head by head",
+        ),
     ],
-)  # fmt: skip
+)
 def test_recipes_that_contradict_themselves_are_refused(
     overrides: list[str], expected: str
 ) -> None:

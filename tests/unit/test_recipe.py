@@ -25,11 +25,17 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> No
 
 
 GLUE: dict[str, tuple[str, ...]] = {
-    "cola": ("matthews",), "mnli": ("accuracy",), "mnli-mismatched": ("accuracy",),
-    "mrpc": ("f1", "accuracy"), "qnli": ("accuracy",), "qqp": ("f1", "accuracy"),
-    "rte": ("accuracy",), "sst2": ("accuracy",), "stsb": ("pearson", "spearman"),
+    "cola": ("matthews",),
+    "mnli": ("accuracy",),
+    "mnli-mismatched": ("accuracy",),
+    "mrpc": ("f1", "accuracy"),
+    "qnli": ("accuracy",),
+    "qqp": ("f1", "accuracy"),
+    "rte": ("accuracy",),
+    "sst2": ("accuracy",),
+    "stsb": ("pearson", "spearman"),
     "wnli": ("accuracy",),
-}  # fmt: skip
+}
 
 
 def test_the_recipes_that_the_readme_names_are_shipped() -> None:
@@ -98,11 +104,23 @@ def test_a_glue_recipe_reads_the_real_task(shared_data: Callable[[str], Path], n
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("5e-5", 5e-5), ("1.", 1.0), (".5", 0.5), ("-3", -3), ("012", "012"), ("no", "no"),
-        ("on", "on"), ("true", True), ("null", None), ("", None), ("~", None),
-        ("2026-01-01", "2026-01-01"), ("1:30", "1:30"), ("'5'", "5"), ("[1, 2]", [1, 2]),
+        ("5e-5", 5e-5),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("012", "012"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("~", None),
+        ("2026-01-01", "2026-01-01"),
+        ("1:30", "1:30"),
+        ("'5'", "5"),
+        ("[1, 2]", [1, 2]),
     ],
-)  # fmt: skip
+)
 def test_scalars_follow_the_yaml_core_schema(text: str, value: object) -> None:
     parsed = parse_yaml(text)
     assert parsed == value

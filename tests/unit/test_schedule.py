@@ -65,8 +65,10 @@ def test_evaluations_are_at_equal_distances_and_always_at_the_end() -> None:
 
 
 def points(*values: tuple[float, float | None]) -> list[SelectPoint]:
-    return [SelectPoint(step=10 * i, score=score, distance=distance)
-            for i, (score, distance) in enumerate(values, start=1)]  # fmt: skip
+    return [
+        SelectPoint(step=10 * i, score=score, distance=distance)
+        for i, (score, distance) in enumerate(values, start=1)
+    ]
 
 
 def test_patience_waits_for_a_better_score_or_a_nearer_student() -> None:
@@ -110,9 +112,16 @@ def test_the_loop_ends_early_and_goes_on_from_where_it_was() -> None:
 
     def updates(state: Any) -> Any:
         return train(
-            state, encoded(state.model), teacher_logits(), distillation(accelerator, recipe),
-            recipe, lambda _model: evaluation, accelerator, phase="student", seed=1,
-        )  # fmt: skip
+            state,
+            encoded(state.model),
+            teacher_logits(),
+            distillation(accelerator, recipe),
+            recipe,
+            lambda _model: evaluation,
+            accelerator,
+            phase="student",
+            seed=1,
+        )
 
     state = new_state(tiny_bert(), recipe, accelerator)
     records = []

@@ -47,8 +47,10 @@ def test_a_timid_early_student_is_not_kept_however_near_it_is() -> None:
     found = kept(points((28, 0.1), (90, 0.5), (100, 0.3), (98, 0.4)))
     assert (found.kept_step, found.best_step, found.good_enough) == (30, 30, 1)
     # 98 of 200 are within one standard error of 100 where two rows differ each way or more.
-    found = kept(points((28, 0.1), (100, 0.5), (98, 0.4)),
-                 [right_on(28), right_on(100), right_on(98, first=10)])  # fmt: skip
+    found = kept(
+        points((28, 0.1), (100, 0.5), (98, 0.4)),
+        [right_on(28), right_on(100), right_on(98, first=10)],
+    )
     assert (found.kept_step, found.best_step, found.good_enough) == (30, 20, 2)
     assert found.kept.distance == 0.4
     assert "kept update 30 of 30: the nearest to the teacher (distance 0.4) of the 2" in (
@@ -99,17 +101,20 @@ def test_what_is_removed_early_would_not_have_been_kept() -> None:
     removed = 0
     for _ in range(200):
         length = int(generator.integers(2, 9))
-        answers = [right_on(int(generator.integers(60, 80)), first=int(generator.integers(40)))
-                   for _ in range(length)]  # fmt: skip
+        answers = [
+            right_on(int(generator.integers(60, 80)), first=int(generator.integers(40)))
+            for _ in range(length)
+        ]
         with_distance = generator.random() < 0.8
         every = [
             SelectPoint(
-                step=i, score=float((answer == LABELS).mean()),
+                step=i,
+                score=float((answer == LABELS).mean()),
                 distance=float(generator.integers(6)) if with_distance else None,
                 constant=bool(generator.random() < 0.15),
             )
             for i, answer in enumerate(answers)
-        ]  # fmt: skip
+        ]
         choice = selection.keep(every, answers, LABELS, ("accuracy",)).kept_step
         for end in range(1, length + 1):
             gone = selection.beaten(every[:end])

@@ -279,8 +279,11 @@ def test_a_file_without_keys_opens_nothing(content: bytes, said: str, tmp_path: 
 
 def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path, kind in ((tmp_path, "a folder"), (tmp_path / "x", "absent"),
-                       (tmp_path / "pipe", "no file")):  # fmt: skip
+    for path, kind in (
+        (tmp_path, "a folder"),
+        (tmp_path / "x", "absent"),
+        (tmp_path / "pipe", "no file"),
+    ):
         with pytest.raises(UserError, match=f"it is {kind}"):
             Settings(api_keys_file=str(path)).keys()
 

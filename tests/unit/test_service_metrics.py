@@ -39,8 +39,10 @@ def work(folder: Path, worker: int, requests: int, *killed: str) -> dict[str, fl
     """Let a worker answer requests; return what it said of all workers then."""
     done = subprocess.run(
         [sys.executable, "-u", "-c", WORKER, str(folder), str(worker), str(requests), *killed],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
     rows = (line.rpartition(" ") for line in done.stdout.splitlines() if line[:1] not in ("", "#"))
     return {name: float(value) for name, _, value in rows}

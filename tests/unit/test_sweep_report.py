@@ -29,9 +29,14 @@ def trial(configuration: Configuration, seed: int, distance: float | None, **mor
     criterion = -math.inf if distance is None else -distance
     score = None if distance is None else 1 - distance
     return Trial(
-        configuration=configuration, seed=seed, run=f"run-{seed}", criterion=criterion,
-        select_score=score, select_distance=distance, **more,
-    )  # fmt: skip
+        configuration=configuration,
+        seed=seed,
+        run=f"run-{seed}",
+        criterion=criterion,
+        select_score=score,
+        select_distance=distance,
+        **more,
+    )
 
 
 def test_the_best_configuration_has_the_best_median_and_a_loss_counts_as_the_worst() -> None:
@@ -69,12 +74,15 @@ def test_of_configurations_that_are_as_good_the_nearest_is_taken() -> None:
     distances = {FAST: 0.5, medium: 0.4, SLOW: 0.1}
     results = [
         ConfigurationResult(
-            configuration=each, trials=1, finished=1,
-            criterion=float((found[each][0] == labels).mean()), select_score=None,
+            configuration=each,
+            trials=1,
+            finished=1,
+            criterion=float((found[each][0] == labels).mean()),
+            select_score=None,
             select_distance=distances[each],
         )
         for each in (FAST, medium, SLOW)
-    ]  # fmt: skip
+    ]
 
     def selected(changed: dict[Configuration, list[Any]]) -> Configuration:
         return select(results, found | changed, labels, ("accuracy",)).configuration

@@ -14,9 +14,18 @@ if TYPE_CHECKING:
 
 def record(step: int, total: int, *, select_score: float | None = None) -> StepRecord:
     return StepRecord(
-        phase="student", step=step, total_steps=total, epoch=1, lr=1e-3, loss=0.5, terms={},
-        grad_norm=1.0, examples=32, seconds=1.0, select_score=select_score,
-    )  # fmt: skip
+        phase="student",
+        step=step,
+        total_steps=total,
+        epoch=1,
+        lr=1e-3,
+        loss=0.5,
+        terms={},
+        grad_norm=1.0,
+        examples=32,
+        seconds=1.0,
+        select_score=select_score,
+    )
 
 
 def test_the_pace_of_one_student_is_not_that_of_the_next(

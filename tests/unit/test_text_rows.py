@@ -92,10 +92,12 @@ def by_pandas(path: Path, **options: Any) -> list[tuple[str, ...]]:
 
 
 @given(
-    rows=ROWS, quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
-    end=st.sampled_from(["\n", "\r\n"]), encoding=st.sampled_from(["utf-8", "utf-8-sig"]),
+    rows=ROWS,
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    end=st.sampled_from(["\n", "\r\n"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig"]),
     block_rows=st.integers(1, 3),
-)  # fmt: skip
+)
 def test_csv_is_what_pandas_reads(
     rows: list[tuple[str, str]], quoting: Any, end: str, encoding: str, block_rows: int
 ) -> None:
@@ -183,9 +185,11 @@ def test_pandas_reads_the_answers_in_csv(tmp_path: Path, label: str) -> None:
     several = np.empty(2, dtype=object)
     several[:] = [["é", label], []]
     answers = {
-        "p\r_label": np.array([label] * 2), "score": np.array([0.1, np.nan]),
-        "ok": np.array([True, False]), "labels": several,
-    }  # fmt: skip
+        "p\r_label": np.array([label] * 2),
+        "score": np.array([0.1, np.nan]),
+        "ok": np.array([True, False]),
+        "labels": several,
+    }
     written = tables.write(rows, [0, 1], layout, answers)
     found = pd.read_csv(io.BytesIO(written), **AS_THEY_ARE)
     assert list(found.columns) == ["text", "other", "p\r_label", "score", "ok", "labels"]
@@ -257,21 +261,30 @@ def test_one_column_is_a_table_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected", "cure"),
     [
-        (b'text,label\na,x\n"b,x\nc,y\n"d,y\n', "line 3: not CSV: .* 3 lines long.*never closed",
-         "close each quotation mark"),
+        (
+            b'text,label\na,x\n"b,x\nc,y\n"d,y\n',
+            "line 3: not CSV: .* 3 lines long.*never closed",
+            "close each quotation mark",
+        ),
         (b'text,label\na,x\n"b,x\n', "line 3: not CSV: unexpected end.*never closed", "close each"),
         (b'text,label\n"a" b,x\n', "line 2: not CSV: ',' expected after", "close each"),
         (b"text,label\ra,x\rb,y\r", "line 1: not CSV: new-line", "end lines with"),
         (b"text,label\na,x,1\n", r"line 2: expected 2 fields \(text, label\), found 3", "correct"),
         ("text,label\né,x\n".encode("latin1"), "line 2: not UTF-8: byte 0xe9", "iconv -f latin1"),
-        ("\ufefftext,label\n".encode("utf-16-le"), "line 1: not UTF-8: byte 0xff",
-         "iconv -f utf-16"),
-        (b"text,label\n" + b"a" * 2**21 + b",x\n", "line 2: not CSV: field larger than field limit",
-         "cells that long need JSON lines or Parquet"),
+        (
+            "\ufefftext,label\n".encode("utf-16-le"),
+            "line 1: not UTF-8: byte 0xff",
+            "iconv -f utf-16",
+        ),
+        (
+            b"text,label\n" + b"a" * 2**21 + b",x\n",
+            "line 2: not CSV: field larger than field limit",
+            "cells that long need JSON lines or Parquet",
+        ),
         (b"text,text\na,b\n", "line 1: the column 'text' appears twice", "names the columns"),
         (b"", "is empty", "first line"),
     ],
-)  # fmt: skip
+)
 def test_a_file_is_refused_by_line(
     tmp_path: Path, content: bytes, expected: str, cure: str
 ) -> None:

@@ -23,16 +23,56 @@ if TYPE_CHECKING:
     from ad2kit.run.folder import RunDir
 
 INVISIBLE = (
-    "", " ", "\t\r\n", "\0", "\x1f\x7f\x9f", "\xa0", "\u3000", "\u2028\u2029", "\u00ad", "\u200b",
-    "\u200c\u200d", "\u200e\u200f\u202a\u202e\u2066\u2069", "\u2060", "\ufeff", "\u034f", "\u061c",
-    "\u115f\u1160", "\u3164", "\uffa0", "\u17b4", "\u180e", "\ufe0f", "\u2800", "\ufff9\ufffb",
-    "\U000e0041\U000e007f", "\U0001d173", "\U0001bca0", "\ufeff \u200b\n",
-)  # fmt: skip
+    "",
+    " ",
+    "\t\r\n",
+    "\0",
+    "\x1f\x7f\x9f",
+    "\xa0",
+    "\u3000",
+    "\u2028\u2029",
+    "\u00ad",
+    "\u200b",
+    "\u200c\u200d",
+    "\u200e\u200f\u202a\u202e\u2066\u2069",
+    "\u2060",
+    "\ufeff",
+    "\u034f",
+    "\u061c",
+    "\u115f\u1160",
+    "\u3164",
+    "\uffa0",
+    "\u17b4",
+    "\u180e",
+    "\ufe0f",
+    "\u2800",
+    "\ufff9\ufffb",
+    "\U000e0041\U000e007f",
+    "\U0001d173",
+    "\U0001bca0",
+    "\ufeff \u200b\n",
+)
 VISIBLE = (
-    "a", ".", "0", "\u200bb", "\u4e2d", "\u0301", "\u0928\u094d", "👩\u200d👩\u200d👧",
-    "🏴\U000e0067\U000e007f", "€", " \u00ad-", "\ufffc", "\ufffd", "\ue000", "\u0600",
-    "\U0001d54f", "\u1680.", "\u3164\u3131", "x\0",
-)  # fmt: skip
+    "a",
+    ".",
+    "0",
+    "\u200bb",
+    "\u4e2d",
+    "\u0301",
+    "\u0928\u094d",
+    "👩\u200d👩\u200d👧",
+    "🏴\U000e0067\U000e007f",
+    "€",
+    " \u00ad-",
+    "\ufffc",
+    "\ufffd",
+    "\ue000",
+    "\u0600",
+    "\U0001d54f",
+    "\u1680.",
+    "\u3164\u3131",
+    "x\0",
+)
 
 
 @pytest.mark.parametrize("text", INVISIBLE, ids=ascii)
@@ -48,8 +88,11 @@ def test_what_shows_is_one(text: str) -> None:
 def test_letters_numbers_marks_and_signs_show_and_blanks_and_controls_do_not() -> None:
     """Against Python's own tables, of whichever version: the few that differ are listed above."""
     fillers = set("\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5\u180b\u180c\u180d\u180f")
-    selectors = {chr(code) for start, end in ((0xFE00, 0xFE10), (0xE0100, 0xE01F0))
-                 for code in range(start, end)}  # fmt: skip
+    selectors = {
+        chr(code)
+        for start, end in ((0xFE00, 0xFE10), (0xE0100, 0xE01F0))
+        for code in range(start, end)
+    }
     for code in (*range(0xD800), *range(0xE000, 0x110000)):
         character = chr(code)
         category = unicodedata.category(character)

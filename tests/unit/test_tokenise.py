@@ -41,9 +41,9 @@ def family(name: str, change: Callable[[Tokenizer], None] = lambda _: None, **mo
     backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
     change(backend)
     named = {
-        role: getattr(original, role) for role in ("pad_token", "unk_token", "cls_token",
-                                                   "sep_token", "mask_token")
-    }  # fmt: skip
+        role: getattr(original, role)
+        for role in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    }
     return Fast(tokenizer_object=backend, **named | more)
 
 
@@ -70,9 +70,13 @@ def added(*tokens: AddedToken) -> Callable[[Tokenizer], None]:
 
 SPACES = tuple(AddedToken(" " * count, normalized=False) for count in range(2, 7))
 AS_ALBERT = (
-    normalizers.Replace("``", '"'), normalizers.Replace("''", '"'), normalizers.NFKD(),
-    normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Replace(Regex(" {2,}"), " "),
-)  # fmt: skip
+    normalizers.Replace("``", '"'),
+    normalizers.Replace("''", '"'),
+    normalizers.NFKD(),
+    normalizers.StripAccents(),
+    normalizers.Lowercase(),
+    normalizers.Replace(Regex(" {2,}"), " "),
+)
 KINDS: dict[str, Callable[[], Fast]] = {
     **{
         name: functools.partial(families.tokenizer, families.FAMILIES[name])
@@ -97,7 +101,8 @@ KINDS: dict[str, Callable[[], Fast]] = {
     "digits": lambda: family(
         "roberta",
         pre_tokenizer(
-            pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.Digits(),
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.Digits(),
             pre_tokenizers.ByteLevel(add_prefix_space=True),
         ),
     ),
@@ -138,15 +143,17 @@ KINDS: dict[str, Callable[[], Fast]] = {
     "odd segments": lambda: family(
         "bert",
         lambda backend: setattr(
-            backend, "post_processor",
+            backend,
+            "post_processor",
             processors.TemplateProcessing(
-                single="[CLS]:2 $A:1", pair="$A:1 [SEP]:2 [SEP]:0 $B:0 [SEP]:1",
+                single="[CLS]:2 $A:1",
+                pair="$A:1 [SEP]:2 [SEP]:0 $B:0 [SEP]:1",
                 special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
             ),
         ),
         pad_token_type_id=3,
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -173,13 +180,76 @@ def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
 
 # What is lost, joined, or taken along by some tokenizer, and what looks like one of its tokens.
 PIECES = (
-    "film", "dull", "never dull, never bad", "fine", "a", "aa", "é", "e", "\u0301", "\u0323\u0301",
-    "\u3099", "か", " ", "  ", "\n", "\t", "\u00a0", "\u2003", "\0", "\u200b", "\u200d", "\ufffd",
-    "!", "?!", "'", "'s", "``", "''", "xy", "x", "1", "23", "½", "①", "㍿", "ﬁ", "İ", "ς", "Σ",
-    "一", "電影", "ก็", "ไม่", "각", "\u1100", "\u1161", "\u11a8", "👩\u200d👧", "🇩🇪", "🇫", "क्ष",
-    "[SEP]", "[CLS]", "[PAD]", "[SE", "P]", "</s>", "<s>", "</", "<m>", "<m", "<mask>",
-    "[MASK]", ">", "▁", "Ġ", "##a", "#", "word" * 30,
-)  # fmt: skip
+    "film",
+    "dull",
+    "never dull, never bad",
+    "fine",
+    "a",
+    "aa",
+    "é",
+    "e",
+    "\u0301",
+    "\u0323\u0301",
+    "\u3099",
+    "か",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\u00a0",
+    "\u2003",
+    "\0",
+    "\u200b",
+    "\u200d",
+    "\ufffd",
+    "!",
+    "?!",
+    "'",
+    "'s",
+    "``",
+    "''",
+    "xy",
+    "x",
+    "1",
+    "23",
+    "½",
+    "①",
+    "㍿",
+    "ﬁ",
+    "İ",
+    "ς",
+    "Σ",
+    "一",
+    "電影",
+    "ก็",
+    "ไม่",
+    "각",
+    "\u1100",
+    "\u1161",
+    "\u11a8",
+    "👩\u200d👧",
+    "🇩🇪",
+    "🇫",
+    "क्ष",
+    "[SEP]",
+    "[CLS]",
+    "[PAD]",
+    "[SE",
+    "P]",
+    "</s>",
+    "<s>",
+    "</",
+    "<m>",
+    "<m",
+    "<mask>",
+    "[MASK]",
+    ">",
+    "▁",
+    "Ġ",
+    "##a",
+    "#",
+    "word" * 30,
+)
 
 
 def texts(most: int) -> st.SearchStrategy[str]:
@@ -192,9 +262,10 @@ def texts(most: int) -> st.SearchStrategy[str]:
 @pytest.mark.parametrize("kind", list(KINDS))
 @given(
     example=st.tuples(texts(1_200)) | st.tuples(texts(250), texts(250)),
-    side=st.sampled_from(("right", "left")), length=st.sampled_from(LENGTHS),
+    side=st.sampled_from(("right", "left")),
+    length=st.sampled_from(LENGTHS),
     first_piece=st.sampled_from((1, 7, 60, 400)),
-)  # fmt: skip
+)
 def test_any_text_is_read_as_transformers_reads_it(
     kind: str, example: tuple[str, ...], side: str, length: int, first_piece: int
 ) -> None:
@@ -317,12 +388,13 @@ def test_what_does_more_than_to_put_tokens_around_a_text_is_refused() -> None:
     twice = family(
         "bert",
         lambda backend: setattr(
-            backend, "post_processor",
+            backend,
+            "post_processor",
             processors.TemplateProcessing(
                 single="$A [SEP] $A", pair="$A $B", special_tokens=[("[SEP]", 3)]
             ),
         ),
-    )  # fmt: skip
+    )
     with pytest.raises(ModelError, match="puts special tokens around 1 text"):
         Tokenise(twice.backend_tokenizer, tokenisation(twice), 16, 1)
 
@@ -335,10 +407,15 @@ def test_a_length_without_room_for_a_text_is_refused() -> None:
 
 def test_the_settings_are_those_that_transformers_would_apply() -> None:
     tokenizer = family(
-        "bert", truncation_side="left", split_special_tokens=True,
+        "bert",
+        truncation_side="left",
+        split_special_tokens=True,
         model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    )
     assert tokenisation(tokenizer) == Tokenisation(
-        truncation_side="left", segment_ids=False, split_special_tokens=True, pad_token_id=0,
+        truncation_side="left",
+        segment_ids=False,
+        split_special_tokens=True,
+        pad_token_id=0,
         pad_type_id=0,
-    )  # fmt: skip
+    )

@@ -182,9 +182,18 @@ def trained(accumulation_steps: int, norm: str) -> tuple[torch.Tensor, list[Step
     )
     state = new_state(model, recipe, accelerator)
     records = list(
-        train(state, encoded(model), teacher_logits(), distillation(accelerator, recipe), recipe,
-              lambda _model: EVALUATION, accelerator, phase="student", seed=1)
-    )  # fmt: skip
+        train(
+            state,
+            encoded(model),
+            teacher_logits(),
+            distillation(accelerator, recipe),
+            recipe,
+            lambda _model: EVALUATION,
+            accelerator,
+            phase="student",
+            seed=1,
+        )
+    )
     weights = torch.cat([p.detach().flatten() for p in state.model.module.parameters()])
     return weights, records
 
@@ -204,9 +213,18 @@ def first_update(objective: Any, recipe: Any) -> torch.Tensor:
     accelerator = cpu()
     state = new_state(tiny_bert(), recipe, accelerator)
     next(
-        train(state, encoded(state.model), teacher_logits(), objective, recipe,
-              lambda _model: EVALUATION, accelerator, phase="student", seed=1)
-    )  # fmt: skip
+        train(
+            state,
+            encoded(state.model),
+            teacher_logits(),
+            objective,
+            recipe,
+            lambda _model: EVALUATION,
+            accelerator,
+            phase="student",
+            seed=1,
+        )
+    )
     return torch.cat([p.detach().flatten() for p in state.model.module.parameters()])
 
 
@@ -295,9 +313,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser() -> None:
     logits[3, 0] = float("nan")
     with pytest.raises(DivergedError, match=r"student: the loss is nan at update 1") as caught:
         list(
-            train(state, encoded(model), logits, distillation(accelerator, recipe), recipe,
-                  lambda _model: EVALUATION, accelerator, phase="student", seed=1)
-        )  # fmt: skip
+            train(
+                state,
+                encoded(model),
+                logits,
+                distillation(accelerator, recipe),
+                recipe,
+                lambda _model: EVALUATION,
+                accelerator,
+                phase="student",
+                seed=1,
+            )
+        )
     assert "lower distill.lr" in caught.value.hint
     after = state.model.module.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -330,9 +357,16 @@ def twenty_steps() -> dict[str, list[dict[str, float]]]:
         torch.manual_seed(recipe.seed)
         state = new_state(model, part, accelerator)
         steps = train(
-            state, split, logits, objective, part, lambda _m: EVALUATION, accelerator,
-            phase=phase, seed=recipe.seed,
-        )  # fmt: skip
+            state,
+            split,
+            logits,
+            objective,
+            part,
+            lambda _m: EVALUATION,
+            accelerator,
+            phase=phase,
+            seed=recipe.seed,
+        )
         curves[phase] = []
         for record in steps:
             curves[phase].append(

@@ -45,10 +45,13 @@ class Stopwatch:
     """
 
     def __init__(
-        self, recipe: Recipe, target: Target, file: Path,
+        self,
+        recipe: Recipe,
+        target: Target,
+        file: Path,
         clock: Callable[[dict[str, Call], NDArray[np.int64], float], dict[str, list[list[float]]]],
         vocabulary: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.threads = recipe.compute.threads or available_cpus()
         self.surroundings = environment(self.threads)
         self._seconds, self._clock, self._file = recipe.bench.seconds_per_cell, clock, file
@@ -56,8 +59,12 @@ class Stopwatch:
             vocabulary, size=(target.batch_size, target.length_tokens), dtype=np.int64
         )
         self._known = self._read()
-        self._conditions = [self.surroundings, self._ids.shape, self._seconds,
-                            recipe.export.provider]  # fmt: skip
+        self._conditions = [
+            self.surroundings,
+            self._ids.shape,
+            self._seconds,
+            recipe.export.provider,
+        ]
 
     def measure(
         self, what: Any, make: Callable[[], dict[str, System]], baselines: Sequence[str] = ()
@@ -84,8 +91,9 @@ class Stopwatch:
             if not calm(best):
                 logger.warning(
                     "others use this machine: what was measured may be wrong; delete %s to measure "
-                    "again when it is idle", self._file,
-                )  # fmt: skip
+                    "again when it is idle",
+                    self._file,
+                )
             self._keep(key, best)
         return self._known[key]
 

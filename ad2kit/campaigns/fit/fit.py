@@ -65,9 +65,14 @@ class _GivenUp(Exception):
 
 
 def fit(
-    recipe: Recipe, target: Target, grid: Grid, runs_dir: Path, *,
-    on_step: Callable[[StepRecord], None] = lambda _record: None, allow_inexact: bool = False,
-) -> tuple[FitReport, Path]:  # fmt: skip
+    recipe: Recipe,
+    target: Target,
+    grid: Grid,
+    runs_dir: Path,
+    *,
+    on_step: Callable[[StepRecord], None] = lambda _record: None,
+    allow_inexact: bool = False,
+) -> tuple[FitReport, Path]:
     """Find the cheapest student that meets a target, and write the report.
 
     What is trained, judged or measured already on this machine is not done again.
@@ -95,9 +100,12 @@ def fit(
     recipe = target.applied_to(recipe)
     data = splits.load_data(recipe.data, recipe.seed)
     teacher = text_model.load_reference(
-        recipe.teacher.model, data, seed=recipe.seed, finished=recipe.teacher.finetune is None,
+        recipe.teacher.model,
+        data,
+        seed=recipe.seed,
+        finished=recipe.teacher.finetune is None,
         key="teacher.model",
-    )  # fmt: skip
+    )
     text_model.check_length(teacher, target.length_tokens, key="--length")
     wanted = shapes.shapes(teacher, recipe.student, grid)
     inputs = fingerprint(
@@ -113,9 +121,17 @@ def fit(
         vocabulary=teacher.module.config.vocab_size,
     )
     search = _Search(
-        recipe, target, data, teacher, runs_dir, folder, stopwatch, on_step, allow_inexact,
+        recipe,
+        target,
+        data,
+        teacher,
+        runs_dir,
+        folder,
+        stopwatch,
+        on_step,
+        allow_inexact,
         Judge(target.retain, data.validation.labels),
-    )  # fmt: skip
+    )
     untrained_teacher, candidates = search.measure(wanted)
     for place, candidate in enumerate(candidates):
         if candidate.outcome != "too costly" and search.package is None:
@@ -188,8 +204,13 @@ class _Search:
                 best = found[-1].best(self.target)
                 logger.info(
                     "%d of %d, %s: %s takes %.2f ms, %.2f times the teacher's speed",
-                    number, len(wanted), shape, best.variant, best.p50_ms, best.speedup,
-                )  # fmt: skip
+                    number,
+                    len(wanted),
+                    shape,
+                    best.variant,
+                    best.p50_ms,
+                    best.speedup,
+                )
         return teacher, sorted(found, key=lambda each: each.best(self.target).p50_ms)
 
     def _untrained(self, shape: Shape, folder: Path) -> dict[str, System]:
@@ -220,9 +241,10 @@ class _Search:
         except _GivenUp:
             scores = select_scores(run.curve("student"))
             return candidate.ended(
-                "given up", f"{scores[-1]:.4f} on select after {len(scores)} evaluations",
+                "given up",
+                f"{scores[-1]:.4f} on select after {len(scores)} evaluations",
                 select_score=scores[-1],
-            )  # fmt: skip
+            )
         except DivergedError as error:
             return candidate.ended("diverged", error.message)
         score = distilled.student_select_score

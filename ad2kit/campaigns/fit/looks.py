@@ -100,15 +100,23 @@ class Look(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Return what is noted of the candidate."""
-        return {"look": self.number, "variant": self.variant, "retained": self.retained,
-                "retained_interval": self.interval}  # fmt: skip
+        return {
+            "look": self.number,
+            "variant": self.variant,
+            "retained": self.retained,
+            "retained_interval": self.interval,
+        }
 
     def record(self) -> CampaignVerdict:
         """Return what is written into the run."""
         return CampaignVerdict(
-            variant=self.variant, manifest_sha256=self.manifest_sha256, look=self.number,
-            error=error_of(self.number), interval=self.interval, failures=tuple(self.failures),
-        )  # fmt: skip
+            variant=self.variant,
+            manifest_sha256=self.manifest_sha256,
+            look=self.number,
+            error=error_of(self.number),
+            interval=self.interval,
+            failures=tuple(self.failures),
+        )
 
 
 def lost_on_select(run: RunDir, variant: str) -> float:
@@ -170,7 +178,7 @@ class Judge:
         )
         score, teacher_score = (
             score_of(recipe.data.judged_by, each, self.labels) for each in found
-        )  # fmt: skip
+        )
         kept = retained(score, teacher_score, draws, len(self.labels), error_of(self.looks))
         check = retained_check(recipe.data.judged_by, kept, recipe.parity)
         (judged,) = (each for each in report.variants if each.variant == variant)
@@ -181,6 +189,12 @@ class Judge:
             check.question for check in judged.checks if not check.passed
         } <= {"distillation quality"}
         return Look(
-            self.looks, variant, judged.manifest_sha256, judged.retained, kept.interval, failures,
-            verdict, weak,
-        )  # fmt: skip
+            self.looks,
+            variant,
+            judged.manifest_sha256,
+            judged.retained,
+            kept.interval,
+            failures,
+            verdict,
+            weak,
+        )

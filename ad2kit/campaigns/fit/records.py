@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Outcome = Literal[
-    "too costly", "not needed", "diverged", "given up", "below on select", "missed when trained",
-    "failed the gate", "not shown", "found",
-]  # fmt: skip
+    "too costly",
+    "not needed",
+    "diverged",
+    "given up",
+    "below on select",
+    "missed when trained",
+    "failed the gate",
+    "not shown",
+    "found",
+]
 
 
 class Target(Part):
@@ -36,8 +43,11 @@ class Target(Part):
     length_tokens: int
 
     def __str__(self) -> str:
-        bounds = {"p99 at most {:g} ms": self.p99_ms, "at most {:g} MB": self.max_mb,
-                  "at least {:g} times the teacher's speed": self.speedup}  # fmt: skip
+        bounds = {
+            "p99 at most {:g} ms": self.p99_ms,
+            "at most {:g} MB": self.max_mb,
+            "at least {:g} times the teacher's speed": self.speedup,
+        }
         words = [text.format(value) for text, value in bounds.items() if value is not None]
         kept = f"retain {self.retain:.2%}, its interval above {self.retain - self.margin:.2%}"
         return "; ".join([kept, *words])
@@ -71,8 +81,9 @@ class Target(Part):
             "min_retained_lower": max(0.0, self.retain - self.margin),
         }
         plain["bench"] |= {
-            "batch_sizes": [self.batch_size], "lengths_tokens": [self.length_tokens],
-        }  # fmt: skip
+            "batch_sizes": [self.batch_size],
+            "lengths_tokens": [self.length_tokens],
+        }
         return from_data(plain, where=f"the recipe for the target ({self})")
 
 

@@ -13,8 +13,18 @@ if TYPE_CHECKING:
 
     from ad2kit.campaigns.fit.records import Cost, FitReport
 
-HEADER = ("shape", "variant", "MB", "p50 ms", "p99 ms", "speed", "select", "retained", "interval",
-          "outcome")  # fmt: skip
+HEADER = (
+    "shape",
+    "variant",
+    "MB",
+    "p50 ms",
+    "p99 ms",
+    "speed",
+    "select",
+    "retained",
+    "interval",
+    "outcome",
+)
 
 
 def rows(report: FitReport) -> list[tuple[str, ...]]:
@@ -28,10 +38,16 @@ def rows(report: FitReport) -> list[tuple[str, ...]]:
     for each in report.candidates:
         low, high = each.retained_interval or (None, None)
         interval = "" if low is None else f"{low:.2%} to {high:.2%}"
-        found.append((
-            str(each.shape), *_figures(each.best(report.target)), share(each.select_score, ".4f"),
-            share(each.retained, ".2%"), interval, each.outcome,
-        ))  # fmt: skip
+        found.append(
+            (
+                str(each.shape),
+                *_figures(each.best(report.target)),
+                share(each.select_score, ".4f"),
+                share(each.retained, ".2%"),
+                interval,
+                each.outcome,
+            )
+        )
     return found
 
 
@@ -44,9 +60,12 @@ def _figures(cost: Cost) -> tuple[str, ...]:
     low, high = cost.speedup_range or (None, None)
     speed = f"{cost.speedup:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
     return (
-        cost.variant, f"{cost.size_bytes / 1e6:.1f}", f"{cost.p50_ms:.2f}", f"{cost.p99_ms:.2f}",
+        cost.variant,
+        f"{cost.size_bytes / 1e6:.1f}",
+        f"{cost.p50_ms:.2f}",
+        f"{cost.p99_ms:.2f}",
         speed,
-    )  # fmt: skip
+    )
 
 
 TRAINED_HEADER = HEADER[1:6]
@@ -128,9 +147,12 @@ def plot(report: FitReport, path: Path) -> None:
             at = ms(each.best(target))
             axes.plot([at, at], each.retained_interval, color="#888888", zorder=1)
             axes.annotate(
-                str(each.shape), (at, each.retained), xytext=(7, 5), textcoords="offset points",
+                str(each.shape),
+                (at, each.retained),
+                xytext=(7, 5),
+                textcoords="offset points",
                 fontsize=7,
-            )  # fmt: skip
+            )
     # What was not judged on the validation rows has no place on this axis but its foot.
     foot, _ = axes.get_ylim()
     for name, (marker, colour, outcomes) in _GROUPS.items():

@@ -163,9 +163,11 @@ def _summary(configuration: Configuration, trials: Sequence[Trial]) -> Configura
 
 
 def select(
-    known: Sequence[ConfigurationResult], found: Mapping[Configuration, Sequence[Array]],
-    labels: Array, metrics: Sequence[Metric],
-) -> ConfigurationResult:  # fmt: skip
+    known: Sequence[ConfigurationResult],
+    found: Mapping[Configuration, Sequence[Array]],
+    labels: Array,
+    metrics: Sequence[Metric],
+) -> ConfigurationResult:
     """Return the best configuration by the rule of :mod:`ad2kit.training.selection`.
 
     Of those whose median score over the seeds is within one standard error of the best (of the
@@ -199,13 +201,16 @@ def tables(
     """Return the rows under ``HEADER`` and under ``SELECTED``."""
     configurations: list[tuple[str, ...]] = [
         (
-            f"{each.configuration.batch_size}", f"{each.configuration.lr:.3g}",
-            f"{each.configuration.radius:.3g}", f"{each.configuration.alpha:.3g}",
-            f"{each.finished} of {each.trials}", *_numbers(each.select_score),
+            f"{each.configuration.batch_size}",
+            f"{each.configuration.lr:.3g}",
+            f"{each.configuration.radius:.3g}",
+            f"{each.configuration.alpha:.3g}",
+            f"{each.finished} of {each.trials}",
+            *_numbers(each.select_score),
             "" if each.select_distance is None else f"{each.select_distance:.4g}",
         )
         for each in report.configurations
-    ]  # fmt: skip
+    ]
     return configurations, [
         *((name, f"{score:.4f}", "", "", "") for name, score in report.baselines.items()),
         ("teacher", f"{report.teacher_score:.4f}", "", "", ""),
@@ -268,8 +273,15 @@ def plot(report: SweepReport, path: Path) -> None:
         if each.select_score is not None:
             groups.setdefault(label, []).append((point.lr, each.select_score))
         if each.select_score is not None and point == report.selected:
-            axes.plot(point.lr, each.select_score.median, "*", color="black", markersize=14,
-                      label="selected", zorder=3)  # fmt: skip
+            axes.plot(
+                point.lr,
+                each.select_score.median,
+                "*",
+                color="black",
+                markersize=14,
+                label="selected",
+                zorder=3,
+            )
     for label, points in sorted(groups.items()):
         points.sort(key=lambda pair: pair[0])
         middles = [spread.median for _, spread in points]

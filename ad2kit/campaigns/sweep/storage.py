@@ -42,8 +42,11 @@ class Mirror:
     def send(self, folder: Path, name: str, *, last: str) -> None:
         """Copy the files of ``folder`` there, ``last`` after all others; hidden ones stay."""
         system, root = self._open()
-        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))
-                 if path.is_file() and not path.name.startswith(".")]  # fmt: skip
+        files = [
+            path.relative_to(folder).as_posix()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        ]
         for file in sorted(files, key=lambda file: file == last):
             target = f"{root}/{name}/{file}"
             system.makedirs(target.rpartition("/")[0], exist_ok=True)

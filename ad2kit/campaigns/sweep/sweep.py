@@ -55,9 +55,13 @@ logger = logging.getLogger(__name__)
 
 
 def sweep(
-    recipe: Recipe, runs_dir: Path, *, address: str | None = None, storage: str | None = None,
+    recipe: Recipe,
+    runs_dir: Path,
+    *,
+    address: str | None = None,
+    storage: str | None = None,
     allow_inexact: bool = False,
-) -> tuple[SweepReport, Path]:  # fmt: skip
+) -> tuple[SweepReport, Path]:
     """Search the space of the recipe's sweep section, judge the best, write the report.
 
     Trials that have ended are not repeated; those that had begun go on where they stopped.
@@ -231,10 +235,12 @@ def _report(
             simpler = baseline_scores(run)
             students.append(
                 SelectedStudent(
-                    seed=trial.seed, run=trial.run, student_sha256=distilled[-1].student_sha256,
+                    seed=trial.seed,
+                    run=trial.run,
+                    student_sha256=distilled[-1].student_sha256,
                     score=judge.score(judge.answers(run.student)),
                 )
-            )  # fmt: skip
+            )
     if not students:
         raise _all_lost(f"no student of the best configuration ({best}) has finished", trials)
     score = Spread.of([student.score for student in students])

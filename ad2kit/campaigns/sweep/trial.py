@@ -143,9 +143,10 @@ def run_trial(job: Job, point: dict[str, Any]) -> dict[str, Any]:
         told.update(progress=progress, evaluations=told["evaluations"] + 1)
         if record.select_score >= told["criterion"]:
             told.update(
-                criterion=record.select_score, select_score=record.select_score,
+                criterion=record.select_score,
+                select_score=record.select_score,
                 select_distance=record.select_distance,
-            )  # fmt: skip
+            )
         if record.step < record.total_steps:
             tune.report(dict(told))
 
@@ -163,8 +164,9 @@ def run_trial(job: Job, point: dict[str, Any]) -> dict[str, Any]:
     score, selection = report.student_select_score, report.selection
     told |= {"criterion": score, "select_score": score}
     return told | {
-        "state": "finished", "select_distance": selection.kept.distance if selection else None,
-    }  # fmt: skip
+        "state": "finished",
+        "select_distance": selection.kept.distance if selection else None,
+    }
 
 
 def _explain(error: Exception) -> str:

@@ -86,9 +86,14 @@ class Tuning:
         self._fit({"trial": tune.grid_search(points)}, early_stopping)
 
     def search(
-        self, values: Mapping[str, Sequence[float]], told: Sequence[Trial], trials: int, seed: int,
-        *, early_stopping: bool,
-    ) -> None:  # fmt: skip
+        self,
+        values: Mapping[str, Sequence[float]],
+        told: Sequence[Trial],
+        trials: int,
+        seed: int,
+        *,
+        early_stopping: bool,
+    ) -> None:
         """Run trials of configurations that Optuna draws, given those that it was told of.
 
         Args:
@@ -118,17 +123,24 @@ class Tuning:
         ]
         # Another seed after a restart, or the first draws would be those of the first start.
         sampler = OptunaSearch(
-            metric="criterion", mode="max", seed=seed + len(told), points_to_evaluate=points,
+            metric="criterion",
+            mode="max",
+            seed=seed + len(told),
+            points_to_evaluate=points,
             evaluated_rewards=[trial.criterion for trial in told],
-        )  # fmt: skip
+        )
         self._fit({"trial": space}, early_stopping, num_samples=trials, search_alg=sampler)
 
     def _fit(self, space: dict[str, Any], early_stopping: bool, **settings: Any) -> None:
         if early_stopping and self.parts > 1:
             settings["scheduler"] = ASHAScheduler(
-                time_attr="progress", metric="criterion", mode="max", max_t=self.parts,
-                reduction_factor=_REDUCTION, stop_last_trials=False,
-            )  # fmt: skip
+                time_attr="progress",
+                metric="criterion",
+                mode="max",
+                max_t=self.parts,
+                reduction_factor=_REDUCTION,
+                stop_last_trials=False,
+            )
         trainable = self.trainable
 
         def unpacked(config: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +153,12 @@ class Tuning:
                 param_space=space,
                 tune_config=tune.TuneConfig(**settings),
                 run_config=tune.RunConfig(
-                    storage_path=scratch, verbose=0,
+                    storage_path=scratch,
+                    verbose=0,
                     callbacks=[_Watch(self.ledger, self.run_name)],
                     failure_config=tune.FailureConfig(max_failures=RESTARTS),
                 ),
-            ).fit()  # fmt: skip
+            ).fit()
 
 
 class _Watch(tune.Callback):
