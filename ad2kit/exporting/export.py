@@ -78,22 +78,7 @@ def export(run: RunDir) -> list[OnnxArtifact]:
 def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
     recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
     tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
-    parts = [
-        __version__,
-        variant,
-        sha256_of(run.student / text_model.MANIFEST),
-        tools,
-        recipe.data.max_length_tokens,
-        recipe.export.provider,
-        recipe.export.calibrate,
-    ]
-    if variant == "int8":
-        parts += [
-            recipe.export.search_seconds,
-            recipe.parity.model_dump(mode="json"),
-            "fused" in recipe.export.variants,
-        ]
-    inputs, folder = fingerprint(*parts), run.onnx(variant)
+    inputs, folder = _inputs(run, variant, tools), run.onnx(variant)
     kept = _exported(folder)
     if kept is not None and kept.inputs == inputs:
         logger.info("%s is already exported: %s", variant, folder)
@@ -146,6 +131,27 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
         artifact = add_golden_answers(new)
     logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
     return artifact
+
+
+def _inputs(run: RunDir, variant: Variant, tools: dict[str, str]) -> str:
+    """Return the fingerprint of all that a variant depends on."""
+    recipe = run.recipe
+    parts = [
+        __version__,
+        variant,
+        sha256_of(run.student / text_model.MANIFEST),
+        tools,
+        recipe.data.max_length_tokens,
+        recipe.export.provider,
+        recipe.export.calibrate,
+    ]
+    if variant == "int8":
+        parts += [
+            recipe.export.search_seconds,
+            recipe.parity.model_dump(mode="json"),
+            "fused" in recipe.export.variants,
+        ]
+    return fingerprint(*parts)
 
 
 def _exported(folder: Path) -> OnnxArtifact | None:

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 import transformers
 
-from ad2kit.data import metrics, splits
+from ad2kit.data import splits
 from ad2kit.data.label_order import numbers_of
-from ad2kit.data.labels import answers, softmax
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.conversion import agreement, agrees, at_most, not_finite
 from ad2kit.exporting.records import OnnxArtifact
@@ -102,7 +101,6 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         recipe.seed,
         classifier.artifact.temperature,
     )
-    found = answers(task, teacher_logits)
     return ParityReport(
         inputs=fingerprint(
             files, sha256_of_folder(teacher_folder), split.sha256(), recipe.model_dump(mode="json")
@@ -110,13 +108,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         thresholds=recipe.parity,
         rows=len(split),
         truncated=int(encoded.truncated.sum()),
-        teacher_score=reference.score(teacher_logits),
-        teacher_metrics={
-            name: metrics.measure(name, found, split.labels) for name in reference.metrics
-        },
-        teacher_ece=metrics.expected_calibration_error(softmax(teacher_logits), split.labels)
-        if task == "single_label"
-        else None,
+        **reference.of_the_teacher(),
         student_score=verdict.score,
         answers_sha256=None,
         variants=(verdict,),

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ad2kit.data import metrics, splits
-from ad2kit.data.labels import answers, softmax
+from ad2kit.data import splits
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.conversion import conversion_cost, mostly_8_bits
 from ad2kit.exporting.records import OnnxArtifact
@@ -168,23 +167,12 @@ def _judge(
 
     variants = tuple(verdict(name, classifier) for name, classifier in classifiers.items())
     _write_answers(run, data.validation, reference, logits)
-    teacher_answers = answers(data.task, reference.teacher)
-    teacher_ece = (
-        metrics.expected_calibration_error(softmax(reference.teacher), reference.labels)
-        if data.task == "single_label"
-        else None
-    )
     return ParityReport(
         inputs=inputs,
         thresholds=recipe.parity,
         rows=len(encoded),
         truncated=int(encoded.truncated.sum()),
-        teacher_score=reference.score(reference.teacher),
-        teacher_metrics={
-            name: metrics.measure(name, teacher_answers, reference.labels)
-            for name in reference.metrics
-        },
-        teacher_ece=teacher_ece,
+        **reference.of_the_teacher(),
         student_score=reference.score(reference.student),
         answers_sha256=sha256_of(run.answers),
         variants=variants,

@@ -54,6 +54,18 @@ class Reference(Rows):
     encoded: Encoded
     student_left: Logits
 
+    def of_the_teacher(self) -> dict[str, Any]:
+        """Return what a :class:`~ad2kit.gate.records.ParityReport` says of the teacher alone."""
+        found = answers(self.task, self.teacher)
+        classes = self.task == "single_label"
+        return {
+            "teacher_score": self.score(self.teacher),
+            "teacher_metrics": {
+                name: metrics.measure(name, found, self.labels) for name in self.metrics
+            },
+            "teacher_ece": _ece(self.teacher, self.labels) if classes else None,
+        }
+
 
 def probe_rows(encoded: Encoded) -> NDArray[np.intp]:
     """Return the rows of some texts, from the shortest to the longest."""

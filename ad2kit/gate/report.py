@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ad2kit.gate.records import VariantParity
+    from ad2kit.gate.records import LengthSlice, VariantParity
     from ad2kit.run.folder import RunDir
     from ad2kit.run.sections import Task
 
@@ -63,7 +63,6 @@ def report(run: RunDir) -> Path:
 def _context(run: RunDir) -> Context:
     parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
     recipe, variant = run.recipe, _shown(run, parity)
-    curve = read_curve(run.curve("student"))
     answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
     latency, campaign, looked = (
         summary.measured_latency(run),
@@ -87,31 +86,11 @@ def _context(run: RunDir) -> Context:
         "teacher": None if looked is None else summary.teacher_table(looked),
         "labels": distilled.labels,
         "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
-        "slices": [
-            (
-                f"{piece.tokens[0]} to {piece.tokens[1]}",
-                str(piece.rows),
-                f"{piece.teacher_score:.4f}",
-                f"{piece.score:.4f}",
-                f"{100 * (piece.score - piece.teacher_score):+.1f}",
-            )
-            for piece in variant.slices
-        ],
+        "slices": [_slice(piece) for piece in variant.slices],
         "calibration": _calibration(answered, parity, variant)
         if distilled.task == "single_label"
         else None,
-        "training": {
-            "words": f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
-            f"({distilled.examples_per_s:.0f} examples/s); "
-            f"{distilled.selection.reason if distilled.selection else 'nothing was trained'}. "
-            f"{distilled.verdict}. Peak memory: "
-            + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items())
-            + _plan(run),
-            "plot": _markup(plots.training(curve)),
-            "select": _markup(
-                plots.selection(distilled.selection, " and ".join(distilled.metrics))
-            ),
-        },
+        "training": _training(run, distilled),
         "search": summary.int8_search(run),
         "splits": [
             (
@@ -132,6 +111,29 @@ def _context(run: RunDir) -> Context:
         ],
         "recipe": recipe.model_dump_json(indent=2),
     }
+
+
+def _training(run: RunDir, distilled: DistillReport) -> Context:
+    kept = distilled.selection.reason if distilled.selection else "nothing was trained"
+    memory = ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items())
+    metric = " and ".join(distilled.metrics)
+    return {
+        "words": f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
+        f"({distilled.examples_per_s:.0f} examples/s); {kept}. "
+        f"{distilled.verdict}. Peak memory: {memory}{_plan(run)}",
+        "plot": _markup(plots.training(read_curve(run.curve("student")))),
+        "select": _markup(plots.selection(distilled.selection, metric)),
+    }
+
+
+def _slice(piece: LengthSlice) -> tuple[str, ...]:
+    return (
+        f"{piece.tokens[0]} to {piece.tokens[1]}",
+        str(piece.rows),
+        f"{piece.teacher_score:.4f}",
+        f"{piece.score:.4f}",
+        f"{100 * (piece.score - piece.teacher_score):+.1f}",
+    )
 
 
 def _markup(svg: str) -> Any:

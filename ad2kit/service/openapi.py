@@ -94,6 +94,46 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
         text_columns: how many texts the model reads for each example, 1 or 2.
         keys: whether clients need an API key.
     """
+    refusals = {str(status): _refusal(status) for status in _REFUSALS if keys or status != 401}
+    locked = {"401": _refusal(401)} if keys else {}
+    paths: dict[str, Any] = {
+        "/classify": {"post": _classify(text_columns, refusals)},
+        "/info": {
+            "get": {
+                "summary": "The model, where it comes from, what it passed, and the limits",
+                "responses": {
+                    "200": {
+                        "description": "All of it",
+                        "content": {"application/json": {"schema": {"type": "object"}}},
+                    }
+                }
+                | locked,
+            }
+        },
+        "/metrics": {"get": _plain("What was counted, for Prometheus") | {"security": []}},
+        "/livez": {"get": _plain("The process lives") | {"security": []}},
+        "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
+    }
+    components: dict[str, Any] = {"schemas": _schemas(text_columns)}
+    whole: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ad2kit classifier",
+            "version": __version__,
+            "description": "A distilled text classifier. Errors have one shape.",
+        },
+        "servers": [{"url": "."}],
+        "paths": paths,
+        "components": components,
+    }
+    if keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        whole["security"] = [{"key": []}]
+    return whole
+
+
+def _schemas(text_columns: int) -> dict[str, Any]:
+    """Return the JSON schemas of request, response and error, for texts or pairs of texts."""
     models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ErrorResponse]
     _, found = models_json_schema(
         [
@@ -102,7 +142,7 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
         ],
         ref_template="#/components/schemas/{model}",
     )
-    schemas = found["$defs"]
+    schemas: dict[str, Any] = found["$defs"]
     one = (
         _TEXT
         if text_columns == 1
@@ -112,6 +152,12 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     schemas["ClassifyRequest"]["properties"]["texts"] = (
         {"anyOf": [one, many]} if text_columns == 1 else many
     )
+    schemas["ClassifyRequest"].pop("example")
+    return schemas
+
+
+def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``POST /classify`` takes and answers."""
     example: Any = TEXTS[0] if text_columns == 1 else [TEXTS[1], TEXTS[0]]
     bodies: dict[str, Any] = {
         "several": {"value": {"texts": [example, example]}},
@@ -119,13 +165,11 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     }
     if text_columns == 1:
         bodies["one"] = {"value": {"texts": example}}
-    schemas["ClassifyRequest"].pop("example")
-    refusals = {str(status): _refusal(status) for status in _REFUSALS if keys or status != 401}
     times = {
         "description": "Where the time went, in ms; if it was asked for",
         "schema": {"type": "string"},
     }
-    classify = {
+    return {
         "summary": "Classify texts",
         "parameters": [
             {
@@ -145,41 +189,6 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
             **refusals,
         },
     }
-    locked = {"401": _refusal(401)} if keys else {}
-    paths: dict[str, Any] = {
-        "/classify": {"post": classify},
-        "/info": {
-            "get": {
-                "summary": "The model, where it comes from, what it passed, and the limits",
-                "responses": {
-                    "200": {
-                        "description": "All of it",
-                        "content": {"application/json": {"schema": {"type": "object"}}},
-                    }
-                }
-                | locked,
-            }
-        },
-        "/metrics": {"get": _plain("What was counted, for Prometheus") | {"security": []}},
-        "/livez": {"get": _plain("The process lives") | {"security": []}},
-        "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
-    }
-    components: dict[str, Any] = {"schemas": schemas}
-    whole: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "ad2kit classifier",
-            "version": __version__,
-            "description": "A distilled text classifier. Errors have one shape.",
-        },
-        "servers": [{"url": "."}],
-        "paths": paths,
-        "components": components,
-    }
-    if keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        whole["security"] = [{"key": []}]
-    return whole
 
 
 def _json(model: str, **more: Any) -> dict[str, Any]:

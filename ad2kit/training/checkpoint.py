@@ -81,6 +81,16 @@ class Evaluation:
             step=step, score=self.score, distance=self.distance, constant=self.constant
         )
 
+    def recorded(self) -> dict[str, float | None]:
+        """Return what stands of it in the :class:`StepRecord` of its update."""
+        before, after = self.inner_losses
+        return {
+            "select_score": self.score,
+            "select_distance": self.distance,
+            "inner_loss_before": before,
+            "inner_loss_after": after,
+        }
+
 
 @dataclass
 class TrainState:

@@ -123,15 +123,7 @@ def train(
             _insist_finite(norm, "gradient norm", phase, state.step, lr)
         optimizer.step()
         state.step += 1
-        seconds = time.perf_counter() - start
-        found = None
-        if schedule.evaluates(state.step):
-            found = evaluate(model)
-            state.points.append(found.point(state.step))
-            if state.decay_from is None and plan.is_stale(state.points, settings.patience):
-                state.decay_from = state.step
-        state.evaluation = found
-        yield StepRecord(
+        record = StepRecord(
             phase=phase,
             step=state.step,
             total_steps=schedule.total,
@@ -141,12 +133,15 @@ def train(
             terms=sums.terms,
             grad_norm=norm,
             examples=len(rows),
-            seconds=seconds,
-            select_score=None if found is None else found.score,
-            select_distance=None if found is None else found.distance,
-            inner_loss_before=None if found is None else found.inner_losses[0],
-            inner_loss_after=None if found is None else found.inner_losses[1],
+            seconds=time.perf_counter() - start,
         )
+        state.evaluation = evaluate(model) if schedule.evaluates(state.step) else None
+        if state.evaluation is not None:
+            state.points.append(state.evaluation.point(state.step))
+            if state.decay_from is None and plan.is_stale(state.points, settings.patience):
+                state.decay_from = state.step
+            record = record.model_copy(update=state.evaluation.recorded())
+        yield record
 
 
 def _accumulate_in_memory(
@@ -322,20 +317,7 @@ class Trainer:
         if accelerator.scaler:
             # Not where the training before this one has left it.
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
-        if checkpoint.is_dir():
-            restore_checkpoint(
-                checkpoint,
-                state,
-                inputs,
-                self.surroundings,
-                accelerator,
-                allow_inexact=self.allow_inexact,
-            )
-            logger.info("%s: resumed after update %d", phase, state.step)
-        if accelerator.is_main_process:
-            snapshots.restore(state.points)
-            records = [r for r in read_curve(curve) if r.step <= state.step]
-            write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
+        self._resume(state, snapshots, phase)
         if start is not None and not state.points and state.step == 0:
             start(state.model)
             found = evaluate(state.model)
@@ -381,6 +363,24 @@ class Trainer:
         # Else the next training would hold this one's moments, and unscale its gradients in fp16.
         accelerator.free_memory()
         return state, selection, snapshots.logits(selection.kept_step)
+
+    def _resume(self, state: TrainState, snapshots: Snapshots, phase: str) -> None:
+        """Go on from the checkpoint, if any; drop the snapshots and records that lie after it."""
+        checkpoint, curve = self.run.checkpoint(phase), self.run.curve(phase)
+        if checkpoint.is_dir():
+            restore_checkpoint(
+                checkpoint,
+                state,
+                snapshots.inputs,
+                self.surroundings,
+                self.accelerator,
+                allow_inexact=self.allow_inexact,
+            )
+            logger.info("%s: resumed after update %d", phase, state.step)
+        if self.accelerator.is_main_process:
+            snapshots.restore(state.points)
+            records = [record for record in read_curve(curve) if record.step <= state.step]
+            write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
 
     def _write(self, snapshots: Snapshots, state: TrainState, found: Evaluation) -> None:
         if self.accelerator.is_main_process:

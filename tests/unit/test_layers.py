@@ -128,3 +128,32 @@ def test_no_call_leaves_open_whether_a_folder_may_run_code(place: str) -> None:
 def test_no_module_is_too_long_to_read() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {path: n for path, n in lengths.items() if n > 600} == {}
+
+
+def long_functions(tree: ast.AST, most: int = 60) -> dict[str, int]:
+    """The functions with more lines of code than that, signature and docstring left out."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            lines = (node.end_lineno or 0) - first.lineno + 1
+            if lines > most:
+                found[node.name] = lines
+    return found
+
+
+def test_the_control_sees_a_long_function() -> None:
+    body = "    pass\n" * 3
+    assert long_functions(ast.parse(f"def f():\n    'doc'\n{body}"), most=2) == {"f": 3}
+
+
+def test_no_function_is_too_long_to_read() -> None:
+    for path in (*PACKAGE.rglob("*.py"), *(CHECKOUT / "serving").rglob("*.py")):
+        assert long_functions(ast.parse(path.read_text())) == {}, path
+
+
+def test_no_line_is_packed_by_hand() -> None:
+    mark = "fmt: " + "skip"
+    for place in ("ad2kit", "serving", "bench", "tests"):
+        for path in (CHECKOUT / place).rglob("*.py"):
+            assert mark not in path.read_text(), path

@@ -107,7 +107,6 @@ def fit(
         key="teacher.model",
     )
     text_model.check_length(teacher, target.length_tokens, key="--length")
-    wanted = shapes.shapes(teacher, recipe.student, grid)
     inputs = fingerprint(
         recipe.model_dump(mode="json"), target.model_dump(mode="json"), grid.model_dump(mode="json")
     )
@@ -132,11 +131,7 @@ def fit(
         allow_inexact,
         Judge(target.retain, data.validation.labels),
     )
-    untrained_teacher, candidates = search.measure(wanted)
-    for place, candidate in enumerate(candidates):
-        if candidate.outcome != "too costly" and search.package is None:
-            candidates[place] = search.trial(candidate)
-            logger.info("%s: %s", candidate.shape, candidates[place].outcome)
+    untrained_teacher, candidates = search.search(shapes.shapes(teacher, recipe.student, grid))
     report = FitReport(
         recipe=recipe.name,
         inputs=inputs,
@@ -178,6 +173,19 @@ class _Search:
     def rule(self) -> CampaignRecord:
         """What is written into each candidate: it passes this target, or is not shipped."""
         return CampaignRecord(command="ad2kit fit", rule=str(self.target))
+
+    def search(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
+        """Measure all shapes; try those that are cheap enough until one passes.
+
+        Returns:
+            What the teacher's variants cost untrained, and what became of each candidate.
+        """
+        untrained_teacher, candidates = self.measure(wanted)
+        for place, candidate in enumerate(candidates):
+            if candidate.outcome != "too costly" and self.package is None:
+                candidates[place] = self.trial(candidate)
+                logger.info("%s: %s", candidate.shape, candidates[place].outcome)
+        return untrained_teacher, candidates
 
     def measure(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
         """Return what the untrained teacher costs, and what each shape does, the cheapest first.
