@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import computed_field
 
-from ad2kit.exporting.records import Check
+from ad2kit.exporting.records import Check, Verdict
 from ad2kit.run.errors import GateFailed
 from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import ParityRecipe
@@ -16,7 +16,6 @@ from ad2kit.run.sections import ParityRecipe
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.exporting.records import Verdict
     from ad2kit.models.records import TeacherReport
 
 

@@ -52,7 +52,7 @@ def test_a_failure_leaves_the_old_folder_and_no_rubbish(tmp_path: Path) -> None:
 INTERRUPTIONS = """
 import os, shutil, signal, sys
 from pathlib import Path
-from ad2kit.files import whole_folder
+from ad2kit.run.files import whole_folder
 
 STEPS = {"os.mkdir", "open", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 

@@ -22,7 +22,7 @@ NOBODY = 2**22 + 1  # above the largest process number of Linux
 WORKER = """
 import sys
 from pathlib import Path
-from ad2kit.service_metrics import ServiceMetrics
+from ad2kit.service.monitoring import ServiceMetrics
 
 metrics = ServiceMetrics(Path(sys.argv[1]), int(sys.argv[2]))
 for _ in range(int(sys.argv[3])):
