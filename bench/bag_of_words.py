@@ -19,19 +19,19 @@ from ad2kit.data import metrics
 from ad2kit.data.splits import Split, load_data
 from ad2kit.models.baselines import bag_of_words
 from ad2kit.models.records import BAG_OF_WORDS
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 
 
 def main() -> None:
     """Print what a bag of words scores."""
-    recipe = load(sys.argv[1] if len(sys.argv) > 1 else "demo", sys.argv[2:])
+    recipe = load_recipe(sys.argv[1] if len(sys.argv) > 1 else "demo", sys.argv[2:])
     data = load_data(recipe.data, recipe.seed)
     rows = Split(
         data.train.texts + data.select.texts,
         np.concatenate([data.train.labels, data.select.labels]),
     )
     found = bag_of_words(data.task, rows)(data.validation)
-    score = metrics.score(recipe.data.judged_by, found, data.validation.labels)
+    score = metrics.mean_metric(recipe.data.judged_by, found, data.validation.labels)
     what = " and ".join(recipe.data.judged_by)
     print(f"{BAG_OF_WORDS}: {what} {score:.4f} on {len(data.validation)} texts")
     print(json.dumps({"recipe": recipe.name, BAG_OF_WORDS: score}))

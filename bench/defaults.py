@@ -38,7 +38,7 @@ from ad2kit.models.records import BAG_OF_WORDS
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.folder import open_run
 from ad2kit.run.machine import accelerator, environment
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.training.checkpoint import Snapshots
 from ad2kit.training.distill import distill
 from ad2kit.training.records import read_curve
@@ -89,7 +89,7 @@ class Snapped:
         """Return the answers on the validation rows, by update."""
         assert report.selection is not None
         snapshots = Snapshots(self.folder, report.inputs, cure=f"delete {self.folder}")
-        student = text_model.load(self.run.student, judge.data.labels, judge.data.task)
+        student = text_model.load_model(self.run.student, judge.data.labels, judge.data.task)
         found = {}
         for point in report.selection.points:
             student.module.load_state_dict(snapshots.weights(point.step), strict=True)
@@ -113,7 +113,7 @@ class Judge:
 
     def score(self, found: Answers) -> float:
         """Return the score of some answers."""
-        return metrics.score(self.metrics, found, self.labels)
+        return metrics.mean_metric(self.metrics, found, self.labels)
 
     def reaches(self, found: Answers, other: Answers) -> bool:
         """Tell whether a score is within a point, or two paired standard errors, of another."""
@@ -124,7 +124,7 @@ class Judge:
 def cell(name: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train and judge one set with so many rows."""
     source = [f"data.source={options.data / name}", f"data.max_train_rows={rows}", *SETS[name]]
-    recipe = load("custom", [*source, *options.overrides])
+    recipe = load_recipe("custom", [*source, *options.overrides])
     data = load_data(recipe.data, recipe.seed)
     judge = Judge(recipe, data)
     run = open_run(recipe, options.runs_dir)
@@ -141,7 +141,7 @@ def cell(name: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     simple = baseline_answers(recipe, data, encoder, judge.device)
     baselines = {"bag": simple[BAG_OF_WORDS][1], "probe": simple[MEAN_PROBE][1]}
     better = max(baselines.values(), key=judge.score)
-    teacher = judge.answers(text_model.load(run.teacher, data.labels, data.task))
+    teacher = judge.answers(text_model.load_model(run.teacher, data.labels, data.task))
     seconds = sum(
         record.seconds
         for phase in ("teacher", "student")

@@ -148,8 +148,8 @@ def main() -> None:
     threads, run = arguments.threads, RunDir(arguments.run)
     torch.set_num_threads(threads)
     distilled = DistillReport.read(run.distill_report)
-    student = text_model.load(run.student, distilled.labels, distilled.task)
-    teacher = text_model.load(run.teacher, distilled.labels, distilled.task)
+    student = text_model.load_model(run.student, distilled.labels, distilled.task)
+    teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)
 
     def ours(variant: str) -> Call:
         return onnx_call(OnnxClassifier(run.onnx(variant), threads=threads))

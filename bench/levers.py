@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self, name: str, overrides: list[str], unseen: int, runs_dir: Path) -> None:
         self.name, self.overrides, self.runs_dir = name, overrides, runs_dir
-        self.recipe = recipes.load(name, overrides)
+        self.recipe = recipes.load_recipe(name, overrides)
         self.data = splits.load_data(self.recipe.data, self.recipe.seed)
         whole = self.recipe.data.model_copy(update={"max_train_rows": None})
         everything = splits.load_data(whole, self.recipe.seed).train
@@ -51,7 +51,7 @@ class Bench:
 
     def answers(self, folder: Path) -> Answers:
         """Return the class ids that a model gives to the rows of both sets."""
-        model = text_model.load(folder, self.data.labels)
+        model = text_model.load_model(folder, self.data.labels)
         length, cpu = self.recipe.data.max_length_tokens, torch.device("cpu")
         return {
             name: predict_logits(model, splits.encode(split, model.tokenizer, length), cpu)
@@ -70,7 +70,7 @@ class Bench:
     def student(self, seed: int, *changes: str) -> dict[str, Any]:
         """Distil (or find again) and judge the student of a changed recipe."""
         overrides = [*self.overrides, f"distill.seed={seed}", *changes]
-        run = open_run(recipes.load(self.name, overrides), self.runs_dir)
+        run = open_run(recipes.load_recipe(self.name, overrides), self.runs_dir)
         report = distill(run)
         if report.teacher_sha256 not in self.teachers:
             self.teachers[report.teacher_sha256] = self.answers(run.teacher)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import ad2kit
 from ad2kit.run.folder import run_folder
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 
 NEGATIVE = (
     "bad",
@@ -100,7 +100,7 @@ def main() -> None:
     """Ask the shipped student, and print its mistakes and how many are right."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, nargs="?", help="default: that of `make demo`")
-    run = parser.parse_args().run or run_folder(load("demo"), Path("runs"))
+    run = parser.parse_args().run or run_folder(load_recipe("demo"), Path("runs"))
     sentences = (*NEGATIVE, *POSITIVE)
     truth = ["negative"] * len(NEGATIVE) + ["positive"] * len(POSITIVE)
     predictions = ad2kit.load(run).predict(list(sentences))

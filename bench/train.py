@@ -43,11 +43,11 @@ import numpy as np
 import torch
 
 from ad2kit.data.labels import answers
-from ad2kit.data.metrics import paired_bootstrap, score, smallest_detectable_difference
+from ad2kit.data.metrics import mean_metric, paired_bootstrap, smallest_detectable_difference
 from ad2kit.data.splits import Data, Split, encode, load_data
 from ad2kit.models.text_model import TextModel, load_reference, predict_logits
 from ad2kit.run import machine
-from ad2kit.run.recipe import Recipe, load
+from ad2kit.run.recipe import Recipe, load_recipe
 from ad2kit.run.sections import AdversaryRecipe, DistillRecipe, IntermediateRecipe
 from ad2kit.training.ad2 import distillation, finetuning
 from ad2kit.training.checkpoint import Evaluation
@@ -119,7 +119,7 @@ class Workbench:
 
     def score(self, found: np.ndarray) -> float:
         """Return what answers to the judged rows are worth."""
-        return score(self.recipe.data.judged_by, found, self.judged.labels)
+        return mean_metric(self.recipe.data.judged_by, found, self.judged.labels)
 
     def updates(
         self,
@@ -152,7 +152,7 @@ def set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Workben
     parser.add_argument("--teacher-rows", type=int, default=2048, help="to fine-tune the teacher")
     options = parser.parse_intermixed_args()
     threads = [f"compute.threads={options.threads}"] if options.threads else []
-    recipe = load(options.recipe, [*options.overrides, *threads, "compute.device=cpu"])
+    recipe = load_recipe(options.recipe, [*options.overrides, *threads, "compute.device=cpu"])
     if recipe.student.model is not None or recipe.data.task != "single_label":
         parser.error("needs a student made of the teacher's layers, and a single_label task")
     settings, data = recipe.teacher.finetune, load_data(recipe.data, recipe.seed)

@@ -42,13 +42,13 @@ from ad2kit.service.http import ApiKeys, Classify, Direct, Stages, Unlink
 from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
 from ad2kit.service.openapi import (
     MAX_TEXTS,
+    ClassifyPrediction,
     ClassifyRequest,
     ClassifyResponse,
     Documented,
-    Prediction,
     document,
 )
-from ad2kit.service.process import end_with_parent, refusals, this_server
+from ad2kit.service.process import end_with_parent, errors_of_bentoml, this_server
 
 logger = logging.getLogger("ad2kit.service")
 
@@ -76,7 +76,7 @@ PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 # Found once: bentoml looks its names up at each use, which takes longer than the call.
 this_service = bentoml.get_current_service
 WORKER: int | None = bentoml.server_context.worker_index  # None in the parent process
-with refusals():
+with errors_of_bentoml():
     server = this_server(
         Path(__file__).parent, vars(bentoml.use_arguments()), worker=WORKER is not None
     )
@@ -179,7 +179,7 @@ class Ad2kitClassifier:
     @bentoml.on_deployment
     def hand_on() -> None:
         """Tell the workers what the parent process has decided, before it starts them."""
-        with refusals():
+        with errors_of_bentoml():
             server.hand_on()
 
     def observe(self, facts: BatchFacts) -> None:
@@ -192,7 +192,9 @@ class Ad2kitClassifier:
         """Return label and probabilities for each text."""
         # Over HTTP the middleware answers before this; here are the schema and BentoML's clients.
         found = await self.api.classify(request, Stages())
-        return ClassifyResponse(predictions=[Prediction.model_validate(each) for each in found])
+        return ClassifyResponse(
+            predictions=[ClassifyPrediction.model_validate(each) for each in found]
+        )
 
     def info(self) -> dict[str, Any]:
         """Return the model, where it comes from, what it passed, and the limits of the service."""

@@ -93,7 +93,7 @@ def ray_here() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick_recipe() -> Recipe:
-    return recipes.load("smoke", QUICK)
+    return recipes.load_recipe("smoke", QUICK)
 
 
 @pytest.fixture(scope="session")

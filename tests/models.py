@@ -12,7 +12,7 @@ from ad2kit.models import text_model
 from ad2kit.models.pretrained import RANDOM
 from ad2kit.models.text_model import padded
 from ad2kit.run.machine import accelerator
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import ComputeRecipe, DistillRecipe
 from ad2kit.training.ad2 import Batch
 
@@ -89,7 +89,7 @@ def teacher_logits(outputs: int = 2) -> torch.Tensor:
 
 def settings(**changes: object) -> DistillRecipe:
     """The distill section of the smoke recipe with some values changed."""
-    plain = load("smoke").distill.model_dump()
+    plain = load_recipe("smoke").distill.model_dump()
     adversary = plain["adversary"] | {
         key: changes.pop(key) for key in list(changes) if key in plain["adversary"]
     }

@@ -35,7 +35,7 @@ from ad2kit.run.machine import is_first_process
 from ad2kit.run.recipe import from_data
 from ad2kit.run.records import CampaignRecord
 from ad2kit.training.distill import distill
-from ad2kit.training.shared import Judge
+from ad2kit.training.shared import ValidationScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +94,7 @@ def compare(
     """
     variants = {method: _variant(recipe, method) for method in methods}
     data = splits.load_data(recipe.data, recipe.seed)
-    judge = _Comparison(recipe, data, runs_dir)
+    validation = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
     found: dict[str, list[Answers]] = {method: [] for method in variants}
     teacher, simpler, environment = 0.0, dict[str, float](), dict[str, str]()
@@ -107,10 +107,10 @@ def compare(
             )
             logger.info("%s, seed %d: %s", method, seed, run.path)
             distilled = distill(run, on_step=on_step, allow_inexact=allow_inexact)
-            found[method].append(judge.answers(run.student))
-            teacher = judge.score(judge.answers(run.teacher))
+            found[method].append(validation.answers(run.student))
+            teacher = validation.score(validation.answers(run.teacher))
             simpler, environment = baseline_scores(run), distilled.environment
-            score = judge.score(found[method][-1])
+            score = validation.score(found[method][-1])
             students.append(_result(method, seed, run, distilled, score))
     report = CompareReport(
         recipe=recipe.name,
@@ -121,7 +121,7 @@ def compare(
         baselines=simpler,
         students=tuple(students),
         methods=tuple(_summary(method, students, teacher) for method in variants),
-        differences=judge.differences(found),
+        differences=validation.differences(found),
         environment=environment,
     )
     folder = runs_dir / f"compare-{recipe.name}-{report.inputs[:8]}"
@@ -151,7 +151,7 @@ def _result(
     )
 
 
-class _Comparison(Judge):
+class _Comparison(ValidationScores):
     """A judge that also says how sure the differences of students are."""
 
     def differences(self, found: dict[str, list[Answers]]) -> tuple[Difference, ...]:

@@ -83,7 +83,7 @@ def export_teacher(run: RunDir) -> RunDir:
     """
     run.require(run.distill_report, command="distill")
     distilled = DistillReport.read(run.distill_report)
-    whole = shapes.whole(text_model.load(run.teacher, distilled.labels, distilled.task))
+    whole = shapes.whole(text_model.load_model(run.teacher, distilled.labels, distilled.task))
     recipe = run.recipe.model_copy(update={"student": shapes.section(whole, whole)})
     teacher = open_run(recipe, run.path.parent, run.teacher_run)
     with teacher.locked() as held:

@@ -41,10 +41,10 @@ def compare(
     """Train students by several methods from one teacher; test the last against the others."""
     from ad2kit.campaigns import compare as campaign
     from ad2kit.cli.show import print_comparison, show_messages, training_progress
-    from ad2kit.run.recipe import load
+    from ad2kit.run.recipe import load_recipe
 
     show_messages()
-    recipe, names = load(recipe_name, overrides or ()), methods.replace(" ", "").split(",")
+    recipe, names = load_recipe(recipe_name, overrides or ()), methods.replace(" ", "").split(",")
     with training_progress() as on_step:
         report, folder = campaign.compare(
             recipe, names, seeds, runs_dir, on_step=on_step, allow_inexact=allow_inexact
@@ -64,11 +64,11 @@ def sweep(
     """Search learning rates, batch sizes and more on Ray; judge the best configuration."""
     from ad2kit.campaigns.sweep import sweep as campaign
     from ad2kit.cli.show import print_sweep, show_messages
-    from ad2kit.run.recipe import load
+    from ad2kit.run.recipe import load_recipe
 
     show_messages()
     report, folder = campaign.sweep(
-        load(recipe_name, overrides or ()),
+        load_recipe(recipe_name, overrides or ()),
         runs_dir,
         address=address,
         storage=storage,
@@ -104,11 +104,11 @@ def fit(
     from ad2kit.campaigns.fit.records import Target, insist_found
     from ad2kit.campaigns.shapes import Grid
     from ad2kit.cli.show import print_fit, show_messages, training_progress
-    from ad2kit.run.recipe import load
+    from ad2kit.run.recipe import load_recipe
 
     show_messages()
     provider = [] if device is None else [f"export.provider={device}"]
-    recipe = load(recipe_name, [*(overrides or ()), *provider])
+    recipe = load_recipe(recipe_name, [*(overrides or ()), *provider])
     usual = recipe.parity.min_retained - recipe.parity.min_retained_lower
     target = Target(
         retain=retain,

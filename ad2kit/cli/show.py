@@ -27,12 +27,12 @@ from ad2kit.data import text_files
 from ad2kit.data.texts import is_text
 from ad2kit.gate.records import RowAnswers
 from ad2kit.gate.shipping import latest_passed_run
-from ad2kit.gate.summary import HEADER, caption, rows
+from ad2kit.gate.summary import HEADER, caption, model_rows
 from ad2kit.run import files
 from ad2kit.run.errors import UserError
 from ad2kit.run.folder import find_run, named_folder, open_run
 from ad2kit.run.machine import is_first_process
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +113,7 @@ def start_run(
 ) -> RunDir:
     """Create the run of a recipe, planned if need be, or find it again, and say where it lies."""
     show_messages()
-    recipe = load(recipe_name, overrides or ())
+    recipe = load_recipe(recipe_name, overrides or ())
     if max_minutes is not None:
         from ad2kit.planning.budget import planned
 
@@ -168,7 +168,7 @@ def _note(text: str) -> None:
 def print_table(folder: RunDir) -> None:
     """Print the table of a run on stdout, and where its report lies."""
     table = Table(*HEADER, box=box.SIMPLE_HEAD)
-    for row in rows(folder):
+    for row in model_rows(folder):
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
@@ -248,7 +248,7 @@ def _example(folder: RunDir) -> tuple[str, ...]:
     return short[0] if short else min(rows, key=lambda texts: sum(map(len, texts)))
 
 
-def read_lines(file: Path | None) -> Iterator[str]:
+def typed_texts(file: Path | None) -> Iterator[str]:
     """Yield the texts of a file, or of stdin, one a line; those that show nothing are counted.
 
     Raises:
@@ -270,7 +270,7 @@ def read_lines(file: Path | None) -> Iterator[str]:
         _note(f"{name}: left out {len(empty)} empty lines: {lines}{more}")
 
 
-def answers(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
+def answer_lines(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
     """Yield one line of JSON for each text; the two texts of a pair are separated by a tab."""
     pair = classifier.artifact.text_columns == 2
     while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):

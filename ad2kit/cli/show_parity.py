@@ -18,7 +18,7 @@ from ad2kit.gate.records import ParityReport, insist_passed
 from ad2kit.gate.shipping import choose_variant, passed_variants
 from ad2kit.gate.summary import teacher_report, untested_words
 from ad2kit.run.errors import UserError
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.service import check
 from ad2kit.service.settings import client_key
 
@@ -75,7 +75,7 @@ def judge_model(
         )
     from ad2kit.gate import foreign
 
-    verdict = foreign.judge_model(model, teacher, data, load(recipe or "custom", overrides))
+    verdict = foreign.judge_model(model, teacher, data, load_recipe(recipe or "custom", overrides))
     _print(verdict, as_json=as_json)
     insist_passed(verdict, model)
 

@@ -16,9 +16,9 @@ from ad2kit.run.machine import is_first_process
 def recipes(as_json: options.Json = False) -> None:
     """List the shipped recipes."""
     from ad2kit.cli.show import print_json
-    from ad2kit.run.recipe import load, recipe_names
+    from ad2kit.run.recipe import load_recipe, recipe_names
 
-    found = [load(name) for name in recipe_names()]
+    found = [load_recipe(name) for name in recipe_names()]
     if as_json:
         print_json({recipe.name: recipe.description for recipe in found})
         return
@@ -37,10 +37,10 @@ def check(
     from ad2kit.cli.show import print_json
     from ad2kit.data.splits import load_data
     from ad2kit.planning import check as planning
-    from ad2kit.run.recipe import load
+    from ad2kit.run.recipe import load_recipe
     from ad2kit.training.distill import open_models
 
-    recipe = load(recipe_name, overrides or ())
+    recipe = load_recipe(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed)
     report = planning.check(recipe, data, open_models(recipe, data))
     if as_json:
@@ -49,7 +49,7 @@ def check(
         return
     if verbose:
         typer.echo(recipe.model_dump_json(indent=2))
-    typer.echo(planning.words(report))
+    typer.echo(planning.check_words(report))
 
 
 def init(
@@ -83,7 +83,7 @@ def init(
             }
         )
         return
-    typer.echo(planning.words(guess))
+    typer.echo(planning.guess_words(guess))
     typer.echo(f"written: {recipe}\nnext: {following}")
 
 
@@ -275,10 +275,10 @@ def predict(
     The two texts of a pair are separated by a tab.
     """
     import ad2kit
-    from ad2kit.cli.show import answers, read_lines, use_servable
+    from ad2kit.cli.show import answer_lines, typed_texts, use_servable
 
     classifier = ad2kit.load(use_servable(runs_dir, run))
-    for answer in answers(classifier, iter(texts) if texts else read_lines(file)):
+    for answer in answer_lines(classifier, iter(texts) if texts else typed_texts(file)):
         typer.echo(answer)
 
 

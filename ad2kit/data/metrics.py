@@ -41,7 +41,7 @@ class Bin(NamedTuple):
     rows: int
 
 
-def measure(metric: Metric, answers: Array, labels: Array) -> float:
+def metric_value(metric: Metric, answers: Array, labels: Array) -> float:
     """Return one metric of ``answers`` against ``labels`` (shapes: :mod:`ad2kit.data.labels`).
 
     ``f1`` is of class 1 of two. A correlation with a constant is 0: no answer follows the labels.
@@ -71,9 +71,9 @@ def _right(answers: Array, labels: Array) -> Array:
     return np.asarray(same.all(axis=1) if same.ndim == 2 else same)
 
 
-def score(metrics: Sequence[Metric], answers: Array, labels: Array) -> float:
+def mean_metric(metrics: Sequence[Metric], answers: Array, labels: Array) -> float:
     """Return the mean of the metrics: the one number that judges a model on a task."""
-    return float(np.mean([measure(metric, answers, labels) for metric in metrics]))
+    return float(np.mean([metric_value(metric, answers, labels) for metric in metrics]))
 
 
 def recall_by_class(
@@ -162,7 +162,7 @@ def paired_bootstrap(
     found = np.empty((samples, len(models)))
     for sample in found:
         rows = generator.integers(len(labels), size=len(labels))
-        sample[:] = [score(metrics, answers[rows], labels[rows]) for answers in models]
+        sample[:] = [mean_metric(metrics, answers[rows], labels[rows]) for answers in models]
     return found
 
 
@@ -246,7 +246,7 @@ def randomisation_p(
     """
 
     def difference(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
-        scores = [[score(metrics, a, labels) for a in method] for method in (ours, theirs)]
+        scores = [[mean_metric(metrics, a, labels) for a in method] for method in (ours, theirs)]
         return float(np.mean(scores[0]) - np.mean(scores[1]))
 
     observed = abs(difference(first, second))

@@ -56,7 +56,7 @@ def open_parquet(stream: Any, name: str) -> Any:
     return file
 
 
-def is_text(kind: Any) -> bool:
+def is_text_column(kind: Any) -> bool:
     """Tell whether a column of this type holds texts."""
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(
@@ -101,7 +101,7 @@ def _insist_on_values(column: Any, name: str, path: Path) -> None:
         column.to_pylist()
     except (ValueError, OverflowError) as error:
         where = str(path)
-        if is_text(column.type):
+        if is_text_column(column.type):
             wrong = [bool(SURROGATE.search(text or "")) for text in texts(column)]
             where += f", row {wrong.index(True) + 1}"
         raise DataError(

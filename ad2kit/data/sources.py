@@ -193,7 +193,7 @@ def _read_text(path: Path) -> list[Row]:
     if suffix != "jsonl":
         columns, start = text_files.header(lines, str(path), suffix)
     found = []
-    every = text_files.rows(lines[start:], suffix, columns, is_utf8=is_utf8)
+    every = text_files.checked_rows(lines[start:], suffix, columns, is_utf8=is_utf8)
     for first, end, cells, error in every:
         where = f"{path}, line {start + first + 1}"
         if error:

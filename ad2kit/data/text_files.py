@@ -129,7 +129,7 @@ def _insist_on_format(where: str, names: Sequence[str], suffix: str) -> None:
     )
 
 
-def rows(
+def checked_rows(
     lines: Iterable[str], suffix: str, columns: Sequence[str], *, is_utf8: bool
 ) -> Iterator[Frame]:
     """Yield the rows below the header as :func:`frames`, checked; of JSON lines the objects.

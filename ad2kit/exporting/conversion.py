@@ -32,7 +32,7 @@ POINTS_LOST = "points lost to fp32"
 
 
 @dataclass(frozen=True)
-class Rows:
+class LabelledRows:
     """Labelled rows, and how answers to them are judged."""
 
     task: Task
@@ -41,14 +41,14 @@ class Rows:
 
     def score(self, logits: Logits) -> float:
         """Return the score of some logits by the metrics of the task."""
-        return metrics.score(self.metrics, answers(self.task, logits), self.labels)
+        return metrics.mean_metric(self.metrics, answers(self.task, logits), self.labels)
 
 
 def conversion_cost(
     logits: Logits,
     alone: Logits,
     fp32: Logits,
-    reference: Rows,
+    reference: LabelledRows,
     thresholds: ParityRecipe,
     seed: int | None = None,
 ) -> tuple[Check, ...]:
@@ -90,7 +90,7 @@ def conversion_cost(
 
 
 def _points_lost(
-    lost: float, converted: Logits, fp32: Logits, reference: Rows, samples: int, seed: int
+    lost: float, converted: Logits, fp32: Logits, reference: LabelledRows, samples: int, seed: int
 ) -> Estimate:
     found = [answers(reference.task, each) for each in (fp32, converted)]
     draws = metrics.paired_bootstrap(reference.metrics, found, reference.labels, samples, seed)
@@ -116,7 +116,7 @@ def agreement(task: Task, logits: Logits, fp32: Logits) -> Estimate:
     """Return the share of equal answers; for a regression, Pearson's correlation."""
     ours, theirs = answers(task, logits), answers(task, fp32)
     if task == "regression":
-        return sample_size.correlation(metrics.measure("pearson", ours, theirs), len(ours))
+        return sample_size.correlation(metrics.metric_value("pearson", ours, theirs), len(ours))
     same = (ours == theirs).reshape(len(ours), -1)
     # Of several labels each row is a share: labels of one text are not independent.
     return sample_size.share(float(same.mean(axis=1).sum()), len(ours))

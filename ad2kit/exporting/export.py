@@ -15,7 +15,7 @@ from ad2kit import __version__
 from ad2kit.data import splits
 from ad2kit.data.metrics import fit_temperature
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
-from ad2kit.exporting.conversion import Rows
+from ad2kit.exporting.conversion import LabelledRows
 from ad2kit.exporting.golden import GOLDEN_FILE, add_golden_answers
 from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
 from ad2kit.exporting.tokenise import tokenisation, write_tokenizer
@@ -86,7 +86,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
     with whole_folder(folder) as new:
         if variant == "fp32":
             export_fp32(run.student, new)
-            student = text_model.load(run.student, distilled.labels, distilled.task)
+            student = text_model.load_model(run.student, distilled.labels, distilled.task)
             write_tokenizer(student.tokenizer, new)
             settings, temperature = tokenisation(student.tokenizer), _temperature(run, student)
         else:
@@ -206,7 +206,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
             reference=reference,
             classifier_of=classifier_of,
             encodings=select,
-            rows=Rows(data.task, recipe.data.judged_by, data.select.labels),
+            rows=LabelledRows(data.task, recipe.data.judged_by, data.select.labels),
             thresholds=recipe.parity,
             calibration=_calibration(reference, train),
             scratch=scratch,

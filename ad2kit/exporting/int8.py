@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ad2kit.exporting.classifier import OnnxClassifier
-    from ad2kit.exporting.conversion import Rows
+    from ad2kit.exporting.conversion import LabelledRows
     from ad2kit.exporting.records import Check
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.run.sections import ParityRecipe
@@ -225,7 +225,7 @@ _MOST_ERROR = 1.25
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class QuantisedGraph:
     """A graph that was made in some way, what question 2 says of it, and its time over fp32's.
 
     ``cost`` is of a text in batches, and of a text alone; ``error`` is the root of the mean square
@@ -269,7 +269,7 @@ class Int8Search:
     reference: OnnxClassifier
     classifier_of: Callable[[Path], OnnxClassifier]
     encodings: Sequence[Tokens]
-    rows: Rows
+    rows: LabelledRows
     thresholds: ParityRecipe
     calibration: Sequence[Feed]
     scratch: Path
@@ -292,7 +292,7 @@ class Int8Search:
             ModelError: there is no way to quantise this graph at all.
         """
         deadline = time.monotonic() + seconds if seconds else math.inf
-        tried, impossible = list[Candidate](), list[QuantisationTrial]()
+        tried, impossible = list[QuantisedGraph](), list[QuantisationTrial]()
         fp32 = self.reference.run_sorted(self.encodings, _BATCH)
         for way in self._ways(tried, fp32, deadline):
             try:
@@ -343,14 +343,14 @@ class Int8Search:
         shutil.move(taken.graph, target)
         return str(taken.way), trials
 
-    def _safe(self, candidate: Candidate) -> bool:
+    def _safe(self, candidate: QuantisedGraph) -> bool:
         """Whether a candidate passes, and by a standard error where agreement is a share."""
         share, error = candidate.agreement, 0.0
         if self.rows.task != "regression":
             error = math.sqrt(share * (1 - share) / len(self.encodings))
         return candidate.passed and share - error >= self.thresholds.min_agreement
 
-    def _ways(self, tried: list[Candidate], fp32: Logits, deadline: float) -> Iterator[Way]:
+    def _ways(self, tried: list[QuantisedGraph], fp32: Logits, deadline: float) -> Iterator[Way]:
         """Yield what to try next: all that is dynamic, then less of the best, then the rest."""
         ways = [way for way in WAYS if way.fused in self.graphs]
         yield from (way for way in ways if way.activations == "dynamic")
@@ -363,7 +363,7 @@ class Int8Search:
                 yield replace(best, in_float=tuple(worst_first[:count]))
         yield from (way for way in ways if way.activations != "dynamic")
 
-    def _try(self, way: Way, fp32: Logits, name: str) -> Candidate:
+    def _try(self, way: Way, fp32: Logits, name: str) -> QuantisedGraph:
         graph = self.scratch / name
         quantize(self.graphs[way.fused], graph, way, self.calibration)
         classifier = self.classifier_of(graph)
@@ -371,7 +371,7 @@ class Int8Search:
         checks = conversion_cost(batched, alone, fp32, self.rows, self.thresholds)
         checks += (mostly_8_bits(weights_in_8_bits(graph)[0]),)
         error = max(math.sqrt(np.square(each - fp32).mean()) for each in (batched, alone))
-        return Candidate(way, graph, checks, self._cost(classifier), error)
+        return QuantisedGraph(way, graph, checks, self._cost(classifier), error)
 
     def _by_damage(self, way: Way, fp32: Logits, deadline: float) -> list[str]:
         """Return the nodes that a way quantises, by how far each alone moves the logits.

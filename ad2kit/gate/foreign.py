@@ -65,7 +65,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     task, length = recipe.data.task, recipe.data.max_length_tokens
     labels = _labels(folder, recipe.data.labels)
     teacher_folder = find_model(teacher_reference, key="--teacher")
-    teacher = text_model.load(
+    teacher = text_model.load_model(
         teacher_folder, labels, task, finished=True, order_given=recipe.data.labels is not None
     )
     text_model.check_length(teacher, length, key="data.max_length_tokens")

@@ -120,7 +120,7 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
             header,
             what,
             kept,
-            *table(summary.HEADER, summary.rows(run)),
+            *table(summary.HEADER, summary.model_rows(run)),
             "",
             f"{summary.caption(run)}\n",
             "## What it was judged by\n",

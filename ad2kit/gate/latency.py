@@ -95,8 +95,8 @@ def measure(
             return report
 
     torch.set_num_threads(threads)
-    teacher = text_model.load(run.teacher, distilled.labels, distilled.task)
-    student = text_model.load(run.student, distilled.labels, distilled.task)
+    teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)
+    student = text_model.load_model(run.student, distilled.labels, distilled.task)
     systems = {TEACHER: torch_call(teacher), STUDENT: torch_call(student)}
     sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}
     for folder in folders:

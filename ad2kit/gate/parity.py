@@ -124,7 +124,7 @@ def _judge(
 ) -> ParityReport:
     """Compute all answers to the validation rows, write them down, and judge each variant."""
     recipe, length = run.recipe, run.recipe.data.max_length_tokens
-    student = text_model.load(run.student, data.labels, data.task)
+    student = text_model.load_model(run.student, data.labels, data.task)
     encodings = {name: c.encode(_typed(data.validation)) for name, c in classifiers.items()}
     reference = _reference(run, data, student, classifiers["fp32"], encodings["fp32"])
     encoded = reference.encoded
@@ -191,7 +191,7 @@ def _reference(
     ``tokens`` are those that ``fp32`` makes of the validation texts.
     """
     recipe, cpu = run.recipe, torch.device("cpu")
-    teacher = text_model.load(run.teacher, data.labels, data.task)
+    teacher = text_model.load_model(run.teacher, data.labels, data.task)
     encoded, teacher_encoded = (
         splits.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
         for model in (student, teacher)

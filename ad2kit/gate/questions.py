@@ -13,7 +13,14 @@ import numpy as np
 from ad2kit.data import metrics, sample_size
 from ad2kit.data.label_order import better_order
 from ad2kit.data.labels import answers, counts, softmax
-from ad2kit.exporting.conversion import Question, Rows, at_least, at_most, estimated, not_finite
+from ad2kit.exporting.conversion import (
+    LabelledRows,
+    Question,
+    at_least,
+    at_most,
+    estimated,
+    not_finite,
+)
 from ad2kit.gate.records import ClassRecall, LengthSlice, VariantParity
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ _LONGER = 8
 
 
 @dataclass(frozen=True)
-class Reference(Rows):
+class Reference(LabelledRows):
     """What the artefacts are compared with, over the rows of the validation set.
 
     ``student_left`` holds the logits of :func:`probe_rows` alone, as one batch that is padded on
@@ -61,7 +68,7 @@ class Reference(Rows):
         return {
             "teacher_score": self.score(self.teacher),
             "teacher_metrics": {
-                name: metrics.measure(name, found, self.labels) for name in self.metrics
+                name: metrics.metric_value(name, found, self.labels) for name in self.metrics
             },
             "teacher_ece": _ece(self.teacher, self.labels) if classes else None,
         }
@@ -207,7 +214,7 @@ def distillation_quality(
         variant=variant,
         manifest_sha256=manifest_sha256,
         score=score,
-        metrics={name: metrics.measure(name, ours, labels) for name in reference.metrics},
+        metrics={name: metrics.metric_value(name, ours, labels) for name in reference.metrics},
         retained=kept.value,
         retained_interval=kept.interval,
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
@@ -284,7 +291,7 @@ def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
     found = []
     for index in np.unique(quarter):
         rows = np.flatnonzero(quarter == index)
-        some = Rows(reference.task, reference.metrics, reference.labels[rows])
+        some = LabelledRows(reference.task, reference.metrics, reference.labels[rows])
         found.append(
             LengthSlice(
                 tokens=(int(lengths[rows].min()), int(lengths[rows].max())),

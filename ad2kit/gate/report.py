@@ -78,7 +78,7 @@ def _context(run: RunDir) -> Context:
         "summary": [*_summary(variant, latency), *refused],
         "models": {
             "header": summary.HEADER,
-            "rows": summary.rows(run),
+            "rows": summary.model_rows(run),
             "caption": summary.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),

@@ -29,7 +29,7 @@ HEADER = (
 )
 
 
-def rows(run: RunDir) -> list[tuple[str, ...]]:
+def model_rows(run: RunDir) -> list[tuple[str, ...]]:
     """Return a row for each baseline, teacher, student and each variant, under :data:`HEADER`.
 
     Latency is of one text of the shortest measured length, throughput of the largest batch of

@@ -195,16 +195,16 @@ def look_at_teacher(
     )
     # As in metrics.smallest_detectable_difference: never finer than one of the rows.
     errors = np.maximum((draws[:, :1] - draws[:, 1:]).std(axis=0), 1 / len(labels))
-    score = metrics.score(judged_by, teacher, labels)
+    score = metrics.mean_metric(judged_by, teacher, labels)
     baselines = []
     for (name, (select, validation)), error in zip(found.items(), errors, strict=True):
-        theirs = metrics.score(judged_by, select, labels)
+        theirs = metrics.mean_metric(judged_by, select, labels)
         baselines.append(
             Baseline(
                 name=name,
                 bar=name != MEAN_PROBE,
                 select_score=theirs,
-                validation_score=metrics.score(judged_by, validation, data.validation.labels),
+                validation_score=metrics.mean_metric(judged_by, validation, data.validation.labels),
                 difference=score - theirs,
                 standard_error=float(error),
             )

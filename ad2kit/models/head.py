@@ -63,7 +63,7 @@ def start_head(
     layer = last_linear(model.module)
     if accelerator.is_main_process and len(rows):
         read = read_vectors(model, encoded, accelerator.device, rows)
-        found = fit(model.task, read.head_inputs, targets[rows], len(model.labels))
+        found = fit_linear(model.task, read.head_inputs, targets[rows], len(model.labels))
         with torch.no_grad():
             for index, weights, bias in zip(*found, strict=True):
                 layer.weight[index] = torch.from_numpy(weights).to(layer.weight)
@@ -74,7 +74,7 @@ def start_head(
         parameter.data.copy_(broadcast(parameter.data))
 
 
-def fit(
+def fit_linear(
     task: Task, read: Floats, targets: NDArray[Any], outputs: int
 ) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Fit the weights of a linear layer.

@@ -83,12 +83,12 @@ def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
         return TextModel(*parts, data.labels, data.task)
     folder = find_model(reference, key=key)
-    return load(
+    return load_model(
         folder, data.labels, data.task, seed=seed, finished=finished, order_given=data.order_given
     )
 
 
-def load(
+def load_model(
     folder: Path,
     labels: tuple[str, ...],
     task: Task = "single_label",

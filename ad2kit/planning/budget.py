@@ -93,11 +93,11 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
     if path.is_file():
         found = _read(path)
     else:
-        found = fitted(recipe, data, measure(recipe, data), max_minutes)
+        found = fitted(recipe, data, measured_costs(recipe, data), max_minutes)
         with shared.writing(runs_dir / ".shared"):
             path.parent.mkdir(exist_ok=True)
             write_record(path, found)
-    logger.info("%s", words(recipe, found))
+    logger.info("%s", plan_words(recipe, found))
     return found
 
 
@@ -110,7 +110,7 @@ def _read(path: Path) -> Recipe:
         ) from error
 
 
-def words(asked: Recipe, found: Recipe) -> str:
+def plan_words(asked: Recipe, found: Recipe) -> str:
     """Return the plan in words, with what it has changed."""
     plan = found.plan
     assert plan is not None  # noqa: S101  (a caller's defect)
@@ -219,7 +219,7 @@ def _with(recipe: Recipe, plan: PlanRecipe, share: float, rows: int | None) -> R
     return from_data(plain, where="the planned recipe")
 
 
-def measure(recipe: Recipe, data: Data) -> Costs:
+def measured_costs(recipe: Recipe, data: Data) -> Costs:
     """Time some updates of teacher and student, on copies that are thrown away.
 
     A student that is narrower than its teacher is timed with all heads and neurons.

@@ -131,7 +131,7 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
     )
 
 
-def words(report: CheckReport) -> str:
+def check_words(report: CheckReport) -> str:
     """Return a report as one screen."""
     head = ("", "rows", "tokens: median", "95 %", "longest", "cut", "repeated")
     table = [

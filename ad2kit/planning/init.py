@@ -134,7 +134,7 @@ def init(
     return guess
 
 
-def words(guess: Guess) -> str:
+def guess_words(guess: Guess) -> str:
     """Return what was guessed as lines for the terminal."""
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in guess.data.items()]
     lines += [f"{key}: {note}" for key, notes in guess.notes.items() for note in notes]

@@ -130,7 +130,7 @@ def _settle(path: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written below ``folder``.
 
     A folder below it that has a lock of its own is left to those who hold that lock.
@@ -142,7 +142,7 @@ def sweep(folder: Path) -> None:
             if path.name.startswith(TEMPORARY):
                 shutil.rmtree(path)
             elif not (path / LOCK).exists():
-                sweep(path)
+                remove_leftovers(path)
         elif path.name.startswith(TEMPORARY):
             path.unlink(missing_ok=True)
 
@@ -163,7 +163,7 @@ def locked(folder: Path) -> Iterator[BaseFileLock]:
             hint="wait for it, or stop it, then run the same command again",
         ) from error
     try:
-        sweep(folder)
+        remove_leftovers(folder)
         yield lock
     finally:
         lock.release()

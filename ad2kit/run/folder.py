@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from ad2kit.run.errors import RecipeError, RunError, no_room_left
 from ad2kit.run.files import LOCK, TEMPORARY, fingerprint, locked, write_record
 from ad2kit.run.machine import first_process_first, is_first_process
-from ad2kit.run.recipe import Recipe, from_data, load
+from ad2kit.run.recipe import Recipe, from_data, load_recipe
 from ad2kit.run.records import CampaignRecord
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def open_run(
         RunError: ``folder`` holds a run of another recipe, or something that is no run.
     """
     if not isinstance(recipe, Recipe):
-        recipe = load(str(recipe), overrides)
+        recipe = load_recipe(str(recipe), overrides)
     run = RunDir(Path(folder or run_folder(recipe, Path(runs_dir))), recipe, campaign)
     # The others of several processes find what the first has made.
     with first_process_first(recipe.compute):

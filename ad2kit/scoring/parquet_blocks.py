@@ -6,7 +6,7 @@ import io
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.data.parquet_files import is_text, open_parquet, readable, texts
+from ad2kit.data.parquet_files import is_text_column, open_parquet, readable, texts
 from ad2kit.run.errors import MissingExtra
 from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem
 
@@ -53,7 +53,7 @@ def survey(file: InputFile, block_rows: int) -> Survey:
         for first in range(0, rows, block_rows)
     ]
     kind = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    with_texts = tuple(field.name for field in schema if is_text(field.type))
+    with_texts = tuple(field.name for field in schema if is_text_column(field.type))
     return Survey(tuple(schema.names), with_texts, kind, blocks)
 
 

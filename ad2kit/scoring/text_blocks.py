@@ -92,7 +92,7 @@ def _row_by_row(lines: _Lines, suffix: str) -> Iterator[tuple[str, ...]]:
 
 def _keys(raw: bytes) -> tuple[str, ...]:
     text, is_utf8 = text_files.decode(raw)
-    (found,) = text_files.rows([text], "jsonl", (), is_utf8=is_utf8)
+    (found,) = text_files.checked_rows([text], "jsonl", (), is_utf8=is_utf8)
     return tuple(found[2])
 
 
@@ -120,7 +120,7 @@ class Reader:
         lines, found = text_files.split_lines(text), Rows(block, kept)
         columns = _columns_of(suffix, layout)
         added = set(layout.added) if suffix == "jsonl" else set()
-        every = text_files.rows(lines, suffix, layout.columns, is_utf8=is_utf8)
+        every = text_files.checked_rows(lines, suffix, layout.columns, is_utf8=is_utf8)
         for number, (first, end, row, error) in enumerate(every, block.first_row):
             place, wrong = (number, block.lines_before + first + 1), error
             if added and not added.isdisjoint(row):

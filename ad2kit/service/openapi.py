@@ -51,7 +51,7 @@ class ClassifyRequest(BaseModel):
         return [self.texts] if isinstance(self.texts, str) else self.texts
 
 
-class Prediction(BaseModel):
+class ClassifyPrediction(BaseModel):
     """The answer for one text, and whether it was cut.
 
     Which fields there are depends on the model's task (see /info): label and score; labels; or
@@ -70,7 +70,7 @@ class Prediction(BaseModel):
 class ClassifyResponse(BaseModel):
     """One prediction per text, in order."""
 
-    predictions: list[Prediction]
+    predictions: list[ClassifyPrediction]
 
 
 class Error(BaseModel):

@@ -61,7 +61,7 @@ class Server(BaseModel):
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def errors_of_bentoml() -> Iterator[None]:
     """Turn an error of ours into the one that BentoML's command prints without a traceback."""
     try:
         yield

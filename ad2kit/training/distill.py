@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ad2kit.data import splits
 from ad2kit.data.label_order import insist_on_order
 from ad2kit.data.labels import answers, balance, counts
-from ad2kit.data.metrics import score
+from ad2kit.data.metrics import mean_metric
 from ad2kit.models import text_model
 from ad2kit.models.baselines import look_at_teacher, untrained_encoder
 from ad2kit.models.head import start_head
@@ -237,7 +237,7 @@ class _Stage:
         saved = (run.student / text_model.MANIFEST, run.select_logits)
         if report.inputs != inputs or not all(path.is_file() for path in saved):
             return None
-        text_model.load(run.student, self.data.labels, self.data.task)
+        text_model.load_model(run.student, self.data.labels, self.data.task)
         self.trainer.clean_up("student")
         logger.info("student is already distilled: %s", run.student)
         return report
@@ -366,7 +366,7 @@ class _Stage:
 
     def score(self, logits: torch.Tensor, encoded: Encoded) -> float:
         found = answers(self.data.task, logits.numpy())
-        return score(self.recipe.data.judged_by, found, encoded.labels)
+        return mean_metric(self.recipe.data.judged_by, found, encoded.labels)
 
     def evaluate(
         self,
@@ -428,7 +428,7 @@ class _Stage:
                 hint=f"restore the data, or delete {run.path} to start again",
             )
         # As a resumed run finds it: a tokenizer is not the same object after a round trip.
-        teacher = text_model.load(run.teacher, data.labels, data.task)
+        teacher = text_model.load_model(run.teacher, data.labels, data.task)
         logger.info("teacher: %s", run.teacher)
         return teacher
 

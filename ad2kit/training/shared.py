@@ -31,7 +31,14 @@ from ad2kit.models import text_model
 from ad2kit.models.records import ModelManifest
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
-from ad2kit.run.files import LOCK, fingerprint, sweep, whole_file, whole_folder, write_record
+from ad2kit.run.files import (
+    LOCK,
+    fingerprint,
+    remove_leftovers,
+    whole_file,
+    whole_folder,
+    write_record,
+)
 from ad2kit.run.machine import accelerator
 
 if TYPE_CHECKING:
@@ -114,7 +121,7 @@ def writing(store: Path) -> Iterator[None]:
     """
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / LOCK):
-        sweep(store)
+        remove_leftovers(store)
         yield
 
 
@@ -134,7 +141,7 @@ def link_folder(source: Path, target: Path) -> None:
 Answers = np.ndarray[Any, np.dtype[Any]]
 
 
-class Judge:
+class ValidationScores:
     """Scores teachers and students on the validation set, by the metrics of the task."""
 
     def __init__(self, recipe: Recipe, data: Data, runs_dir: Path) -> None:
@@ -149,7 +156,7 @@ class Judge:
         path = logits_file(self.runs_dir / ".shared", key)
         if not path.is_file():
             device = accelerator(self.recipe.compute).device
-            model = text_model.load(folder, data.labels, data.task)
+            model = text_model.load_model(folder, data.labels, data.task)
             model.module.to(device)
             encoded = splits.encode(data.validation, model.tokenizer, length)
             write_logits(path, predict_logits(model, encoded, device))
@@ -157,4 +164,4 @@ class Judge:
 
     def score(self, found: Answers) -> float:
         """Return the score of some answers."""
-        return metrics.score(self.metrics, found, self.labels)
+        return metrics.mean_metric(self.metrics, found, self.labels)

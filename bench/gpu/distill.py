@@ -36,7 +36,7 @@ from ad2kit.run.errors import DivergedError
 from ad2kit.run.folder import open_run
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import ComputeRecipe
 from ad2kit.training import ad2
 from ad2kit.training.ad2 import Batch, distillation
@@ -429,12 +429,12 @@ def training_work(
 
 def judged(folder: Path, recipe: Recipe, data: Data) -> float:
     """Return the score of a saved model on the validation set."""
-    model = text_model.load(folder, data.labels, data.task)
+    model = text_model.load_model(folder, data.labels, data.task)
     device = make_accelerator(recipe.compute.model_copy(update={"precision": "fp32"})).device
     model.module.to(device)
     encoded = splits.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
     found = answers(data.task, predict_logits(model, encoded, device).numpy())
-    return metrics.score(recipe.data.judged_by, found, data.validation.labels)
+    return metrics.mean_metric(recipe.data.judged_by, found, data.validation.labels)
 
 
 def trained(recipe: Recipe, seed: int, runs_dir: Path) -> tuple[RunDir, dict[str, float]]:
@@ -466,7 +466,7 @@ def students(recipe: Recipe, data: Data, seeds: int, runs_dir: Path) -> dict[str
         score = judged(run.student, recipe, data)
         found.append(Student(seed=seed, score=score, retained=score / teacher, **cost))
         if not use:
-            model = text_model.load(run.student, data.labels, data.task)
+            model = text_model.load_model(run.student, data.labels, data.task)
             length = recipe.data.max_length_tokens
             encoded = splits.encode(data.distillation(), model.tokenizer, length)
             work, padding = training_work(
@@ -525,7 +525,7 @@ def print_table(
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """Return the recipe `sst2-minilm` with what the options change."""
-    recipe = load("sst2-minilm")
+    recipe = load_recipe("sst2-minilm")
     assert recipe.teacher.finetune is not None
     changes = {
         "data.source": options.data,
@@ -539,7 +539,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         "compute.precision": options.precision,
     }
     wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    return load("sst2-minilm", [*wanted, *options.overrides])
+    return load_recipe("sst2-minilm", [*wanted, *options.overrides])
 
 
 def machine(recipe: Recipe) -> dict[str, str]:

@@ -153,7 +153,7 @@ def main() -> None:
             copies = []
             for _ in range(3):
                 torch.manual_seed(0)
-                teacher = text_model.load(encoder, LABELS, finished=False)
+                teacher = text_model.load_model(encoder, LABELS, finished=False)
                 copies.append(teacher if size == "teacher" else build_student(teacher, layers))
             reference = torch_call(copies[0], torch.device("cpu"), torch.float32)
             tried = generator.integers(999, 20_000, size=(64, 32))

@@ -74,7 +74,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     file = teacher / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     names = ",".join(f"text{column}" for column in range(columns))
-    recipe = recipes.load(
+    recipe = recipes.load_recipe(
         "smoke",
         [
             f"data.source={rows(folder / 'data', columns)}",
@@ -99,7 +99,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def both(trained: RunDir) -> tuple[OnnxClassifier, text_model.TextModel]:
     distilled = DistillReport.read(trained.distill_report)
-    student = text_model.load(trained.student, distilled.labels, distilled.task)
+    student = text_model.load_model(trained.student, distilled.labels, distilled.task)
     return OnnxClassifier(trained.onnx("int8"), threads=1), student
 
 
@@ -172,7 +172,7 @@ def test_the_gate_passes_what_reads_as_training_did_and_names_what_does_not(
 def test_a_foreign_model_is_read_by_the_settings_beside_it(trained: RunDir, tmp_path: Path) -> None:
     columns = OnnxArtifact.read(trained.onnx("fp32") / OnnxArtifact.file_name).text_columns
     names = ",".join(f"text{column}" for column in range(columns))
-    recipe = recipes.load(
+    recipe = recipes.load_recipe(
         "custom",
         [
             f"data.text_columns=[{names}]",

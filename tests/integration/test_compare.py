@@ -13,7 +13,7 @@ from ad2kit.campaigns.compare_report import CompareReport, StudentResult, captio
 from ad2kit.data import metrics
 from ad2kit.run.errors import RecipeError, RunError
 from ad2kit.run.folder import find_run, open_run
-from ad2kit.run.recipe import from_data, load
+from ad2kit.run.recipe import from_data, load_recipe
 from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return load("smoke", [*QUICK, "data.max_train_rows=500", "parity.bootstrap_samples=200"])
+    return load_recipe("smoke", [*QUICK, "data.max_train_rows=500", "parity.bootstrap_samples=200"])
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_a_comparison_that_cannot_be_is_refused_before_any_training(
     tmp_path: Path, overrides: list[str], methods: list[str], expected: str
 ) -> None:
     with pytest.raises(RecipeError, match=expected):
-        compare(load("smoke", overrides), methods, 1, tmp_path)
+        compare(load_recipe("smoke", overrides), methods, 1, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +148,7 @@ def test_stored_logits_are_of_this_teacher_tokenizer_data_and_length(tmp_path: P
 
     def stored(*overrides: str) -> int:
         base = [*QUICK, "data.max_train_rows=500"]
-        distill(open_run(load("smoke", [*base, *overrides]), tmp_path))
+        distill(open_run(load_recipe("smoke", [*base, *overrides]), tmp_path))
         return len(list((tmp_path / ".shared" / "logits").glob("*.safetensors")))
 
     assert stored() == 1

@@ -142,11 +142,11 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
         *SHORT,
         f"export.variants=[{','.join(variants)}]",
     ]
-    run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
+    run = open_run(recipe.load_recipe("smoke", overrides), tmp_path / "runs")
     distilled = distill(run)
     assert distilled.steps == 8  # 240 rows in batches of 32
     assert (distilled.mean_adversarial_gain or 0.0) > 0
-    student = text_model.load(run.student, distilled.labels)
+    student = text_model.load_model(run.student, distilled.labels)
     assert student.module.config.num_hidden_layers == 2
     # Layers that share their weights weigh the same however many there are.
     assert (distilled.student_parameters < distilled.teacher_parameters) == (family != "albert")
@@ -227,12 +227,12 @@ def test_an_encoder_without_a_head_is_one_to_fine_tune(family: str, tmp_path: Pa
     model, folder = families.tiny(family), families.save(family, tmp_path / "model")
     encoder: Any = model.module.base_model
     encoder.save_pretrained(folder, safe_serialization=True)
-    found = text_model.load(folder, LABELS, finished=False)
+    found = text_model.load_model(folder, LABELS, finished=False)
     inputs = batch(model).inputs
     assert torch.equal(forward(found, inputs)[1], forward(model, inputs)[1])
     assert not torch.equal(forward(found, inputs)[0], forward(model, inputs)[0])
     with pytest.raises(ModelError, match="does not hold a whole classifier"):
-        text_model.load(folder, LABELS)
+        text_model.load_model(folder, LABELS)
 
 
 @each_family
@@ -348,7 +348,7 @@ def test_the_longest_text_that_check_length_allows_fits(family: str) -> None:
 
 def test_the_word_embeddings_of_modernbert_stay_outside_compiled_code(tmp_path: Path) -> None:
     """On a GPU transformers would compile them, and compiled code does not see a later hook."""
-    teacher = text_model.load(families.save("modernbert", tmp_path / "model"), LABELS)
+    teacher = text_model.load_model(families.save("modernbert", tmp_path / "model"), LABELS)
     for model in (teacher, build_student(teacher, [0, 3])):
         assert model.module.config.reference_compile is False
 
@@ -360,7 +360,7 @@ def test_a_tokenizer_with_segments_fits_a_family_without_them(family: str, tmp_p
     settings_file = folder / "tokenizer_config.json"
     named = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings_file.write_text(json.dumps(named))
-    model = text_model.load(folder, LABELS)
+    model = text_model.load_model(folder, LABELS)
     inputs = batch(model).inputs
     assert set(inputs) == {"input_ids", "attention_mask"}
     expected = families.tiny(family)
@@ -374,13 +374,13 @@ def test_a_student_of_another_family_width_and_tokenizer_learns_from_the_teacher
     """Token by token they have nothing in common; their answers they have."""
     folder = families.save("roberta", tmp_path / "student")
     overrides = [f"student.model={folder}", "student.layers=[0, 2]", *SHORT]
-    run = open_run(recipe.load("smoke", overrides), tmp_path / "runs")
+    run = open_run(recipe.load_recipe("smoke", overrides), tmp_path / "runs")
     report = distill(run)
     assert report.mean_clean_kl > 0
-    student = text_model.load(run.student, report.labels)
+    student = text_model.load_model(run.student, report.labels)
     assert student.module.config.model_type == "roberta"
     assert student.module.config.num_hidden_layers == 2
-    teacher = text_model.load(run.teacher, report.labels)
+    teacher = text_model.load_model(run.teacher, report.labels)
     assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
     export(run)
     failed = {
@@ -390,7 +390,7 @@ def test_a_student_of_another_family_width_and_tokenizer_learns_from_the_teacher
         if check.question == "export fidelity" and not check.passed
     }
     assert failed == set()
-    more = recipe.load("smoke", [*overrides, "distill.intermediate.hidden_states=1"])
+    more = recipe.load_recipe("smoke", [*overrides, "distill.intermediate.hidden_states=1"])
     other = open_run(more, tmp_path / "runs")
     with pytest.raises(ModelError, match="the student has a tokenizer of its own"):
         distill(other)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ad2kit.campaigns.fit.fit import fit
-from ad2kit.campaigns.fit.looks import Judge, lost_on_select
+from ad2kit.campaigns.fit.looks import Looks, lost_on_select
 from ad2kit.campaigns.fit.records import FitReport, Target, insist_found
 from ad2kit.campaigns.shapes import Grid
 from ad2kit.data.splits import load_data
@@ -20,7 +20,7 @@ from ad2kit.gate.shipping import choose_variant, latest_passed_run, passed_varia
 from ad2kit.run.errors import GateFailed, RecipeError, RunError, UserError
 from ad2kit.run.files import read_lines, write_record, write_text
 from ad2kit.run.folder import RunDir
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.run.records import CampaignRecord
 from ad2kit.training.records import DistillReport
 from tests.conftest import QUICK
@@ -60,7 +60,7 @@ def never(_record: StepRecord) -> None:
 
 
 def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs: Path) -> None:
-    recipe, aim = load("smoke", SMALL), target(max_mb=0.5)
+    recipe, aim = load_recipe("smoke", SMALL), target(max_mb=0.5)
     grid = Grid(layers=(2, 1), attention_heads=(2,), feed_forward=(64,))
     steps = list[int]()
 
@@ -128,7 +128,7 @@ def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs
 
 def test_the_hopeless_are_given_up_and_stay_so(runs: Path) -> None:
     """At such a learning rate a student learns to give one answer."""
-    recipe = load("smoke", [*SMALL, "distill.lr=1.0", "distill.epochs=3"])
+    recipe = load_recipe("smoke", [*SMALL, "distill.lr=1.0", "distill.epochs=3"])
     aim = target(retain=1.0, max_mb=0.5)
     grid = Grid(layers=(1,), attention_heads=(4,), feed_forward=(8, 16))
     steps = list[int]()
@@ -152,7 +152,7 @@ def test_the_hopeless_are_given_up_and_stay_so(runs: Path) -> None:
 
 def test_each_look_at_the_validation_rows_is_counted_and_the_next_is_wider(runs: Path) -> None:
     """So few rows cannot show that a student keeps all, whatever it is, in whatever variant."""
-    recipe = load("smoke", [*SMALL, "distill.lr=1e-9", "export.variants=[fp32,fused]"])
+    recipe = load_recipe("smoke", [*SMALL, "distill.lr=1e-9", "export.variants=[fp32,fused]"])
     grid = Grid(layers=(1, 2), attention_heads=(4,), feed_forward=(128,))
     report, folder = fit(recipe, target(retain=0.98, margin=0.0, max_mb=1.0), grid, runs)
     assert [(each.outcome, each.look) for each in report.candidates] == [
@@ -197,8 +197,8 @@ def test_only_what_its_conversion_cost_a_variant_may_spare_another(
         for check in int8.checks
     ]
     int8 = int8.model_copy(update={"checks": tuple(checks)})
-    judge = Judge(0.5, load_data(recipe.data, recipe.seed).validation.labels)
-    look = judge.look(finished_run, report.model_copy(update={"variants": (int8,)}), "int8")
+    looks = Looks(0.5, load_data(recipe.data, recipe.seed).validation.labels)
+    look = looks.look(finished_run, report.model_copy(update={"variants": (int8,)}), "int8")
     assert bool(look.failures) is (question is not None)
     assert look.weak is (question == "distillation quality")
 
@@ -208,12 +208,12 @@ def test_a_look_reads_texts_that_hold_what_ends_lines_elsewhere(copied_run: RunD
     odd = rows[0].model_copy(update={"texts": ("a\u2028b\u2029c\u0085d",)})
     write_text(copied_run.answers, "".join(f"{r.model_dump_json()}\n" for r in [odd, *rows[1:]]))
     recipe, report = copied_run.recipe, ParityReport.read(copied_run.parity_report)
-    judge = Judge(0.5, load_data(recipe.data, recipe.seed).validation.labels)
-    assert judge.look(copied_run, report, "int8").number == 1
+    looks = Looks(0.5, load_data(recipe.data, recipe.seed).validation.labels)
+    assert looks.look(copied_run, report, "int8").number == 1
 
 
 def test_a_teacher_that_scores_nothing_ends_the_search(runs: Path) -> None:
-    recipe, aim = load("smoke", SMALL), target(max_mb=50)
+    recipe, aim = load_recipe("smoke", SMALL), target(max_mb=50)
     grid = Grid(layers=(1,), attention_heads=(2,), feed_forward=(64,))
     report, _ = fit(recipe, aim, grid, runs)
     run = RunDir(runs / str(report.candidates[0].run))
@@ -254,4 +254,4 @@ def interrupted(_record: StepRecord) -> None:
 def test_a_grid_of_the_teacher_alone_is_refused(runs: Path) -> None:
     grid = Grid(layers=(4,), attention_heads=(4,), feed_forward=(128,))
     with pytest.raises(RecipeError, match="the teacher's own"):
-        fit(load("smoke", SMALL), target(max_mb=1.0), grid, runs)
+        fit(load_recipe("smoke", SMALL), target(max_mb=1.0), grid, runs)

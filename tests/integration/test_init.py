@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from ad2kit.models import pretrained
 from ad2kit.planning.init import label_task
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ def guessed(here: Path, ad2kit: Any) -> Any:
         assert made.out.endswith("next: ad2kit check mine.yaml\n")
         checked = ad2kit("check", "mine.yaml")
         assert checked.code == 0, checked.err
-        return load("mine.yaml").data
+        return load_recipe("mine.yaml").data
 
     return call
 
@@ -88,7 +88,7 @@ def test_classes_of_a_csv(guessed: Any, here: Path) -> None:
     assert "politics 20 (33.3%), sport 20 (33.3%), weather 20 (33.3%)" in recipe
     assert "UNSURE:" not in recipe
     # All other sections are those of the shipped recipe.
-    ours, shipped = load("mine.yaml").model_dump(), load("custom").model_dump()
+    ours, shipped = load_recipe("mine.yaml").model_dump(), load_recipe("custom").model_dump()
     for each in (ours, shipped):
         del each["data"], each["name"], each["description"]
     assert ours == shipped
@@ -165,7 +165,7 @@ def test_what_is_unclear_is_asked_for_with_the_columns(here: Path, ad2kit: Any) 
     assert "--text A,B" in refused.err
     assert not (here / "mine.yaml").exists()
     assert ad2kit(*command, "--label", "city", "--text", "text,body").code == 0
-    assert load("mine.yaml").data.text_columns == ("text", "body")
+    assert load_recipe("mine.yaml").data.text_columns == ("text", "body")
     assert ad2kit("check", "mine.yaml").code == 0
 
 
@@ -223,7 +223,7 @@ def test_a_recipe_is_never_overwritten(here: Path, ad2kit: Any) -> None:
     assert (here / "mine.yaml").read_text() == "mine"
     option = refused.err[refused.err.index("--name") :].partition(",")[0]
     assert ad2kit("init", train, "--validation", held_out, *shlex.split(option)).code == 0
-    assert load("mine-2.yaml").name == "mine-2"
+    assert load_recipe("mine-2.yaml").name == "mine-2"
 
 
 def test_a_folder_that_is_not_there_is_named(here: Path, ad2kit: Any) -> None:
@@ -235,7 +235,7 @@ def test_a_folder_that_is_not_there_is_named(here: Path, ad2kit: Any) -> None:
     assert "make the folder conf" in refused.err
     (here / "conf").mkdir()
     assert ad2kit(*command).code == 0
-    assert load("conf/mine.yaml").name == "mine"
+    assert load_recipe("conf/mine.yaml").name == "mine"
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
@@ -269,7 +269,7 @@ def test_a_folder_with_validation_rows_and_names(here: Path, ad2kit: Any) -> Non
     write(folder / "dev.tsv", columns(range(ROWS, 2 * ROWS), **more))
     (folder / "labels.txt").write_text("".join(f"{n}\t{name}\n" for n, name in enumerate(TOPICS)))
     assert ad2kit("init", folder).code == 0
-    data = load("news-24.yaml").data
+    data = load_recipe("news-24.yaml").data
     assert (data.source, data.train, data.validation) == (str(folder), None, "dev")
     assert "Nothing says what the numbers are called" not in Path("news-24.yaml").read_text()
     checked = ad2kit("check", "news-24.yaml")
@@ -285,7 +285,7 @@ def test_the_length_is_that_of_99_texts_of_100(
     table = {"text": ["good " * words + "dog"] * 40 + ["bad dog"] * 40, "label": ["a", "b"] * 40}
     train = write(here / "mine.csv", table)
     assert ad2kit("init", train, "--validation", train, "--text", "text").code == 0
-    assert load("mine.yaml").data.max_length_tokens == expected
+    assert load_recipe("mine.yaml").data.max_length_tokens == expected
     recipe = (here / "mine.yaml").read_text()
     assert f"99 of 100 texts have at most {words + 3} tokens, by the tokenizer of" in recipe
     assert ("The model reads 512 tokens: 50% of the texts are cut" in recipe) == (words == 3_000)
@@ -298,7 +298,7 @@ def test_without_the_packaged_model_the_length_is_estimated(
     table = {"text": ["good " * 39 + "dog", "bad dog"] * 40, "label": ["a", "b"] * 40}
     train = write(here / "mine.csv", table)
     assert ad2kit("init", train, "--validation", train, "--text", "text").code == 0
-    assert load("mine.yaml").data.max_length_tokens == 64  # 1.4 * 40 + 3, in steps of eight
+    assert load_recipe("mine.yaml").data.max_length_tokens == 64  # 1.4 * 40 + 3, in steps of eight
     assert "estimated from the words" in (here / "mine.yaml").read_text()
 
 

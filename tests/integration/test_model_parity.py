@@ -55,7 +55,7 @@ def model(finished_run: RunDir, tmp_path: Path) -> Path:
 
 
 def failed(model: Path, run: RunDir, rows: Path) -> set[str]:
-    recipe = recipes.load("custom", ["compute.threads=1", "parity.bootstrap_samples=200"])
+    recipe = recipes.load_recipe("custom", ["compute.threads=1", "parity.bootstrap_samples=200"])
     report = judge_model(model, str(run.teacher), rows, recipe)
     (verdict,) = report.variants
     assert report.rows == 640
@@ -201,7 +201,7 @@ def test_weights_in_a_file_of_their_own_are_read(
 def traced(run: RunDir, folder: Path, axes: dict[int, str]) -> None:
     """Export the student as a user would who has torch alone; ``axes`` are the dynamic ones."""
     names = ("input_ids", "attention_mask", "token_type_ids")
-    student = text_model.load(run.student, DistillReport.read(run.distill_report).labels)
+    student = text_model.load_model(run.student, DistillReport.read(run.distill_report).labels)
     inputs = student.tokenizer(
         ["never dull", "not at all convincing"], padding=True, return_tensors="pt"
     )

@@ -425,10 +425,10 @@ def test_names_are_compared_without_regard_to_case(
 ) -> None:
     names("NEGATIVE", "Positive ")(families.save("bert", tmp_path / "teacher"))
     assert both(FINISHED).code == 0
-    loaded = text_model.load(tmp_path / "teacher", LABELS)
+    loaded = text_model.load_model(tmp_path / "teacher", LABELS)
     assert loaded.module.config.id2label == dict(enumerate(LABELS))
     with pytest.raises(ModelError, match="labels differ"):  # two differ in nothing else
-        text_model.load(tmp_path / "teacher", ("negative", "NEGATIVE"))
+        text_model.load_model(tmp_path / "teacher", ("negative", "NEGATIVE"))
 
 
 def one_output(
@@ -459,7 +459,7 @@ def one_output(
 def test_one_sigmoid_is_two_classes_exactly(family: str, tmp_path: Path) -> None:
     model = one_output(tmp_path / "model", family, "LABEL_0")
     inputs = batch(model).inputs
-    loaded = text_model.load(tmp_path / "model", LABELS, order_given=True)
+    loaded = text_model.load_model(tmp_path / "model", LABELS, order_given=True)
     with torch.no_grad():
         expected = model.module(**inputs).logits
         found = loaded.module.eval()(**inputs).logits
@@ -468,7 +468,7 @@ def test_one_sigmoid_is_two_classes_exactly(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(found.softmax(-1)[:, 1], expected[:, 1].sigmoid())
     assert loaded.module.config.id2label == dict(enumerate(LABELS))
     text_model.save(loaded, tmp_path / "again", inputs="")
-    again = text_model.load(tmp_path / "again", LABELS, order_given=True)
+    again = text_model.load_model(tmp_path / "again", LABELS, order_given=True)
     with torch.no_grad():
         assert torch.equal(again.module.eval()(**inputs).logits, expected)
 
@@ -487,7 +487,7 @@ def test_a_teacher_of_one_sigmoid_is_distilled(
 ) -> None:
     model = one_output(tmp_path / "teacher", "bert", name, kind)
     assert both(FINISHED, "data.labels=[negative,positive]").code == 0
-    loaded = text_model.load(tmp_path / "teacher", LABELS, order_given=True)
+    loaded = text_model.load_model(tmp_path / "teacher", LABELS, order_given=True)
     inputs = batch(model).inputs
     with torch.no_grad():
         expected = model.module(**inputs).logits
@@ -500,7 +500,9 @@ def test_a_sigmoid_that_is_called_0_is_that_of_class_1(tmp_path: Path) -> None:
         model = one_output(tmp_path / name, "bert", name)
         inputs = batch(model).inputs
         with torch.no_grad():
-            found = text_model.load(tmp_path / name, ("0", "1")).module.eval()(**inputs).logits
+            found = (
+                text_model.load_model(tmp_path / name, ("0", "1")).module.eval()(**inputs).logits
+            )
             assert torch.equal(found, model.module(**inputs).logits)
 
 
@@ -638,7 +640,9 @@ def test_a_head_of_another_size_gives_way_to_one_that_is_trained(
         folder / "config.json", id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}
     )
     assert both().code == 0
-    one, two = (text_model.load(folder, LABELS, seed=5, finished=False).module for _ in range(2))
+    one, two = (
+        text_model.load_model(folder, LABELS, seed=5, finished=False).module for _ in range(2)
+    )
     assert one.state_dict()["classifier.weight"].shape == (2, families.WIDTH)
     for key, value in one.state_dict().items():
         assert torch.equal(two.state_dict()[key], value)
@@ -656,7 +660,7 @@ def test_segments_that_the_model_does_not_have_are_named_before_training(tmp_pat
         metadata={"format": "pt"},
     )
     edit(folder / "config.json", type_vocab_size=1)
-    model = text_model.load(folder, LABELS)
+    model = text_model.load_model(folder, LABELS)
     model.module.train()
     text_model.try_out(model, [(text,) for text in TEXTS[:2]], 48, key="teacher.model")
     assert model.module.training

@@ -481,7 +481,7 @@ def test_a_truncated_validation_file_fails(tmp_path: Path, finished_run: RunDir)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     overrides = (f"data.source={tmp_path}", "teacher.finetune.epochs=1")
-    run = open_run(recipes.load("smoke", [*QUICK, *overrides]), tmp_path / "runs")
+    run = open_run(recipes.load_recipe("smoke", [*QUICK, *overrides]), tmp_path / "runs")
     distill(run)
     export(run)
     judge(run)

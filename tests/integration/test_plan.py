@@ -9,7 +9,7 @@ import pytest
 
 from ad2kit.data.splits import load_data
 from ad2kit.planning import budget as planning
-from ad2kit.planning.budget import Costs, fitted, planned, words
+from ad2kit.planning.budget import Costs, fitted, plan_words, planned
 from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import RecipeError, RunError, UserError
 from ad2kit.run.folder import RunDir
@@ -28,7 +28,7 @@ COSTS = Costs({"teacher": 1.0, "student": 2.0}, read_seconds=0.01)
 
 
 def asked(*overrides: str) -> Recipe:
-    return recipes.load("smoke", [*QUICK, *ASKED, *overrides])
+    return recipes.load_recipe("smoke", [*QUICK, *ASKED, *overrides])
 
 
 def fit(minutes: float, *overrides: str) -> Recipe:
@@ -58,10 +58,10 @@ def test_what_fits_stays_as_it_is() -> None:
 def test_epochs_go_before_rows() -> None:
     found = fit(140 / 60)
     assert epochs(found) == (1, 3)  # three quarters of 2 and 4
-    said = words(asked(), found)
+    said = plan_words(asked(), found)
     assert "400 rows, 13 updates of the teacher at 1.000 s" in said
     assert said.endswith("teacher.finetune.epochs 2 to 1, distill.epochs 4 to 3")
-    assert words(asked(), fit(10)).endswith("the recipe fits as it is")
+    assert plan_words(asked(), fit(10)).endswith("the recipe fits as it is")
     assert found.data.max_train_rows == 500
     assert epochs(fit(50 / 60)) == (1, 1)
     fewer = fit(20 / 60)
@@ -99,7 +99,7 @@ def test_least_updates_go_before_rows() -> None:
 
 
 def test_other_data_have_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "measure", lambda *_: COSTS)
+    monkeypatch.setattr(planning, "measured_costs", lambda *_: COSTS)
     table = tmp_path / "train.tsv"
     fields = (f"data.source={tmp_path}", "data.max_train_rows=null")
     lines = [f"text {number}\t{number % 2}" for number in range(4000)]
@@ -126,7 +126,7 @@ def test_minutes_are_above_zero(minutes: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize("more", [(), ("distill.intermediate.hidden_states=1",)])
 def test_updates_of_both_models_are_timed(more: tuple[str, ...]) -> None:
     recipe = asked("distill.batch_size=8", "teacher.finetune.batch_size=8", *more)
-    costs = planning.measure(recipe, load_data(recipe.data, recipe.seed))
+    costs = planning.measured_costs(recipe, load_data(recipe.data, recipe.seed))
     assert set(costs.seconds_per_update) == {"teacher", "student"}
     assert min(*costs.seconds_per_update.values(), costs.read_seconds) > 0
 
@@ -137,7 +137,7 @@ def test_a_plan_is_made_once_and_trained_to_its_end(
 ) -> None:
     settings = [*QUICK, "distill.epochs=8", "data.max_train_rows=300"]
     typed = ["distill", "smoke", *settings, "--runs-dir", tmp_path, "--max-minutes", "1"]
-    monkeypatch.setattr(planning, "measure", lambda *_: COSTS)
+    monkeypatch.setattr(planning, "measured_costs", lambda *_: COSTS)
     assert ad2kit(*typed).code == 0
     (run,) = (RunDir(path.parent) for path in tmp_path.glob("*/recipe.json"))
     plan = plan_of(run.recipe)
@@ -145,13 +145,13 @@ def test_a_plan_is_made_once_and_trained_to_its_end(
     assert epochs(run.recipe) == (1, 2)
     assert {name: len(read_curve(run.curve(name))) for name in plan.updates} == plan.updates
     # A slower clock would plan less: it is not asked again.
-    monkeypatch.setattr(planning, "measure", lambda *_: 1 / 0)
+    monkeypatch.setattr(planning, "measured_costs", lambda *_: 1 / 0)
     assert ad2kit(*typed).code == 0
     assert len(list(tmp_path.glob("*/recipe.json"))) == 1
     (stored,) = (tmp_path / ".shared" / "plans").iterdir()
     stored.write_text(json.dumps({"name": "other"}))
     with pytest.raises(RunError, match="is damaged"):
-        planned(recipes.load("smoke", settings), 1.0, tmp_path)
+        planned(recipes.load_recipe("smoke", settings), 1.0, tmp_path)
 
 
 def test_what_took_longer_is_said_and_not_cut(finished_run: RunDir) -> None:

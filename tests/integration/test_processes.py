@@ -23,7 +23,7 @@ from ad2kit.models.pretrained import RANDOM
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import sha256_of
 from ad2kit.run.folder import RunDir, open_run
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.training.checkpoint import CheckpointFacts
 from ad2kit.training.distill import distill
 
@@ -85,7 +85,7 @@ def files(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def no_dropout(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The setting of a teacher without dropout, of which each process would draw its own."""
-    recipe = load("smoke", SETTINGS)
+    recipe = load_recipe("smoke", SETTINGS)
     data = load_data(recipe.data, recipe.seed)
     model = text_model.load_reference(RANDOM, data, seed=5, finished=False, key="teacher.model")
     model.module.config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
@@ -101,7 +101,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, no_dropout: str) -> tuple
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, no_dropout: str) -> RunDir:
-    run = open_run(load("smoke", [*SETTINGS, no_dropout]), tmp_path_factory.mktemp("one"))
+    run = open_run(load_recipe("smoke", [*SETTINGS, no_dropout]), tmp_path_factory.mktemp("one"))
     distill(run)
     return run
 

@@ -97,7 +97,7 @@ WITH_PATIENCE = (
 
 
 def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_path: Path) -> None:
-    recipe = recipes.load("smoke", WITH_PATIENCE)
+    recipe = recipes.load_recipe("smoke", WITH_PATIENCE)
     straight = open_run(recipe, tmp_path / "straight")
     report = distill(straight)
     assert report.selection is not None
@@ -249,7 +249,7 @@ def test_kill_9_at_random_moments_changes_nothing(
     tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     """The short form of `make soak`, which kills the whole chain more often."""
-    straight = open_run(recipes.load("smoke", settings), tmp_path / "straight")
+    straight = open_run(recipes.load_recipe("smoke", settings), tmp_path / "straight")
     steps = distill(straight).steps
     runs_dir = tmp_path / "killed"
     command = [

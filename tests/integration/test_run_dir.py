@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ad2kit import load
 from ad2kit.campaigns import run as chain
-from ad2kit.campaigns.fit.looks import Judge
+from ad2kit.campaigns.fit.looks import Looks
 from ad2kit.data.splits import load_data
 from ad2kit.gate.parity import judge
 from ad2kit.gate.records import ParityReport
@@ -154,8 +154,8 @@ def test_a_kill_before_there_is_a_recipe_leaves_a_folder_that_can_be_opened(
 def judged_at(run: RunDir, look: int, variant: str = "int8") -> CampaignRecord:
     """Write into a run what `fit` says of a variant at its n-th look at the validation rows."""
     report = ParityReport.read(run.parity_report)
-    judge = Judge(0.5, load_data(run.recipe.data, run.recipe.seed).validation.labels, look - 1)
-    verdict = judge.look(run, report, variant).record()
+    looks = Looks(0.5, load_data(run.recipe.data, run.recipe.seed).validation.labels, look - 1)
+    verdict = looks.look(run, report, variant).record()
     record = FIT.model_copy(update={"verdicts": (verdict,)})
     write_record(run.campaign_record, record)
     return record

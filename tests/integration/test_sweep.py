@@ -24,7 +24,7 @@ from ad2kit.campaigns.sweep.tune import Tuning, trial_resources
 from ad2kit.run.errors import RunError, UserError
 from ad2kit.run.files import sha256_of
 from ad2kit.run.folder import RunDir, open_run
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.run.records import CampaignRecord
 from ad2kit.run.sections import Configuration
 from ad2kit.training.distill import distill
@@ -61,7 +61,7 @@ class Swept:
     killed_workers: list[int]
 
     def sweep(self, **changes: Any) -> tuple[SweepReport, Path]:
-        return sweep(load("smoke", SPACE), self.runs_dir, storage=self.storage, **changes)
+        return sweep(load_recipe("smoke", SPACE), self.runs_dir, storage=self.storage, **changes)
 
 
 def curve_times(runs_dir: Path, runs: list[str]) -> dict[str, int]:
@@ -109,7 +109,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune._Watch, "on_trial_result", kill_the_first)
-        report, folder = sweep(load("smoke", SPACE), runs_dir, storage=storage)
+        report, folder = sweep(load_recipe("smoke", SPACE), runs_dir, storage=storage)
     return Swept(runs_dir, storage, report, folder, before, killed)
 
 
@@ -138,7 +138,7 @@ def test_a_sweep_ends_complete_whoever_was_killed(swept: Swept) -> None:
 
 def test_a_trial_is_an_ordinary_run_with_the_bits_of_one(swept: Swept, tmp_path: Path) -> None:
     """Also the one whose worker was killed half-way; and the teacher was made once."""
-    job = Job(load("smoke", SPACE), swept.runs_dir, tmp_path, None, allow_inexact=False)
+    job = Job(load_recipe("smoke", SPACE), swept.runs_dir, tmp_path, None, allow_inexact=False)
     assert len(list((swept.runs_dir / ".shared" / "teachers").iterdir())) == 1
     made = [path.parent for path in swept.runs_dir.glob("*/teacher-training.jsonl")]
     assert len(made) == 1
@@ -190,7 +190,7 @@ def test_the_command_prints_the_table_or_json_alone(
 
 def test_a_search_trains_the_best_of_its_draws_with_the_other_seeds(swept: Swept) -> None:
     changes = ["distill.epochs=1", "sweep.search=optuna", "sweep.trials=2", "sweep.lrs=[1e-4,5e-3]"]
-    recipe = load("smoke", [*SPACE, *changes])
+    recipe = load_recipe("smoke", [*SPACE, *changes])
     report, folder = sweep(recipe, swept.runs_dir)
     seeds = {each.configuration: each.trials for each in report.configurations}
     assert len(seeds) == 2
@@ -218,7 +218,7 @@ def test_a_full_disk_ends_its_trial_alone_and_the_trial_goes_on(
 ) -> None:
     """A limit on the size of a file stands for the full disk: the write fails half-way."""
     job = Job(
-        load("smoke", [*SPACE, "distill.epochs=1"]),
+        load_recipe("smoke", [*SPACE, "distill.epochs=1"]),
         swept.runs_dir,
         tmp_path,
         None,
@@ -241,7 +241,7 @@ def test_a_full_disk_ends_its_trial_alone_and_the_trial_goes_on(
 
 @pytest.mark.usefixtures("ray_here")
 def test_a_teacher_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
-    recipe = load("smoke", [*SPACE, "student.layers=[7]"])
+    recipe = load_recipe("smoke", [*SPACE, "student.layers=[7]"])
     job = Job(recipe, tmp_path, tmp_path, None, allow_inexact=False)
     kind, message, hint = make_teacher(job) or (None, "", "")
     assert kind is UserError
@@ -324,7 +324,7 @@ def test_optuna_draws_within_the_space_and_knows_what_was_tried(tuned: Any) -> N
 @pytest.mark.usefixtures("ray_here")
 def test_a_trial_that_no_node_can_hold_is_refused() -> None:
     def compute(*overrides: str) -> ComputeRecipe:
-        return load("smoke", overrides).compute
+        return load_recipe("smoke", overrides).compute
 
     assert trial_resources(compute()) == {"cpu": 1.0, "gpu": 0.0}
     assert trial_resources(compute("compute.threads=null")) == {"cpu": 2.0, "gpu": 0.0}

@@ -68,7 +68,7 @@ def chain(task: str, folder: Path, **data: Any) -> RunDir:
     for seed, (name, count) in enumerate((("train", 400), ("validation", 150))):
         lines = (json.dumps(row) for row in rows(task, seed, count))
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    plain = recipes.load("smoke", [*QUICK, *LEARNS]).model_dump(mode="json")
+    plain = recipes.load_recipe("smoke", [*QUICK, *LEARNS]).model_dump(mode="json")
     plain["data"] = {"source": str(folder), "max_length_tokens": 32, **TASKS[task], **data}
     run = open_run(recipes.from_data(plain, where=task), folder / "runs")
     distill(run)
@@ -183,7 +183,7 @@ def test_unlabelled_texts_reach_the_student_through_its_teacher(tmp_path: Path) 
 def test_class_labels_in_a_regression_are_refused_before_any_training(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("text\tlabel\n" + "fine\tgood\nbad\tbad\n" * 20)
     (tmp_path / "validation.tsv").write_text("text\tlabel\nwell\tgood\nill\tbad\n")
-    recipe = recipes.load("smoke", [f"data.source={tmp_path}", "data.task=regression"])
+    recipe = recipes.load_recipe("smoke", [f"data.source={tmp_path}", "data.task=regression"])
     with pytest.raises(DataError, match="must be a finite number, found 'good'") as caught:
         distill(open_run(recipe, tmp_path / "runs"))
     assert "data.task=single_label" in caught.value.hint
@@ -195,7 +195,7 @@ def test_a_finished_teacher_with_another_number_of_labels_is_refused(
     rows = "".join(f"t{i} word\t{i % 3}\n" for i in range(60))
     (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows}")
     (tmp_path / "validation.tsv").write_text(f"text\tlabel\n{rows.replace('word', 'other')}")
-    recipe = recipes.load(
+    recipe = recipes.load_recipe(
         "smoke",
         [
             f"data.source={tmp_path}",
@@ -244,7 +244,7 @@ def test_weights_of_the_classes_reach_both_trainings(tmp_path: Path, task: str) 
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     first = {}
     for taught, distilled in (("none", "none"), ("balanced", "none"), ("none", "balanced")):
-        plain = recipes.load("smoke", [*QUICK, "distill.hard_label_weight=1"]).model_dump(
+        plain = recipes.load_recipe("smoke", [*QUICK, "distill.hard_label_weight=1"]).model_dump(
             mode="json"
         )
         plain["data"] = {"source": str(tmp_path), "max_length_tokens": 32, **TASKS[task]}

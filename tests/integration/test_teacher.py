@@ -47,7 +47,7 @@ def weak_recipe(task: str, folder: Path, *overrides: str) -> Recipe:
     for seed, (name, count) in enumerate((("train", 240), ("validation", 60))):
         lines = (json.dumps(row) for row in rows(task, seed, count))
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    plain = recipes.load("smoke", [*QUICK, *WEAK, *overrides]).model_dump(mode="json")
+    plain = recipes.load_recipe("smoke", [*QUICK, *WEAK, *overrides]).model_dump(mode="json")
     plain["data"] = {"source": str(folder), "max_length_tokens": 32, **TASKS[task]}
     return recipes.from_data(plain, where=task)
 
@@ -179,7 +179,9 @@ def test_the_commands_end_with_1_and_go_on_where_it_is_accepted(
 @pytest.mark.slow
 def test_a_teacher_that_is_not_far_below_them_is_imitated(tmp_path: Path) -> None:
     """So small a BERT stays below a bag of words here, by less than two standard errors."""
-    recipe = recipes.load("smoke", [*QUICK, "teacher.accept=false", "teacher.finetune.epochs=3"])
+    recipe = recipes.load_recipe(
+        "smoke", [*QUICK, "teacher.accept=false", "teacher.finetune.epochs=3"]
+    )
     run = open_run(recipe, tmp_path)
     distill(run)
     found = TeacherReport.read(run.teacher_report)
@@ -192,7 +194,7 @@ def test_a_teacher_that_is_not_far_below_them_is_imitated(tmp_path: Path) -> Non
 def test_the_rows_stand_in_every_table(copied_run: RunDir) -> None:
     scores = summary.baseline_scores(copied_run)
     assert list(scores) == BASELINES
-    shown = summary.rows(copied_run)
+    shown = summary.model_rows(copied_run)
     assert [row[:2] for row in shown[:4]] == [(n, f"{s:.4f}") for n, s in scores.items()]
     assert shown[4][0] == "teacher (PyTorch)"
     assert {len(row) for row in shown} == {len(summary.HEADER)}
@@ -206,7 +208,7 @@ def test_the_rows_stand_in_every_table(copied_run: RunDir) -> None:
     # What was said of another teacher is not said of this one.
     other = TeacherReport.read(copied_run.teacher_report)
     write_record(copied_run.teacher_report, other.model_copy(update={"teacher_sha256": "another"}))
-    assert summary.rows(copied_run)[0][0] == "teacher (PyTorch)"
+    assert summary.model_rows(copied_run)[0][0] == "teacher (PyTorch)"
     assert "<h2>The teacher</h2>" not in write_report(copied_run).read_text()
 
 

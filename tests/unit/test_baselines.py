@@ -48,11 +48,11 @@ def rows(task: Task, count: int, seed: int) -> Split:
 def test_a_bag_of_words_learns_every_task(task: Task) -> None:
     train, other = rows(task, 300, 1), rows(task, 100, 2)
     found = baselines.bag_of_words(task, train)(other)
-    judged_by = recipe.load("smoke").data.model_copy(update={"task": task, "metrics": None})
+    judged_by = recipe.load_recipe("smoke").data.model_copy(update={"task": task, "metrics": None})
     constant = baselines.most_frequent(task, train.labels, len(other))
     assert found.shape == constant.shape == other.labels.shape
-    assert metrics.score(judged_by.judged_by, found, other.labels) > 0.95
-    assert metrics.score(judged_by.judged_by, constant, other.labels) < 0.7
+    assert metrics.mean_metric(judged_by.judged_by, found, other.labels) > 0.95
+    assert metrics.mean_metric(judged_by.judged_by, constant, other.labels) < 0.7
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -63,9 +63,9 @@ def test_a_probe_learns_every_task_from_vectors(task: Task) -> None:
     def vectors(split: Split) -> Any:
         return np.array([[w in text for w in WORDS] for (text,) in split.texts]) @ mixing
 
-    judged_by = recipe.load("smoke").data.model_copy(update={"task": task, "metrics": None})
+    judged_by = recipe.load_recipe("smoke").data.model_copy(update={"task": task, "metrics": None})
     found = baselines.linear_probe(task, vectors(train), train.labels)(vectors(other))
-    assert metrics.score(judged_by.judged_by, found, other.labels) > 0.95
+    assert metrics.mean_metric(judged_by.judged_by, found, other.labels) > 0.95
 
 
 def test_the_constant_answer_is_what_most_rows_have() -> None:
@@ -132,7 +132,7 @@ def looked_at(wrong: int, task: Task = "single_label") -> TeacherReport:
     train, select = rows(task, 300, 1), rows(task, 100, 2)
     labels = {"single_label": ("none", "one", "two"), "multi_label": WORDS, "regression": ("n",)}
     data = Data(task, labels[task], train, select, rows(task, 50, 3), train.take(np.arange(0)))
-    plain = recipe.load("smoke", ["compute.threads=1"]).model_dump(mode="json")
+    plain = recipe.load_recipe("smoke", ["compute.threads=1"]).model_dump(mode="json")
     plain["data"] |= {"task": task}
     truth = select.labels
     logits: dict[Task, Any] = {
@@ -189,7 +189,7 @@ def report(**changes: Any) -> TeacherReport:
         "teacher": "hub://me/mine",
         "teacher_sha256": "",
         "metrics": ("accuracy",),
-        "finetune": recipe.load("custom").teacher.finetune,
+        "finetune": recipe.load_recipe("custom").teacher.finetune,
         "rows": 200,
         "train_rows": 800,
         "score": 0.8,
@@ -249,7 +249,7 @@ def test_the_settings_that_a_bad_teacher_is_mended_with_are_settings(finetune: b
     typed = re.findall(r"'(teacher\.[^']+)'|(teacher\.\w+\.?\w*=[^\s;']+)", caught.value.hint)
     settings = [quoted or plain for quoted, plain in typed]
     assert len(settings) == (3 if finetune else 2)
-    changed = recipe.load("custom", settings)
+    changed = recipe.load_recipe("custom", settings)
     assert changed.teacher.accept
     assert changed.teacher.finetune is not None
     assert changed.teacher.finetune.epochs > 3

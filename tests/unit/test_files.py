@@ -103,7 +103,7 @@ def test_an_interruption_at_any_step_leaves_the_old_folder_or_the_new_one(
         if how == "exception":  # nobody has to tidy up before it is read
             assert (step / "model").is_dir(), f"step {step.name}"
         shutil.copytree(step, tmp_path / "again")
-        files.sweep(step)
+        files.remove_leftovers(step)
         content = {p.name: p.read_text() for p in (step / "model").iterdir()}
         assert content in ({"a": "one", "b": "one"}, {"a": "two", "b": "two"}), f"step {step.name}"
         assert [p.name for p in step.iterdir()] == ["model"]
@@ -139,7 +139,7 @@ def test_a_file_that_was_not_finished_has_no_name(
         files.write_text(tmp_path / "report", "two")
     assert len(list(tmp_path.iterdir())) == 2
     assert (tmp_path / "report").read_text() == "one"
-    files.sweep(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 

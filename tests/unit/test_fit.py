@@ -9,7 +9,7 @@ import pytest
 
 from ad2kit.campaigns import shapes
 from ad2kit.campaigns.fit.costs import Call, Stopwatch, System
-from ad2kit.campaigns.fit.looks import Judge, error_of, hopeless, thinned
+from ad2kit.campaigns.fit.looks import Looks, error_of, hopeless, thinned
 from ad2kit.campaigns.fit.records import (
     Candidate,
     Cost,
@@ -23,7 +23,7 @@ from ad2kit.campaigns.shapes import Grid, Shape
 from ad2kit.cli.options import numbers
 from ad2kit.data.metrics import retained_interval
 from ad2kit.run.errors import GateFailed, ModelError, RecipeError, UserError
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import StudentRecipe
 from ad2kit.training import students
 from tests import families
@@ -179,16 +179,16 @@ def test_all_looks_together_err_no_more_than_one_interval_of_both_sides() -> Non
 
 
 def test_candidates_that_lost_between_the_splits_make_the_next_bring_a_part_of_it() -> None:
-    judge = Judge(0.97, np.array([0, 1]))
-    assert judge.needed() == 0.97
-    judge.learn(0.99, 0.95)
-    assert judge.needed() == pytest.approx(0.99)
-    judge.learn(0.99, 0.97)
-    assert judge.needed() == pytest.approx(0.99)
-    judge.learn(0.98, 0.98)
-    assert judge.needed() == pytest.approx(0.985)
-    judge.learn(0.90, 1.00)  # gains do not make it easier
-    assert judge.needed() == 0.97
+    looks = Looks(0.97, np.array([0, 1]))
+    assert looks.needed() == 0.97
+    looks.learn(0.99, 0.95)
+    assert looks.needed() == pytest.approx(0.99)
+    looks.learn(0.99, 0.97)
+    assert looks.needed() == pytest.approx(0.99)
+    looks.learn(0.98, 0.98)
+    assert looks.needed() == pytest.approx(0.985)
+    looks.learn(0.90, 1.00)  # gains do not make it easier
+    assert looks.needed() == 0.97
 
 
 # Targets.
@@ -225,12 +225,12 @@ def test_the_best_variant_is_the_fastest_that_meets_the_target() -> None:
 
 
 def test_the_recipe_takes_its_thresholds_from_the_target() -> None:
-    recipe = target(retain=0.99, margin=0.03, speedup=2).applied_to(load("smoke"))
+    recipe = target(retain=0.99, margin=0.03, speedup=2).applied_to(load_recipe("smoke"))
     assert recipe.parity.min_retained == 0.99
     assert recipe.parity.min_retained_lower == pytest.approx(0.96)
     assert recipe.bench.batch_sizes == (1,)
     assert recipe.bench.lengths_tokens == (64,)
-    assert recipe.distill == load("smoke").distill
+    assert recipe.distill == load_recipe("smoke").distill
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_targets_that_mean_nothing_are_refused(
     aim: Target, overrides: list[str], expected: str, hint: str
 ) -> None:
     with pytest.raises(RecipeError, match=expected) as caught:
-        aim.applied_to(load("smoke", overrides))
+        aim.applied_to(load_recipe("smoke", overrides))
     assert hint in caught.value.hint
 
 
@@ -338,7 +338,7 @@ def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> 
 def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
     tmp_path: Path,
 ) -> None:
-    recipe, made = load("smoke"), list[str]()
+    recipe, made = load_recipe("smoke"), list[str]()
 
     def clock(
         calls: dict[str, Call], ids: np.ndarray, seconds: float
@@ -380,17 +380,17 @@ def test_a_busy_machine_is_measured_again_and_called_so(
         return {"teacher": (lambda _ids: None, 4), "int8": (lambda _ids: None, 2)}
 
     file = tmp_path / "shared" / "m.json"
-    busy = Stopwatch(load("smoke"), target(), file, clock, 50)
+    busy = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
     found = busy.measure("a shape", systems, ["teacher"])
     assert [each.spread for each in found] == [2, 2]  # the calmest of the three
     assert [each.speedup for each in found] == [1, 1]  # they took turns
     assert "others use this machine" in caplog.text
     # A search that goes on decides as before, unless it is told to measure again.
-    again = Stopwatch(load("smoke"), target(), file, clock, 50)
+    again = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
     assert again.measure("a shape", systems, ["teacher"]) == found
     assert f"delete {file}" in caplog.text
     file.unlink()
-    idle = Stopwatch(load("smoke"), target(), file, clock, 50)
+    idle = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
     assert [each.spread for each in idle.measure("a shape", systems, ["teacher"])] == [1, 1]
     text = caption(report(target()).model_copy(update={"untrained_teacher": found}))
     assert "The machine was busy: rounds of the same calls differ by up to 2.0 times" in text
@@ -410,12 +410,14 @@ def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -
     def systems() -> dict[str, System]:
         return {"fused": (lambda _ids: None, 2)}
 
-    ours, theirs, third = (Stopwatch(load("smoke"), target(), file, clock, 50) for _ in range(3))
+    ours, theirs, third = (
+        Stopwatch(load_recipe("smoke"), target(), file, clock, 50) for _ in range(3)
+    )
     ours.measure("one shape", systems)
     theirs.measure("another", systems)
     third.measure("a third", systems)
     assert len(measured) == 3
-    last = Stopwatch(load("smoke"), target(), file, clock, 50)
+    last = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
     for shape_name in ("one shape", "another", "a third"):
         last.measure(shape_name, systems)
     assert len(measured) == 3
@@ -435,10 +437,10 @@ def test_what_was_measured_first_counts_for_all(tmp_path: Path) -> None:
     def systems() -> dict[str, System]:
         return {"fused": (lambda _ids: None, 2)}
 
-    ours, theirs = (Stopwatch(load("smoke"), target(), file, clock, 50) for _ in range(2))
+    ours, theirs = (Stopwatch(load_recipe("smoke"), target(), file, clock, 50) for _ in range(2))
     first = ours.measure("one shape", systems)
     assert theirs.measure("one shape", systems) == first  # though it has measured something else
-    again = Stopwatch(load("smoke"), target(), file, clock, 50)
+    again = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
     assert again.measure("one shape", systems) == first
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ad2kit.data.labels import NO_CLASS, answers
 from ad2kit.models import head
-from ad2kit.models.head import fit, start_head
+from ad2kit.models.head import fit_linear, start_head
 from ad2kit.models.text_model import predict_logits
 from tests.models import cpu, encoded, tiny_bert
 
@@ -33,7 +33,7 @@ def test_logistic_regression_tells_classes_apart_as_scikit_learn_does(classes: i
     from sklearn.linear_model import LogisticRegression
 
     read, labels = clouds(classes)
-    index, weights, bias = fit("single_label", read, labels, classes)
+    index, weights, bias = fit_linear("single_label", read, labels, classes)
     assert index.tolist() == list(range(classes))
     logits = read @ weights.T + bias
     assert (logits.argmax(axis=1) == labels).mean() > 0.95
@@ -46,10 +46,10 @@ def test_logistic_regression_tells_classes_apart_as_scikit_learn_does(classes: i
 
 def test_classes_without_rows_are_not_fitted() -> None:
     read, labels = clouds(3)
-    index, weights, _ = fit("single_label", read, 2 * labels, 7)
+    index, weights, _ = fit_linear("single_label", read, 2 * labels, 7)
     assert index.tolist() == [0, 2, 4]
     assert weights.shape == (3, 6)
-    index, _, _ = fit("single_label", read, np.zeros_like(labels), 7)
+    index, _, _ = fit_linear("single_label", read, np.zeros_like(labels), 7)
     assert index.tolist() == []
 
 
@@ -57,12 +57,12 @@ def test_several_labels_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_PENALTY", 1e-3)
     read, labels = clouds(4)
     several = np.stack([labels >= 2, labels % 2, np.ones_like(labels)], axis=1).astype(np.float32)
-    index, weights, bias = fit("multi_label", read, several, 3)
+    index, weights, bias = fit_linear("multi_label", read, several, 3)
     assert index.tolist() == [0, 1]  # the third is in every row: nothing to tell apart
     found = read @ weights.T + bias > 0
     assert (found == several[:, :2]).mean() > 0.9
     line = read @ np.arange(6.0) + 1
-    _, weights, bias = fit("regression", read, line, 1)
+    _, weights, bias = fit_linear("regression", read, line, 1)
     assert np.corrcoef(read @ weights[0] + bias[0], line)[0, 1] > 0.99
 
 

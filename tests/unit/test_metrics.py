@@ -40,7 +40,7 @@ ANSWERS, LABELS = np.array([1, 1, 0, 1, 0, 0]), np.array([1, 1, 1, 0, 0, 0])
     ],
 )
 def test_classification_metrics_of_a_worked_example(metric: Metric, expected: float) -> None:
-    assert metrics.measure(metric, ANSWERS, LABELS) == pytest.approx(expected)
+    assert metrics.metric_value(metric, ANSWERS, LABELS) == pytest.approx(expected)
 
 
 def test_matthews_and_f1_of_an_uneven_example() -> None:
@@ -48,9 +48,9 @@ def test_matthews_and_f1_of_an_uneven_example() -> None:
     labels = np.repeat([1, 0], [6, 14])
     found = np.repeat([1, 0, 1, 0], [5, 1, 2, 12])
     expected = (5 * 12 - 2 * 1) / (7 * 6 * 14 * 13) ** 0.5
-    assert metrics.measure("matthews", found, labels) == pytest.approx(expected)
-    assert metrics.measure("f1", found, labels) == pytest.approx(10 / 13)
-    both = metrics.score(("f1", "accuracy"), found, labels)
+    assert metrics.metric_value("matthews", found, labels) == pytest.approx(expected)
+    assert metrics.metric_value("f1", found, labels) == pytest.approx(10 / 13)
+    both = metrics.mean_metric(("f1", "accuracy"), found, labels)
     assert both == pytest.approx((10 / 13 + 17 / 20) / 2)
 
 
@@ -59,19 +59,19 @@ def test_correlations_of_a_worked_example() -> None:
     # Deviations (-1.75, -0.75, 0.25, 2.25) and (-1.5, 0.5, -0.5, 1.5).
     covariance = 1.75 * 1.5 - 0.75 * 0.5 - 0.25 * 0.5 + 2.25 * 1.5
     expected = covariance / (8.75 * 5.0) ** 0.5
-    assert metrics.measure("pearson", answers, labels) == pytest.approx(expected)
+    assert metrics.metric_value("pearson", answers, labels) == pytest.approx(expected)
     # Ranks 1 2 3 4 and 1 3 2 4: 1 - 6 * 2 / (4 * 15).
-    assert metrics.measure("spearman", answers, labels) == pytest.approx(0.8)
-    assert metrics.measure("pearson", np.ones(4), labels) == 0.0
+    assert metrics.metric_value("spearman", answers, labels) == pytest.approx(0.8)
+    assert metrics.metric_value("pearson", np.ones(4), labels) == 0.0
 
 
 def test_several_labels_are_judged_label_by_label_or_whole() -> None:
     labels = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
     answers = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]])
     # Over all labels tp 2, fp 1, fn 1; per label F1 1, 2/3 and 0.
-    assert metrics.measure("micro_f1", answers, labels) == pytest.approx(4 / 6)
-    assert metrics.measure("macro_f1", answers, labels) == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert metrics.measure("accuracy", answers, labels) == pytest.approx(1 / 3)
+    assert metrics.metric_value("micro_f1", answers, labels) == pytest.approx(4 / 6)
+    assert metrics.metric_value("macro_f1", answers, labels) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics.metric_value("accuracy", answers, labels) == pytest.approx(1 / 3)
 
 
 def test_ece_of_a_worked_example() -> None:

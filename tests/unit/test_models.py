@@ -84,7 +84,7 @@ def test_layers_that_share_weights_in_groups_are_refused_by_name() -> None:
 def test_save_and_load_is_exact(tmp_path: Path) -> None:
     model = tiny_bert()
     text_model.save(model, tmp_path / "model", inputs="abc")
-    again = text_model.load(tmp_path / "model", LABELS)
+    again = text_model.load_model(tmp_path / "model", LABELS)
     assert text_model.saved_inputs(tmp_path / "model") == "abc"
     for key, value in model.module.state_dict().items():
         assert torch.equal(again.module.state_dict()[key], value)
@@ -102,7 +102,7 @@ def test_a_tampered_model_is_refused(tmp_path: Path) -> None:
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match="is not the file that was written: sha256 expected"):
-        text_model.load(folder, LABELS)
+        text_model.load_model(folder, LABELS)
 
 
 def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
@@ -110,17 +110,17 @@ def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match="is damaged"):
-        text_model.load(folder, LABELS)
+        text_model.load_model(folder, LABELS)
 
 
 def test_pickled_weights_are_refused_and_said_to_be(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights at all"):
-        text_model.load(folder, LABELS)
+        text_model.load_model(folder, LABELS)
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"only pytorch_model\.bin, which may run code") as caught:
-        text_model.load(folder, LABELS)
+        text_model.load_model(folder, LABELS)
     assert "safe_serialization=True" in caught.value.hint
 
 
@@ -128,7 +128,7 @@ def test_a_finished_teacher_needs_its_head_and_the_same_labels(tmp_path: Path) -
     folder = saved(tmp_path)
     (folder / text_model.MANIFEST).unlink()
     with pytest.raises(ModelError, match="labels differ from the data's") as caught:
-        text_model.load(folder, ("positive", "negative"))
+        text_model.load_model(folder, ("positive", "negative"))
     assert "{0: 'negative', 1: 'positive'}" in caught.value.message
     assert "{0: 'positive', 1: 'negative'}" in caught.value.message
     # The encoder alone: fit to fine-tune, not to distil from.
@@ -137,8 +137,8 @@ def test_a_finished_teacher_needs_its_head_and_the_same_labels(tmp_path: Path) -
     config["id2label"] = dict(enumerate(LABELS))
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="does not hold a whole classifier"):
-        text_model.load(folder, LABELS)
-    assert text_model.load(folder, LABELS, finished=False).labels == LABELS
+        text_model.load_model(folder, LABELS)
+    assert text_model.load_model(folder, LABELS, finished=False).labels == LABELS
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     config["num_hidden_layers"] = 6
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="does not hold a whole encoder: 32 tensors are missing"):
-        text_model.load(folder, LABELS, finished=False)
+        text_model.load_model(folder, LABELS, finished=False)
 
 
 def test_a_maximum_length_beyond_the_positions_is_refused() -> None:

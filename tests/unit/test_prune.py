@@ -15,7 +15,7 @@ from ad2kit.exporting.int8 import Way, quantize
 from ad2kit.models import text_model
 from ad2kit.run.errors import ModelError, RecipeError
 from ad2kit.run.machine import cpu_flags, dot_products
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import StudentRecipe
 from ad2kit.training import students
 from ad2kit.training.losses import supervised
@@ -107,7 +107,7 @@ def test_a_narrow_student_is_saved_loaded_exported_fused_and_quantised(
     student = build_student(teacher, [0, 3])
     students.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
     text_model.save(student, tmp_path / "student", inputs="")
-    again = text_model.load(tmp_path / "student", LABELS)
+    again = text_model.load_model(tmp_path / "student", LABELS)
     assert students.widths(again)[1] == 20
     assert again.parameters() == student.parameters()
     inputs = batch(student).inputs
@@ -256,7 +256,7 @@ def test_a_student_of_a_teacher_that_lacks_heads_lacks_them_where_it_copies(tmp_
     teacher = tiny_bert()
     students.keep_heads(teacher, [[0, 1], [1, 2], [2, 3], [0, 3]])
     text_model.save(teacher, tmp_path / "teacher", inputs="")
-    teacher = text_model.load(tmp_path / "teacher", LABELS)
+    teacher = text_model.load_model(tmp_path / "teacher", LABELS)
     same, student = build_student(teacher, range(4)), build_student(teacher, [1, 3])
     inputs = batch(teacher).inputs
     assert torch.equal(forward(same, inputs), forward(teacher, inputs))
@@ -289,4 +289,4 @@ def test_recipes_that_contradict_themselves_are_refused(
     overrides: list[str], expected: str
 ) -> None:
     with pytest.raises(RecipeError, match=expected):
-        load("smoke", overrides)
+        load_recipe("smoke", overrides)

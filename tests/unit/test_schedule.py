@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ad2kit.run.errors import RecipeError
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.training.ad2 import distillation
 from ad2kit.training.checkpoint import Evaluation
 from ad2kit.training.loop import new_state, train
@@ -94,7 +94,7 @@ def test_patience_waits_for_a_better_score_or_a_nearer_student() -> None:
 
 def test_patience_needs_a_last_part() -> None:
     with pytest.raises(RecipeError, match="'patience' begins the last part early"):
-        load("smoke", ["distill.patience=2"])
+        load_recipe("smoke", ["distill.patience=2"])
 
 
 def test_small_encoders_learn_faster() -> None:

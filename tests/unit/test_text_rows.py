@@ -345,7 +345,7 @@ def test_the_lines_are_the_same_in_a_block_and_in_the_survey() -> None:
     for raw in (text.encode(), text.encode("latin1")):
         line, is_utf8 = text_files.decode(raw)
         lines: Sequence[str] = [line, *["é" * 1000 + "\n"] * 1100, "a,b\n"]
-        read: Callable[..., Any] = text_files.rows
+        read: Callable[..., Any] = text_files.checked_rows
         (first, end, _, error), *_, last = read(lines, "csv", ("a", "b"), is_utf8=is_utf8)
         assert (first, end) == (0, 1048)
         assert error.endswith("is a quotation mark never closed?")

@@ -12,7 +12,7 @@ import torch
 
 from ad2kit.models.pretrained import RANDOM
 from ad2kit.run.errors import DivergedError, ModelError
-from ad2kit.run.recipe import load
+from ad2kit.run.recipe import load_recipe
 from ad2kit.training import ad2
 from ad2kit.training.ad2 import distillation, finetuning, inner_losses
 from ad2kit.training.checkpoint import Evaluation
@@ -344,7 +344,7 @@ def twenty_steps() -> dict[str, list[dict[str, float]]]:
     from ad2kit.models import text_model
     from ad2kit.models.text_model import predict_logits
 
-    recipe = load("smoke", ["data.max_train_rows=400"])
+    recipe = load_recipe("smoke", ["data.max_train_rows=400"])
     data = load_data(recipe.data, recipe.seed)
     accelerator = cpu()
     teacher = text_model.load_reference(

@@ -25,13 +25,13 @@ import torch
 
 from ad2kit.campaigns import shapes
 from ad2kit.campaigns.fit.costs import Stopwatch
-from ad2kit.campaigns.fit.looks import Judge, hopeless, lost_on_select, thinned
+from ad2kit.campaigns.fit.looks import Looks, hopeless, lost_on_select, thinned
 from ad2kit.campaigns.fit.records import Candidate, Cost, FitReport, Outcome, Target, shortfalls
 from ad2kit.campaigns.fit.report import markdown, plot
 from ad2kit.campaigns.run import fill_with_teacher
 from ad2kit.data import splits
 from ad2kit.data.labels import answers
-from ad2kit.data.metrics import score
+from ad2kit.data.metrics import mean_metric
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, open_session
 from ad2kit.exporting.export import export, export_fp32
 from ad2kit.exporting.records import OnnxArtifact
@@ -119,7 +119,7 @@ def fit(
         latency.time_rounds,
         vocabulary=teacher.module.config.vocab_size,
     )
-    search = _Search(
+    search = _ShapeSearch(
         recipe,
         target,
         data,
@@ -129,7 +129,7 @@ def fit(
         stopwatch,
         on_step,
         allow_inexact,
-        Judge(target.retain, data.validation.labels),
+        Looks(target.retain, data.validation.labels),
     )
     untrained_teacher, candidates = search.search(shapes.shapes(teacher, recipe.student, grid))
     report = FitReport(
@@ -152,7 +152,7 @@ def fit(
 
 
 @dataclass
-class _Search:
+class _ShapeSearch:
     """What the steps of the search share, and what it has found so far."""
 
     recipe: Recipe
@@ -164,7 +164,7 @@ class _Search:
     stopwatch: Stopwatch
     on_step: Callable[[StepRecord], None]
     allow_inexact: bool
-    judge: Judge
+    looks: Looks
     teacher_score: float | None = None
     trained: tuple[Cost, ...] = ()
     package: tuple[str, str] | None = None
@@ -256,8 +256,11 @@ class _Search:
         except DivergedError as error:
             return candidate.ended("diverged", error.message)
         score = distilled.student_select_score
-        needed = self.judge.needed() * _something(distilled.teacher_select_score)
-        facts: dict[str, Any] = {"select_score": score, "train_seconds": distilled.train_seconds}
+        needed = self.looks.needed() * _something(distilled.teacher_select_score)
+        facts: dict[str, Any] = {
+            "select_score": score,
+            "train_seconds": distilled.train_seconds,
+        }
         if score < needed:
             reason = f"{score:.4f} on select, needed {needed:.4f}"
             return candidate.ended("below on select", reason, **facts)
@@ -272,7 +275,7 @@ class _Search:
             reason = f"{score:.4f} on select less what int8 lost there, needed {needed:.4f}"
             return candidate.ended("below on select", reason, **facts)
         judged = self._gate(candidate, run, able, facts)
-        self.judge.learn(score / distilled.teacher_select_score, judged.retained or 0.0)
+        self.looks.learn(score / distilled.teacher_select_score, judged.retained or 0.0)
         return judged
 
     def _gate(
@@ -285,7 +288,7 @@ class _Search:
         report, failures, outcomes = judge(run), list[str](), set[Outcome]()
         record = self.rule
         for cost in sorted(able, key=lambda cost: cost.p50_ms):
-            look = self.judge.look(run, report, cost.variant)
+            look = self.looks.look(run, report, cost.variant)
             verdicts = (*record.verdicts, look.record())
             record = record.model_copy(update={"verdicts": verdicts})
             write_record(run.campaign_record, record)
@@ -339,12 +342,14 @@ class _Search:
         if not scores:
             return False
         if self.teacher_score is None:
-            teacher = text_model.load(run.teacher, self.data.labels, self.data.task)
+            teacher = text_model.load_model(run.teacher, self.data.labels, self.data.task)
             encoded = splits.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
             logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
             found = answers(self.data.task, logits)
-            self.teacher_score = _something(score(self.recipe.data.judged_by, found, select.labels))
-        return hopeless(scores, len(select), self.judge.needed() * self.teacher_score)
+            self.teacher_score = _something(
+                mean_metric(self.recipe.data.judged_by, found, select.labels)
+            )
+        return hopeless(scores, len(select), self.looks.needed() * self.teacher_score)
 
     def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
         """Return the costs of a run's variants, beside those of its trained teacher.

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ad2kit.data.labels import answers
+from ad2kit.data.metrics import mean_metric as score_of
 from ad2kit.data.metrics import paired_bootstrap
-from ad2kit.data.metrics import score as score_of
 from ad2kit.exporting.records import QuantisationSearch
 from ad2kit.gate.questions import retained, retained_check
 from ad2kit.gate.records import RowAnswers
@@ -131,7 +131,7 @@ def lost_on_select(run: RunDir, variant: str) -> float:
 
 
 @dataclass
-class Judge:
+class Looks:
     """Decides who is judged on the validation rows, counts the looks at them, and learns from them.
 
     Args:

@@ -41,7 +41,7 @@ from ad2kit.run.machine import processes
 from ad2kit.run.ray_cluster import insist_on_answer, ray_cluster
 from ad2kit.training import shared
 from ad2kit.training.records import DistillReport
-from ad2kit.training.shared import Judge
+from ad2kit.training.shared import ValidationScores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,7 +98,7 @@ def sweep(
         job.recipe_of(configuration, recipe.seed)  # all are checked before the first is trained
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), ExitStack() as stack:
-        search = _Search(job, Ledger(folder / "trials.jsonl"), address, stack)
+        search = _Sweep(job, Ledger(folder / "trials.jsonl"), address, stack)
         data = splits.load_data(recipe.data, recipe.seed)
         best = _best(job, data, search.explore())
         search.train((best, seed) for seed in job.seeds())
@@ -109,7 +109,7 @@ def sweep(
     return report, folder
 
 
-class _Search:
+class _Sweep:
     """The trials of a sweep; Ray is started when the first of them has to run."""
 
     def __init__(self, job: Job, ledger: Ledger, address: str | None, stack: ExitStack) -> None:
@@ -224,21 +224,21 @@ def _report(
 ) -> SweepReport:
     """Judge the finished students of the best configuration on the validation set."""
     recipe = job.recipe
-    judge = Judge(recipe, data, job.runs_dir)
+    validation = ValidationScores(recipe, data, job.runs_dir)
     students, distilled, teacher = list[SelectedStudent](), list[DistillReport](), 0.0
     simpler = dict[str, float]()
     for trial in trials:
         if trial.configuration == best and trial.state == "finished":
             run = job.run(*trial.key)
             distilled.append(DistillReport.read(run.distill_report))
-            teacher = judge.score(judge.answers(run.teacher))
+            teacher = validation.score(validation.answers(run.teacher))
             simpler = baseline_scores(run)
             students.append(
                 SelectedStudent(
                     seed=trial.seed,
                     run=trial.run,
                     student_sha256=distilled[-1].student_sha256,
-                    score=judge.score(judge.answers(run.student)),
+                    score=validation.score(validation.answers(run.student)),
                 )
             )
     if not students:
