@@ -10,7 +10,7 @@ from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import LatencyReport, ParityReport
 from ad2kit.run.errors import GateFailed, ModelError, RunError
 from ad2kit.run.files import sha256_of
-from ad2kit.run.folder import RunDir
+from ad2kit.run.folder import RunDir, judged_runs
 from ad2kit.run.records import CampaignRecord
 
 logger = logging.getLogger(__name__)
@@ -116,10 +116,8 @@ def latest_passed_run(runs_dir: Path) -> RunDir:
     Raises:
         RunError: none has passed.
     """
-    reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
     of_a_campaign, reasons = None, ""
-    for report in reversed(reports):
-        run = RunDir(report.parent)
+    for run in judged_runs(runs_dir):
         try:
             if passed_variants(run):
                 if not run.campaign_record.is_file():

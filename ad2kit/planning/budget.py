@@ -113,7 +113,8 @@ def _read(path: Path) -> Recipe:
 def plan_words(asked: Recipe, found: Recipe) -> str:
     """Return the plan in words, with what it has changed."""
     plan = found.plan
-    assert plan is not None  # noqa: S101  (a caller's defect)
+    if plan is None:
+        raise ValueError("expected a recipe with a plan")
     updates = " and ".join(
         f"{count:,} updates of the {name} at {plan.seconds_per_update[name]:.3f} s"
         for name, count in plan.updates.items()

@@ -47,16 +47,6 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class _Inside:
-    """A file or folder of fixed name inside a run folder."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, run: RunDir, _owner: type[RunDir]) -> Path:
-        return run.path / self._name
-
-
 @dataclass(frozen=True)
 class RunDir:
     """The folder of one run. Only this class knows its file names.
@@ -74,20 +64,75 @@ class RunDir:
     campaign: CampaignRecord | None = field(default=None, compare=False, repr=False)
     lock: BaseFileLock | None = field(default=None, compare=False, repr=False)
 
-    recipe_file = _Inside("recipe.json")
-    teacher = _Inside("teacher")
-    student = _Inside("student")
-    teacher_report = _Inside("teacher.json")
-    select_logits = _Inside("select-logits.safetensors")
-    distill_report = _Inside("distill.json")
-    parity_report = _Inside("parity.json")
-    answers = _Inside("answers.jsonl")
-    latency_report = _Inside("latency.json")
-    int8_search = _Inside("int8-search.json")
-    bento_record = _Inside("bento.json")
-    report = _Inside("report.html")
-    campaign_record = _Inside(CampaignRecord.file_name)
-    teacher_run = _Inside("teacher-run")
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.json"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher: safetensors, tokenizer, sha256 manifest."""
+        return self.path / "teacher"
+
+    @property
+    def student(self) -> Path:
+        """The student, in the same form."""
+        return self.path / "student"
+
+    @property
+    def teacher_report(self) -> Path:
+        """How the teacher stands beside simpler models."""
+        return self.path / "teacher.json"
+
+    @property
+    def select_logits(self) -> Path:
+        """What the student says of ``select``."""
+        return self.path / "select-logits.safetensors"
+
+    @property
+    def distill_report(self) -> Path:
+        """What was distilled, and which update was kept."""
+        return self.path / "distill.json"
+
+    @property
+    def parity_report(self) -> Path:
+        """The verdict of the gate."""
+        return self.path / "parity.json"
+
+    @property
+    def answers(self) -> Path:
+        """What each model says of each validation row, a JSON line each."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def latency_report(self) -> Path:
+        """How fast teacher and variants are here."""
+        return self.path / "latency.json"
+
+    @property
+    def int8_search(self) -> Path:
+        """What the search for int8 has tried."""
+        return self.path / "int8-search.json"
+
+    @property
+    def bento_record(self) -> Path:
+        """The Bento that was made of the run."""
+        return self.path / "bento.json"
+
+    @property
+    def report(self) -> Path:
+        """All of it as one page."""
+        return self.path / "report.html"
+
+    @property
+    def campaign_record(self) -> Path:
+        """In the run of a campaign alone: its rule and its verdicts."""
+        return self.path / CampaignRecord.file_name
+
+    @property
+    def teacher_run(self) -> Path:
+        """A run whose student is the teacher, see :mod:`ad2kit.campaigns.run`."""
+        return self.path / "teacher-run"
 
     def onnx(self, variant: str) -> Path:
         """Return the folder of one ONNX variant."""
@@ -112,7 +157,11 @@ class RunDir:
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe of this run: what it was opened with, or what lies in the folder.
+        """The recipe of :meth:`resolved`."""
+        return self.resolved()
+
+    def resolved(self) -> Recipe:
+        """Return the recipe that the run was opened with, or the one that lies in the folder.
 
         Raises:
             RunError: this is not a run folder.
@@ -195,7 +244,7 @@ def exclusive(
 
     @functools.wraps(stage)
     def locked_stage(run: RunDir, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        _ = run.recipe  # a folder that is no run gets no lock file
+        run.resolved()  # a folder that is no run gets no lock file
         with run.locked() if is_first_process() else nullcontext(run) as held:
             return stage(held, *args, **kwargs)
 
@@ -283,6 +332,12 @@ def named_folder(runs_dir: Path, folder: Path) -> Path:
     return inside if inside.exists() and not folder.exists() else folder
 
 
+def judged_runs(runs_dir: Path) -> list[RunDir]:
+    """Return the runs under ``runs_dir`` that a gate has judged, the last one first."""
+    reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
+    return [RunDir(report.parent) for report in reversed(reports)]
+
+
 def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
     """Return the run at ``folder``, or the distilled one under ``runs_dir`` that was used last.
 
@@ -293,7 +348,7 @@ def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
     """
     if folder is not None:
         run = RunDir(named_folder(runs_dir, folder))
-        _ = run.recipe
+        run.resolved()
         return run
     # A run whose first command failed, or is still training, must not hide a finished one.
     found = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]

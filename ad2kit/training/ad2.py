@@ -40,11 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of some rows, their labels, and the teacher's logits if it has any."""
+    """Padded tensors of some rows, their labels, and the teacher's logits.
+
+    Where there is no teacher, its logits have shape [rows, 0].
+    """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
-    teacher_logits: torch.Tensor | None
+    teacher_logits: torch.Tensor
 
 
 @dataclass
@@ -95,7 +98,6 @@ def distillation(
     """
 
     def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
-        assert batch.teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
         mask, attack = batch.inputs["attention_mask"], settings.adversary
         clean_masks = _rng_state(mask.device)
         delta = None
@@ -163,7 +165,6 @@ def _clean_terms(
     weights: torch.Tensor | None,
 ) -> dict[str, tuple[float, torch.Tensor]]:
     """Run the clean pass; return the weight and the value of each term, ``kd`` always."""
-    assert batch.teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
     with perturbed(model.word_embeddings, delta), accelerator.autocast():
         if insides is None:
             logits, inner = model.module(**batch.inputs).logits, None
@@ -194,7 +195,6 @@ def _inner_loss(
     call draws its own.
     """
     teacher_logits = batch.teacher_logits
-    assert teacher_logits is not None  # noqa: S101  (a caller's defect, not an input)
 
     def inner(delta: torch.Tensor) -> torch.Tensor:
         drawn = _rng_state(delta.device)

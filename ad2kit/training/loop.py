@@ -192,10 +192,11 @@ def _accumulate(
     device, sums = accelerator.device, StepLosses(0.0, {})
     for part in chunks:
         share = weight * len(part) / len(rows)
+        taught = torch.empty(len(part), 0) if teacher_logits is None else teacher_logits[part]
         batch = Batch(
             padded(model, encoded, part, device),
             torch.from_numpy(encoded.labels[part]).to(device),
-            None if teacher_logits is None else teacher_logits[part].to(device),
+            taught.to(device),
         )
         losses = objective(model, batch, share)
         sums.loss += share * losses.loss
