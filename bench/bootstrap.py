@@ -2,9 +2,9 @@
 
     python bench/bootstrap.py --rows 5500 --classes 151
 
-It prints the interval of *retained* (student over teacher) by 2,000 draws, and the p-value of 2,000
-random swaps: by ad2kit and by scipy, of the same answers, with the ratio of their CPU times. Ours is
-a percentile interval. `scipy.stats.bootstrap` is asked for the same, and for BCa.
+It prints the interval of *retained* (student over teacher) by 2,000 draws, and the p-value of
+2,000 random swaps: by ad2kit and by scipy, of the same answers, with the ratio of their CPU times.
+Ours is a percentile interval. `scipy.stats.bootstrap` is asked for the same, and for BCa.
 """
 
 from __future__ import annotations
