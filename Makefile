@@ -34,6 +34,7 @@ lock: $(VENV)/.docs  ## write the versions of this environment down as the teste
 
 docs: $(VENV)/.docs reference  ## the site, into site/; a broken link is an error
 	$(BIN)/python -m zensical build --strict --clean
+	rm -f site/generate.py
 
 reference: $(INSTALLED)  ## the pages of docs/reference, from the code
 	$(BIN)/python docs/generate.py
