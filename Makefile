@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check lint soak lock clean
+.PHONY: demo test check lint soak lock docs reference clean
 
 demo: $(INSTALLED)  ## the main job on the embedded data: minutes, offline
 	$(BIN)/ad2kit run demo
@@ -27,13 +27,20 @@ soak: $(INSTALLED)  ## kill the whole chain at random moments, and send the serv
 	$(BIN)/python bench/soak.py
 	$(BIN)/python -m pytest tests/integration/test_fuzz.py --hypothesis-profile=soak --timeout=3600
 
-lock: $(INSTALLED)  ## write the versions of this environment down as the tested ones
+lock: $(VENV)/.docs  ## write the versions of this environment down as the tested ones
 	( head -n 2 constraints.txt; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep -v '^#' | sed 's/+[a-z0-9.]*$$//' ) > constraints.new
 	mv constraints.new constraints.txt
 
+docs: $(VENV)/.docs reference  ## the site, into site/; a broken link is an error
+	$(BIN)/python -m zensical build --strict --clean
+	rm -f site/generate.py
+
+reference: $(INSTALLED)  ## the pages of docs/reference, from the code
+	$(BIN)/python docs/generate.py
+
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
@@ -41,4 +48,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[cpu,scale,demo,dev]'
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -105,8 +105,8 @@ def test_grafana_reads_every_key_of_the_dashboard() -> None:
 
 def test_what_operators_read_names_every_setting_and_no_other() -> None:
     settings = {f"AD2KIT_{name.upper()}" for name in Settings.model_fields}
-    readme = (SERVING.parent / "README.md").read_text()
-    said = set(re.findall(r"AD2KIT_[A-Z_]+", readme))
+    guide = (SERVING.parent / "docs/guides/operating.md").read_text()
+    said = set(re.findall(r"AD2KIT_[A-Z_]+", guide))
     assert said == settings
     assert set(re.findall(r"AD2KIT_[A-Z_]+", (DEPLOY / "kubernetes.yaml").read_text())) < settings
 

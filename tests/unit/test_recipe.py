@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,10 +39,13 @@ GLUE: dict[str, tuple[str, ...]] = {
 }
 
 
-def test_the_recipes_that_the_readme_names_are_shipped() -> None:
+def test_the_recipes_that_the_guide_names_are_shipped() -> None:
     published = {f"{name}-published" for name in GLUE}
     others = {"custom", "demo", "smoke", "sst2-minilm"}
     assert set(recipes.recipe_names()) == {*GLUE, *published, *others}
+    guide = (recipes.recipes_folder().parent / "docs/guides/recipes.md").read_text()
+    first_cells = re.findall(r"(?m)^\| (`[^|]*`) \|", guide)
+    assert set(re.findall(r"`([\w-]+)`", " ".join(first_cells))) == {*GLUE, *others}
 
 
 @pytest.mark.parametrize("name", GLUE)
