@@ -1,9 +1,9 @@
 """The BentoML service of an ad2kit student: ``bentoml serve``.
 
-It serves the artefact that is packed beside this file in a Bento; in a checkout, the most recent
-run that passed its parity gate, or what ``AD2KIT_MODEL`` or ``--arg model=FOLDER`` names. Its
-settings are those of :class:`ad2kit.service.settings.Settings`. Neither torch nor transformers is
-imported.
+In a Bento it serves the artefact that is packed beside this file. In a checkout it serves the most
+recent run that passed its parity gate, or the model that ``AD2KIT_MODEL`` or ``--arg
+model=FOLDER`` names. Its settings are :class:`ad2kit.service.settings.Settings`. Neither torch nor
+transformers is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 # Vendors' telemetry is off unless the operator says otherwise; read when bentoml is imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
-# The tokenizer's own threads would fight with the engine's for the same cores.
+# The tokenizer's own threads would compete with the engine's threads for the same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import bentoml
@@ -56,9 +56,10 @@ MAX_QUEUE_TEXTS = 1024
 MAX_QUEUE_TOKENS = 2**17
 MAX_BATCH_TOKENS = 1024
 DEADLINE_S = 10.0
-# What is accepted must be answered in time, also when the machine gets slower meanwhile.
+# Shorter than the deadline: accepted requests must be answered in time, also when the machine
+# becomes slower meanwhile.
 MAX_WAIT_S = DEADLINE_S / 4
-# How long Python lets the event loop run on when the engine's thread has a result (default 5 ms).
+# How long Python lets the event loop run before the engine's thread may go on (default 5 ms).
 SWITCH_S = 0.0005
 LIMITS = (
     "max_body_bytes",
@@ -73,46 +74,47 @@ LIMITS = (
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
-# Found once: bentoml looks its names up at each use, which takes longer than the call.
+# Looked up once: bentoml looks its names up at each use, which takes longer than the call.
 this_service = bentoml.get_current_service
 WORKER: int | None = bentoml.server_context.worker_index  # None in the parent process
 with errors_of_bentoml():
     server = this_server(
         Path(__file__).parent, vars(bentoml.use_arguments()), worker=WORKER is not None
     )
-    settings, KEYS = server.settings, server.settings.keys()
+    settings = server.settings
+    KEYS = settings.keys()
     insist_on_files(settings.max_connections)
 WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
 
 async def info(_request: Request) -> JSONResponse:
-    """Answer GET /info; a BentoML API could only be POSTed to."""
+    """Answer GET /info; a BentoML API could answer POST only."""
     return JSONResponse(this_service().info())
 
 
 async def page(_request: Request) -> Response:
-    """Answer GET / for people; it asks nobody but this service."""
+    """Answer GET / with a page for people; the page sends requests to this service only."""
     content = (Path(__file__).parent / "page.html").read_bytes()
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     headers = {
         "Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'",
-        "Referrer-Policy": "no-referrer",  # its address may hold texts
+        "Referrer-Policy": "no-referrer",  # the address of the page may hold texts
     }
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
 async def metrics(_request: Request) -> Response:
-    """Answer GET /metrics with what all workers have counted."""
-    found = this_service().metrics.exposition()
-    return Response(found, media_type="text/plain; version=0.0.4; charset=utf-8")
+    """Answer GET /metrics with the metrics of all workers."""
+    content = this_service().metrics.exposition()
+    return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @bentoml.service(
     name="ad2kit-classifier",
     workers=WORKERS,
     traffic={"timeout": 60},
-    # Together these cost more than a quarter of the answers (bench/README.md). An operator's
-    # BENTOML_CONFIG turns the log on again; BentoML's metrics would hide ours.
+    # With these on, the service answers over a quarter fewer requests (bench/README.md). An
+    # operator's BENTOML_CONFIG turns the log on again; BentoML's metrics would hide ours.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
     tracing=tracing(),
@@ -139,7 +141,7 @@ class Ad2kitClassifier:
         elif report.is_file():
             self.parity = json.loads(report.read_text())
         start = time.perf_counter()
-        compared = warm_up(self.classifier)
+        golden_answers = warm_up(self.classifier)
         seconds = time.perf_counter() - start
         self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
         self.batcher = Batcher(
@@ -153,8 +155,9 @@ class Ad2kitClassifier:
         self.shadow = None
         if server.shadow is not None:
             teacher = OnnxClassifier(server.shadow, threads=1)
-            share, observe = settings.shadow_share, self.metrics.shadowed
-            self.shadow = Shadow(teacher, self.classifier, share, observe)
+            self.shadow = Shadow(
+                teacher, self.classifier, settings.shadow_share, self.metrics.shadowed
+            )
         self.api = Classify(
             self.classifier,
             self.batcher,
@@ -168,36 +171,36 @@ class Ad2kitClassifier:
             "variant": self.classifier.artifact.variant,
             "model": str(folder),
             "threads": threads,
-            "golden_answers": compared,
+            "golden_answers": golden_answers,
             "warm_up_ms": round(1e3 * seconds, 1),
         }
-        # What lives as long as the process need not be searched for garbage again and again.
+        # These objects live as long as the process; the garbage collector need not search them.
         gc.collect()
         gc.freeze()
         logger.info("ready", extra=facts)
 
     @bentoml.on_deployment
     def hand_on() -> None:
-        """Tell the workers what the parent process has decided, before it starts them."""
+        """Hand the decisions of the parent process on to the workers before it starts them."""
         with errors_of_bentoml():
             server.hand_on()
 
     def observe(self, facts: BatchFacts) -> None:
-        """Record a batch, and what waits behind it."""
+        """Record the facts of a batch and the length of the queue behind it."""
         self.metrics.batch(facts)
         self.metrics.waiting(*self.batcher.waiting)
 
     @bentoml.api(route="/classify")
     async def classify(self, request: ClassifyRequest, /) -> ClassifyResponse:
         """Return label and probabilities for each text."""
-        # Over HTTP the middleware answers before this; here are the schema and BentoML's clients.
-        found = await self.api.classify(request, Stages())
+        # Over HTTP the middleware answers first. This method is for BentoML's clients and schema.
+        predictions = await self.api.classify(request, Stages())
         return ClassifyResponse(
-            predictions=[ClassifyPrediction.model_validate(each) for each in found]
+            predictions=[ClassifyPrediction.model_validate(row) for row in predictions]
         )
 
     def info(self) -> dict[str, Any]:
-        """Return the model, where it comes from, what it passed, and the limits of the service."""
+        """Return the model, its lineage, its parity report, and the limits of the service."""
         artifact = self.classifier.artifact
         return {
             "ad2kit": __version__,
@@ -220,7 +223,7 @@ class Ad2kitClassifier:
 
     @bentoml.on_shutdown
     async def drain(self) -> None:
-        """Answer what is queued before the process ends."""
+        """Answer the queued texts before the process ends."""
         texts, _ = self.batcher.waiting
         logger.info("draining", extra={"waiting_texts": texts})
         await self.batcher.close()
@@ -230,30 +233,34 @@ class Ad2kitClassifier:
 
 
 def reject(status: int, reason: str) -> None:
-    """Count an error."""
+    """Count a rejected request, and log it if there is an access log."""
     this_service().metrics.rejected(status, reason)
     if settings.access_log:
         logger.info("refused", extra={"status": status, "reason": reason})
 
 
 def admit(method: bytes, path: bytes) -> None:
-    """Refuse a request of texts while the queue is full, before anything is spent on it."""
+    """Refuse a POST to /classify while the queue is full, before any work is spent on it.
+
+    Raises:
+        Problem: the queue is full.
+    """
     if method == b"POST" and path.rstrip(b"/") == b"/classify":
         this_service().api.insist_on_room()
 
 
 def openapi() -> dict[str, Any]:
-    """Return the document of this service and its model."""
+    """Return the OpenAPI document of this service and its model."""
     artifact = this_service().classifier.artifact
     return document(text_columns=artifact.text_columns, keys=bool(KEYS))
 
 
-# BentoML builds uvicorn's configuration itself and lets nobody choose a protocol. In this table
-# that configuration looks its default up; it takes a class in place of the name of one.
+# BentoML builds uvicorn's configuration itself, without a way to choose a protocol. The
+# configuration takes its default from this table, which may hold a class instead of its name.
 PACE = Pace()
 HTTP_PROTOCOLS["auto"] = bounded(settings, reject, admit, PACE)  # type: ignore[assignment]
 TRACING = tracing()
-# From the outside to the inside.
+# The middleware, from the outermost layer to the innermost.
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Unlink,
     layers={"TimeoutMiddleware"}

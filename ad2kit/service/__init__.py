@@ -1,1 +1,1 @@
-"""Answers over HTTP: the batcher, errors, monitoring, and the Bento."""
+"""The HTTP service: batcher, connections, errors, monitoring, and the Bento that holds them."""

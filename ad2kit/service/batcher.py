@@ -1,9 +1,9 @@
 """A micro-batcher for serving: bounded queue, token budget, deadlines, fairness. No torch, no HTTP.
 
-The engine has a thread of its own, which takes its next batch the moment that it is done with the
-last: what arrived meanwhile goes together, sorted by length and cut to a budget of padded tokens.
-So the engine never waits for the event loop while there is work, a lone request never waits for
-company, and while a batch is computed the loop tokenises the next.
+The engine has a thread of its own. As soon as a batch is done, the thread takes the next one: the
+texts that arrived meanwhile, sorted by length and cut to a budget of padded tokens. So the engine
+never waits for the event loop while there is work, and a lone request never waits for company.
+While the engine computes a batch, the event loop tokenises the next one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where a token costs the same in any batch, padding is pure loss: after so many texts, a batch
-# takes those alone that keep it below this share of padded over real tokens.
-_FREE, _MAX_PADDED = 4, 1.2
-# A list takes part in a batch with so many texts before those that came later have their turn.
-_SHARE = 16
+# Where a token costs the same in any batch, padding is pure loss. A batch takes its first texts
+# whatever their padding; after them it takes only texts that keep the ratio of padded to real
+# tokens within this bound.
+_FREE_TEXTS = 4
+_MAX_PADDING_RATIO = 1.2
+# A list of texts is divided into parts of this size; texts that came later have their turn between
+# two parts.
+_TEXTS_PER_TURN = 16
 
 
 class BatcherClosed(Exception):
-    """The batcher takes no more; its process ends."""
+    """The batcher accepts no more texts, because its process ends."""
 
 
 class QueueFull(Exception):
-    """The queue holds as much as it may; try again after ``retry_after_s``."""
+    """The queue is full; the caller may try again after ``retry_after_s`` seconds."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"the queue is full; retry after {retry_after_s} s")
@@ -47,7 +50,7 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BatchFacts:
-    """What happened to one batch; ``queue_s`` is how long each of its texts had waited."""
+    """Facts about one computed batch; ``queue_s`` holds the waiting time of each of its texts."""
 
     texts: int
     tokens: int
@@ -58,7 +61,12 @@ class BatchFacts:
 
 @dataclass(slots=True)
 class Timing:
-    """Where the time of one call went: until its last batch began, and in all of its batches."""
+    """Times of one call, in seconds.
+
+    Attributes:
+        queue_s: from the call until its last batch began.
+        inference_s: in all of its batches together.
+    """
 
     queue_s: float = 0.0
     inference_s: float = 0.0
@@ -66,18 +74,20 @@ class Timing:
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """One call of ``submit``: its answer, and what is still missing of it."""
+    """One call of ``submit``: its future answer, and the rows of logits that are there so far."""
 
     answer: asyncio.Future[NDArray[Any]]
     rows: list[Any]
     missing: int
     timing: Timing
-    failed: Exception | None = None
+    error: Exception | None = None
     over: bool = False  # answered, failed, or given up by its caller
 
 
 @dataclass(eq=False, slots=True)
 class _Item:
+    """One text that waits: its call, its row in the answer, and its turn."""
+
     call: _Call
     row: int
     tokenised: Any
@@ -94,10 +104,10 @@ class Batcher:
         max_batch_tokens: the most padded tokens (items x longest) in one batch; a single item
             may be longer and then goes alone.
         max_queue_texts: the most items that may wait.
-        max_queue_tokens: the most tokens that may wait; any number if None.
-        max_wait_s: nothing is accepted while what waits needs longer than this, at the rate of
-            late; any time if None.
-        observe: is told of each batch, in the engine's thread.
+        max_queue_tokens: the most tokens that may wait; no limit if None.
+        max_wait_s: nothing is accepted while the waiting tokens need longer than this, at the
+            recent rate of the engine; no limit if None.
+        observe: is called with the facts of each batch, in the engine's thread.
     """
 
     def __init__(
@@ -116,11 +126,11 @@ class Batcher:
         self._max_queue_tokens = max_queue_tokens or math.inf
         self._max_wait_s = max_wait_s or math.inf
         self._observe = observe
-        # Guards what both threads change: the queue, and whether to stop.
+        # Guards the state that both threads change: the queue, and whether to stop.
         self._changed = threading.Condition()
         self._waiting: list[_Item] = []
         self._tokens = 0
-        self._promised = 0  # texts that are tokenised now, in the event loop's thread alone
+        self._promised = 0  # texts being tokenised now; changed only in the event loop's thread
         self._turn = 0
         self._tokens_per_s = math.nan
         self._closing = False
@@ -129,19 +139,20 @@ class Batcher:
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """How many texts wait, and how many tokens they have."""
+        """The number of texts that wait, and the number of their tokens."""
         with self._changed:
             return len(self._waiting), self._tokens
 
     @contextmanager
     def room(self, texts: int) -> Iterator[None]:
-        """Hold room for some texts while they are tokenised, so that this is not done in vain.
+        """Reserve room for some texts while they are tokenised, so that this work is not wasted.
 
-        Who leaves this without an ``await`` before :meth:`submit` has the room for its texts then;
-        how many tokens they have may still be too much. In the event loop's thread alone.
+        A caller that leaves this context and calls :meth:`submit` without an ``await`` in between
+        keeps the room for its texts; their tokens may still be too many. To be used only in the
+        event loop's thread.
 
         Raises:
-            QueueFull: too much is waiting, or is about to.
+            QueueFull: too many texts wait or are about to wait.
         """
         self.insist_on_room(texts)
         self._promised += texts
@@ -151,33 +162,34 @@ class Batcher:
             self._promised -= texts
 
     def insist_on_room(self, texts: int = 1, tokens: int = 0) -> None:
-        """Refuse some texts that would wait too long, before anything is spent on them.
+        """Refuse some texts that would wait too long, before any work is spent on them.
 
         Raises:
-            QueueFull: too much is waiting.
+            QueueFull: too many texts or tokens wait.
         """
-        waits_s = self._tokens / self._tokens_per_s  # NaN, and so never too long, at first
+        # NaN before the first batch; every comparison with NaN is false, so it is never too long.
+        wait_s = self._tokens / self._tokens_per_s
         if (
             len(self._waiting) + self._promised + texts > self._max_queue_texts
             or self._tokens + tokens > self._max_queue_tokens
-            or waits_s > self._max_wait_s
+            or wait_s > self._max_wait_s
         ):
-            raise QueueFull(1 if math.isnan(waits_s) else max(1, math.ceil(waits_s)))
+            raise QueueFull(1 if math.isnan(wait_s) else max(1, math.ceil(wait_s)))
 
     async def submit(self, tokenised: Sequence[Any], timing: Timing | None = None) -> NDArray[Any]:
         """Return the logits of some texts, shape [texts, labels], in order.
 
-        Cancelling the call (a deadline, a client that left) takes what waits out of the queue.
+        Cancelling the call (a deadline, a client that left) takes its texts out of the queue.
 
         Args:
             tokenised: the texts, each with its token ids, without padding, in ``ids``.
-            timing: is told where the time of this call went.
+            timing: receives the times of this call.
 
         Raises:
             QueueFull: too much is waiting; none of these texts was accepted.
-            BatcherClosed: it takes no more.
+            BatcherClosed: the batcher accepts no more texts.
             ValueError: there is no text, so that nothing would ever answer the call.
-            Exception: whatever ``infer`` raised for one of these texts alone.
+            Exception: the error that ``infer`` raised for one of these texts alone.
         """
         if not tokenised:
             raise ValueError("expected at least one text, found none")
@@ -185,41 +197,43 @@ class Batcher:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._work, name="ad2kit-infer", daemon=True)
             self._thread.start()
-        missing = len(tokenised)
-        call = _Call(self._loop.create_future(), [None] * missing, missing, timing or Timing())
-        lengths = [len(each.ids) for each in tokenised]
+        texts = len(tokenised)
+        call = _Call(self._loop.create_future(), [None] * texts, texts, timing or Timing())
+        lengths = [len(tokens.ids) for tokens in tokenised]
         with self._changed:
             if self._closing:
                 raise BatcherClosed
-            self.insist_on_room(len(tokenised), sum(lengths))
+            self.insist_on_room(texts, sum(lengths))
             self._tokens += sum(lengths)
             self._waiting += [
-                _Item(call, row, each, length, self._turn + row // _SHARE)
-                for row, (each, length) in enumerate(zip(tokenised, lengths, strict=True))
+                _Item(call, row, tokens, length, self._turn + row // _TEXTS_PER_TURN)
+                for row, (tokens, length) in enumerate(zip(tokenised, lengths, strict=True))
             ]
             self._changed.notify()
         try:
             return await call.answer
         finally:
             if not call.over:
-                # What nobody waits for must not fill the queue.
+                # Texts whose caller has gone must not fill the queue.
                 call.over = True
                 with self._changed:
                     self._keep(lambda item: not item.call.over)
 
     async def close(self) -> None:
-        """Answer what is waiting or being computed, then stop."""
+        """Answer the texts that wait or are being computed, then stop the engine's thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _keep(self, wanted: Callable[[_Item], bool]) -> None:
-        self._waiting = [item for item in self._waiting if wanted(item)]
+    def _keep(self, predicate: Callable[[_Item], bool]) -> None:
+        """Drop the waiting items for which the predicate is false; the caller holds the lock."""
+        self._waiting = [item for item in self._waiting if predicate(item)]
         self._tokens = sum(item.length for item in self._waiting)
 
     def _work(self) -> None:
+        """Compute batch after batch until the batcher is closed; the engine's thread runs this."""
         start = time.perf_counter()
         while True:
             with self._changed:
@@ -229,32 +243,39 @@ class Batcher:
                 if not self._waiting:
                     return
                 batch = self._next_batch()
-            # What is given up takes no time, and says nothing of the rate.
+            # Texts whose call is over take no time, and do not count into the rate.
             tokens = sum(item.length for item in batch if not item.call.over)
-            done = list[_Call]()
+            finished = list[_Call]()
             try:
-                self._compute(batch, done)
+                self._compute(batch, finished)
             except Exception as error:
-                # Not the engine's: it must end neither this thread nor the waiting of its callers.
+                # Not an error of the engine. It must neither end this thread nor leave callers
+                # without an answer.
                 logger.exception("a batch of %d texts failed", len(batch))
                 for call in {item.call for item in batch if item.call.missing}:
-                    call.failed = error
-                    done.append(call)
-            self._loop.call_soon_threadsafe(_tell, done)
-            # From batch to batch, so that what the event loop takes from this thread counts too.
+                    call.error = error
+                    finished.append(call)
+            self._loop.call_soon_threadsafe(_answer_calls, finished)
+            # Measured from batch to batch, so that it includes the time that the event loop takes
+            # from this thread.
             end = time.perf_counter()
             if tokens:
-                rate, known = tokens / (end - start), not math.isnan(self._tokens_per_s)
-                # Smoothed: one batch of short texts says little of the queue.
-                self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate if known else rate
+                rate = tokens / (end - start)
+                if math.isnan(self._tokens_per_s):
+                    self._tokens_per_s = rate
+                else:
+                    # Smoothed: one batch of short texts says little about the queue.
+                    self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate
             start = end
 
     def _next_batch(self) -> list[_Item]:
         """Take the item whose turn it is, and the waiting items nearest in length."""
-        first = min(self._waiting, key=lambda item: item.turn)  # the oldest of equals
+        first = min(self._waiting, key=lambda item: item.turn)  # among equals the oldest
         self._turn += 1
-        batch, longest, tokens = list[_Item](), first.length, 0
-        for item in sorted(  # the first itself is nearest; of equals the one whose turn is first
+        batch = list[_Item]()
+        longest = first.length
+        tokens = 0
+        for item in sorted(  # the first item, then the nearest lengths; among equals by turn
             self._waiting,
             key=lambda item: (item is not first, abs(item.length - first.length), item.turn),
         ):
@@ -262,17 +283,22 @@ class Batcher:
             padded = width * (len(batch) + 1)
             if batch and padded > self._max_batch_tokens:
                 break
-            if len(batch) >= _FREE and padded > _MAX_PADDED * (tokens + item.length):
+            real = tokens + item.length
+            if len(batch) >= _FREE_TEXTS and padded > _MAX_PADDING_RATIO * real:
                 break
             batch.append(item)
-            longest, tokens = width, tokens + item.length
-        taken = set(map(id, batch))
-        self._keep(lambda item: id(item) not in taken)
+            longest = width
+            tokens = real
+        batch_ids = set(map(id, batch))
+        self._keep(lambda item: id(item) not in batch_ids)
         return batch
 
-    def _compute(self, batch: list[_Item], done: list[_Call]) -> None:
-        """Compute one batch; if it fails, its items go alone, so that only the culprit fails."""
-        batch = [item for item in batch if not item.call.over and item.call.failed is None]
+    def _compute(self, batch: list[_Item], finished: list[_Call]) -> None:
+        """Compute one batch, and append the calls that it finishes to ``finished``.
+
+        If the batch fails, each of its items is computed alone, so that only the culprit fails.
+        """
+        batch = [item for item in batch if not item.call.over and item.call.error is None]
         if not batch:
             return
         start = time.perf_counter()
@@ -283,12 +309,12 @@ class Batcher:
         except Exception as error:  # whatever the engine raises belongs to the caller
             if len(batch) > 1:
                 for item in batch:
-                    self._compute([item], done)
+                    self._compute([item], finished)
                 return
-            batch[0].call.failed = error
-            done.append(batch[0].call)
-            with self._changed:  # the rest of its call is wanted no more
-                self._keep(lambda item: item.call.failed is None)
+            batch[0].call.error = error
+            finished.append(batch[0].call)
+            with self._changed:  # nobody needs the other texts of the failed call
+                self._keep(lambda item: item.call.error is None)
             return
         seconds = time.perf_counter() - start
         for call in {item.call for item in batch}:
@@ -299,7 +325,7 @@ class Batcher:
             call.timing.queue_s = start - item.since
             call.missing -= 1
             if not call.missing:
-                done.append(call)
+                finished.append(call)
         tokens = sum(item.length for item in batch)
         self._observe(
             BatchFacts(
@@ -312,13 +338,13 @@ class Batcher:
         )
 
 
-def _tell(done: list[_Call]) -> None:
-    """Answer calls; in the event loop's thread."""
-    for call in done:
+def _answer_calls(finished: list[_Call]) -> None:
+    """Answer calls that are finished; runs in the event loop's thread."""
+    for call in finished:
         call.over = True
         if call.answer.done():
-            continue  # given up while it was computed
-        if call.failed is not None:
-            call.answer.set_exception(call.failed)
+            continue  # cancelled while it was computed
+        if call.error is not None:
+            call.answer.set_exception(call.error)
         else:
             call.answer.set_result(np.stack(call.rows))

@@ -1,4 +1,4 @@
-"""The package stage: a gated variant -> a Bento, proven over HTTP before its tag is published.
+"""The package stage: builds a Bento from a gated variant, tests it over HTTP, publishes its tag.
 
 The Bento holds the service, the artefact, the project's own wheel, every requirement pinned (none
 of them torch), and the lineage: recipe, data fingerprints, parity report, versions, sha256.
@@ -77,15 +77,17 @@ def package(
 
     Args:
         run: a run whose parity was judged.
-        variant: which variant to take; of those that passed what ``export.ship`` says if None.
-        allow_failed_parity: take ``variant`` although its gate failed; the lineage says so.
+        variant: the variant to take; if None, ``export.ship`` chooses among those that passed.
+        allow_failed_parity: take ``variant`` although its gate failed; the lineage records this.
 
     Raises:
         RunError: no parity report yet, or an unknown variant.
-        GateFailed: no variant passed, or the service answers something else than the artefact.
+        GateFailed: no variant passed, or the service answers differently from the artefact.
     """
     folder, forced = choose_variant(run, variant, allow_failed_parity=allow_failed_parity)
-    recipe, report, campaign = run.recipe, ParityReport.read(run.parity_report), campaign_of(run)
+    recipe = run.recipe
+    report = ParityReport.read(run.parity_report)
+    campaign = campaign_of(run)
     artifact = read_artifact(folder)
     lineage = {
         "recipe": recipe.model_dump(mode="json"),
@@ -95,12 +97,12 @@ def package(
     }
     if campaign is not None:
         lineage["campaign"] = campaign.model_dump(mode="json")
-    # Not in the run folder: BentoML refuses to build below any folder whose name is hidden.
+    # Not in the run folder: BentoML refuses to build below a hidden folder.
     with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
         context = Path(temporary) / "context"
         context.mkdir()
         wheel = own_wheel(context)
-        # The wheel holds the service too: a change of either makes another Bento.
+        # The wheel holds the service too, so that a change of either gives another tag.
         inputs = fingerprint(lineage, sha256_of(folder / OnnxArtifact.file_name), sha256_of(wheel))
         tag = f"ad2kit-{recipe.name}:{inputs[:12]}"
         if run.bento_record.is_file() and _published(tag):
@@ -110,7 +112,7 @@ def package(
                 return record
 
         _lay_out(context, recipe, folder, lineage, wheel)
-        # Nothing that is set for another service here, and a key of its own: it is nobody else's.
+        # The server under test gets no settings of other services, and a key that nobody else has.
         key = secrets.token_urlsafe()
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(PREFIX)
@@ -118,30 +120,30 @@ def package(
         bento = _build(context, Path(temporary) / "store", tag, environment)
         environment[f"{PREFIX}API_KEYS"] = key
         with served(bento, bento.parent, environment=environment) as address:
-            found = compare_service(run, folder, address, key)
-        found.insist_same(f"{tag} was not published")
+            comparison = compare_service(run, folder, address, key)
+        comparison.insist_same(f"{tag} was not published")
         record = BentoRecord(
             inputs=inputs,
             tag=tag,
             variant=artifact.variant,
             forced=forced,
-            service_texts=found.texts,
-            service_label_flips=found.flips,
-            service_score_gap=found.gap,
+            service_texts=comparison.texts,
+            service_label_flips=comparison.flips,
+            service_score_gap=comparison.gap,
         )
         if _published(tag):
             bentoml.bentos.delete(tag)  # left by a run that was killed before it wrote its record
         published = bentoml.bentos.import_bento(str(bento), input_format="folder")
         _let_others_read(Path(published.path), like=context)
     write_record(run.bento_record, record)
-    logger.info("published %s: %d answers over HTTP equal the artefact's", tag, found.texts)
+    logger.info("published %s: %d answers over HTTP equal the artefact's", tag, comparison.texts)
     return record
 
 
 def _lay_out(
     context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any], wheel: Path
 ) -> None:
-    """Write what a Bento is built from beside the wheel: the service, the artefact, what it is."""
+    """Write the build context beside the wheel: service, artefact, lineage and bentofile."""
     for name in ("service.py", "page.html"):
         shutil.copy2(service_file().with_name(name), context / name)
     shutil.copytree(folder, context / "artifact")
@@ -165,13 +167,13 @@ def _lay_out(
 def served(
     target: str | Path, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Serve a Bento (a folder, a tag or a project) on a free loopback port; yield its address.
+    """Serve a Bento on a free loopback port, and yield the address of the service.
 
     Args:
-        target: what ``bentoml serve`` takes.
-        folder: working directory of the server, and where its log goes.
+        target: the first argument of ``bentoml serve``: a Bento's folder or tag, or a project.
+        folder: working directory of the server; its log goes there too.
         arguments: more arguments of ``bentoml serve``.
-        environment: its variables; those of this process if None.
+        environment: variables of the server; those of this process if None.
 
     Raises:
         RunError: the server ended, or was not ready in time; the message holds its last lines.
@@ -217,7 +219,7 @@ def _published(tag: str) -> bool:
 def _build(context: Path, store: Path, tag: str, environment: Mapping[str, str]) -> Path:
     """Build the Bento into a store of its own, where nobody can serve it yet."""
     store.mkdir()
-    built = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "bentoml", "build", str(context), "--version", tag.split(":")[1]],
         env={**environment, "BENTOML_HOME": str(store)},
         cwd=context,
@@ -226,17 +228,17 @@ def _build(context: Path, store: Path, tag: str, environment: Mapping[str, str])
         check=False,
     )
     bento = store / "bentos" / tag.replace(":", "/")
-    if built.returncode or not (bento / "bento.yaml").is_file():
+    if result.returncode or not (bento / "bento.yaml").is_file():
         raise RunError(
-            f"`bentoml build` failed with exit code {built.returncode}:\n"
-            f"{(built.stdout + built.stderr)[-2000:]}",
+            f"`bentoml build` failed with exit code {result.returncode}:\n"
+            f"{(result.stdout + result.stderr)[-2000:]}",
             hint="`ad2kit doctor` shows the versions; the run itself is unharmed",
         )
     return bento
 
 
 def _let_others_read(bento: Path, like: Path) -> None:
-    """Give what BentoML made for its own user alone the permissions of any other new folder."""
+    """Let others read a Bento as they can read the folder ``like``; BentoML locks them out."""
     allowed = like.stat().st_mode & 0o555
     for path in (bento, *bento.rglob("*")):
         mode = path.stat().st_mode
@@ -245,8 +247,8 @@ def _let_others_read(bento: Path, like: Path) -> None:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    end = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < end and process.poll() is None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             fetch(f"{address}/readyz", timeout_s=2)
             return
@@ -261,22 +263,25 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path)
 
 
 def service_file() -> Path:
-    """Return the BentoML service, in an installed wheel or in a checkout."""
-    here = Path(__file__).parents[1]
-    installed = here / "_serving" / "service.py"
-    return installed if installed.is_file() else here.parent / "serving" / "service.py"
+    """Return the path of the BentoML service, in an installed wheel or in a checkout."""
+    package_folder = Path(__file__).parents[1]
+    installed = package_folder / "_serving" / "service.py"
+    if installed.is_file():
+        return installed
+    return package_folder.parent / "serving" / "service.py"
 
 
 def pinned_requirements() -> list[str]:
-    """Return what a serving process needs beside ad2kit, each pinned to the installed version.
+    """Return the requirements of a serving process, each pinned to the installed version.
 
-    The closure is ours and not BentoML's lock, which would need the network at build time.
+    ad2kit itself is left out. We compute the closure here instead of using BentoML's lock, which
+    would need the network at build time.
     """
-    wanted = [onnxruntime_distribution(), *(metadata.requires("ad2kit") or ())]
+    pending = [onnxruntime_distribution(), *(metadata.requires("ad2kit") or ())]
     pins: dict[str, str] = {}
-    while wanted:
-        requirement = Requirement(wanted.pop())
-        # Our own `serve` extra counts, other packages' extras only where they are asked for.
+    while pending:
+        requirement = Requirement(pending.pop())
+        # Our own `serve` extra counts; other packages' extras count only where they are required.
         active = [
             extra
             for extra in ("", "serve", *requirement.extras)
@@ -290,18 +295,21 @@ def pinned_requirements() -> list[str]:
         for text in distribution.requires or ():
             child = Requirement(text)
             extras = requirement.extras or {""}
-            if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in extras):
+            if child.marker is None or any(
+                child.marker.evaluate({"extra": extra}) for extra in extras
+            ):
                 child.marker = None
-                wanted.append(str(child))
+                pending.append(str(child))
     return [f"{name}=={version.split('+')[0]}" for name, version in sorted(pins.items())]
 
 
 def own_wheel(folder: Path) -> Path:
     """Write the wheel of the installed ad2kit, editable or not, and return its path.
 
-    Deterministic: the same code makes the same bytes, so that a Bento's tag can be too.
+    The same code gives the same bytes, so that a Bento's tag can be deterministic.
     """
-    package_folder, info = Path(__file__).parents[1], f"ad2kit-{__version__}.dist-info"
+    package_folder = Path(__file__).parents[1]
+    info = f"ad2kit-{__version__}.dist-info"
     files = {
         f"ad2kit/{path.relative_to(package_folder)}": path.read_bytes()
         for path in package_folder.rglob("*")

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from ad2kit.run.folder import RunDir
 
 TEXTS = 100
-# No connection, an error status, no URL, no JSON.
+# What no connection, an error status, an invalid URL, or an invalid JSON body raises.
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError)
-# Scores travel as float64 JSON of float32 logits; the graph is the same, so is the batch size.
+# Scores are sent as float64 JSON of float32 logits; the graph and the batch size are the same.
 MAX_SCORE_GAP = 1e-5
 
 
 @dataclass(frozen=True)
 class ServiceAnswers:
-    """How far a service is from its artefact: label flips and largest score gap over some texts."""
+    """How a service differs from its artefact: label flips and largest score gap of some texts."""
 
     texts: int
     flips: int
@@ -55,15 +55,15 @@ class ServiceAnswers:
 
 
 def judge_service(run: RunDir, address: str, key: str | None = None) -> ServiceAnswers:
-    """Compare a running service with the variant of a run that it says it serves.
+    """Compare a running service with the variant of a run that the service says it serves.
 
     Args:
-        run: with that variant.
+        run: the run that has this variant.
         address: such as http://localhost:3000.
-        key: one of those that the service asks its clients for.
+        key: one of the service's API keys; None if it has none.
 
     Raises:
-        UserError: nobody answers there, or not an ad2kit service.
+        UserError: no service answers there, or another than an ad2kit service.
         RunError: the run has no such variant.
     """
     variants = run.recipe.export.variants
@@ -83,35 +83,34 @@ def judge_service(run: RunDir, address: str, key: str | None = None) -> ServiceA
 def compare_service(
     run: RunDir, folder: Path, address: str, key: str | None = None
 ) -> ServiceAnswers:
-    """Ask a service for validation texts of a run, and compare with the variant in ``folder``.
+    """Send validation texts of a run to a service, and compare with the variant in ``folder``.
 
-    One text per request: the activations of an int8 graph are quantised over the whole batch, so
-    only equal batches must give equal answers.
+    Each request holds one text: the activations of an int8 graph are quantised over the whole
+    batch, so only equal batches must give equal answers.
     """
     recipe = run.recipe
     validation = splits.load_data(recipe.data, recipe.seed).validation
-    texts: list[Any] = [t[0] if len(t) == 1 else t for t in validation.texts]
+    texts: list[Any] = [row[0] if len(row) == 1 else row for row in validation.texts]
     by_length = sorted(texts, key=lambda text: len(str(text)))
     rows = np.unique(np.linspace(0, len(texts) - 1, TEXTS).astype(int))
     chosen = [by_length[row] for row in rows]
     expected = OnnxClassifier(folder, threads=recipe.compute.threads).predict(chosen, batch_size=1)
-    found = [ask(address, [text], key)[0] for text in chosen]
-    # Through JSON as well: a tuple is a list there.
-    sent = [json.loads(json.dumps(each.as_dict())) for each in expected]
-    pairs = list(zip(found, sent, strict=True))
+    answers = [ask(address, [text], key)[0] for text in chosen]
+    # The expected predictions go through JSON as well, which turns a tuple into a list.
+    predictions = [json.loads(json.dumps(prediction.as_dict())) for prediction in expected]
+    pairs = list(zip(answers, predictions, strict=True))
     flips = sum(
-        answer.get(key) != prediction.get(key)
+        answer.get(field) != prediction.get(field)
         for answer, prediction in pairs
-        for key in ("label", "labels")
+        for field in ("label", "labels")
     )
+    scores = [(_numbers(answer), _numbers(prediction)) for answer, prediction in pairs]
     gaps = [
-        abs(ours[name] - theirs.get(name, math.nan))
-        for theirs, ours in (
-            (_numbers(answer), _numbers(prediction)) for answer, prediction in pairs
-        )
-        for name in ours
+        abs(expected_scores[name] - service_scores.get(name, math.nan))
+        for service_scores, expected_scores in scores
+        for name in expected_scores
     ]
-    # A NaN must not hide in a maximum.
+    # `max` could hide a NaN.
     gap = math.inf if any(map(math.isnan, gaps)) else max(gaps)
     return ServiceAnswers(len(chosen), flips, gap)
 
@@ -120,39 +119,39 @@ def ask(address: str, texts: list[Any], key: str | None = None) -> list[dict[str
     """POST texts to a running service and return its predictions, with all scores.
 
     Raises:
-        UserError: an error status, or something else than one prediction for each text.
+        UserError: an error status, or an answer without one prediction for each text.
     """
     body = json.dumps({"texts": texts, "scores": True}).encode()
     try:
-        found = list(json.loads(fetch(f"{address}/classify", body, key=key))["predictions"])
+        predictions = list(json.loads(fetch(f"{address}/classify", body, key=key))["predictions"])
     except (*_NO_ANSWER, KeyError, TypeError) as error:
         raise _no_service(address, error) from error
-    if len(found) != len(texts) or not all(isinstance(each, dict) for each in found):
-        raise _no_service(address, ValueError(f"{found!r:.80} for {len(texts)} text(s)"))
-    return found
+    if len(predictions) != len(texts) or not all(isinstance(row, dict) for row in predictions):
+        raise _no_service(address, ValueError(f"{predictions!r:.80} for {len(texts)} text(s)"))
+    return predictions
 
 
 def fetch(
     url: str, body: bytes | None = None, *, key: str | None = None, timeout_s: float = 30
 ) -> bytes:
-    """GET a URL, or POST JSON to it; this machine's own addresses are asked without a proxy.
+    """GET a URL, or POST JSON to it; requests to this machine's own addresses use no proxy.
 
     Args:
         url: http or https.
-        body: JSON.
-        key: sent as ``Authorization: Bearer KEY``, and not on to where a redirection leads.
-        timeout_s: without an answer.
+        body: JSON to POST; GET if None.
+        key: sent as ``Authorization: Bearer KEY``, but not to the target of a redirection.
+        timeout_s: longest wait for an answer.
 
     Raises:
         OSError: no answer, or an error status.
-        ValueError: not such a URL.
+        ValueError: not a URL of http or https.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url} does not begin with http:// or https://")
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
     if key is not None:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    # What http_proxy names cannot see this machine's own addresses.
+    # The proxy that http_proxy names cannot reach this machine's own addresses.
     handlers = [urllib.request.ProxyHandler({})] if _is_here(url) else []
     with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
         return bytes(response.read())
@@ -169,17 +168,24 @@ def _is_here(url: str) -> bool:
 
 
 def _no_service(address: str, error: Exception) -> UserError:
-    refused = isinstance(error, urllib.error.HTTPError) and error.code == HTTPStatus.UNAUTHORIZED
+    if isinstance(error, urllib.error.HTTPError) and error.code == HTTPStatus.UNAUTHORIZED:
+        hint = (
+            "it asks for a key, and none or another one was sent: give --api-keys-file FILE, or "
+            "set AD2KIT_API_KEYS to one of its keys"
+        )
+    else:
+        hint = (
+            "give an address such as http://localhost:3000, where `bentoml serve` listens; a "
+            "status of 429 means that it is too busy to be asked now"
+        )
     return UserError(
         f"expected an ad2kit service at {address}, found {type(error).__name__}: {error}",
-        hint="it asks for a key, and none or another one was sent: give --api-keys-file FILE, or "
-        "set AD2KIT_API_KEYS to one of its keys"
-        if refused
-        else "give an address such as http://localhost:3000, where `bentoml serve` listens; a "
-        "status of 429 means that it is too busy to be asked now",
+        hint=hint,
     )
 
 
 def _numbers(answer: dict[str, Any]) -> dict[str, float]:
-    scores = answer.get("scores")
-    return {"value": answer["value"]} if "value" in answer else dict(scores or {})
+    """Return the numbers of an answer by name: the value of a regression, else the scores."""
+    if "value" in answer:
+        return {"value": answer["value"]}
+    return dict(answer.get("scores") or {})

@@ -1,4 +1,4 @@
-"""One shape for every error of the service, and a bound on what it reads. Plain ASGI."""
+"""One shape for every error of the service, and a bound on the body that it reads. Plain ASGI."""
 
 from __future__ import annotations
 
@@ -63,25 +63,27 @@ ERRORS: dict[int, tuple[str, str, str]] = {
 }
 
 
-# Names of UTF-8, and of what is a part of it.
+# Names of UTF-8 and of ASCII, which is a subset of it.
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 
 
 class Problem(Exception):
-    """What a client is told instead of an answer: a status of :data:`ERRORS`, and what of it.
+    """An error that a client is told instead of an answer: a status of :data:`ERRORS` and details.
 
     Args:
-        status: of the answer.
-        detail: what is said of it beside the message of its status.
-        hint: what the client should do instead, if it is not that of its status.
-        retry_after_s: when an overloaded service may be asked again.
+        status: HTTP status of the answer.
+        detail: text that follows the message of its status.
+        hint: what the client should do; the hint of its status if empty.
+        retry_after_s: seconds after which a client may ask an overloaded service again.
     """
 
     def __init__(
         self, status: int, detail: str = "", *, hint: str = "", retry_after_s: int = 1
     ) -> None:
         super().__init__(status, detail)
-        self.status, self.detail, self.hint = status, detail, hint
+        self.status = status
+        self.detail = detail
+        self.hint = hint
         self.retry_after_s = retry_after_s
 
     @property
@@ -91,10 +93,11 @@ class Problem(Exception):
 
     @property
     def _words(self) -> tuple[str, str, str]:
+        """Type, message and hint of the status."""
         return ERRORS.get(self.status, ERRORS[500 if self.status >= 500 else 400])
 
     def content(self) -> bytes:
-        """Return the body of the answer."""
+        """Return the body of the answer, as JSON."""
         kind, message, hint = self._words
         error = {
             "type": kind,
@@ -104,7 +107,7 @@ class Problem(Exception):
         return json.dumps({"error": error}).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the headers that belong to its status."""
+        """Return the additional headers that the status requires."""
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             return [(b"retry-after", str(self.retry_after_s).encode())]
         if self.status == HTTPStatus.UNAUTHORIZED:
@@ -113,25 +116,27 @@ class Problem(Exception):
 
 
 class Pace:
-    """Spaces out refusals, so that they leave the event loop its time for what is accepted.
+    """Spaces out refusals, so that the event loop has time for the accepted requests.
 
-    A client that sends again at once, whatever Retry-After says, is refused in next to no time,
-    and then again; hundreds of them would keep all others waiting. So refusals go out at a rate,
-    and besides one for each request that was answered: that one has left room, and somebody who
-    waits here may want it.
+    Some clients ignore Retry-After and send again at once. Each is refused in almost no time, and
+    then again; hundreds of them would keep all others waiting. So refusals go out at a fixed rate.
+    Each answered request lets one more go out: it has left room, which a client that waits here
+    may need.
 
     Args:
-        per_second: refusals that go out in any case.
-        at_once: how many may go out together after a calm moment.
+        per_second: rate of the refusals, without those that answered requests let out.
+        at_once: how many refusals may go out together after a calm moment.
     """
 
     def __init__(self, per_second: float = 200.0, at_once: int = 64) -> None:
-        self._interval_s, self._at_once = 1 / per_second, at_once
+        self._interval_s = 1 / per_second
+        self._at_once = at_once
         self._waiting: deque[Callable[[], object]] = deque()
-        self._free, self._since = float(at_once), -math.inf  # refusals that may go out, and when
+        self._free = float(at_once)  # refusals that may go out at once
+        self._since = -math.inf  # loop time at which `_free` was computed
 
     def wait(self, go_on: Callable[[], object]) -> bool:
-        """Call ``go_on`` when the turn of one more refusal has come; False if it is now."""
+        """Call ``go_on`` when one more refusal may go out; return False if it may do so now."""
         loop = asyncio.get_running_loop()
         if not self._waiting:
             now = loop.time()
@@ -145,16 +150,17 @@ class Pace:
         return True
 
     def answered(self) -> None:
-        """Let the next one go on: a request was answered."""
-        if len(self._waiting) > 1:  # the last one is for the tick that is due
+        """Let the next refusal go out, because a request was answered."""
+        if len(self._waiting) > 1:  # the last one is left for the scheduled tick
             self._waiting.popleft()()
 
     def _tick(self) -> None:
-        """Let those go on whose turn has come, as many as a late loop has missed."""
+        """Let the refusals go out that are due, also those that a late event loop has missed."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         due = max(1, int((now - self._since) / self._interval_s))
-        self._free, self._since = 0.0, now
+        self._free = 0.0
+        self._since = now
         for _ in range(min(due, len(self._waiting))):
             self._waiting.popleft()()
         if self._waiting:
@@ -164,16 +170,16 @@ class Pace:
 class ErrorContract:
     """ASGI middleware: bounds the body while it is read, and gives every error one shape.
 
-    BentoML answers 400 for each kind of invalid body, in several shapes and partly as a list;
-    clients get ``{"error": {"type", "message", "hint"}}`` instead, from here alone. 4xx keep the
-    text that the application gave, 5xx say nothing of its insides.
+    BentoML answers 400 for each kind of invalid body, in several shapes and partly as a list.
+    Clients get ``{"error": {"type", "message", "hint"}}`` instead, and only this class sends it.
+    Errors 4xx keep the text of the application; errors 5xx say nothing about its internals.
 
     Args:
         app: the application to wrap.
         max_body_bytes: the largest request body.
-        hints: what the client should do instead, by status, where it is more than the default.
-        observe: is told the status and the type of each error.
-        pace: of refusals for want of room.
+        hints: what the client should do, by status, where the default hint is not enough.
+        observe: called with the status and the type of each error.
+        pace: the pace of refusals for want of room.
     """
 
     def __init__(
@@ -198,20 +204,23 @@ class ErrorContract:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         if scope["method"] == "POST":
-            if strange := _not_plain_json(headers):
-                await self._send(send, Problem(415, strange))
+            if mismatch := _not_plain_json(headers):
+                await self._send(send, Problem(415, mismatch))
                 return
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.max_body_bytes:
                 await self._send(send, Problem(413))
                 return
-        received, answer, status, allow = 0, b"", 200, b""
+        received_bytes = 0
+        answer = b""
+        status = 200
+        allow = b""
 
         async def bounded_receive() -> Message:
-            nonlocal received
+            nonlocal received_bytes
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > self.max_body_bytes:
                 raise Problem(413)
             return message
 
@@ -219,7 +228,7 @@ class ErrorContract:
             nonlocal answer, status, allow
             if message["type"] == "http.response.start":
                 allow = dict(message["headers"]).get(b"allow", b"")
-                status = 413 if received > self.max_body_bytes else message["status"]
+                status = 413 if received_bytes > self.max_body_bytes else message["status"]
             if status < 400:
                 if message["type"] == "http.response.start":
                     self.pace.answered()
@@ -234,20 +243,21 @@ class ErrorContract:
         except Problem as problem:
             await self._send(send, problem)
         except Exception:
-            # Not what it was about: texts of clients stay out of the log.
+            # The request itself is not logged: texts of clients stay out of the log.
             logger.exception("%s %s failed", scope["method"], scope["path"])
             await self._send(send, Problem(500))
 
     async def _reply(
         self, send: Send, status: int, answer: bytes = b"", allow: bytes = b""
     ) -> None:
-        """Send one error, with what can be learnt from the application's own answer."""
+        """Send one error, with the detail that the application's own answer gives."""
         detail = ""
         if status < 500 and status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             status, detail = _understand(status, answer)
         await self._send(send, Problem(status, detail), allow)
 
     async def _send(self, send: Send, problem: Problem, allow: bytes = b"") -> None:
+        """Complete, count and send one error; a refusal for want of room waits for its turn."""
         if problem.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not problem.detail:
             problem.detail = f"at most {self.max_body_bytes} bytes"
         problem.hint = problem.hint or self.hints.get(problem.status, "")
@@ -265,17 +275,17 @@ class ErrorContract:
 async def send_json(
     send: Send, status: int, content: bytes, headers: Iterable[tuple[bytes, bytes]] = ()
 ) -> None:
-    """Send a whole answer of JSON."""
+    """Send a whole answer of JSON, with some headers beside its type and length."""
     length = (b"content-length", str(len(content)).encode())
-    whole = [(b"content-type", b"application/json"), length, *headers]
-    await send({"type": "http.response.start", "status": status, "headers": whole})
+    all_headers = [(b"content-type", b"application/json"), length, *headers]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
     await send({"type": "http.response.body", "body": content})
 
 
 def _understand(status: int, answer: bytes) -> tuple[int, str]:
-    """Return the status that was meant, and the text, of one of BentoML's 4xx answers.
+    """Return the right status and the text for one of BentoML's 4xx answers.
 
-    It answers 400 both for what is no JSON and for JSON that does not fit the schema.
+    BentoML answers 400 both for invalid JSON and for JSON that does not fit the schema.
     """
     try:
         body = json.loads(answer)
@@ -290,15 +300,15 @@ def _understand(status: int, answer: bytes) -> tuple[int, str]:
         return status, error if isinstance(error, str) else ""
     if not any("json_invalid" in str(problem.get("type")) for problem in problems):
         status = 422
-    lines = [
-        ": ".join(filter(None, (".".join(map(str, p.get("loc", ()))), p.get("msg"))))
-        for p in problems[:3]
-    ]
+    lines = []
+    for problem in problems[:3]:
+        place = ".".join(map(str, problem.get("loc", ())))
+        lines.append(": ".join(filter(None, (place, problem.get("msg")))))
     return status, "; ".join(lines)
 
 
 def _not_plain_json(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return what the headers say that the body is, if that is not JSON in UTF-8; None if it is."""
+    """Return why the headers do not declare JSON in UTF-8, or None if they declare it."""
     for name, plain in ((b"content-encoding", b"identity"), (b"transfer-encoding", b"chunked")):
         value = headers.get(name, plain)
         if value.strip().lower() != plain:
@@ -315,4 +325,5 @@ def _not_plain_json(headers: Mapping[bytes, bytes]) -> str | None:
 
 
 def _shown(value: bytes) -> str:
+    """Return a header's value as printable ASCII, cut to 50 characters."""
     return ascii(value.strip().decode("latin-1"))[1:-1][:50]

@@ -1,8 +1,9 @@
-"""POST /classify as plain ASGI: from the bytes of a request to those of its answer. No framework.
+"""POST /classify as plain ASGI, from the bytes of a request to the bytes of its answer.
 
-For a model of a millisecond the server is the cost. Between the socket and the batcher there is
-only what a request needs: one pass of pydantic over the body, the tokenizer, and one pass of JSON
-over the answer. Errors leave here as :class:`Problem`; `error_contract` gives them their shape.
+No framework: for a model that computes in a millisecond, the server is the main cost. Between the
+socket and the batcher there is only what a request needs: one pass of pydantic over the body, the
+tokenizer, and one pass of JSON over the answer. Errors are raised as :class:`Problem`, and
+:class:`ad2kit.service.errors.ErrorContract` gives them their shape.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Clients of small requests are watched for leaving only when their answer takes longer than this:
-# it costs a task for each request, and a busy service keeps all of them waiting for a while.
+# The client of a small request is watched for leaving only when its answer takes longer than this.
+# Watching costs a task for each request, and in a busy service all requests wait for a while.
 _PATIENCE_S = 0.25
-# A body is read in another thread if it is larger: at about a millisecond the loop, which everybody
-# waits for, costs more than the changes of thread.
+# A larger body is read in another thread. Reading it takes about a millisecond, in which everybody
+# waits for the event loop; that costs more than the changes of thread.
 _LARGE_BYTES = 8192
-# Larger ones are read one at a time: what a text costs to tokenise grows with it, in memory too.
+# Bodies above this size are read one at a time: the cost of tokenising a text grows with its
+# length, in memory too.
 _HUGE_BYTES = 2**16
-# Between so many texts of a list it is seen whether its client still waits.
+# A list is tokenised in pieces of so many texts; between two pieces a request can be cancelled.
 _PIECE_TEXTS = 16
 _TIMING = TIMING.lower().encode()
-# How a body begins that is not what its headers say.
+# First bytes of a body that is not what its headers say.
 _MARKS = {
     b"\xef\xbb\xbf": "a byte order mark",
     b"\xff\xfe": "the mark of UTF-16",
@@ -59,29 +61,32 @@ _MARKS = {
 
 
 class _Lane:
-    """Threads that read requests, and the turn of each request that uses one.
+    """Threads that read requests, and the turns of the requests that use them.
 
-    For a request that waits for its turn nothing has been done yet, and one that is given up costs
-    no more than the piece that is under way.
+    No work is done for a request before its turn. A request that is cancelled in its turn costs no
+    more than the piece under way.
 
     Args:
         threads: how many requests have their turn at once.
-        max_wait_s: no request is taken while those before it need longer, at the rate of late.
+        max_wait_s: no request is accepted while the earlier ones need longer, at the recent rate.
     """
 
     def __init__(self, threads: int, max_wait_s: float) -> None:
         self.threads = ThreadPoolExecutor(threads, "ad2kit-read")
-        self._free, self._max_wait_s = asyncio.Semaphore(threads), max_wait_s
-        self._waiting_bytes, self._bytes_per_s = 0, math.nan
+        self._free = asyncio.Semaphore(threads)
+        self._max_wait_s = max_wait_s
+        self._waiting_bytes = 0
+        self._bytes_per_s = math.nan  # before the first request
 
     @contextlib.asynccontextmanager
     async def turn(self, size_bytes: int) -> AsyncIterator[None]:
-        """Wait for a turn, and have it.
+        """Wait for the turn of a request of some bytes; the turn is the body of the ``with``.
 
         Raises:
-            QueueFull: it would take too long.
+            QueueFull: the turn would come too late.
         """
-        wait_s = self._waiting_bytes / self._bytes_per_s  # NaN, and so never too long, at first
+        # NaN before the first request; every comparison with NaN is false, so never too long.
+        wait_s = self._waiting_bytes / self._bytes_per_s
         if wait_s > self._max_wait_s:
             raise QueueFull(math.ceil(wait_s))
         self._waiting_bytes += size_bytes
@@ -90,13 +95,15 @@ class _Lane:
                 start = time.perf_counter()
                 yield
                 rate = size_bytes / (time.perf_counter() - start)
-                known = not math.isnan(self._bytes_per_s)
-                self._bytes_per_s = (self._bytes_per_s + rate) / 2 if known else rate
+                if math.isnan(self._bytes_per_s):
+                    self._bytes_per_s = rate
+                else:
+                    self._bytes_per_s = (self._bytes_per_s + rate) / 2
         finally:
             self._waiting_bytes -= size_bytes
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Return what some work returns, done in one of the threads."""
+        """Run a function in one of the threads, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
 
@@ -104,28 +111,28 @@ _AT_ONCE = contextlib.nullcontext()
 
 
 class _Here:
-    """In place of a lane for what is small: at once, in the event loop's own thread."""
+    """The lane of small requests, which are read at once in the event loop's own thread."""
 
     def turn(self, _size_bytes: int) -> contextlib.AbstractAsyncContextManager[None]:
         """Have a turn at once."""
         return _AT_ONCE
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Return what some work returns."""
+        """Run a function, and return its result."""
         return work(*arguments)
 
 
 class Classify:
-    """Classifies what requests hold.
+    """Classifies the texts of requests.
 
     Args:
-        classifier: tokenises, and turns logits into predictions.
+        classifier: tokenises texts, and turns logits into predictions.
         batcher: computes logits.
-        deadline_s: after how long a request is given up.
+        deadline_s: time after which a request is given up.
         max_wait_s: how long a large request may wait until it is read.
-        metrics: are told of all that happens.
-        shadow: is offered what was answered, to compare it with the teacher.
-        access_log: write a line for each answer; of numbers, never of texts.
+        metrics: count answers, times and predictions.
+        shadow: gets the answered texts and predictions, to compare them with the teacher's.
+        access_log: write a log line for each answer; it holds numbers and never texts.
     """
 
     def __init__(
@@ -139,13 +146,18 @@ class Classify:
         shadow: Shadow | None = None,
         access_log: bool = False,
     ) -> None:
-        self.classifier, self.batcher, self.metrics = classifier, batcher, metrics
-        self.deadline_s, self.shadow, self.access_log = deadline_s, shadow, access_log
+        self.classifier = classifier
+        self.batcher = batcher
+        self.metrics = metrics
+        self.deadline_s = deadline_s
+        self.shadow = shadow
+        self.access_log = access_log
         self._here = _Here()
-        self._large, self._huge = _Lane(2, max_wait_s), _Lane(1, max_wait_s)
+        self._large = _Lane(2, max_wait_s)
+        self._huge = _Lane(1, max_wait_s)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Shut the threads down."""
         for lane in (self._large, self._huge):
             lane.threads.shutdown(wait=False, cancel_futures=True)
 
@@ -161,10 +173,10 @@ class Classify:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
 
     async def answer(self, body: bytes) -> tuple[bytes, Stages]:
-        """Return the JSON answer to a JSON request, and where its time went.
+        """Return the JSON answer to a JSON request, and the times of its stages.
 
         Raises:
-            Problem: what the client is told instead.
+            Problem: the error that the client is told instead.
         """
         stages = Stages()
         predictions = await self._answer(body, stages)
@@ -172,8 +184,9 @@ class Classify:
         stages.total_s = time.perf_counter() - stages.start
         self.metrics.answered(stages.total_s)
         if self.access_log:
-            cut = sum(each["truncated"] for each in predictions)
-            facts = {"status": 200, "texts": len(predictions), "truncated": cut, **stages.ms()}
+            texts = len(predictions)
+            truncated = sum(prediction["truncated"] for prediction in predictions)
+            facts = {"status": 200, "texts": texts, "truncated": truncated, **stages.ms()}
             logger.info("answered", extra=facts)
         return content, stages
 
@@ -186,6 +199,7 @@ class Classify:
         return await self._answer(request.model_dump_json().encode(), stages)
 
     async def _answer(self, body: bytes, stages: Stages) -> list[dict[str, Any]]:
+        """Return the predictions for the body of a request; raises :class:`Problem`."""
         try:
             async with asyncio.timeout(self.deadline_s):
                 encodings, texts, scores = await self._read(body)
@@ -205,7 +219,7 @@ class Classify:
         self.metrics.predicted(predictions)
         if self.shadow is not None:
             self.shadow.offer(texts, predictions)
-        answers = [each.as_dict() for each in predictions]
+        answers = [prediction.as_dict() for prediction in predictions]
         if not scores:
             for answer in answers:
                 answer.pop("scores", None)
@@ -223,13 +237,13 @@ class Classify:
                 for first in range(0, len(texts), _PIECE_TEXTS):
                     piece = texts[first : first + _PIECE_TEXTS]
                     encodings += await lane.run(self.classifier.encode, piece, first)
-        # Texts may be many times larger than their tokens, and would wait with them.
+        # Texts may be many times larger than their tokens; without a shadow nobody needs them.
         return encodings, [] if self.shadow is None else texts, scores
 
 
 @dataclass(slots=True)
 class Stages:
-    """Where the time of a request went, in seconds, from its body read to its answer written."""
+    """Times of the stages of a request, in seconds, from its body read to its answer written."""
 
     start: float = field(default_factory=time.perf_counter)
     tokenise_s: float = 0.0
@@ -246,23 +260,25 @@ class Stages:
         }
 
     def header(self) -> bytes:
-        """Return them as the value of a Server-Timing header (W3C *Server Timing*)."""
+        """Return the stages as the value of a Server-Timing header (W3C *Server Timing*)."""
         stages = (f"{name.removesuffix('_ms')};dur={ms}" for name, ms in self.ms().items())
         return ", ".join(stages).encode()
 
 
 class Direct:
-    """ASGI middleware: POSTs to one path are answered here, and everything else is passed on.
+    """ASGI middleware: answers POST requests to one path, and passes everything else on.
 
     Args:
         app: the application for everything else.
-        path: of the requests that are answered here.
-        handler: returns what answers a body; asked for at each request, because the service is
-            made after its middleware.
+        path: the path of the requests that are answered here.
+        handler: returns the object that answers a body. It is called at each request, because the
+            service is created after its middleware.
     """
 
     def __init__(self, app: App, *, path: str, handler: Callable[[], Classify]) -> None:
-        self.app, self.path, self.handler = app, path, handler
+        self.app = app
+        self.path = path
+        self.handler = handler
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
@@ -277,65 +293,69 @@ class Direct:
         body = await _whole(receive)
         if body is None:
             return
-        task, gone = asyncio.current_task(), None
+        task = asyncio.current_task()
+        watcher = None
 
         async def watch() -> None:
             if (await receive())["type"] == "http.disconnect" and task is not None:
                 task.cancel("the client is gone")
 
         def start_watching() -> None:
-            nonlocal gone
-            gone = asyncio.ensure_future(watch())
+            nonlocal watcher
+            watcher = asyncio.ensure_future(watch())
 
         patience_s = 0.0 if len(body) > _LARGE_BYTES else _PATIENCE_S
         timer = asyncio.get_running_loop().call_later(patience_s, start_watching)
         try:
             content, stages = await handler.answer(body)
         except asyncio.CancelledError:
-            if gone is None or not gone.done():
+            if watcher is None or not watcher.done():
                 raise  # the server stops
-            # Nobody reads it, but what wraps this waits for an answer.
+            # Nobody reads this answer, but the outer middleware waits for one.
             raise Problem(499) from None
         finally:
             timer.cancel()
-            if gone is not None:
-                gone.cancel()
-        asked = any(name == _TIMING for name, _ in scope["headers"])
-        await send_json(send, 200, content, [(b"server-timing", stages.header())] if asked else [])
+            if watcher is not None:
+                watcher.cancel()
+        wants_timing = any(name == _TIMING for name, _ in scope["headers"])
+        headers = [(b"server-timing", stages.header())] if wants_timing else []
+        await send_json(send, 200, content, headers)
 
 
 async def _whole(receive: Receive) -> bytes | None:
-    """Return the body of a request; None if its client left before all of it was here.
+    """Return the body of a request; None if its client left before all of it arrived.
 
-    How long this may take, and how much may come, is bounded by :mod:`ad2kit.service.connections`.
+    :mod:`ad2kit.service.connections` bounds the time and the bytes of the body.
     """
-    parts, more = list[bytes](), True
-    while more:
+    parts = list[bytes]()
+    incomplete = True
+    while incomplete:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
+        incomplete = message.get("more_body", False)
     return b"".join(parts)
 
 
 class Unlink:
-    """ASGI middleware: at the start it takes layers that lie outside of it out of their chain.
+    """ASGI middleware: removes outer layers from the middleware chain when the server starts.
 
-    BentoML's own limit on the time of a request leaves a timer behind for a minute after each one,
-    which at two thousand requests a second is memory and time for nothing: a request has its
-    deadline here. Its OpenTelemetry layer spells out each URL to find that it is excluded.
+    BentoML's own limit on the time of a request leaves a timer behind for a minute after each
+    request. At two thousand requests a second this wastes memory and time, because a request has
+    its deadline here. Its OpenTelemetry layer composes each URL only to find that it is excluded.
 
     Args:
         app: the application.
-        layers: names of their classes.
+        layers: class names of the layers to remove.
     """
 
     def __init__(self, app: App, *, layers: Collection[str]) -> None:
-        self.app, self.layers = app, layers
+        self.app = app
+        self.layers = layers
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Do so when the server starts; pass everything on."""
+        """Remove the layers when the server starts (the lifespan scope); pass everything on."""
         layer: Any = scope["app"].middleware_stack if scope["type"] == "lifespan" else self
         while layer is not self:
             if type(layer.app).__name__ in self.layers:
@@ -346,26 +366,32 @@ class Unlink:
 
 
 class ApiKeys:
-    """ASGI middleware: without one of the keys nothing but the public paths answers.
+    """ASGI middleware: requests without a valid key get an answer from the public paths only.
 
     Args:
         app: the application to guard.
-        keys: those that are valid now, several while they are changed; none leaves all open.
+        keys: the valid keys; several during a change of keys. Without keys all paths are open.
         public: paths that need no key.
     """
 
     def __init__(self, app: App, *, keys: Collection[str], public: Collection[str]) -> None:
-        self.app, self.public = app, frozenset(public)
+        self.app = app
+        self.public = frozenset(public)
         self.keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass one request on if it may."""
+        """Pass one request on if it has a valid key or needs none.
+
+        Raises:
+            Problem: with status 401, if it has no valid key and needs one.
+        """
         if self.keys and scope["type"] == "http" and scope["path"] not in self.public:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            scheme, _, key = given.partition(b" ")
-            # All are compared, each in constant time, so that time says nothing of a key.
-            found = sum([hmac.compare_digest(key.strip(), known) for known in self.keys])
-            if scheme.lower() != b"bearer" or not found:
+            authorization = dict(scope["headers"]).get(b"authorization", b"")
+            scheme, _, key = authorization.partition(b" ")
+            # The key is compared with all valid keys, each time in constant time, so that the
+            # time of an answer reveals nothing about a valid key.
+            matches = sum([hmac.compare_digest(key.strip(), valid_key) for valid_key in self.keys])
+            if scheme.lower() != b"bearer" or not matches:
                 raise Problem(401)
         await self.app(scope, receive, send)
 
@@ -373,51 +399,52 @@ class ApiKeys:
 def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     """Return the texts of a request, and whether the scores of all labels are asked for.
 
-    It is what :class:`ClassifyRequest` reads too, which names a fault in each place of a list, and
-    each type that was tried there: for 1 MB of them that takes a second and 90 MB.
+    It accepts the same requests as :class:`ClassifyRequest`. That model lists a fault for each
+    item of a list and each type that it tried there, which takes a second and 90 MB for 1 MB of
+    such items.
 
     Raises:
-        Problem: it is no JSON, or not the right one for a model of one or two ``text_columns``.
+        Problem: the body is not JSON, or does not fit a model of one or two ``text_columns``.
     """
-    found: Any = None
+    request: Any = None
     try:
-        found = from_json(body, cache_strings="none")
+        request = from_json(body, cache_strings="none")
     except ValueError as error:
         mark = next(
             (f"; it begins with {name}" for mark, name in _MARKS.items() if body.startswith(mark)),
             "",
         )
-        found, status = None, 400
+        status = 400
         fault = f"the body is not valid JSON: {error}{mark}"
     else:
-        status, fault = _fault(found)
+        status, fault = _fault(request)
     if fault:
         raise Problem(status, fault, hint="" if status == 413 else expected(text_columns))
-    texts = found["texts"]
-    return texts if isinstance(texts, list) else [texts], found.get("scores", False)
+    texts = request["texts"]
+    return texts if isinstance(texts, list) else [texts], request.get("scores", False)
 
 
 def expected(text_columns: int) -> str:
-    """Return what to send to a model that reads one text, or two."""
-    one = '"..."' if text_columns == 1 else '["...", "..."]'
-    many = "texts" if text_columns == 1 else "pairs of texts"
-    return f'send {{"texts": [{one}]}} with 1 to {MAX_TEXTS} {many} that are not empty'
+    """Return a hint: the body to send to a model that reads one text or a pair of texts."""
+    example = '"..."' if text_columns == 1 else '["...", "..."]'
+    items = "texts" if text_columns == 1 else "pairs of texts"
+    return f'send {{"texts": [{example}]}} with 1 to {MAX_TEXTS} {items} that are not empty'
 
 
-def _fault(found: Any) -> tuple[int, str]:
-    """Return the status and the reason for JSON that is no request; no reason if it is one."""
-    if not isinstance(found, dict):
-        return 422, f"expected an object, found {_kind(found)}"
-    unknown = [name for name in found if name not in ClassifyRequest.model_fields]
+def _fault(request: Any) -> tuple[int, str]:
+    """Return a status and the fault of some JSON; the fault is empty if it is a valid request."""
+    if not isinstance(request, dict):
+        return 422, f"expected an object, found {_kind(request)}"
+    unknown = [name for name in request if name not in ClassifyRequest.model_fields]
     if unknown:
         name = unknown[0][:50]
-        like = nearest(name, ClassifyRequest.model_fields)
-        return 422, f"there is no field {name!r}{like}, only texts and scores"
-    if "texts" not in found:
+        suggestion = nearest(name, ClassifyRequest.model_fields)
+        return 422, f"there is no field {name!r}{suggestion}, only texts and scores"
+    if "texts" not in request:
         return 422, "texts: the field is missing"
-    if not isinstance(found.get("scores", False), bool):
-        return 422, f"scores: expected true or false, found {_kind(found['scores'])}"
-    texts = found["texts"]
+    if not isinstance(request.get("scores", False), bool):
+        return 422, f"scores: expected true or false, found {_kind(request['scores'])}"
+    texts = request["texts"]
     if isinstance(texts, str):
         return 200, ""
     if not isinstance(texts, list):
@@ -440,7 +467,7 @@ def _fault(found: Any) -> tuple[int, str]:
 
 
 def _kind(value: Any) -> str:
-    """Return what JSON calls a value."""
+    """Return the name of a value's JSON type, as error messages have it."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}

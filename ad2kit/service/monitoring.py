@@ -1,9 +1,9 @@
-"""What a service tells its operators: metrics for Prometheus, log lines, traces, a shadow teacher.
+"""Monitoring of a service: Prometheus metrics, log lines, traces, and a shadow teacher.
 
-A shadow teacher scores a share of the texts once more, in the background. What drifts away from
-training shows there first, without a label: the student stops agreeing with
-the model that it was proven against. The teacher has a thread of its own with the lowest priority
-and a short queue; what does not fit is not compared, and no answer ever waits for it.
+A shadow teacher scores a share of the texts once more, in the background. It shows drift of the
+texts first, and without labels: the student stops agreeing with the model that it was compared
+with. The teacher has a thread of its own with the lowest priority and a short queue. Texts that do
+not fit into the queue are not compared, and no answer ever waits for the teacher.
 """
 
 from __future__ import annotations
@@ -42,33 +42,35 @@ _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 def metrics_folder() -> Path:
-    """Make the folder where the workers of this server, and no others, leave their numbers.
+    """Create the folder in which the workers of this server alone keep their metrics.
 
-    BentoML has one for all servers of a user, and each that starts empties it for all. It is
-    chosen once for all workers: Python chooses another temporary folder when the first is full.
+    BentoML has one folder for all servers of a user, and each server empties it when it starts.
+    This folder is chosen once for all workers, because Python chooses another temporary folder
+    when the first is full. Folders of servers that have ended are removed.
 
     Raises:
-        ModelError: it would lie where somebody else can write, or there is no room.
+        ModelError: the folder would lie where another user can write, or there is no room.
     """
     server = psutil.Process()
     # By number: a user may have no name in a container.
-    ours = Path(tempfile.gettempdir()) / f"ad2kit-metrics-of-{os.getuid()}"
-    folder = ours / f"{server.pid}-{server.create_time():.0f}"
+    user_folder = Path(tempfile.gettempdir()) / f"ad2kit-metrics-of-{os.getuid()}"
+    folder = user_folder / f"{server.pid}-{server.create_time():.0f}"
     try:
-        ours.mkdir(mode=0o700, exist_ok=True)
-        if ours.is_symlink() or ours.stat().st_uid != os.getuid():
+        user_folder.mkdir(mode=0o700, exist_ok=True)
+        if user_folder.is_symlink() or user_folder.stat().st_uid != os.getuid():
             raise ModelError(
-                f"{ours}, where the workers would share their metrics, is not this user's own "
-                "folder",
+                f"{user_folder}, where the workers would share their metrics, is not this user's "
+                "own folder",
                 hint="remove it, or set TMPDIR to a folder that is",
             )
-        for left in ours.glob("*-*"):
-            pid = left.name.partition("-")[0]
+        for server_folder in user_folder.glob("*-*"):
+            pid = server_folder.name.partition("-")[0]
             if pid.isdigit() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(left, ignore_errors=True)  # another server may be sweeping too
+                # Another server may be removing it at the same moment.
+                shutil.rmtree(server_folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise _no_room(ours, error) from error
+        raise _no_room(user_folder, error) from error
     return folder
 
 
@@ -80,13 +82,13 @@ def _no_room(folder: Path, error: OSError) -> ModelError:
 
 
 def _reserve(folder: Path, worker: int) -> None:
-    """Make the files of a worker with all their blocks; those of one that died go on.
+    """Create the metric files of a worker with all their blocks; existing files are kept.
 
-    The files are mapped into memory, and to write where the disk has no room for a page would
-    kill the process.
+    A worker that takes the place of a dead one continues its files. The files are mapped into
+    memory; a write to a page for which the disk has no room would kill the process.
 
     Raises:
-        ModelError: there is no room.
+        ModelError: the disk has no room.
     """
     for kind in ("counter", "histogram", "gauge_livesum"):
         path = folder / f"{kind}_{worker}.db"
@@ -101,14 +103,14 @@ def _reserve(folder: Path, worker: int) -> None:
 
 
 class ServiceMetrics:
-    """The metrics of one worker; :meth:`exposition` adds those of all up.
+    """The metrics of one worker; :meth:`exposition` adds up the metrics of all workers.
 
     Args:
-        folder: where all workers leave their numbers.
-        worker: its number among them. The one that takes the place of one that died counts on.
+        folder: the folder in which all workers keep their metrics.
+        worker: number of this worker. A worker that replaces a dead one continues its counts.
 
     Raises:
-        ModelError: there is no room.
+        ModelError: the disk has no room.
     """
 
     def __init__(self, folder: Path, worker: int) -> None:
@@ -120,8 +122,8 @@ class ServiceMetrics:
 
         values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
 
-        def histogram(name: str, what: str, buckets: Sequence[float]) -> Any:
-            return prometheus.Histogram(f"ad2kit_{name}", what, buckets=buckets)
+        def histogram(name: str, description: str, buckets: Sequence[float]) -> Any:
+            return prometheus.Histogram(f"ad2kit_{name}", description, buckets=buckets)
 
         self._requests = prometheus.Counter(
             "ad2kit_requests", "Requests, by the status of their answer", ["status"]
@@ -135,7 +137,7 @@ class ServiceMetrics:
         self._tokens = histogram("batch_tokens", "Tokens of a batch, without padding", _POWERS)
         self._score = histogram("score", "Probability of the label that was answered", _SHARES)
         self._labels = prometheus.Counter("ad2kit_predictions", "Answers by label", ["label"])
-        # To find the counter of a label costs more than to count.
+        # Cached, because looking up the counter of a label costs more than counting.
         self._of_label = functools.cache(self._labels.labels)
         self._truncated = prometheus.Counter("ad2kit_truncated_texts", "Texts that were cut")
         self._rejected = prometheus.Counter(
@@ -152,10 +154,10 @@ class ServiceMetrics:
             )
             for unit in ("texts", "tokens")
         }
-        self.waiting(0, 0)  # what one that died had waiting went with it
+        self.waiting(0, 0)  # the queue of a dead worker was lost with it
 
     def exposition(self) -> bytes:
-        """Return the metrics of all workers in Prometheus' text format."""
+        """Return the metrics of all workers together in Prometheus' text format."""
         import prometheus_client
         from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -169,7 +171,7 @@ class ServiceMetrics:
         self._request_s.observe(seconds)
 
     def rejected(self, status: int, reason: str) -> None:
-        """Count a request that was not."""
+        """Count a request that was rejected, by status and reason."""
         self._requests.labels(str(status)).inc()
         self._rejected.labels(reason).inc()
 
@@ -178,22 +180,30 @@ class ServiceMetrics:
         self._tokenise_s.observe(seconds)
 
     def predicted(self, predictions: Sequence[Prediction]) -> None:
-        """Record what was answered: the distribution of labels and scores is what drifts."""
-        for each in predictions:
-            for label in each.labels or ((each.label,) if each.label is not None else ()):
-                self._of_label(label).inc()
-            if each.score is not None:
-                self._score.observe(each.score)
-            if each.truncated:
+        """Record labels and scores of some answers; their distributions show drift."""
+        for prediction in predictions:
+            if prediction.labels:
+                for label in prediction.labels:
+                    self._of_label(label).inc()
+            elif prediction.label is not None:
+                self._of_label(prediction.label).inc()
+            if prediction.score is not None:
+                self._score.observe(prediction.score)
+            if prediction.truncated:
                 self._truncated.inc()
 
     def shadowed(self, agreed: bool | None) -> None:
-        """Count a text that the shadow teacher was offered; None if it had no time for it."""
-        result = "left_out" if agreed is None else "agreed" if agreed else "disagreed"
+        """Count a text offered to the shadow teacher; ``agreed`` is None if it was left out."""
+        if agreed is None:
+            result = "left_out"
+        elif agreed:
+            result = "agreed"
+        else:
+            result = "disagreed"
         self._shadowed.labels(result).inc()
 
     def batch(self, facts: BatchFacts) -> None:
-        """Record a batch; in the engine's thread."""
+        """Record the facts of a batch; called in the engine's thread."""
         self._texts.observe(facts.texts)
         self._tokens.observe(facts.tokens)
         self._inference_s.observe(facts.inference_s)
@@ -201,13 +211,13 @@ class ServiceMetrics:
             self._queue_s.observe(seconds)
 
     def waiting(self, texts: int, tokens: int) -> None:
-        """Record what waits now."""
+        """Record how many texts and tokens wait now."""
         self._waiting["texts"].set(texts)
         self._waiting["tokens"].set(tokens)
 
 
-# What BentoML's filter adds to format its own lines with.
-_THEIRS = ("component", "levelname_bracketed", "trace_msg", "service_name")
+# Attributes of log records that BentoML's filter adds to format its own lines.
+_BENTOML_ATTRIBUTES = ("component", "levelname_bracketed", "trace_msg", "service_name")
 
 
 def log_as_json() -> None:
@@ -217,7 +227,7 @@ def log_as_json() -> None:
         style="{",
         datefmt="%Y-%m-%dT%H:%M:%S%z",
         rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-        reserved_attrs=[*RESERVED_ATTRS, *_THEIRS],
+        reserved_attrs=[*RESERVED_ATTRS, *_BENTOML_ATTRIBUTES],
     )
     for name in (None, "bentoml", "uvicorn.error"):
         for handler in logging.getLogger(name).handlers:
@@ -226,15 +236,17 @@ def log_as_json() -> None:
 
 
 def tracing() -> dict[str, Any]:
-    """Return BentoML's tracing: to the collector that OpenTelemetry's own variables name, or none.
+    """Return BentoML's tracing settings, from the environment variables of OpenTelemetry.
 
-    Spans cost a fifth of the event loop's time even where nobody collects them.
+    Without an endpoint in these variables, all URLs are excluded from tracing: spans cost a fifth
+    of the event loop's time even where nobody collects them.
 
     Raises:
-        InvalidArgument: a share of requests that is no number in [0, 1].
+        InvalidArgument: the share of traced requests is not a number in [0, 1].
     """
     base = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/")
-    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", base and f"{base}/v1/traces")
+    default = f"{base}/v1/traces" if base else ""
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", default)
     if not endpoint:
         return {"excluded_urls": [".*"]}
     share = os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1")
@@ -254,7 +266,7 @@ def tracing() -> dict[str, Any]:
 logger = logging.getLogger(__name__)
 
 _QUEUE_TEXTS = 64
-# Numbers agree that differ by at most this, or by this share of one that is larger than 1.
+# Two numbers agree if they differ by at most this, or by this share of a number above 1.
 _NUMBER_GAP = 0.1
 
 
@@ -263,13 +275,13 @@ class Shadow:
 
     Args:
         teacher: the teacher's artefact, for the same labels.
-        student: whose answers are compared.
-        share: of the texts, in (0, 1].
-        observe: is told whether the two agree about a text; None for one that was left out because
-            the teacher was busy, or failed on it.
+        student: the classifier whose answers are compared.
+        share: share of the texts to compare, in (0, 1].
+        observe: called with whether the two agree about a text; with None for a text that was left
+            out because the teacher was busy or failed on it.
 
     Raises:
-        ModelError: the two do not answer the same question.
+        ModelError: the two differ in their task, labels or text columns.
     """
 
     def __init__(
@@ -279,24 +291,26 @@ class Shadow:
         share: float,
         observe: Callable[[bool | None], None],
     ) -> None:
-        ours, theirs = (
-            (each.artifact.task, each.labels, each.artifact.text_columns)
-            for each in (student, teacher)
+        student_task, teacher_task = (
+            (model.artifact.task, model.labels, model.artifact.text_columns)
+            for model in (student, teacher)
         )
-        if ours != theirs:
+        if student_task != teacher_task:
             raise ModelError(
-                f"the shadow in {teacher.folder} answers {theirs} (task, labels, texts), and the "
-                f"student {ours}",
+                f"the shadow in {teacher.folder} answers {teacher_task} (task, labels, texts), and "
+                f"the student {student_task}",
                 hint="give the artefact of the student's own teacher",
             )
-        self._teacher, self._share, self._observe = teacher, share, observe
+        self._teacher = teacher
+        self._share = share
+        self._observe = observe
         self._random = random.Random()  # noqa: S311  (which texts are compared is no secret)
         self._waiting: queue.Queue[tuple[Any, Prediction] | None] = queue.Queue(_QUEUE_TEXTS)
         self._thread = threading.Thread(target=self._work, name="ad2kit-shadow", daemon=True)
         self._thread.start()
 
     def offer(self, texts: Sequence[Any], predictions: Sequence[Prediction]) -> None:
-        """Take a share of some texts, if there is room; never waits."""
+        """Queue a random share of some texts, if there is room; never waits."""
         for pair in zip(texts, predictions, strict=True):
             if self._random.random() < self._share:
                 try:
@@ -305,7 +319,7 @@ class Shadow:
                     self._observe(None)
 
     def close(self) -> None:
-        """Leave out what waits, and stop after the text that is being scored."""
+        """Leave out the texts that wait, and stop after the text that is being scored."""
         while not self._waiting.empty():
             self._waiting.get_nowait()
             self._observe(None)
@@ -313,21 +327,23 @@ class Shadow:
         self._thread.join()
 
     def _work(self) -> None:
+        """Compare text after text until None comes; runs in the shadow's own thread."""
         if sys.platform == "linux":  # where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while (pair := self._waiting.get()) is not None:
-            text, said = pair
+            text, prediction = pair
             try:
                 (expected,) = self._teacher.predict([text])
             except Exception:
-                # Not what it was about: texts of clients stay out of the log.
+                # The text itself is not logged: texts of clients stay out of the log.
                 logger.exception("the shadow teacher failed on a text")
                 self._observe(None)
             else:
-                self._observe(_agree(said, expected))
+                self._observe(_agree(prediction, expected))
 
 
-def _agree(said: Prediction, expected: Prediction) -> bool:
-    if said.value is not None and expected.value is not None:
-        return abs(said.value - expected.value) <= _NUMBER_GAP * max(1, abs(expected.value))
-    return (said.label, said.labels) == (expected.label, expected.labels)
+def _agree(prediction: Prediction, expected: Prediction) -> bool:
+    """Tell whether the student's prediction has the teacher's labels, or nearly its number."""
+    if prediction.value is not None and expected.value is not None:
+        return abs(prediction.value - expected.value) <= _NUMBER_GAP * max(1, abs(expected.value))
+    return (prediction.label, prediction.labels) == (expected.label, expected.labels)

@@ -1,6 +1,6 @@
-"""What the service reads and writes, as models, and the OpenAPI document that says so.
+"""Pydantic models of the service's requests and answers, and their OpenAPI document.
 
-BentoML writes a document of its own, in which one text is a string and a list is none, the errors
+BentoML's own document is wrong in three ways: it allows one text but no list of texts, its errors
 are not those of :mod:`ad2kit.service.errors`, and half of the paths are missing.
 """
 
@@ -26,7 +26,7 @@ MAX_TEXTS = 128
 TIMING = "X-Server-Timing"
 Text = str | tuple[str, str]
 
-# A field that another task has is left out and not null.
+# A field that belongs to another task is left out of an answer; it is not null.
 _Optional: Any = Field(None, exclude_if=lambda value: value is None)
 _TEXT = {"type": "string", "minLength": 1, "pattern": VISIBLE}
 _REFUSALS = (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
@@ -47,7 +47,7 @@ class ClassifyRequest(BaseModel):
     scores: StrictBool = False
 
     def as_list(self) -> list[Text]:
-        """Return the texts as a list, also if there is one."""
+        """Return the texts as a list, also for a single text."""
         return [self.texts] if isinstance(self.texts, str) else self.texts
 
 
@@ -115,7 +115,7 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
         "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
     }
     components: dict[str, Any] = {"schemas": _schemas(text_columns)}
-    whole: dict[str, Any] = {
+    root: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": "ad2kit classifier",
@@ -128,36 +128,34 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     }
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        whole["security"] = [{"key": []}]
-    return whole
+        root["security"] = [{"key": []}]
+    return root
 
 
 def _schemas(text_columns: int) -> dict[str, Any]:
     """Return the JSON schemas of request, response and error, for texts or pairs of texts."""
     models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ErrorResponse]
-    _, found = models_json_schema(
+    _, definitions = models_json_schema(
         [
             (model, "serialization" if model is not ClassifyRequest else "validation")
             for model in models
         ],
         ref_template="#/components/schemas/{model}",
     )
-    schemas: dict[str, Any] = found["$defs"]
-    one = (
-        _TEXT
-        if text_columns == 1
-        else {"type": "array", "prefixItems": [_TEXT, _TEXT], "minItems": 2, "maxItems": 2}
-    )
-    many = {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS}
+    schemas: dict[str, Any] = definitions["$defs"]
+    item: dict[str, Any] = _TEXT
+    if text_columns != 1:
+        item = {"type": "array", "prefixItems": [_TEXT, _TEXT], "minItems": 2, "maxItems": 2}
+    items = {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_TEXTS}
     schemas["ClassifyRequest"]["properties"]["texts"] = (
-        {"anyOf": [one, many]} if text_columns == 1 else many
+        {"anyOf": [item, items]} if text_columns == 1 else items
     )
     schemas["ClassifyRequest"].pop("example")
     return schemas
 
 
 def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``POST /classify`` takes and answers."""
+    """Return the OpenAPI operation of ``POST /classify``: its parameters, bodies and responses."""
     example: Any = TEXTS[0] if text_columns == 1 else [TEXTS[1], TEXTS[0]]
     bodies: dict[str, Any] = {
         "several": {"value": {"texts": [example, example]}},
@@ -165,7 +163,7 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
     }
     if text_columns == 1:
         bodies["one"] = {"value": {"texts": example}}
-    times = {
+    timing_header = {
         "description": "Where the time went, in ms; if it was asked for",
         "schema": {"type": "string"},
     }
@@ -183,7 +181,7 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "One prediction per text, in order",
-                "headers": {"Server-Timing": times},
+                "headers": {"Server-Timing": timing_header},
                 "content": _json("ClassifyResponse"),
             },
             **refusals,
@@ -191,44 +189,50 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json(model: str, **more: Any) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}, **more}}
+def _json(model: str, **fields: Any) -> dict[str, Any]:
+    """Return the content of a JSON body that has the schema of a model, with more fields."""
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}, **fields}}
 
 
-def _plain(what: str) -> dict[str, Any]:
-    responses: dict[str, Any] = {"200": {"description": what}}
-    return {"summary": what, "responses": responses}
+def _plain(description: str) -> dict[str, Any]:
+    """Return an operation that has a description and the one status 200."""
+    responses: dict[str, Any] = {"200": {"description": description}}
+    return {"summary": description, "responses": responses}
 
 
 def _refusal(status: int) -> dict[str, Any]:
+    """Return the response for a status of :data:`ad2kit.service.errors.ERRORS`."""
     kind, message, hint = ERRORS[status]
     example = {"error": {"type": kind, "message": message, "hint": hint}}
-    found: dict[str, Any] = {
+    response: dict[str, Any] = {
         "description": f"{kind}: {message}",
         "content": _json("ErrorResponse", example=example),
     }
     if status == 429:
         seconds = {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}
-        found["headers"] = {"Retry-After": seconds}
-    return found
+        response["headers"] = {"Retry-After": seconds}
+    return response
 
 
 class Documented:
-    """ASGI middleware: answers GET on one path with a document, instead of the application's.
+    """ASGI middleware: answers GET on one path with a document that replaces the application's.
 
     Args:
         app: the application for everything else.
-        path: of the document.
-        document: returns it, at each request, because the service is made after its middleware.
+        path: the path of the document.
+        document: returns the document. It is called at each request, because the service is
+            created after its middleware.
     """
 
     def __init__(self, app: App, *, path: str, document: Callable[[], dict[str, Any]]) -> None:
-        self.app, self.path, self.document = app, path, document
+        self.app = app
+        self.path = path
+        self.document = document
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
-        asked = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == self.path
-        if not asked:
+        is_http = scope["type"] == "http"
+        if not (is_http and scope["method"] == "GET" and scope["path"] == self.path):
             await self.app(scope, receive, send)
             return
         await send_json(send, 200, json.dumps(self.document()).encode())

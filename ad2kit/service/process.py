@@ -1,6 +1,6 @@
-"""What the parent process of a server decides once, and how its workers follow it.
+"""Decisions of a server's parent process, which its workers follow.
 
-A worker that looked for itself could serve another run, other keys or other metrics than its
+A worker that decided for itself could serve another run, other keys or other metrics than its
 siblings, because runs, files and free disk space change while a server runs.
 """
 
@@ -34,15 +34,15 @@ WATCH_S = 1.0
 
 
 class Server(BaseModel):
-    """What all workers of a server have in common.
+    """The decisions that all workers of a server share.
 
     Attributes:
-        pid: the parent process.
-        settings: what the operator has set.
+        pid: process id of the parent process.
+        settings: the operator's settings.
         artifact: the folder of the artefact to serve.
-        shadow: the folder of the teacher's artefact, if one is asked in the background.
-        metrics: the folder where the workers leave their numbers; None before the server starts.
-        sha256: of the two manifests and of the keys, as the parent process has seen them.
+        shadow: the folder of the teacher's artefact, if there is a shadow teacher.
+        metrics: the folder in which the workers keep their metrics; None before the server starts.
+        sha256: hashes of the two manifests and of the keys, as the parent process has seen them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,14 +55,14 @@ class Server(BaseModel):
     sha256: dict[str, str]
 
     def hand_on(self) -> None:
-        """Write it into the environment that the workers of this process will have."""
+        """Write the decisions into the environment that the workers will inherit."""
         server = self.model_copy(update={"metrics": metrics_folder()})
         os.environ[SERVER] = server.model_dump_json()
 
 
 @contextmanager
 def errors_of_bentoml() -> Iterator[None]:
-    """Turn an error of ours into the one that BentoML's command prints without a traceback."""
+    """Turn an ad2kit error into the type that BentoML's command prints without a traceback."""
     try:
         yield
     except Ad2kitError as error:
@@ -70,20 +70,20 @@ def errors_of_bentoml() -> Iterator[None]:
 
 
 def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> Server:
-    """Return what the parent process has handed on to this worker, or decide it, in the parent.
+    """Return the decisions of the server: a worker reads them, the parent process makes them.
 
     Args:
         place: the folder of the service; a Bento has the artefact there.
-        arguments: what BentoML handed on of ``--arg``.
+        arguments: the ``--arg`` values that BentoML hands on.
         worker: whether this process is a worker.
 
     Raises:
-        UserError: a setting is refused, or what it names cannot be served.
-        RunError: the parent process is gone, or what it has decided about was changed since.
+        UserError: a setting is refused, or the folder that it names cannot be served.
+        RunError: the parent process is gone, or its artefacts or keys have changed since.
     """
-    handed = os.environ.get(SERVER)
-    if worker and handed is not None:
-        server = Server.model_validate_json(handed)
+    inherited = os.environ.get(SERVER)
+    if worker and inherited is not None:
+        server = Server.model_validate_json(inherited)
         if server.pid != os.getppid():
             raise RunError(
                 f"the server that started this worker, process {server.pid}, is gone",
@@ -110,13 +110,13 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
 
 
 def end_with_parent(pid: int, drain_s: float) -> None:
-    """Let this worker stop as on SIGTERM when its parent process is gone, after a kill -9 say.
+    """Stop this worker as on SIGTERM when its parent process is gone, for example after a kill -9.
 
-    It would keep the port, and no new server could be started.
+    Otherwise it would keep the port, and no new server could be started.
 
     Args:
-        pid: the parent process.
-        drain_s: how long it may take to answer what it has accepted.
+        pid: process id of the parent process.
+        drain_s: seconds in which the worker may answer its accepted requests.
     """
 
     def watch() -> None:
@@ -130,39 +130,40 @@ def end_with_parent(pid: int, drain_s: float) -> None:
 
 
 def _chosen(settings: Settings, checkout: Path) -> Path:
-    """Return the artefact that a checkout serves: of ``model``, or of the latest run that passed.
+    """Return the artefact that a checkout serves: ``model``'s, or that of the latest passed run.
 
     Raises:
         UserError: there is none.
     """
     if settings.model is not None:
         return servable_artifact(settings.model)
-    here = Path(settings.runs_dir or "runs")
-    if settings.runs_dir is None and not here.is_dir():
-        here = checkout / "runs"
-    return servable_artifact(latest_passed_run(here).path)
+    runs_dir = Path(settings.runs_dir or "runs")
+    if settings.runs_dir is None and not runs_dir.is_dir():
+        runs_dir = checkout / "runs"
+    return servable_artifact(latest_passed_run(runs_dir).path)
 
 
 def _sha256(settings: Settings, artifact: Path, shadow: Path | None) -> dict[str, str]:
-    found = {
+    """Return the hashes of the artefacts' manifests and of the keys, by what they are of."""
+    hashes = {
         f"the artefact in {folder}": sha256_of(folder / OnnxArtifact.file_name)
         for folder in (artifact, shadow)
         if folder is not None
     }
     keys = "\n".join(settings.keys())
-    return found | {"the list of API keys": hashlib.sha256(keys.encode()).hexdigest()}
+    return hashes | {"the list of API keys": hashlib.sha256(keys.encode()).hexdigest()}
 
 
 def _insist_unchanged(server: Server) -> None:
-    """Refuse to start a worker that would serve something else than its siblings.
+    """Refuse to start a worker that would serve another model or other keys than its siblings.
 
     Raises:
-        RunError: names what was changed.
+        RunError: names the artefact or the keys that have changed.
     """
-    found = _sha256(server.settings, server.artifact, server.shadow)
-    for what, expected in server.sha256.items():
-        if found.get(what) != expected:
+    hashes = _sha256(server.settings, server.artifact, server.shadow)
+    for subject, expected in server.sha256.items():
+        if hashes.get(subject) != expected:
             raise RunError(
-                f"{what} is not what it was when this server was started",
+                f"{subject} is not what it was when this server was started",
                 hint="start the server again, so that all its workers serve the same",
             )

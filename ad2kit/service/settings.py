@@ -1,8 +1,8 @@
-"""What an operator may set of the service, and what of it is refused before a worker starts.
+"""The operator's settings of the service, and the checks before a worker starts.
 
 A setting ``name`` comes from the variable ``AD2KIT_NAME``, or in a checkout from ``bentoml serve
---arg name=value``. BentoML drops ``--arg`` when it serves a Bento, so that a server that was told
-to ask for keys would be open; what was given and lost is refused.
+--arg name=value``. BentoML drops ``--arg`` when it serves a Bento: a server that was told to ask
+for keys would be open. So arguments that BentoML has dropped are refused.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PREFIX = "AD2KIT_"
-# What the parent process of a server hands to its workers (service_process.py).
+# The variable in which the parent process of a server hands its decisions to its workers
+# (process.py).
 SERVER = f"{PREFIX}SERVER"
 # Other users of the machine can read a command line.
 SECRETS = ("api_keys",)
 PATHS = ("model", "runs_dir", "api_keys_file", "shadow")
-# A Bento was compared with its artefact before it was published; it serves no other.
+# A Bento serves only the artefact that it was compared with before it was published.
 OF_A_CHECKOUT = ("model", "runs_dir")
-# Variables that are no settings: of the benchmarks, of the parent process, and those that
-# Kubernetes gives to all pods beside a Service whose name begins with "ad2kit".
+# Variables that are not settings: variables of the benchmarks and of the parent process, and the
+# variables that Kubernetes sets in all pods beside a Service whose name begins with "ad2kit".
 _NO_SETTING = re.compile(
     rf"{PREFIX}(BENCH_.*|SERVER|(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
 )
@@ -37,19 +38,21 @@ _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
 class Settings(BaseModel):
-    """What an operator may set; a new setting is one line here.
+    """The operator's settings; a new setting is one line here.
 
-    ``model`` is a run or an exported variant; without it the most recent run in ``runs_dir`` that
-    passed its gate is served. ``workers`` processes share the cores, each with ``threads`` for the
-    engine; one for each core with one thread if neither is set. ``api_keys`` holds keys with
-    commas between them, ``api_keys_file`` one key a line. ``shadow`` is a run or an artefact of the
-    teacher, which scores ``shadow_share`` of the texts in the background. ``access_log`` writes a
-    line for each request.
+    ``model`` is a run or an exported variant; without it the service serves the most recent run in
+    ``runs_dir`` that passed its gate. ``workers`` processes share the cores, and the engine of each
+    has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
+    holds keys separated by commas, ``api_keys_file`` one key a line. ``shadow`` is a run or an
+    artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
+    ``access_log`` writes a line for each request.
 
-    The others bound what clients can make a worker hold: bytes of a body, bytes of the bodies of
-    all requests beside the first 4096 of each, bytes (address, chunk sizes and trailers included)
-    and number of the headers of a request, seconds until its headers and then its body are here and
-    until a client has read its answer, and connections.
+    The other settings bound the resources of a worker that its clients can use:
+    ``max_body_bytes`` of one body; ``max_held_bytes`` of the bodies of all requests, without the
+    first 4096 bytes of each; ``max_header_bytes`` of the headers of a request, with its address,
+    chunk sizes and trailers; ``max_headers`` of a request; ``header_timeout_s`` until the headers
+    have arrived, then ``body_timeout_s`` until the body has arrived; ``write_timeout_s`` until the
+    client has read its answer; ``max_connections`` at a time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,10 +76,13 @@ class Settings(BaseModel):
     max_connections: int = Field(default=4096, ge=1, le=2**16)
 
     def insist_that_they_fit(self) -> None:
-        """Refuse two names of what is served, a share of no shadow, and a bound above another.
+        """Refuse settings that contradict each other.
+
+        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and
+        ``max_body_bytes`` above ``max_held_bytes``.
 
         Raises:
-            UserError: says what to leave out.
+            UserError: names the setting to leave out or to change.
         """
         if self.model is not None and self.runs_dir is not None:
             raise UserError(
@@ -98,10 +104,10 @@ class Settings(BaseModel):
             )
 
     def keys(self) -> list[str]:
-        """Return the keys that clients may use, of ``api_keys`` and of ``api_keys_file``.
+        """Return the keys that clients may use, from ``api_keys`` and ``api_keys_file``.
 
         Raises:
-            UserError: the file cannot be read, a key is none, or keys were asked for and there is
+            UserError: the file cannot be read, a key is invalid, or keys were set but there is
                 none.
         """
         keys = [
@@ -112,7 +118,7 @@ class Settings(BaseModel):
         if self.api_keys_file is not None:
             keys += keys_of(Path(self.api_keys_file))
         if not keys and (self.api_keys is not None or self.api_keys_file is not None):
-            # A secret that went wrong must not open the service.
+            # A faulty secret must not open the service to everybody.
             raise UserError(
                 "API keys were asked for and there is none",
                 hint=f"write one key a line into the file that {_variable('api_keys_file')} names, "
@@ -129,16 +135,17 @@ def read_settings(
     *,
     packed: bool,
 ) -> Settings:
-    """Return the settings that were given; paths are absolute.
+    """Return the settings of this process; paths are absolute.
 
     Args:
-        arguments: what BentoML handed on of ``--arg`` and ``--arg-file``.
+        arguments: the values of ``--arg`` and ``--arg-file`` that BentoML hands on.
         environment: the variables of this process.
         command: the command line of this process.
         packed: whether a Bento is served, which holds its model.
 
     Raises:
-        UserError: something was lost, is unknown, has a wrong value, or was given twice.
+        UserError: a setting was dropped by BentoML, is unknown, has a wrong value, or was given
+            twice.
     """
     given = {name: str(value) for name, value in arguments.items()}
     _insist_that_nothing_is_lost(given, command, packed=packed)
@@ -170,11 +177,16 @@ def client_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
     """Return the key that a client sends: the first in ``file``, else in the environment, or None.
 
     Raises:
-        UserError: the file, or what the environment names, holds no key.
+        UserError: the file, or the environment's setting, holds no key.
     """
     names = ("api_keys", "api_keys_file")
-    given = {name: environment[_variable(name)] for name in names if _variable(name) in environment}
-    keys = Settings.model_validate({"api_keys_file": str(file)} if file else given).keys()
+    if file:
+        values = {"api_keys_file": str(file)}
+    else:
+        values = {
+            name: environment[_variable(name)] for name in names if _variable(name) in environment
+        }
+    keys = Settings.model_validate(values).keys()
     return keys[0] if keys else None
 
 
@@ -184,12 +196,17 @@ def keys_of(path: Path) -> list[str]:
     Empty lines and lines that begin with ``#`` are left out.
 
     Raises:
-        UserError: it cannot be read, is no text, or a line is no key.
+        UserError: the file cannot be read or is not text, or a line is not a valid key.
     """
     hint = "give a text file with one key a line"
     try:
         if not path.is_file():
-            kind = "a folder" if path.is_dir() else "no file" if path.exists() else "absent"
+            if path.is_dir():
+                kind = "a folder"
+            elif path.exists():
+                kind = "no file"
+            else:
+                kind = "absent"
             raise UserError(f"expected API keys in {path}, and it is {kind}", hint=hint)
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -202,11 +219,13 @@ def keys_of(path: Path) -> list[str]:
 
 
 def _strip(text: str) -> str:
+    """Return a text without blanks at its ends; other white space is not valid in a key."""
     return text.strip(" \t\r\n")
 
 
 def _key(key: str, where: str) -> str:
-    # What RFC 6750 lets a client send, and a little more; the key itself is not shown.
+    """Return a key, or raise an error that tells its place but does not show it."""
+    # The characters that RFC 6750 allows, and a few more.
     if not re.fullmatch("[!-~]+", key):
         raise UserError(
             f"{where}: an API key consists of visible ASCII characters, without a blank, and this "
@@ -218,32 +237,38 @@ def _key(key: str, where: str) -> str:
 
 
 def _variable(name: str) -> str:
+    """Return the name of the environment variable of a setting."""
     return PREFIX + name.upper()
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings among the variables, by the names that they have here.
+    """Return the texts of the settings in the environment, by the setting's name.
 
     Raises:
-        UserError: one looks like a setting, and there is none of that name.
+        UserError: a variable looks like a setting, and there is no such setting.
     """
-    known, found = {_variable(name): name for name in Settings.model_fields}, {}
+    names = {_variable(name): name for name in Settings.model_fields}
+    texts = dict[str, str]()
     for variable, text in environment.items():
-        if variable in known:
-            found[known[variable]] = text
+        if variable in names:
+            texts[names[variable]] = text
         elif not variable.upper().startswith(PREFIX) or _NO_SETTING.fullmatch(variable):
             continue
         elif not (variable.endswith("_PORT") and _KUBERNETES_PORT.match(text)):
             raise UserError(
                 f"the environment has {variable}, and there is no such setting"
-                f"{nearest(variable.upper(), known)}",
-                hint=f"unset it; there are {', '.join(known)}",
+                f"{nearest(variable.upper(), names)}",
+                hint=f"unset it; there are {', '.join(names)}",
             )
-    return found
+    return texts
 
 
 def _value(name: str, text: str, source: str) -> Any:
-    """Return the value of one setting as its type says."""
+    """Return the text of one setting, converted to the type of the setting.
+
+    Raises:
+        UserError: the text is not a valid value; the message names its ``source``.
+    """
     try:
         return getattr(Settings.model_validate({name: text}), name)
     except ValidationError as error:
@@ -254,7 +279,7 @@ def _value(name: str, text: str, source: str) -> Any:
 
 
 def _expected(name: str) -> str:
-    """Return in words what a setting may be."""
+    """Return in words which values a setting may have."""
     field = Settings.model_fields[name]
     kinds = {
         int: "a whole number",
@@ -263,19 +288,23 @@ def _expected(name: str) -> str:
         str: "a text that is not empty",
     }
     types = get_args(field.annotation) or (field.annotation,)
-    (kind,) = (words for kind, words in kinds.items() if kind in types)
+    (kind_words,) = (words for kind, words in kinds.items() if kind in types)
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    said = [
+    bounds_words = [
         f"{words} {getattr(limit, bound):g}"
         for limit in field.metadata
         for bound, words in bounds.items()
         if hasattr(limit, bound)
     ]
-    return ", ".join([kind, *said])
+    return ", ".join([kind_words, *bounds_words])
 
 
 def _absolute(name: str, path: str, *, packed: bool) -> Path:
-    """Return a path as it is from everywhere; workers have another working directory."""
+    """Return a path as an absolute one, because workers have another working directory.
+
+    Raises:
+        UserError: a Bento is served, and the path is relative.
+    """
     if packed and not Path(path).is_absolute():
         raise UserError(
             f"{name}: expected an absolute path, because a Bento is served in a folder of its own, "
@@ -288,10 +317,10 @@ def _absolute(name: str, path: str, *, packed: bool) -> Path:
 def _insist_that_nothing_is_lost(
     given: Mapping[str, str], command: Sequence[str], *, packed: bool
 ) -> None:
-    """Refuse arguments that are not what the command line says, or are no settings.
+    """Refuse arguments that differ from the command line, are unknown, or are secret.
 
     Raises:
-        UserError: says how to set it instead.
+        UserError: the hint tells how to give the setting instead.
     """
     for option, name, value in _typed(command):
         if not name and packed:
@@ -300,17 +329,11 @@ def _insist_that_nothing_is_lost(
                 hint=f"set {PREFIX}NAME=VALUE in the environment for each of its lines",
             )
         if name and name in Settings.model_fields and given.get(name) != value:
-            found = f"BentoML hands on {given[name]!r}" if name in given else "BentoML drops it"
-            shown = "…" if name in SECRETS else shlex.quote(value)
-            if name in PATHS and not Path(value).is_absolute():
-                shown = f'"$PWD"/{shown}'
+            result = f"BentoML hands on {given[name]!r}" if name in given else "BentoML drops it"
+            reason = " when it serves a Bento" if packed else ": it was given twice"
             raise UserError(
-                f"`{option} {name}=` was given, and {found}"
-                f"{' when it serves a Bento' if packed else ': it was given twice'}",
-                hint="a Bento serves the model that it holds: leave it out, or make a Bento of "
-                "another run with `ad2kit package`"
-                if packed and name in OF_A_CHECKOUT
-                else f"set {_variable(name)}={shown} in the environment instead",
+                f"`{option} {name}=` was given, and {result}{reason}",
+                hint=_way_to_set(name, value, packed=packed),
             )
     typed = [name for _, name, _ in _typed(command) if name]
     for name in (*typed, *given):
@@ -326,8 +349,24 @@ def _insist_that_nothing_is_lost(
             )
 
 
+def _way_to_set(name: str, value: str, *, packed: bool) -> str:
+    """Return a hint: how to give a setting that BentoML has dropped."""
+    if packed and name in OF_A_CHECKOUT:
+        return (
+            "a Bento serves the model that it holds: leave it out, or make a Bento of "
+            "another run with `ad2kit package`"
+        )
+    shown = "…" if name in SECRETS else shlex.quote(value)
+    if name in PATHS and not Path(value).is_absolute():
+        shown = f'"$PWD"/{shown}'
+    return f"set {_variable(name)}={shown} in the environment instead"
+
+
 def _typed(command: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield option, name and value of what was typed; no name for a file that cannot be read."""
+    """Yield option, name and value of each typed argument of ``bentoml``.
+
+    A file of arguments that cannot be read has an empty name, and its path is the value.
+    """
     program = Path(command[0]) if command else Path()
     if program.stem != "bentoml" and program.parent.name != "bentoml":
         return
@@ -344,8 +383,9 @@ def _typed(command: Sequence[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def _lines_of(file: str) -> Iterable[tuple[str, str]]:
+    """Return the names and values in a YAML file of arguments."""
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        arguments = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return [("", file)]  # BentoML has read it, from another working directory
-    return [(str(name), str(value)) for name, value in (found or {}).items()]
+    return [(str(name), str(value)) for name, value in (arguments or {}).items()]
