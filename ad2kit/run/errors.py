@@ -40,7 +40,7 @@ class Ad2kitError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let an error come home from a worker process; pickle alone forgets the hint."""
+        """Make the error picklable for worker processes; pickle alone would lose the hint."""
         return type(self).__new__, (type(self), self.message), self.__dict__
 
 
@@ -89,7 +89,7 @@ class MissingExtra(Ad2kitError):
 
     @classmethod
     def of(cls, error: ModuleNotFoundError) -> MissingExtra:
-        """Return the error of the extra that a module which cannot be imported belongs to.
+        """Return the error that names the extra to install for a module that is missing.
 
         Raises:
             ModuleNotFoundError: ``error`` itself, if the module is one of ad2kit's own.
@@ -107,7 +107,7 @@ def nearest(wrong: str, right: Iterable[str]) -> str:
 
 
 def no_column(where: str, column: str, columns: Iterable[str]) -> DataError:
-    """Return what to say of a table that lacks a column of the recipe."""
+    """Return the error for a table that lacks a column of the recipe."""
     return DataError(
         f"{where}: no column '{column}'{nearest(column, columns)}; "
         f"columns: {', '.join(map(str, columns))}",
@@ -116,10 +116,10 @@ def no_column(where: str, column: str, columns: Iterable[str]) -> DataError:
 
 
 def no_room_left(error: BaseException | None) -> bool:
-    """Tell whether ``error``, or what caused it, is a full disk or an exhausted quota.
+    """Tell whether ``error``, or one of its causes, is a full disk or an exhausted quota.
 
-    safetensors and onnx wrap the operating system's error in types of their own, which keep
-    its text but not its number.
+    safetensors and onnx wrap the operating system's error in their own types. These types keep
+    the text of the error but not its number.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 TEMPORARY = ".tmp-"
-_NEW, _OLD = f"{TEMPORARY}new-", f"{TEMPORARY}old-"
+_NEW = f"{TEMPORARY}new-"
+_OLD = f"{TEMPORARY}old-"
 LOCK = ".lock"
 
 
@@ -47,41 +48,41 @@ def check_sha256(folder: Path, files: Mapping[str, str], *, hint: str) -> None:
     """Compare files of ``folder`` with the sha256 that they had when they were written.
 
     Raises:
-        ModelError: the first that is missing or another one.
+        ModelError: a file is missing or has changed; the message names the first one.
     """
     for name, expected in files.items():
         path = folder / name
-        found = sha256_of(path) if path.is_file() else "no file"
-        if found != expected:
+        actual = sha256_of(path) if path.is_file() else "no file"
+        if actual != expected:
             raise ModelError(
                 f"{path} is not the file that was written: sha256 expected {expected[:12]}…, "
-                f"found {found[:12]}",
+                f"found {actual[:12]}",
                 hint=hint,
             )
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; what is written there takes the name ``path`` at the end.
+    """Yield a temporary path; the file that is written there is renamed to ``path`` at the end.
 
-    The temporary name is this call's own, so that two processes may write the same file.
+    Each call has its own temporary path, so that two processes may write the same file.
     """
-    new = path.with_name(f"{_NEW}{secrets.token_hex(4)}-{path.name}")
-    yield new
-    _to_disk(new)
-    new.replace(path)
+    temporary = path.with_name(f"{_NEW}{secrets.token_hex(4)}-{path.name}")
+    yield temporary
+    _to_disk(temporary)
+    temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with whole_file(path) as new:
-        new.write_text(text, encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a file of records, without one that a kill cut short at the end.
+    """Return the lines of a file of records; a last line that a kill cut short is left out.
 
-    Not ``splitlines()``: a text of the user's may hold U+2028 and others that it would split at.
+    ``splitlines()`` would also split at U+2028 and its like, which a user's text may hold.
     """
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
@@ -93,15 +94,16 @@ def write_record(path: Path, record: BaseModel) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the name ``path``, of an older one too, at the end.
+    """Yield a temporary folder that is renamed to ``path`` at the end and replaces an older one.
 
-    Whatever interrupts it, the old folder or the new one is whole afterwards: an exception at once,
-    a kill as soon as the folder is written again or :func:`sweep` has passed. Two processes must
-    not write one folder; a lock is for the caller to hold.
+    Whatever interrupts the block, either the old folder or the new one is whole afterwards. After
+    an exception this holds at once. After a kill it holds as soon as the folder is written again
+    or :func:`remove_leftovers` has run. Two processes must not write the same folder: the caller
+    holds a lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = _temporary_names(path)
-    _settle(path)  # what a killed process has left
+    _settle(path)  # removes the leftovers of a killed process
     try:
         new.mkdir()
         yield new
@@ -120,20 +122,21 @@ def _temporary_names(path: Path) -> tuple[Path, Path]:
 
 
 def _settle(path: Path) -> None:
-    """Give an older folder its name back if no newer one has taken it; remove what is left."""
+    """Rename the old folder back to ``path`` unless a new one is there; remove leftovers."""
     new, old = _temporary_names(path)
     if new.exists():
         shutil.rmtree(new)
     if old.exists():
-        # Never half-removed under a name that would be given back.
+        # A folder that is only half removed must not have the name of an old one, because that
+        # name would be restored.
         old.rename(new if path.exists() else path)
         shutil.rmtree(new, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written below ``folder``.
+    """Remove half-written files and folders that a killed process left below ``folder``.
 
-    A folder below it that has a lock of its own is left to those who hold that lock.
+    A folder with its own lock is skipped: the holder of that lock cleans it.
     """
     for old in list(folder.glob(f"{_OLD}*")):
         _settle(old.with_name(old.name.removeprefix(_OLD)))
@@ -149,10 +152,10 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[BaseFileLock]:
-    """Hold a folder for writing and sweep away what a killed process left half-written.
+    """Lock a folder for writing and remove the leftovers of a killed process.
 
     Raises:
-        RunError: another process is writing to it.
+        RunError: another process is writing to the folder.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -170,5 +173,6 @@ def locked(folder: Path) -> Iterator[BaseFileLock]:
 
 
 def _to_disk(path: Path) -> None:
+    """Flush a file from the cache of the operating system to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

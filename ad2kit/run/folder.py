@@ -5,16 +5,16 @@
         teacher/  student/          safetensors, tokenizer, sha256 manifest
         teacher-training.jsonl  training.jsonl  teacher.json
         teacher-checkpoint/  teacher-snapshots/  checkpoint/  snapshots/   only while training
-        select-logits.safetensors   what the student says of `select`
+        select-logits.safetensors   the student's logits on `select`
         distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
-        answers.jsonl               what each model says of each validation row
+        answers.jsonl               the answers of each model to each validation row
         campaign.json               only in the run of a campaign: its rule and its verdicts
         teacher-run/                a run whose student is the teacher, see campaigns.teacher
         onnx/<variant>/             model.onnx, tokenizer, manifest.json
-    runs/.shared/                   what runs share, see ad2kit.training.shared
+    runs/.shared/                   files that runs share, see ad2kit.training.shared
 
-The fingerprint covers what decides the weights, so the same command finds the same folder and
-goes on where it stopped, and a change of the learning rate is another run.
+The fingerprint covers every setting that decides the weights. So the same command finds the same
+folder and continues where it stopped, and a change of the learning rate makes another run.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class RunDir:
     """The folder of one run. Only this class knows its file names.
 
     Args:
-        path: of the folder.
-        asked: the recipe that the run was opened with. It is written into the folder by whoever
-            takes the lock, so that a command that is refused changes nothing.
-        campaign: what opened the run, if it was no command of its own.
-        lock: of the folder, in what :meth:`locked` yields.
+        path: path of the folder.
+        asked: the recipe that the run was opened with. The holder of the lock writes it into the
+            folder, so that a refused command changes nothing.
+        campaign: record of the campaign that opened the run; None if a command asked for the run.
+        lock: lock of the folder; set in the run that :meth:`locked` yields.
     """
 
     path: Path
@@ -81,47 +81,47 @@ class RunDir:
 
     @property
     def teacher_report(self) -> Path:
-        """How the teacher stands beside simpler models."""
+        """The comparison of the teacher with simpler models."""
         return self.path / "teacher.json"
 
     @property
     def select_logits(self) -> Path:
-        """What the student says of ``select``."""
+        """The student's logits on ``select``."""
         return self.path / "select-logits.safetensors"
 
     @property
     def distill_report(self) -> Path:
-        """What was distilled, and which update was kept."""
+        """The report of the distillation: its inputs, and the update that was kept."""
         return self.path / "distill.json"
 
     @property
     def parity_report(self) -> Path:
-        """The verdict of the gate."""
+        """The verdict of the parity gate."""
         return self.path / "parity.json"
 
     @property
     def answers(self) -> Path:
-        """What each model says of each validation row, a JSON line each."""
+        """The answers of each model to each validation row, one JSON line each."""
         return self.path / "answers.jsonl"
 
     @property
     def latency_report(self) -> Path:
-        """How fast teacher and variants are here."""
+        """The latency of teacher and variants on this machine."""
         return self.path / "latency.json"
 
     @property
     def int8_search(self) -> Path:
-        """What the search for int8 has tried."""
+        """The candidates that the int8 search has tried."""
         return self.path / "int8-search.json"
 
     @property
     def bento_record(self) -> Path:
-        """The Bento that was made of the run."""
+        """The Bento that was built from the run."""
         return self.path / "bento.json"
 
     @property
     def report(self) -> Path:
-        """All of it as one page."""
+        """All reports of the run as one HTML page."""
         return self.path / "report.html"
 
     @property
@@ -143,28 +143,28 @@ class RunDir:
         return self.path / ("training.jsonl" if phase == "student" else "teacher-training.jsonl")
 
     def checkpoint(self, phase: str) -> Path:
-        """Return the folder of the unfinished training of ``teacher`` or ``student``."""
+        """Return the checkpoint folder of the unfinished training of ``teacher`` or ``student``."""
         return self.path / ("checkpoint" if phase == "student" else "teacher-checkpoint")
 
     def snapshots(self, phase: str) -> Path:
-        """Return the folder of the evaluated weights of that training."""
+        """Return the folder of evaluated weights of the training of ``teacher`` or ``student``."""
         return self.path / ("snapshots" if phase == "student" else "teacher-snapshots")
 
     @property
     def shared(self) -> Path:
-        """The folder of what the runs beside this one share; see :mod:`ad2kit.training.shared`."""
+        """The folder that all runs in one place share; see :mod:`ad2kit.training.shared`."""
         return self.path.parent / ".shared"
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of :meth:`resolved`."""
+        """The recipe that :meth:`resolved` returns."""
         return self.resolved()
 
     def resolved(self) -> Recipe:
-        """Return the recipe that the run was opened with, or the one that lies in the folder.
+        """Return the recipe that the run was opened with, or else the recipe in the folder.
 
         Raises:
-            RunError: this is not a run folder.
+            RunError: this is not a run folder, or its recipe is damaged.
         """
         if self.asked is not None:
             return self.asked
@@ -183,30 +183,34 @@ class RunDir:
             ) from error
 
     def require(self, path: Path, *, command: str) -> None:
-        """Insist that an earlier stage left ``path`` behind; else name its command."""
+        """Insist that an earlier stage has written ``path``.
+
+        Raises:
+            RunError: ``path`` is missing; the hint names the ``command`` that writes it.
+        """
         if not path.exists():
-            what = self.recipe.name if command == "distill" else self.path
+            argument = self.recipe.name if command == "distill" else self.path
             raise RunError(
                 f"{self.path} has no {path.relative_to(self.path)} yet",
-                hint=f"run `ad2kit {command} {what}` first",
+                hint=f"run `ad2kit {command} {argument}` first",
             )
 
     def wait_until_free(self, timeout_s: float) -> None:
-        """Wait for another process that still writes to this run, at most ``timeout_s``."""
+        """Wait at most ``timeout_s`` seconds for another process that writes to this run."""
         if self.path.is_dir():
             with suppress(Timeout), FileLock(self.path / LOCK, timeout=timeout_s):
                 pass
 
     @contextmanager
     def locked(self) -> Iterator[RunDir]:
-        """Hold the run for writing and sweep away what a killed process left half-written.
+        """Lock the run for writing and remove the leftovers of a killed process.
 
         Yields:
-            The run with its recipe as it was read or written under the lock, for all stages that
-            are called with it: they do not lock it again, and nobody can change it between them.
+            The run with its recipe as it was read or written under the lock. Stages that are called
+            with this run do not lock it again, and no other process can change it between them.
 
         Raises:
-            RunError: another process is writing to this run, or has made it another one.
+            RunError: another process is writing to this run, or the folder now holds another run.
         """
         if self.lock is not None and self.lock.is_locked:
             yield self
@@ -214,24 +218,24 @@ class RunDir:
         with locked(self.path) as lock:
             recipe = self._claim()
             if self.campaign is None:
-                os.utime(self.recipe_file)  # the one that was used last
+                os.utime(self.recipe_file)  # marks this run as the one that was used last
             yield replace(self, asked=recipe, lock=lock)
 
     def _claim(self) -> Recipe:
-        """Write the recipe that the run was opened with, if any; return that of the folder."""
+        """Write the recipe that the run was opened with, if any; return the recipe in force."""
         if self.asked is None:
             return self.recipe
         _insist_on_weights(self, self.asked)
         record = self.campaign_record
         if self.campaign is None:
             if record.is_file() and CampaignRecord.read(record).rule is None:
-                record.unlink()  # now somebody has asked for this run itself
+                record.unlink()  # a command has now asked for this run itself
         else:
-            ruled = self.campaign.rule is not None
-            if not record.is_file() and (ruled or not self.recipe_file.is_file()):
+            has_rule = self.campaign.rule is not None
+            if not record.is_file() and (has_rule or not self.recipe_file.is_file()):
                 write_record(record, self.campaign)
             if self.distill_report.is_file():
-                # The gate of a finished run is not a campaign's to change.
+                # A campaign must not change the gate of a finished run.
                 return RunDir(self.path).recipe
         write_record(self.recipe_file, self.asked)
         return self.asked
@@ -240,27 +244,27 @@ class RunDir:
 def exclusive(
     stage: Callable[Concatenate[RunDir, Parameters], Result],
 ) -> Callable[Concatenate[RunDir, Parameters], Result]:
-    """Make a stage hold the lock of its run, and have one recipe, while it works."""
+    """Decorate a stage so that it holds the lock of its run, with one recipe, while it works."""
 
     @functools.wraps(stage)
     def locked_stage(run: RunDir, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        run.resolved()  # a folder that is no run gets no lock file
-        with run.locked() if is_first_process() else nullcontext(run) as held:
-            return stage(held, *args, **kwargs)
+        run.resolved()  # fails for a folder that is not a run, before a lock file is created
+        with run.locked() if is_first_process() else nullcontext(run) as locked_run:
+            return stage(locked_run, *args, **kwargs)
 
     return locked_stage
 
 
-def _training_part(recipe: Recipe) -> str:
-    """Return the fingerprint of what decides the weights."""
+def _training_fingerprint(recipe: Recipe) -> str:
+    """Return the fingerprint of the settings that decide the weights."""
     sections = {"seed", "data", "teacher", "student", "distill"}
-    plain = recipe.model_dump(mode="json", include=sections, exclude={"teacher": {"accept"}})
-    return fingerprint(plain, recipe.compute.precision)
+    settings = recipe.model_dump(mode="json", include=sections, exclude={"teacher": {"accept"}})
+    return fingerprint(settings, recipe.compute.precision)
 
 
 def run_folder(recipe: Recipe, runs_dir: Path) -> Path:
-    """Return where the run of a recipe lies under ``runs_dir``, or would."""
-    return runs_dir / f"{recipe.name}-{_training_part(recipe)[:8]}"
+    """Return the path of a recipe's run under ``runs_dir``, whether or not it exists."""
+    return runs_dir / f"{recipe.name}-{_training_fingerprint(recipe)[:8]}"
 
 
 def open_run(
@@ -275,24 +279,24 @@ def open_run(
 
         run = ad2kit.open_run("demo", overrides=["distill.lr=1e-4"])
 
-    The recipe is written into the folder when the run is locked, by its next stage.
+    The next stage locks the run, and then writes the recipe into the folder.
 
     Args:
-        recipe: of the run, or the name or path of one.
-        runs_dir: where runs lie.
-        folder: of this run; named after the recipe if None.
-        overrides: of a recipe that is given by name, such as ``distill.lr=1e-4``.
-        campaign: what makes the run, if no command asks for the run itself. It changes no recipe
-            of a run that is distilled already.
+        recipe: the recipe of the run, or the name or path of one.
+        runs_dir: the folder that holds the runs.
+        folder: the folder of this run; named after the recipe if None.
+        overrides: changes to a recipe that is given by name, such as ``distill.lr=1e-4``.
+        campaign: record of the campaign that makes the run; None if a command asks for the run.
+            A campaign does not change the recipe of a run that is already distilled.
 
     Raises:
         RecipeError: there is no such recipe, or it has a wrong key or value.
-        RunError: ``folder`` holds a run of another recipe, or something that is no run.
+        RunError: ``folder`` holds a run of another recipe, is not a run folder, or cannot be made.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(str(recipe), overrides)
     run = RunDir(Path(folder or run_folder(recipe, Path(runs_dir))), recipe, campaign)
-    # The others of several processes find what the first has made.
+    # The first of several processes makes the folder; the others find it.
     with first_process_first(recipe.compute):
         _insist_on_weights(run, recipe)
         try:
@@ -308,18 +312,19 @@ def open_run(
 
 
 def _insist_on_weights(run: RunDir, recipe: Recipe) -> None:
-    """Refuse a folder that holds a run of other weights, or something else."""
+    """Refuse a folder that holds a run with other weights, or other files."""
     if run.recipe_file.is_file():
-        theirs = RunDir(run.path).recipe
-        if _training_part(theirs) != _training_part(recipe):
+        stored = RunDir(run.path).recipe
+        if _training_fingerprint(stored) != _training_fingerprint(recipe):
             raise RunError(
-                f"{run.path} holds a run of recipe '{theirs.name}' with other data, teacher, "
+                f"{run.path} holds a run of recipe '{stored.name}' with other data, teacher, "
                 f"student, distill or seed settings than '{recipe.name}' asks for",
                 hint="leave --run out to get a folder of its own, or name another one",
             )
     elif run.path.is_dir():
-        ours = {LOCK, CampaignRecord.file_name}  # all that there is before there is a recipe
-        if any(p.name not in ours and TEMPORARY not in p.name for p in run.path.iterdir()):
+        run_files = {LOCK, CampaignRecord.file_name}  # the files of a run without a recipe yet
+        names = [path.name for path in run.path.iterdir()]
+        if any(name not in run_files and TEMPORARY not in name for name in names):
             raise RunError(
                 f"{run.path} is not empty and is not a run folder",
                 hint="name an empty or a new folder",
@@ -327,38 +332,39 @@ def _insist_on_weights(run: RunDir, recipe: Recipe) -> None:
 
 
 def named_folder(runs_dir: Path, folder: Path) -> Path:
-    """Return a folder as it was named, or the one of that name under ``runs_dir``."""
-    inside = runs_dir / folder
-    return inside if inside.exists() and not folder.exists() else folder
+    """Return ``folder`` if it exists; else the folder of that name under ``runs_dir``, if any."""
+    candidate = runs_dir / folder
+    return candidate if candidate.exists() and not folder.exists() else folder
 
 
 def judged_runs(runs_dir: Path) -> list[RunDir]:
-    """Return the runs under ``runs_dir`` that a gate has judged, the last one first."""
+    """Return the runs under ``runs_dir`` that a gate has judged, the most recent first."""
     reports = sorted(runs_dir.glob("*/parity.json"), key=lambda path: path.stat().st_mtime)
     return [RunDir(report.parent) for report in reversed(reports)]
 
 
 def find_run(runs_dir: Path, folder: Path | None = None) -> RunDir:
-    """Return the run at ``folder``, or the distilled one under ``runs_dir`` that was used last.
+    """Return the run at ``folder``, or the distilled run under ``runs_dir`` that was used last.
 
-    Runs that a campaign made are passed over: which of them is meant, only a name can say.
+    Runs that a campaign made are skipped: they have to be named.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such run.
     """
     if folder is not None:
         run = RunDir(named_folder(runs_dir, folder))
         run.resolved()
         return run
     # A run whose first command failed, or is still training, must not hide a finished one.
-    found = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]
-    runs = [run for run in found if not run.campaign_record.is_file()]
+    distilled = [RunDir(path.parent) for path in runs_dir.glob("*/distill.json")]
+    runs = [run for run in distilled if not run.campaign_record.is_file()]
     if not runs:
-        of_campaigns = f" but those of campaigns, such as {found[0].path}" if found else ""
+        exception = ""
+        hint = "make one with `ad2kit run demo`, or name the folder with --runs-dir"
+        if distilled:
+            exception = f" but those of campaigns, such as {distilled[0].path}"
+            hint = "name the folder of the run"
         raise RunError(
-            f"no run under {runs_dir.resolve()} has a distilled student{of_campaigns}",
-            hint="name the folder of the run"
-            if found
-            else "make one with `ad2kit run demo`, or name the folder with --runs-dir",
+            f"no run under {runs_dir.resolve()} has a distilled student{exception}", hint=hint
         )
     return max(runs, key=lambda run: run.recipe_file.stat().st_mtime)

@@ -1,6 +1,6 @@
-"""What a result depends on beside its recipe: device, threads, seed, versions.
+"""Device, threads, seed and versions: the conditions of a result that no recipe holds.
 
-Nothing here imports torch until a function that needs it is called.
+torch is imported inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ VERSIONED = (
     "torch",
     "transformers",
 )
-# Of a snapshot of the surroundings, what decides the bits of a training. The kernel does not, nor
-# does the number of cores as long as the number of threads is the same.
+# The keys of an environment snapshot that decide the bits of a training. The kernel does not
+# decide them, nor does the number of cores if the number of threads is the same.
 DECIDE_BITS = {
     "accelerate",
     "ad2kit",
@@ -63,13 +63,13 @@ _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 def available_cpus() -> int:
-    """Return how many cores this process may use: its affinity, cut by the container's quota."""
+    """Return the number of cores in the affinity of this process, capped by the cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
-        allowed, period = quota.read_text().split()
-        if allowed != "max":
-            cores = min(cores or 1, max(1, int(allowed) // int(period)))
+        quota_us, period_us = quota.read_text().split()
+        if quota_us != "max":
+            cores = min(cores or 1, max(1, int(quota_us) // int(period_us)))
     return cores or 1
 
 
@@ -89,29 +89,32 @@ def environment(threads: int, device: str = "cpu", processes: int = 1) -> dict[s
 
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those that are installed."""
-    found = {}
+    """Return name -> version for the distributions that are installed."""
+    installed = {}
     for name in distributions:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def cpu_flags() -> frozenset[str] | None:
-    """Return the features that Linux reports of the CPU, None elsewhere."""
+    """Return the CPU features that Linux reports; None on other systems."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return None
     lines = info.read_text().splitlines()
     # "flags" on x86, "Features" on Arm.
-    found = [line for line in lines if line.lower().startswith(("flags", "features"))]
-    return frozenset(found[0].split(":", 1)[1].split()) if found else None
+    flag_lines = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return frozenset(flag_lines[0].split(":", 1)[1].split()) if flag_lines else None
 
 
 def dot_products(flags: frozenset[str] | None) -> list[str]:
-    """Return the features that ONNX Runtime's int8 kernels need to be much faster than float."""
+    """Return the int8 dot-product features among ``flags``, sorted; ``["unknown"]`` for None.
+
+    With one of them ONNX Runtime's int8 kernels are much faster than float kernels.
+    """
     return ["unknown"] if flags is None else sorted(flags & _DOT_PRODUCTS)
 
 
@@ -123,10 +126,10 @@ def _cpu_name() -> str:
 
 
 def accelerator(compute: ComputeRecipe) -> Accelerator:
-    """Return an Accelerator that owns device and precision, with the threads set.
+    """Return an Accelerator for the device and the precision; also set torch's threads.
 
     Raises:
-        UserError: the device that was asked for is absent.
+        UserError: the device of the recipe is absent.
         MissingExtra: torch or accelerate is not installed.
     """
     try:
@@ -141,10 +144,10 @@ def accelerator(compute: ComputeRecipe) -> Accelerator:
             f"the recipe asks for device 'cuda', but torch {torch.__version__} sees no CUDA device",
             hint="set compute.device=cpu, or see `ad2kit doctor`",
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(compute.threads or max(1, available_cpus() // here))
-    # Accelerate keeps one state per process; two runs in it may differ in precision. The part that
-    # holds the connection between processes stays.
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(compute.threads or max(1, available_cpus() // local_processes))
+    # Accelerate keeps one state per process, but two runs in one process may differ in precision.
+    # The partial state, which holds the connection between processes, is kept.
     AcceleratorState._reset_state(reset_partial_state=processes() == 1)  # noqa: SLF001
     return Accelerator(
         cpu=compute.device == "cpu" or not torch.cuda.is_available(),
@@ -153,52 +156,52 @@ def accelerator(compute: ComputeRecipe) -> Accelerator:
 
 
 def processes() -> int:
-    """Return how many processes share this training, as `accelerate launch` and torchrun say."""
+    """Return the number of processes of this training, as set by accelerate launch or torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Tell whether this process is the one that writes files and messages."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def first_process_first(compute: ComputeRecipe) -> Iterator[None]:
-    """Let the first of several processes through the block, then the others, to its end or error.
+    """Run the block in the first of several processes, to its end or error, then in the others.
 
-    All of them have to come here.
+    All processes have to call this function.
     """
     if processes() == 1:
         yield
         return
-    ours = accelerator(compute)
-    if not ours.is_main_process:
-        ours.wait_for_everyone()
+    barrier = accelerator(compute)
+    if not barrier.is_main_process:
+        barrier.wait_for_everyone()
     try:
         yield
     finally:
-        if ours.is_main_process:
-            ours.wait_for_everyone()
+        if barrier.is_main_process:
+            barrier.wait_for_everyone()
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """Return the most memory that this process has held: resident, and on its GPU if it has one."""
+    """Return the peak memory of this process in MB: ``rss``, and ``vram`` if there is a GPU."""
     import resource
 
     import torch
 
     # Kilobytes on Linux, bytes on macOS.
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    found = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    units_per_mb = 1e6 if sys.platform == "darwin" else 1e3
+    peaks = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb}
     if torch.cuda.is_available():
-        found["vram"] = torch.cuda.max_memory_allocated() / 1e6
-    return found
+        peaks["vram"] = torch.cuda.max_memory_allocated() / 1e6
+    return peaks
 
 
 def hub_or_its_cache() -> None:
-    """Let the hub's libraries read their caches alone if the hub does not answer in seconds.
+    """Switch the hub's libraries to offline mode if the hub does not answer within seconds.
 
-    They would find that out themselves after half a minute of retries.
+    In offline mode they read their caches. On their own they would retry for half a minute first.
     """
     from huggingface_hub import constants, get_session
 
@@ -213,38 +216,38 @@ def hub_or_its_cache() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence what transformers says about a model inside the block: we say it ourselves."""
-    from transformers.utils import logging as theirs
+    """Silence the warnings of transformers about a model inside the block; ad2kit gives its own."""
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = theirs.get_verbosity()
-    theirs.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        theirs.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager
 def without_message(logger_name: str | None, words: str) -> Iterator[None]:
-    """Silence one message of a library's logger (None: the root) inside the block."""
+    """Drop the messages of a logger (None: the root logger) that hold ``words``, in the block."""
 
     def keep(record: logging.LogRecord) -> bool:
         return words not in record.getMessage()
 
-    theirs = logging.getLogger(logger_name)
-    theirs.addFilter(keep)
+    library_logger = logging.getLogger(logger_name)
+    library_logger.addFilter(keep)
     try:
         yield
     finally:
-        theirs.removeFilter(keep)
+        library_logger.removeFilter(keep)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators for the block and put their states back afterwards."""
+    """Seed torch's CPU generator for the block and restore its state afterwards."""
     import torch
 
-    # Models are made on the CPU; without devices there is no warning about several of them.
+    # Models are created on the CPU. With no devices named, torch does not warn about many GPUs.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -252,9 +255,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C set an event, so that an update is never cut in two; the second stops.
+    """Make the first Ctrl-C set an event, so that it interrupts no update; the second one stops.
 
-    Only the main thread can own a signal handler; elsewhere Python's own behaviour stays.
+    Only the main thread can own a signal handler. In other threads Python's behaviour stays.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

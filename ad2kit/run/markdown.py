@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table."""
+    """Return the lines of a Markdown table with a header row."""
     return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]

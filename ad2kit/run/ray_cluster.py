@@ -1,4 +1,4 @@
-"""Ray: a cluster that runs already, or one of this machine's cores for as long as it is needed."""
+"""Ray: connect to a running cluster, or start a temporary one on this machine's cores."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _TIMEOUT_S = 5.0
 # A gRPC server answers the opening of an HTTP/2 connection with its settings (RFC 9113, 3.4).
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _SETTINGS = 4
-# Ray reports usage unless told not to, and gives its workers what other processes leave; ad2kit
-# speaks for itself, and works in the caller's folder.
+# By default Ray reports usage, runs its workers at a lower priority, prints its own reports, and
+# changes the working folder of a trial. ad2kit wants none of this.
 _SETTINGS_OF_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ warns the driver of what only Ray can mend
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's C++ warns of faults that only Ray can repair
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own keeps tens of megabytes in each worker
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's pool keeps tens of megabytes in each worker
 }
-# Nothing that ad2kit sends needs more; Ray would take a third of the memory.
+# ad2kit sends no larger objects; by default Ray reserves a third of the memory.
 _OBJECT_STORE_BYTES = 100_000_000
 
 
@@ -39,10 +39,10 @@ _OBJECT_STORE_BYTES = 100_000_000
 def ray_cluster(address: str | None = None) -> Iterator[None]:
     """Connect to the cluster at ``address``, or start one on this machine for the block.
 
-    A connection that this process has already is used, and left open.
+    If this process is already connected, that connection is used and left open.
 
     Raises:
-        UserError: nothing that could be Ray answers there within seconds.
+        UserError: no Ray head answers at ``address`` within seconds, or it refuses the connection.
     """
     for name, value in _SETTINGS_OF_RAY.items():
         os.environ.setdefault(name, value)
@@ -51,9 +51,9 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
 
     import ray
 
-    # What goes wrong in a trial is reported by whoever started it.
+    # The caller that started a trial reports its errors.
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    with redirect_stdout(sys.stderr):  # stdout is for results, and Ray tells of dead workers there
+    with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is for results
         if ray.is_initialized():
             yield
             return
@@ -85,12 +85,12 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
 
 
 def insist_on_answer(address: str) -> None:
-    """Find out in seconds whether a gRPC server, as Ray's head is one, answers at HOST:PORT.
+    """Insist that a gRPC server, such as a Ray head, answers at HOST:PORT within seconds.
 
     Ray itself would try for minutes.
 
     Raises:
-        UserError: the address is not HOST:PORT, or nothing of the kind answers.
+        UserError: the address is not HOST:PORT, or no gRPC server answers there.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
@@ -115,13 +115,13 @@ def insist_on_answer(address: str) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Keep from the user that Ray's C++ has set its log level, which it says whatever the level."""
+    """Redirect stderr to the null device: Ray's C++ reports its log level there at any level."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nothing:  # noqa: PTH123  (its number is what is wanted)
-        os.dup2(nothing.fileno(), 2)
+    saved_stderr = os.dup(2)
+    with open(os.devnull, "wb") as null_device:  # noqa: PTH123  (its file number is needed)
+        os.dup2(null_device.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)

@@ -1,10 +1,10 @@
-"""Recipes: one YAML file says everything that a run does.
+"""Recipes: one YAML file describes everything that a run does.
 
-A recipe is plain data until :func:`load` has applied the overrides; then the whole of it is
+A recipe is plain data until :func:`load_recipe` has applied the overrides. Then the whole recipe is
 checked once and becomes a frozen :class:`Recipe`. Each stage receives its own section.
 
-Its YAML has the scalars of the 1.2 core schema: ``5e-5`` is a number and ``no`` is a word. A key
-that appears twice is an error, and not the last one's win.
+Scalars follow the core schema of YAML 1.2: ``5e-5`` is a number and ``no`` is a word. A key that
+appears twice is an error; the last one does not win.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Recipe(Section):
 
     @property
     def bench_lengths_tokens(self) -> tuple[int, ...]:
-        """The lengths that latency is measured at; see :class:`ad2kit.run.sections.BenchRecipe`."""
+        """The text lengths, in tokens, of the latency report; see :class:`BenchRecipe`."""
         longest = self.data.max_length_tokens
         if self.bench.lengths_tokens is not None:
             return self.bench.lengths_tokens
@@ -119,7 +119,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a shipped recipe by name, or any recipe by path, and apply ``key.path=value``.
 
     Raises:
-        RecipeError: no such recipe, not YAML, an unknown key, or a value that does not fit.
+        RecipeError: there is no such recipe, it is not YAML, or it has a wrong key or value.
     """
     is_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
     path = Path(name_or_path) if is_path else recipes_folder() / f"{name_or_path}.yaml"
@@ -145,24 +145,24 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_data(data: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check plain data whole and build the recipe.
+    """Check plain data as a whole and build the recipe.
 
     Args:
         data: the sections.
-        where: names their source in errors.
-        overrides: ``key.path=value`` that ``data`` holds already; what is wrong with them is not
-            said of the source.
+        where: the name of their source, for errors.
+        overrides: the ``key.path=value`` that ``data`` already holds; an error in one of them is
+            not blamed on the source.
 
     Raises:
-        RecipeError: names every key that does not fit.
+        RecipeError: a key or value is wrong; the message names every one.
     """
     try:
         text = json.dumps(data, ensure_ascii=False)
         text.encode()
     except UnicodeEncodeError as error:
-        before = error.object[max(0, error.start - 40) : error.end]
+        context = error.object[max(0, error.start - 40) : error.end]
         raise RecipeError(
-            f"{where} holds half a surrogate pair, which is no character: …{before!r}",
+            f"{where} holds half a surrogate pair, which is no character: …{context!r}",
             hint="write the text anew",
         ) from error
     except (TypeError, ValueError, RecursionError) as error:
@@ -171,39 +171,40 @@ def from_data(data: dict[str, Any], *, where: str, overrides: Sequence[str] = ()
             hint="use text, numbers, true, false, null, lists and mappings with text keys",
         ) from error
     try:
-        # Through JSON, because pydantic's strict mode then takes a list for a tuple and a whole
+        # Validated as JSON: pydantic's strict mode then accepts a list for a tuple and a whole
         # number for a float, and still refuses "3" for 3 and true for 1.
         return Recipe.model_validate_json(text)
     except ValidationError as error:
-        lines = {_explain(item): _override_of(item["loc"], overrides) for item in error.errors()}
-        source = "the command" if all(lines.values()) else where
+        origins = {_explain(item): _override_of(item["loc"], overrides) for item in error.errors()}
+        source = "the command" if all(origins.values()) else where
         raise RecipeError(
             f"{source} is not a valid recipe:\n"
-            + "\n".join(f"  {line}{given}" for line, given in lines.items()),
+            + "\n".join(f"  {reason}{origin}" for reason, origin in origins.items()),
             hint="correct the recipe or the override, then try it with `ad2kit check`",
         ) from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     """Set one ``key.path=value`` in plain data, in place."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
+    key_path, equals_sign, text = override.partition("=")
+    keys = key_path.split(".")
+    if not equals_sign or not all(keys):
         raise RecipeError(
             f"an override must look like key.path=value, found '{override}'",
             hint="for example: distill.lr=5e-5",
         )
+    section = data
     for depth, key in enumerate(keys[:-1], start=1):
-        if data.get(key) is None:
-            data[key] = {}
-        data = data[key]
-        if not isinstance(data, dict):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
             raise RecipeError(
                 f"override '{override}': '{'.'.join(keys[:depth])}' is a value, not a section",
                 hint="run `ad2kit check RECIPE` to see the keys",
             )
     try:
-        data[keys[-1]] = parse_yaml(text)
+        section[keys[-1]] = parse_yaml(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(
             f"override '{override}': the value is not valid YAML", hint="quote the value"
@@ -211,7 +212,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    """Turn one pydantic error into a line: where, what was expected, what was found."""
+    """Return one pydantic error as a line: the key, the expected value, the value found."""
     keys = [str(key) for key in item["loc"]]
     where = ".".join(keys) or "recipe"
     if item["type"] == "extra_forbidden":
@@ -222,16 +223,16 @@ def _explain(item: Any) -> str:
     reason = item["msg"].removeprefix("Value error, ")
     if item["type"] == "tuple_type":
         reason = f"expected a list, such as {where}=[{item['input']}]"
-    found = "" if isinstance(item["input"], dict) else f", found {item['input']!r}"
-    return f"{where}: {reason}{found}"
+    actual = "" if isinstance(item["input"], dict) else f", found {item['input']!r}"
+    return f"{where}: {reason}{actual}"
 
 
 def _override_of(loc: tuple[int | str, ...], overrides: Sequence[str]) -> str:
-    """Return in words which override a place in the recipe was set by; "" if none did."""
-    place = ".".join(map(str, loc))
+    """Return the override that set the key at ``loc``, in words; "" if no override did."""
+    key = ".".join(map(str, loc))
     for override in overrides:
-        key = override.partition("=")[0]
-        if f"{place}.".startswith(f"{key}."):
+        overridden_key = override.partition("=")[0]
+        if f"{key}.".startswith(f"{overridden_key}."):
             return f" (given as {override})"
     return ""
 
@@ -241,14 +242,14 @@ def _fields_at(keys: list[str]) -> list[str]:
 
     def step(section: type[BaseModel], key: str) -> type[BaseModel]:
         annotation = section.model_fields[key].annotation
-        options = (annotation, *get_args(annotation))
-        return next(cast("type[BaseModel]", o) for o in options if hasattr(o, "model_fields"))
+        types = (annotation, *get_args(annotation))
+        return next(cast("type[BaseModel]", t) for t in types if hasattr(t, "model_fields"))
 
     return list(reduce(step, keys, cast("type[BaseModel]", Recipe)).model_fields)
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """YAML 1.2 core scalars, and no key twice."""
+    """A loader with the core scalars of YAML 1.2 that refuses duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
 

@@ -1,8 +1,8 @@
-"""The frozen types that a run writes to disk: what all of them are, and what opened the run.
+"""The frozen types that a run writes to disk: their base classes, and the record of a campaign.
 
-Each file carries ``schema_version``; a file of another version is refused, not guessed at.
-Numbers carry their unit in their name. Fractions lie in [0, 1]. The records of a stage stand in the
-``records.py`` of its room, which needs nothing but pydantic to be read.
+Each file carries ``schema_version``; a file of another version is refused. Names of numbers end in
+their unit. Fractions lie in [0, 1]. The records of each stage are in the ``records.py`` of its
+package, which needs nothing but pydantic.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ SCHEMA_VERSION: Literal[1] = 1
 class Part(BaseModel):
     """A piece of a record: frozen, closed to unknown keys.
 
-    What is computed from other fields is written for readers and never read back: a verdict in
-    an edited file has no effect, only the values have. A value that is no number is written as
-    "NaN" or "Infinity", because JSON has no such number and null would not be one again.
+    Computed fields are written for readers and never read back: an edited verdict in a file has no
+    effect, only edited values have one. NaN and infinity are written as "NaN" and "Infinity",
+    because JSON has no such numbers, and null would not be read back as one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     @model_validator(mode="before")
     @classmethod
-    def _compute_again(cls, data: Any) -> Any:
+    def _drop_computed_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if key not in cls.model_computed_fields}
 
 
 class Record(Part):
-    """Base of everything that is a file, or a line of one, of its own."""
+    """Base of every record that is a file of its own, or one line of a file."""
 
     cure: ClassVar[str] = "delete it and run its stage again"
     schema_version: Literal[1] = SCHEMA_VERSION
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read and check one record.
+        """Read and check the record in one file.
 
         Raises:
             RunError: the file is missing, not a record of this type, or of another version.
@@ -67,7 +67,7 @@ class Record(Part):
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> Self:
-        """Check the content of one record, which came from ``where``.
+        """Check the content of one record; ``where`` names its source for errors.
 
         Raises:
             RunError: it is not a record of this type, or of another version.
@@ -75,20 +75,20 @@ class Record(Part):
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            first_error = error.errors()[0]
+            key = ".".join(map(str, first_error["loc"]))
             raise RunError(
                 f"{where} is not a {cls.__name__} of schema version "
                 f"{cls.model_fields['schema_version'].default}: "
-                f"{key}: {first['msg']}",
+                f"{key}: {first_error['msg']}",
                 hint=f"the file was edited or comes from another version of ad2kit; {cls.cure}",
             ) from error
 
 
 class CampaignVerdict(Part):
-    """What the rule of a campaign said of a variant, at the ``look``-th look at validation rows.
+    """The verdict of a campaign's rule on a variant, at the ``look``-th look at validation rows.
 
-    The ``interval`` of what the variant retains misses the truth with the chance ``error``.
+    ``interval`` is of the retained score; it misses the true value with probability ``error``.
     """
 
     variant: str
@@ -101,15 +101,15 @@ class CampaignVerdict(Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """Whether nothing speaks against the variant."""
+        """Whether the rule found no failure."""
         return not self.failures
 
 
 class CampaignRecord(Record):
-    """``campaign.json``: which campaign made a run, and what its own rule said of the variants.
+    """``campaign.json``: the campaign that made a run, and the verdicts of its rule on variants.
 
-    A command takes the run of a campaign only if it is named. Where the campaign has a ``rule``,
-    a variant may be shipped if this rule and the gate have passed it.
+    A command uses the run of a campaign only if the run is named. If the campaign has a ``rule``,
+    a variant may be shipped if both this rule and the gate have passed it.
     """
 
     file_name: ClassVar[str] = "campaign.json"
@@ -119,7 +119,7 @@ class CampaignRecord(Record):
     verdicts: tuple[CampaignVerdict, ...] = ()
 
     def refusals(self, variant: str, manifest_sha256: str) -> list[str]:
-        """Return what the rule has against shipping a variant; nothing if it has passed."""
+        """Return the reasons of the rule against shipping a variant; empty if it has passed."""
         if self.rule is None:
             return []
         rule = f"by the rule of `{self.command}` ({self.rule})"

@@ -15,7 +15,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _as_text(value: Any) -> Any:
-    """Return a whole number as text: a class 3 in a recipe is the class 3 in a table."""
+    """Return a whole number as text, so that class 3 in a recipe matches class 3 in a table."""
     return str(value) if type(value) is int else value
 
 
@@ -42,22 +42,21 @@ class DataRecipe(Section):
     """Where the texts lie and how they are read.
 
     ``source`` is a folder (of tsv, csv, jsonl or parquet files), ``hub://owner/name`` or
-    ``hub://owner/name/config``, or ``embedded://opinions``; ``train`` and ``validation`` then name
-    its files (without suffix) or splits, and null stands for "train" and "validation". Without a
-    source both are paths of files. ``unlabelled`` lists files (also .txt, a text a line) or
-    ``hub://owner/name[/config]#split``: texts that the student learns from through its teacher
-    alone. ``labels`` lists the names in the order of the teacher's outputs, which is the order of
-    their ids too unless the source names these; if null they come from the source, or else from the
-    rows, sorted.
+    ``hub://owner/name/config``, or ``embedded://opinions``. ``train`` and ``validation`` then name
+    its files (without suffix) or splits; null stands for "train" and "validation". Without a
+    source both are paths of files. ``unlabelled`` lists files (also .txt, one text a line) or
+    ``hub://owner/name[/config]#split``: on these texts the teacher alone teaches the student.
+    ``labels`` lists the names in the order of the teacher's outputs. This is also the order of
+    their ids, unless the source names the ids. Null takes the names from the source, or else from
+    the rows, sorted.
 
     ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
     a list, names separated by commas, or 0 or 1 for each of ``labels``) or ``regression`` (a
-    number). ``metrics`` judge it, and
-    where there are several, their mean does; null stands for accuracy, micro-F1, or Pearson and
-    Spearman correlation. ``select_from`` says which rows choose the checkpoint: some that are taken
-    from the training rows, or, as many papers do, those of ``validation``, which flatters the
-    scores on them. ``max_leakage`` is the largest share of the validation texts that may be
-    training texts too.
+    number). The mean of ``metrics`` judges a model; null stands for accuracy, micro-F1, or Pearson
+    and Spearman correlation. ``select_from`` says which rows choose the checkpoint: rows taken
+    from the training rows, or, as in many papers, the rows of ``validation``, which makes the
+    scores on them too good. ``max_leakage`` is the largest share of the validation texts that may
+    also be training texts.
     """
 
     source: str | None = None
@@ -83,10 +82,12 @@ class DataRecipe(Section):
         if embedded and (self.train, self.validation) != (None, None):
             msg = "an embedded source has no other splits: leave 'train' and 'validation' out"
             raise ValueError(msg)
-        known = METRICS_OF[self.task]
+        task_metrics = METRICS_OF[self.task]
         for metric in self.metrics or ():
-            if metric not in known:
-                msg = f"metric '{metric}' does not fit a {self.task} task: {', '.join(known)}"
+            if metric not in task_metrics:
+                msg = (
+                    f"metric '{metric}' does not fit a {self.task} task: {', '.join(task_metrics)}"
+                )
                 raise ValueError(msg)
         names = self.labels or ()
         for name in names:
@@ -103,7 +104,7 @@ class DataRecipe(Section):
 
     @property
     def judged_by(self) -> tuple[Metric, ...]:
-        """The metrics of the task, the usual ones if the recipe names none."""
+        """The metrics of the recipe, or the usual metrics of the task if it names none."""
         usual: dict[Task, tuple[Metric, ...]] = {
             "single_label": ("accuracy",),
             "multi_label": ("micro_f1",),
@@ -115,19 +116,18 @@ class DataRecipe(Section):
 class TrainRecipe(Section):
     """Optimisation: AdamW, linear warm-up and decay, gradient-norm clipping.
 
-    The training has as many updates as the ``epochs`` make, and at least ``min_updates``. ``lr`` is
-    the highest rate; null takes one by the width of the encoder
-    (:func:`ad2kit.training.schedule.rate_of_width`). It rises
-    over ``warmup_ratio`` of the updates and falls
-    over the last ``decay_ratio``, or over all that are left if that is 1. The model is evaluated
-    ``evaluations`` times at equal distances; null stands for the end of each epoch. After
-    ``patience`` evaluations that were no better the last part begins early; null waits for it.
-    ``start_head`` fits the last layer by regression before the first update
-    (:mod:`ad2kit.models.head`).
+    The training lasts ``epochs`` epochs, and at least ``min_updates`` updates. ``lr`` is the peak
+    learning rate; null computes it from the width of the encoder
+    (:func:`ad2kit.training.schedule.rate_of_width`). The rate rises over the share ``warmup_ratio``
+    of the updates and falls over the last share ``decay_ratio``; 1 makes it fall from the warm-up
+    on. The model is evaluated ``evaluations`` times at equal distances; null evaluates it at the
+    end of each epoch. After ``patience`` evaluations without an improvement the rate begins to fall
+    early; null disables this. ``start_head`` fits the last layer by regression before the first
+    update (:mod:`ad2kit.models.head`).
 
-    ``class_weights: balanced`` lets rare classes count as much as frequent ones in the loss of the
-    hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c; of
-    several labels each is such a choice between two
+    ``class_weights: balanced`` gives rare classes the same weight as frequent ones in the loss of
+    the hard labels: a row of class c gets n / (k n_c), for n rows, k classes, and n_c rows of c.
+    With several labels each label is such a choice between two classes
     (:func:`ad2kit.training.losses.balanced_weights`).
     """
 
@@ -148,7 +148,7 @@ class TrainRecipe(Section):
 
     @property
     def rate(self) -> float:
-        """The highest learning rate, once it is known."""
+        """The peak learning rate; ``lr`` must be set."""
         if self.lr is None:
             msg = "the learning rate by the width of the encoder was not filled in"
             raise ValueError(msg)
@@ -156,7 +156,7 @@ class TrainRecipe(Section):
 
     @property
     def parts(self) -> int:
-        """In how many parts the progress of a training is counted, about one for an evaluation."""
+        """The number of parts in which progress is counted, about one per evaluation."""
         return self.evaluations or self.epochs
 
     @model_validator(mode="after")
@@ -178,11 +178,12 @@ class TrainRecipe(Section):
 
 
 class PlanRecipe(Section):
-    """What `--max-minutes` has planned before the first update; it decides nothing any more.
+    """The plan that `--max-minutes` made before the first update; a record without any effect.
 
-    Epochs and rows of the plan stand in their own sections. ``seconds_per_update`` and ``updates``
-    are of ``teacher`` (if it is fine-tuned) and ``student``; ``read_seconds`` is what the teacher
-    needs for all training texts, and both models for `select`; ``minutes`` is the sum.
+    The planned epochs and rows are in their own sections. ``seconds_per_update`` and ``updates``
+    have the keys ``teacher`` (if it is fine-tuned) and ``student``. ``read_seconds`` is the time in
+    which the teacher reads all training texts, and both models read `select`. ``minutes`` is the
+    sum.
     """
 
     max_minutes: AboveZero
@@ -196,8 +197,8 @@ class PlanRecipe(Section):
 class TeacherRecipe(Section):
     """The model to distil: ``hub://owner/name``, ``package://module/folder``,
     ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
-    teacher that is a finished classifier. With ``accept`` it is imitated even if a simpler model
-    is far better; it changes no weight.
+    teacher that is a finished classifier. With ``accept`` the run goes on even if a simpler model
+    is far better than the teacher; ``accept`` changes no weight.
     """  # noqa: D205
 
     model: str
@@ -208,11 +209,11 @@ class TeacherRecipe(Section):
 class StudentRecipe(Section):
     """The student before distillation: some layers of an encoder.
 
-    ``layers`` are zero-based indices into the layers of ``model``, null for all of them; ``model``
-    is written like the teacher's, null for the teacher itself. A student from another checkpoint
-    may have another width, depth and tokenizer. Of each of the teacher's layers
-    ``attention_heads`` heads and ``feed_forward`` neurons are kept, those that matter most to the
-    teacher (see :mod:`ad2kit.training.students`); null keeps all.
+    ``layers`` are zero-based indices into the layers of ``model``; null takes all layers. ``model``
+    is written like the teacher's; null takes the teacher itself. A student from another checkpoint
+    may have another width, depth and tokenizer. Each layer keeps the ``attention_heads`` heads and
+    ``feed_forward`` neurons that are most important to the teacher
+    (see :mod:`ad2kit.training.students`); null keeps all.
     """
 
     model: str | None = None
@@ -222,7 +223,7 @@ class StudentRecipe(Section):
 
     @property
     def narrower(self) -> bool:
-        """Whether the layers are cut."""
+        """Whether heads or neurons are cut out of the layers."""
         return (self.attention_heads, self.feed_forward) != (None, None)
 
     @model_validator(mode="after")
@@ -242,9 +243,9 @@ class StudentRecipe(Section):
 class AdversaryRecipe(Section):
     """The inner maximisation of AD2: projected gradient ascent on the word embeddings.
 
-    ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, of
-    the Euclidean norm over an example's real tokens for ``l2``. Each adversarial pass draws dropout
-    of its ``own``, or the masks of the clean pass are ``replayed`` in it.
+    ``radius`` and ``step_size`` are in units of the embeddings: per coordinate for ``linf``, and of
+    the Euclidean norm over an example's real tokens for ``l2``. Each adversarial pass draws its
+    ``own`` dropout masks, or the masks of the clean pass are ``replayed``.
     """
 
     norm: Literal["linf", "l2"] = "linf"
@@ -256,12 +257,12 @@ class AdversaryRecipe(Section):
 
 
 class IntermediateRecipe(Section):
-    """Weights of the terms that compare the insides of student and teacher; 0 leaves one out.
+    """Weights of the terms on intermediate states of student and teacher; 0 leaves a term out.
 
     ``pkd``: normalised [CLS] states of the layers below the last (Sun et al., EMNLP 2019).
-    ``hidden_states`` and ``attentions``: every layer, in the manner of TinyBERT (Jiao et al.,
-    Findings of EMNLP 2020). ``value_relations``: of the last layer (MiniLMv2, Wang et al.,
-    Findings of ACL 2021); the only one that lets widths differ.
+    ``hidden_states`` and ``attentions``: every layer, as in TinyBERT (Jiao et al., Findings of
+    EMNLP 2020). ``value_relations``: the last layer (MiniLMv2, Wang et al., Findings of ACL 2021);
+    the only term that lets widths differ.
     """
 
     pkd: NotNegative = 0.0
@@ -276,12 +277,12 @@ class IntermediateRecipe(Section):
 
 
 class DistillRecipe(TrainRecipe):
-    """Distillation: a weighted sum of terms, each left out where its weight is 0.
+    """Distillation: a weighted sum of loss terms; a term of weight 0 is left out.
 
     ``kd_weight * kd + alpha * adversarial + hard_label_weight * supervised + intermediate``.
 
-    ``seed`` draws the order and the dropout of the student's training alone; null takes the
-    recipe's. With it, students of several seeds share their data and their teacher.
+    ``seed`` seeds only the order and the dropout of the student's training; null takes the seed of
+    the recipe. So students of several seeds can share their data and their teacher.
     """
 
     seed: Seed | None = None
@@ -294,7 +295,7 @@ class DistillRecipe(TrainRecipe):
 
     @property
     def imitates(self) -> bool:
-        """Whether anything but the hard labels teaches the student."""
+        """Whether any term but the one of the hard labels has a weight."""
         return self.kd_weight > 0 or self.alpha > 0 or self.intermediate.any
 
     @model_validator(mode="after")
@@ -308,14 +309,14 @@ class DistillRecipe(TrainRecipe):
 class ExportRecipe(Section):
     """The ONNX variants to write, and where they run.
 
-    ``fp32`` is what optimum exports, and the others are made from it: ``fused`` with ONNX
-    Runtime's transformer fusions, ``fp16`` from that, for GPUs, and ``int8``, for CPUs, the fastest
-    that passes of all the ways to quantise that could be tried in ``search_seconds``. With 0 the
-    first that passes is taken, which needs no clock and so gives the same graph each time.
-    ``provider`` executes them in parity, bench and service; an absent one is an error.
-    ``calibrate`` fits one temperature to the labels of ``select``, which makes the probabilities of
-    the student mean more and changes none of its answers. Of the variants that pass the gate the
-    one to ``ship`` is the ``fastest`` by the latency report (the smallest before there is one), or
+    optimum exports ``fp32``, and the other variants are made from it. ``fused`` has ONNX Runtime's
+    transformer fusions. ``fp16``, for GPUs, is made from ``fused``. ``int8``, for CPUs, is the
+    fastest passing graph among the ways to quantise that could be tried in ``search_seconds``. With
+    0 the first passing graph is taken; this needs no clock and so gives the same graph each time.
+    ``provider`` executes the variants in parity, bench and service; an absent provider is an error.
+    ``calibrate`` fits one temperature to the labels of ``select``: the student's probabilities get
+    better calibrated, and its answers do not change. ``ship`` chooses among the variants that pass
+    the gate: the ``fastest`` by the latency report (the smallest before there is a report), or
     always the ``smallest``.
     """
 
@@ -342,7 +343,7 @@ class ExportRecipe(Section):
 class ParityRecipe(Section):
     """The thresholds of the parity gate; agreement and retention are fractions.
 
-    What is estimated from validation rows has a target for the value and a limit for its 95 %
+    Each estimate from validation rows has a target for its value and a limit for its 95 %
     interval: ``min_retained`` and ``min_retained_lower``, ``min_agreement`` and
     ``min_agreement_lower``, ``max_points_lost`` and ``max_points_lost_upper``.
     """
@@ -359,10 +360,10 @@ class ParityRecipe(Section):
 
 
 class BenchRecipe(Section):
-    """What the latency report measures.
+    """Batch sizes and text lengths of the latency report.
 
-    ``lengths_tokens`` null takes 16, 32 and 128 as far as ``data.max_length_tokens`` allows; no
-    text is longer than that.
+    ``lengths_tokens`` null takes those of 16, 32 and 128 that ``data.max_length_tokens`` allows,
+    because no text is longer than that.
     """
 
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
@@ -373,8 +374,8 @@ class BenchRecipe(Section):
 class ComputeRecipe(Section):
     """Hardware: ``auto`` takes the accelerator if there is one; null threads takes all cores.
 
-    ``compile`` compiles the layers with torch.compile. ``gradient_checkpointing`` computes
-    activations again in the backward pass instead of keeping them: less memory, a third more time.
+    ``compile`` compiles the layers with torch.compile. ``gradient_checkpointing`` recomputes
+    activations in the backward pass instead of keeping them: less memory, a third more time.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -400,18 +401,18 @@ class Configuration(Section):
 
 
 class SweepRecipe(Section):
-    """What `ad2kit sweep` tries; the defaults are the grid of the AD2 paper.
+    """The search of `ad2kit sweep`; the defaults are the grid of the AD2 paper.
 
-    ``grid`` trains every combination of the lists with each of ``seeds`` seeds. ``optuna`` lets a
-    tree-structured Parzen estimator draw ``trials`` configurations, of one seed each: the batch
-    size from its list, the others from between the lowest and the highest of theirs (on a
-    logarithmic scale, unless that starts at 0); the best of them is then trained with the other
-    seeds. Empty ``radii`` and ``alphas`` stand for the recipe's own.
+    ``grid`` trains every combination of the lists with each of ``seeds`` seeds. ``optuna`` draws
+    ``trials`` configurations with a tree-structured Parzen estimator and trains each with one seed.
+    It draws the batch size from its list, and the other values between the lowest and the highest
+    of their lists (on a logarithmic scale, unless the lowest is 0). The best configuration is then
+    trained with the other seeds. Empty ``radii`` and ``alphas`` stand for the recipe's own values.
 
     ``early_stopping`` is ASHA (Li et al., *A System for Massively Parallel Hyperparameter Tuning*,
     MLSys 2020): after 1, 3, 9, ... parts of the training (its epochs, or its evaluations if the
-    recipe gives their number) a trial is stopped if it is not among the best third of those that
-    came so far.
+    recipe gives their number) a trial is stopped if it is not among the best third of the trials
+    that have come so far.
     """
 
     search: Literal["grid", "optuna"] = "grid"
@@ -452,7 +453,7 @@ class SweepRecipe(Section):
         }
 
     def grid(self, distill: DistillRecipe) -> list[Configuration]:
-        """Return every combination of the values."""
+        """Return a configuration for every combination of the values."""
         values = self.values(distill)
         return [
             Configuration.model_validate(dict(zip(values, point, strict=True)))
