@@ -1,8 +1,8 @@
 """The gate for a model that others exported: an ONNX folder against a teacher, on labelled rows.
 
-Without the PyTorch student there is nothing to compare the graph with but itself: a text must get
-the same answer alone, in company, and behind padding. What was lost on the way, by a wrong
-tokenizer or a wrong order of the labels, shows against the teacher.
+There is no PyTorch student here, so the graph is compared with itself: a text must get the same
+answer alone, in a batch, and behind padding. The comparison with the teacher shows what a wrong
+tokenizer or a wrong order of the labels has cost.
 """
 
 from __future__ import annotations
@@ -50,19 +50,20 @@ _DYNAMIC = (
 
 
 def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe) -> ParityReport:
-    """Judge an ONNX model against its teacher.
+    """Judge an ONNX model against its teacher, and return the report.
 
     Args:
-        folder: with model.onnx, config.json and tokenizer.json, as optimum writes it.
-        teacher_reference: written like ``teacher.model`` of a recipe; a finished classifier.
+        folder: a folder with model.onnx, config.json and tokenizer.json, as optimum writes it.
+        teacher_reference: a finished classifier, written like ``teacher.model`` of a recipe.
         rows: a labelled file that neither model was trained on.
-        recipe: its sections data, parity and compute, and its seed.
+        recipe: the sections data, parity and compute, and the seed, are used.
 
     Raises:
         ModelError: a file is missing, or the labels of model and teacher differ.
-        DataError: the rows are not what the recipe says.
+        DataError: the rows do not fit the recipe.
     """
-    task, length = recipe.data.task, recipe.data.max_length_tokens
+    task = recipe.data.task
+    length = recipe.data.max_length_tokens
     labels = _labels(folder, recipe.data.labels)
     teacher_folder = find_model(teacher_reference, key="--teacher")
     teacher = text_model.load_model(
@@ -74,8 +75,8 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     encoded = splits.encode(split, teacher.tokenizer, length)
     texts = [text if len(text) > 1 else text[0] for text in split.texts]
     with tempfile.TemporaryDirectory(prefix="ad2kit-parity-") as temporary:
-        adopted = _adopt(folder, Path(temporary), labels, recipe)
-        classifier = _open(adopted, folder, recipe)
+        model_copy = _adopt(folder, Path(temporary), labels, recipe)
+        classifier = _open(model_copy, folder, recipe)
         teacher_logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
         encodings = classifier.encode(texts)  # type: ignore[arg-type]
         logits = classifier.run_sorted(encodings, BATCH)
@@ -89,10 +90,10 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         encoded=encoded,
         student_left=np.empty((0, len(labels)), dtype=np.float32),
     )
-    files = sha256_of_folder(folder)
+    file_hashes = sha256_of_folder(folder)
     verdict = distillation_quality(
         folder.name,
-        fingerprint(files),
+        fingerprint(file_hashes),
         logits,
         reference,
         labels,
@@ -103,7 +104,10 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     )
     return ParityReport(
         inputs=fingerprint(
-            files, sha256_of_folder(teacher_folder), split.sha256(), recipe.model_dump(mode="json")
+            file_hashes,
+            sha256_of_folder(teacher_folder),
+            split.sha256(),
+            recipe.model_dump(mode="json"),
         ),
         thresholds=recipe.parity,
         rows=len(split),
@@ -122,68 +126,83 @@ def _consistency(
     task: Task,
     thresholds: ParityRecipe,
 ) -> tuple[Check, ...]:
-    """Compare a graph with itself, where no student is at hand: company must change no answer.
+    """Compare a graph with itself: the other texts of a batch must change no answer.
 
     Args:
-        classifier: any.
-        encodings: of all texts, by its tokenizer.
-        logits: of all texts in batches, shape [rows, outputs].
-        task: what the logits mean.
-        thresholds: of the recipe; agreement leaves room for what int8 does by itself.
+        classifier: the graph and its tokenizer.
+        encodings: the tokens of all texts, made by its tokenizer.
+        logits: the logits of all texts, computed in batches, shape [rows, outputs].
+        task: the task, which says what the logits mean.
+        thresholds: those of the recipe. The agreement need not be perfect, because int8 itself
+            changes some answers.
     """
     question: Literal["export fidelity"] = "export fidelity"
     longest = max(encodings, key=lambda encoding: len(encoding.ids))
     alone = classifier.run_sorted(encodings, batch_size=1)
     padded = np.concatenate([classifier.run([encoding, longest])[:1] for encoding in encodings])
-    finite, batched, behind = (np.nan_to_num(found) for found in (alone, logits, padded))
+    reference = np.nan_to_num(alone)
+    logits_by_setting = {
+        "in batches": np.nan_to_num(logits),
+        "behind padding": np.nan_to_num(padded),
+    }
     return (
         at_most(question, "logits not finite", not_finite(logits) + not_finite(alone), 0),
         *(
-            agrees(question, f"answers kept {where}", agreement(task, found, finite), thresholds)
-            for where, found in (("in batches", batched), ("behind padding", behind))
+            agrees(
+                question,
+                f"answers kept {setting}",
+                agreement(task, setting_logits, reference),
+                thresholds,
+            )
+            for setting, setting_logits in logits_by_setting.items()
         ),
     )
 
 
-def _labels(folder: Path, given: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the labels of the model: the recipe's, or those of its config.json by their ids.
+def _labels(folder: Path, recipe_labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the labels of the recipe if it has any, else those of config.json in order of id.
 
     Raises:
-        ModelError: there are none; or the recipe gives others, and the model's say more than
-            numbers.
+        ModelError: the model has no labels; or the labels of the recipe differ from them, although
+            the model has id2label and not mere numbers.
     """
-    names: Any = _config(folder).get("id2label")
-    ids = [str(index) for index in range(len(names))] if isinstance(names, dict) else []
-    if not ids or sorted(names) != sorted(ids):
+    id2label: Any = _config(folder).get("id2label")
+    ids = [str(index) for index in range(len(id2label))] if isinstance(id2label, dict) else []
+    if not ids or sorted(id2label) != sorted(ids):
         raise ModelError(
-            f"{folder / 'config.json'}: expected id2label with ids from 0 on, found {names!r:.80}",
+            f"{folder / 'config.json'}: expected id2label with ids from 0 on, found "
+            f"{id2label!r:.80}",
             hint="write the label names of the model into it",
         )
-    found = tuple(str(names[index]) for index in ids)
-    if given is None or given == found:
-        return found
-    if len(given) != len(found) or set(given) == set(found) or numbers_of(found) is None:
+    model_labels = tuple(str(id2label[index]) for index in ids)
+    if recipe_labels is None or recipe_labels == model_labels:
+        return model_labels
+    if (
+        len(recipe_labels) != len(model_labels)
+        or set(recipe_labels) == set(model_labels)
+        or numbers_of(model_labels) is None
+    ):
         raise ModelError(
             f"data.labels differs from the labels of the model:\n"
-            f"  model {folder}: {dict(enumerate(found))}\n"
-            f"  data.labels: {dict(enumerate(given))}",
+            f"  model {folder}: {dict(enumerate(model_labels))}\n"
+            f"  data.labels: {dict(enumerate(recipe_labels))}",
             hint="leave data.labels out, or correct id2label in the model's config.json",
         )
-    return given
+    return recipe_labels
 
 
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "nothing"
+        entry = "a file" if folder.exists() else "nothing"
         raise ModelError(
-            f"--model: expected a folder at '{folder}', found {what}",
+            f"--model: expected a folder at '{folder}', found {entry}",
             hint="give a folder that optimum's exporter wrote, one graph and its tokenizer",
         )
     for name in (MODEL_FILE, "config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+            entries = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
             raise ModelError(
-                f"{folder} has no {name}; there is {there}",
+                f"{folder} has no {name}; there is {entries}",
                 hint="give a folder that optimum's exporter wrote, one graph and its tokenizer",
             )
     try:
@@ -205,69 +224,66 @@ def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     """Return the tokenizer of the model as transformers reads it."""
     file = folder / "tokenizer.json"
     try:
-        # Without its settings, what config.json makes transformers guess may be another tokenizer:
-        # of a cased BERT one that writes all letters small.
-        found = (
-            transformers.AutoTokenizer.from_pretrained(
+        # Without tokenizer_config.json, AutoTokenizer guesses the settings from config.json. For a
+        # cased BERT it guesses a tokenizer that lower-cases all letters.
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            if (folder / "tokenizer_config.json").is_file()
-            else transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
-        )
+        else:
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:
-        # The tokenizers library raises bare exceptions for a file that is none of its own.
+        # The tokenizers library raises bare exceptions for a file that it cannot read.
         raise ModelError(
             f"{file} is not a tokenizer: {error}",
             hint="save it again with the tokenizer's save_pretrained()",
         ) from error
-    if not isinstance(found, transformers.PreTrainedTokenizerFast):
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         raise ModelError(
             f"{folder}: expected a tokenizer of the tokenizers library, found "
-            f"{type(found).__name__}",
+            f"{type(tokenizer).__name__}",
             hint="save a fast one beside the model: AutoTokenizer.from_pretrained(MODEL)"
             ".save_pretrained(FOLDER)",
         )
-    return found
+    return tokenizer
 
 
-def _open(adopted: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
-    """Open the model before the teacher has read anything; messages name the user's folder."""
+def _open(model_copy: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
+    """Open the copy of the model before the teacher runs; messages name the user's folder."""
     try:
-        classifier = OnnxClassifier(adopted, threads=recipe.compute.threads)
+        classifier = OnnxClassifier(model_copy, threads=recipe.compute.threads)
     except ModelError as error:
         raise ModelError(
-            error.message.replace(str(adopted), str(folder)), hint="export it again with optimum"
+            error.message.replace(str(model_copy), str(folder)), hint="export it again with optimum"
         ) from error
     _insist_on_inputs_and_outputs(classifier, folder)
     return classifier
 
 
 def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
-    """Refuse a graph that we cannot feed, or whose outputs are not one for each label."""
-    for item in classifier.session.get_inputs():
-        if any(isinstance(axis, int) for axis in item.shape):
+    """Refuse a graph with unknown inputs, with fixed axes, or without one output for each label."""
+    for graph_input in classifier.session.get_inputs():
+        if any(isinstance(axis, int) for axis in graph_input.shape):
             raise ModelError(
-                f"{folder / MODEL_FILE}: the axes of {item.name} are fixed to "
-                f"{' x '.join(map(str, item.shape))}, but batches have any number of texts, and "
-                "texts any number of tokens",
+                f"{folder / MODEL_FILE}: the axes of {graph_input.name} are fixed to "
+                f"{' x '.join(map(str, graph_input.shape))}, but batches have any number of texts, "
+                "and texts any number of tokens",
                 hint=_DYNAMIC,
             )
-    known = {"input_ids", "attention_mask", "token_type_ids"}
-    outputs = {item.name: item.shape[-1] for item in classifier.session.get_outputs()}
-    wanted = len(classifier.labels)
-    width = outputs.get("logits")
-    if (
-        set(classifier.input_names) - known
-        or (isinstance(width, int) and width != wanted)
-        or ("logits" not in outputs)
-    ):
+    known_inputs = {"input_ids", "attention_mask", "token_type_ids"}
+    output_widths = {output.name: output.shape[-1] for output in classifier.session.get_outputs()}
+    label_count = len(classifier.labels)
+    width = output_widths.get("logits")
+    has_unknown_input = not known_inputs.issuperset(classifier.input_names)
+    has_other_width = isinstance(width, int) and width != label_count
+    if has_unknown_input or has_other_width or "logits" not in output_widths:
         raise ModelError(
-            f"{folder / MODEL_FILE}: expected inputs among {', '.join(sorted(known))} and an "
-            f"output 'logits' of {wanted} columns, found {', '.join(classifier.input_names)} and "
-            f"{outputs}",
+            f"{folder / MODEL_FILE}: expected inputs among {', '.join(sorted(known_inputs))} and "
+            f"an output 'logits' of {label_count} columns, found "
+            f"{', '.join(classifier.input_names)} and {output_widths}",
             hint="export it with optimum for the task text-classification, and look at id2label",
         )
-    # Axes may be fixed inside of the graph, too, whatever its inputs say.
+    # The graph may also fix an axis inside, although its inputs declare a dynamic one.
     columns = classifier.artifact.text_columns
     texts: Any = [(text, text) if columns == 2 else text for text in ("a", "a b c d e")]
     try:
@@ -278,31 +294,36 @@ def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> N
             f"{folder / MODEL_FILE} cannot read two texts of different lengths: {error}",
             hint=_DYNAMIC,
         ) from error
-    if shape != (len(texts), wanted):
+    if shape != (len(texts), label_count):
         raise ModelError(
-            f"{folder / MODEL_FILE}: expected logits of shape {(len(texts), wanted)} for two "
+            f"{folder / MODEL_FILE}: expected logits of shape {(len(texts), label_count)} for two "
             f"texts, found {shape}",
             hint=_DYNAMIC,
         )
 
 
 def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe) -> Path:
-    """Return a copy of the model's files with a manifest of ours.
+    """Copy the model's files to ``scratch``, add a manifest of ad2kit, and return ``scratch``.
 
-    Copied and not linked: onnxruntime reads no external data through links.
+    The files are copied and not linked, because onnxruntime reads no external data through links.
     """
     for file in folder.iterdir():
         if file.is_file() and file.name != OnnxArtifact.file_name:
             shutil.copy2(file, scratch / file.name)
-    tokenizer, config = _tokenizer(folder), _config(folder)
+    tokenizer = _tokenizer(folder)
+    config = _config(folder)
     write_tokenizer(tokenizer, scratch)
     settings = tokenisation(tokenizer)
     if tokenizer.pad_token_id is None:
         settings = settings.model_copy(update={"pad_token_id": config.get("pad_token_id") or 0})
-    files, ours = sha256_of_folder(scratch), folder / OnnxArtifact.file_name
+    file_hashes = sha256_of_folder(scratch)
+    temperature = 1.0
+    own_manifest = folder / OnnxArtifact.file_name
+    if own_manifest.is_file():
+        temperature = OnnxArtifact.read(own_manifest).temperature
     manifest = OnnxArtifact(
         variant=folder.name,
-        inputs=fingerprint(files),
+        inputs=fingerprint(file_hashes),
         task=recipe.data.task,
         labels=labels,
         max_length_tokens=recipe.data.max_length_tokens,
@@ -310,8 +331,8 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
         text_columns=len(recipe.data.text_columns),
         provider=recipe.export.provider,
         nodes={},
-        temperature=OnnxArtifact.read(ours).temperature if ours.is_file() else 1.0,
-        files=files,
+        temperature=temperature,
+        files=file_hashes,
         model_bytes=(scratch / MODEL_FILE).stat().st_size,
         lineage={},
     )

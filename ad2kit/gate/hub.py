@@ -1,4 +1,4 @@
-"""The push stage: a variant that passed its gate -> a repository on the hub, with a model card."""
+"""The push stage: upload a variant that passed its gate to the hub, with a model card."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ model = ORTModelForSequenceClassification.from_pretrained("{repository}")
 
 @exclusive
 def push(run: RunDir, repository: str, *, variant: str | None = None, private: bool = False) -> str:
-    """Upload the artefact that a run ships to the hub; return the address of its page.
+    """Upload a variant of a run to the hub, and return the address of its page.
 
-    What is uploaded is the folder as it was judged, the parity report, and a card that holds the
-    tables. Texts stay here. The token is the hub's own (``hf auth login`` or ``HF_TOKEN``).
+    The upload is the folder as it was judged, with the parity report, and a card with the tables.
+    No text of the data is uploaded. The token is the hub's own (``hf auth login`` or ``HF_TOKEN``).
 
     Args:
         run: a run whose parity was judged.
-        repository: ``owner/name``; made if there is none.
-        variant: which variant to take; of those that passed what ``export.ship`` says if None.
-        private: make a new repository private.
+        repository: ``owner/name``; the repository is created if it does not exist.
+        variant: the variant to upload; if None, ``export.ship`` chooses among those that passed.
+        private: whether a new repository is private.
 
     Raises:
-        GateFailed: it has not passed.
+        GateFailed: the variant has not passed its gate.
         UserError: the hub cannot be reached, or refuses.
     """
     folder, _ = choose_variant(run, variant)
-    read_artifact(folder)  # whole, and as it was judged
+    read_artifact(folder)  # raises if a file is missing or has changed
     with tempfile.TemporaryDirectory(prefix="ad2kit-push-") as temporary:
         staged = Path(temporary) / "model"
         shutil.copytree(folder, staged)
         write_text(staged / "README.md", model_card(run, folder, repository))
         try:
             api = HfApi()
-            made = api.create_repo(repository, private=private, exist_ok=True)
+            repo_url = api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=made.repo_id,
+                repo_id=repo_url.repo_id,
                 folder_path=staged,
                 commit_message=f"{folder.name} of {run.path.name}",
             )
@@ -83,25 +83,26 @@ def push(run: RunDir, repository: str, *, variant: str | None = None, private: b
                 hint="expected owner/name, a network and a token (`hf auth login`); without them "
                 f"copy the folder {folder}, which is all that others need",
             ) from error
-    return str(made)
+    return str(repo_url)
 
 
 def model_card(run: RunDir, folder: Path, repository: str) -> str:
     """Return the card of a variant in Markdown: what it is, what it passed, how to use it."""
-    artifact, parity = read_artifact(folder), ParityReport.read(run.parity_report)
-    verdict = next(found for found in parity.variants if found.variant == folder.name)
+    artifact = read_artifact(folder)
+    parity = ParityReport.read(run.parity_report)
+    verdict = next(variant for variant in parity.variants if variant.variant == folder.name)
     teacher = artifact.lineage["teacher"]
-    data = ModelCardData(
+    metadata = ModelCardData(
         pipeline_tag="text-classification",
         tags=["ad2kit", "onnx", "knowledge-distillation"],
-        # A name that the hub can link; a folder of this machine means nothing there.
+        # The hub can link the name of a model on the hub, but not a folder of this machine.
         base_model=teacher.removeprefix("hub://") if teacher.startswith("hub://") else None,
     )
     checks = [
         (check.name, check.measured, check.expected, check.verdict) for check in verdict.checks
     ]
-    header = f"---\n{data.to_yaml()}\n---\n\n# {repository.rpartition('/')[2]}\n"
-    what = (
+    header = f"---\n{metadata.to_yaml()}\n---\n\n# {repository.rpartition('/')[2]}\n"
+    description = (
         f"A text classifier, distilled from a larger teacher ({teacher}) by ad2kit with AD2 "
         "(adversarial data augmentation for task-specific knowledge distillation). This is its "
         f"{folder.name} ONNX variant: {artifact.model_bytes / 1e6:.1f} MB, "
@@ -109,17 +110,17 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
         f"{artifact.max_length_tokens} tokens.\n"
     )
     low, high = verdict.retained_interval
-    kept = (
+    quality = (
         f"It keeps {verdict.retained:.1%} of its teacher's score (95 % interval {low:.1%} to "
         f"{high:.1%}) on {parity.rows} labelled texts that it was not trained on.\n"
     )
-    use = _USE.format(repository=repository)
+    usage = _USE.format(repository=repository)
     lineage = [f"- {name}: `{value}`" for name, value in artifact.lineage.items()]
     return "\n".join(
         [
             header,
-            what,
-            kept,
+            description,
+            quality,
             *table(summary.HEADER, summary.model_rows(run)),
             "",
             f"{summary.caption(run)}\n",
@@ -127,7 +128,7 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
             *table(("check", "value", "expected", "verdict"), checks),
             "",
             "The whole verdict is in `parity.json`, the sha256 of every file in `manifest.json`.\n",
-            use,
+            usage,
             "## Lineage\n",
             *lineage,
             "",

@@ -1,10 +1,10 @@
 """The bench stage: latency and throughput of teacher, student and every ONNX variant.
 
-What is timed is one forward pass from token ids to logits, on the CPU with the same number of
-threads for all, in one process and one run. Tokenising and HTTP are left out: they are the same
-for all. The systems take turns in rounds, so that a slow moment of the machine hits them alike, and
-ratios are taken round by round. Of six rounds the smallest and the largest ratio enclose the median
-with a probability of 1 - 2 / 2^6 = 97 %, whatever its distribution.
+A call is one forward pass from token ids to logits. All systems run on the CPU with the same number
+of threads, in one process and one run. Tokenising and HTTP are not timed, because they are the same
+for all systems. The systems take turns in rounds, so that a slow moment of the machine affects them
+alike, and ratios are taken round by round. The smallest and the largest ratio of six rounds enclose
+the median ratio with a probability of 1 - 2 / 2^6 = 97 %, whatever the distribution is.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
 TEACHER, STUDENT = "teacher (PyTorch)", "student (PyTorch)"
 _ROUNDS = 6
 _WARM_UP_CALLS = 2
-# For so long the threads of the system before may still spin, and take a core from this one.
-# Without it one call of nine took more than twice the median.
+# Threads of the previous system may spin for this long, and take a core from the next system.
+# Without this warm-up one call of nine took more than twice the median.
 _WARM_UP_S = 0.05
 _LEAST_CALLS = 12
-# Of fewer calls the 99th percentile is the slowest one.
+# With fewer calls the 99th percentile would be the slowest call.
 _CALLS_FOR_P99 = 100
 
 
@@ -61,32 +61,29 @@ def measure(
 ) -> LatencyReport:
     """Measure every system of a run at every shape of the recipe, write the report, return it.
 
-    Variants that failed the gate are left out; where none has passed yet, all are measured.
+    Variants that failed the gate are left out. If none has passed yet, all are measured.
 
     Args:
         run: a run with exported variants.
         again: measure even if there is a report for the same artefacts and settings.
-        p99_target_ms: what the capacity is stated for, see :class:`~ad2kit.gate.records.Capacity`.
-        price_per_hour: of this machine, for the cost of a million texts.
+        p99_target_ms: the target of the capacity, see :class:`~ad2kit.gate.records.Capacity`.
+        price_per_hour: the price of this machine, for the cost of a million texts.
 
     Raises:
         RunError: nothing is exported yet.
-        ModelError: a length that the student has no positions for.
+        ModelError: the student has too few positions for a length of the recipe.
     """
-    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
-    folders = [run.onnx(variant) for variant in recipe.export.variants]
-    for folder in folders:
-        run.require(folder / OnnxArtifact.file_name, command="export")
-    passed = passed_variants(run)
-    folders = [folder for folder in folders if not passed or folder in passed]
+    recipe = run.recipe
+    distilled = DistillReport.read(run.distill_report)
+    folders = _folders_to_measure(run)
     threads = recipe.compute.threads or available_cpus()
-    surroundings = environment(threads)
+    current_environment = environment(threads)
     artifacts = {folder.name: sha256_of(folder / OnnxArtifact.file_name) for folder in folders}
     inputs = fingerprint(
         artifacts,
         distilled.teacher_sha256,
         recipe.bench.model_dump(mode="json"),
-        surroundings,
+        current_environment,
     )
     if not again and run.latency_report.is_file():
         report = LatencyReport.read(run.latency_report)
@@ -97,28 +94,28 @@ def measure(
     torch.set_num_threads(threads)
     teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)
     student = text_model.load_model(run.student, distilled.labels, distilled.task)
-    systems = {TEACHER: torch_call(teacher), STUDENT: torch_call(student)}
+    calls = {TEACHER: torch_call(teacher), STUDENT: torch_call(student)}
     sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}
     for folder in folders:
         classifier = OnnxClassifier(folder, threads=threads)
-        systems[folder.name] = onnx_call(classifier)
+        calls[folder.name] = onnx_call(classifier)
         sizes[folder.name] = classifier.artifact.model_bytes
 
     generator = np.random.default_rng(recipe.seed)
     cells = []
     for length in recipe.bench_lengths_tokens:
-        for size in recipe.bench.batch_sizes:
+        for batch_size in recipe.bench.batch_sizes:
             ids = generator.integers(
-                student.module.config.vocab_size, size=(size, length), dtype=np.int64
+                student.module.config.vocab_size, size=(batch_size, length), dtype=np.int64
             )
-            seconds = time_rounds(systems, ids, recipe.bench.seconds_per_cell)
+            seconds = time_rounds(calls, ids, recipe.bench.seconds_per_cell)
             cells += [cell_of(name, ids, rounds) for name, rounds in seconds.items()]
-            logger.info("bench: batch %d, %d tokens done", size, length)
+            logger.info("bench: batch %d, %d tokens done", batch_size, length)
     report = LatencyReport(
         inputs=inputs,
         artifacts=artifacts,
         threads=threads,
-        environment=surroundings,
+        environment=current_environment,
         sizes_bytes=sizes,
         cells=tuple(cells),
         p99_target_ms=p99_target_ms,
@@ -135,8 +132,21 @@ def measure(
     return report
 
 
+def _folders_to_measure(run: RunDir) -> list[Path]:
+    """Return the folders of the variants that passed the gate, or of all if none has passed.
+
+    Raises:
+        RunError: a variant of the recipe is not exported yet.
+    """
+    folders = [run.onnx(variant) for variant in run.recipe.export.variants]
+    for folder in folders:
+        run.require(folder / OnnxArtifact.file_name, command="export")
+    passed = passed_variants(run)
+    return [folder for folder in folders if not passed or folder in passed]
+
+
 def torch_call(model: TextModel) -> Call:
-    """Return the forward pass of a PyTorch model, from token ids [texts, tokens]."""
+    """Return the forward pass of a PyTorch model; it takes token ids, int64 [texts, tokens]."""
     model.module.eval()
 
     @torch.inference_mode()
@@ -148,13 +158,13 @@ def torch_call(model: TextModel) -> Call:
 
 
 def onnx_call(classifier: OnnxClassifier) -> Call:
-    """Return the forward pass of an exported variant, from token ids [texts, tokens]."""
+    """Return the forward pass of an exported variant; it takes token ids, int64 [texts, tokens]."""
     return session_call(classifier.session)
 
 
 def session_call(session: InferenceSession) -> Call:
-    """Return the forward pass of an ONNX graph, from token ids [texts, tokens]."""
-    names = [item.name for item in session.get_inputs()]
+    """Return the forward pass of an ONNX graph; it takes token ids, int64 [texts, tokens]."""
+    names = [graph_input.name for graph_input in session.get_inputs()]
 
     def call(ids: NDArray[np.int64]) -> object:
         feed = {
@@ -174,19 +184,26 @@ def time_rounds(
 ) -> dict[str, list[list[float]]]:
     """Return the seconds of each call of each system, round by round.
 
-    Every other round goes backwards: what the system before leaves behind, such as threads that
-    still spin, is not always the same system's to bear.
+    Every second round runs the systems in reverse order. So the after-effects of a system, such as
+    threads that still spin, do not always fall on the same other system.
+
+    Args:
+        systems: the forward pass of each system by its name.
+        ids: token ids of one batch, int64 [texts, tokens].
+        seconds: the time for each system, over all rounds.
     """
     rounds: dict[str, list[list[float]]] = {name: [] for name in systems}
     names = list(systems)
     for number in range(_ROUNDS):
         for name in names if number % 2 == 0 else reversed(names):
             call = systems[name]
-            ready, warm = time.perf_counter() + min(_WARM_UP_S, seconds / _ROUNDS), 0
-            while warm < _WARM_UP_CALLS or time.perf_counter() < ready:
+            warm_up_end = time.perf_counter() + min(_WARM_UP_S, seconds / _ROUNDS)
+            warm_up_calls = 0
+            while warm_up_calls < _WARM_UP_CALLS or time.perf_counter() < warm_up_end:
                 call(ids)
-                warm += 1
-            end, times = time.perf_counter() + seconds / _ROUNDS, list[float]()
+                warm_up_calls += 1
+            end = time.perf_counter() + seconds / _ROUNDS
+            times: list[float] = []
             while len(times) * _ROUNDS < _LEAST_CALLS or time.perf_counter() < end:
                 start = time.perf_counter()
                 call(ids)
@@ -196,7 +213,13 @@ def time_rounds(
 
 
 def cell_of(system: str, ids: NDArray[np.int64], rounds: list[list[float]]) -> LatencyCell:
-    """Return the cell of one system from the seconds of its calls, round by round."""
+    """Return the latency cell of one system.
+
+    Args:
+        system: its name.
+        ids: the token ids of the timed batch, int64 [texts, tokens].
+        rounds: the seconds of its calls, round by round.
+    """
     ms = 1e3 * np.concatenate(rounds)
     p50, p90, p99 = np.percentile(ms, [50, 90, 99])
     return LatencyCell(

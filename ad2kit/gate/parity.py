@@ -1,13 +1,14 @@
 """The parity stage: is the artefact the student, and is the student as good as the teacher?
 
-Three questions on the labelled validation set, each answered by values beside their thresholds:
+The stage asks three questions on the labelled validation set, and answers each by values beside
+their thresholds:
 
-1. export fidelity: do the fp32 graph and the fused one compute what the PyTorch student computes,
+1. export fidelity: do the fp32 graph and the fused graph compute the same as the PyTorch student,
    from the same token ids, alone and in a batch, padded on either side, in any order?
-2. conversion cost: what did fp16 and int8 lose against fp32?
-3. distillation quality: what did each variant keep of the teacher?
+2. conversion cost: how much did fp16 and int8 lose against fp32?
+3. distillation quality: how much of the teacher's quality did each variant keep?
 
-The fourth, whether the service answers what the artefact computes, is asked by ``package``.
+``package`` asks the fourth question: does the service give the same answers as the artefact?
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 32
-# The variants that only compute in another order what the student computes.
+# These variants compute the same as the student, in another order of operations.
 EXACT = ("fp32", "fused")
 
 
@@ -64,22 +65,24 @@ EXACT = ("fp32", "fused")
 def judge(run: RunDir) -> ParityReport:
     """Ask the questions of every variant of a run, write the report, and return it.
 
-    A report that is not ``passed`` is written all the same; it is for the caller to stop.
+    A report that is not ``passed`` is written as well; the caller has to stop.
 
     Raises:
         RunError: nothing is exported yet, or the validation data changed since the distillation.
-        ModelError: teacher, student or a variant is not the one that was written.
+        ModelError: a file of the teacher, the student or a variant changed since it was written.
     """
-    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
+    recipe = run.recipe
+    distilled = DistillReport.read(run.distill_report)
     folders = [run.onnx(variant) for variant in recipe.export.variants]
     for folder in folders:
         run.require(folder / OnnxArtifact.file_name, command="export")
     data = splits.load_data(recipe.data, recipe.seed)
-    expected, found = distilled.splits["validation"].sha256, data.validation.sha256()
-    if found != expected:
+    expected_sha256 = distilled.splits["validation"].sha256
+    sha256 = data.validation.sha256()
+    if sha256 != expected_sha256:
         raise RunError(
             f"the validation data changed since {run.path} was distilled: sha256 expected "
-            f"{expected[:12]}…, found {found[:12]}…",
+            f"{expected_sha256[:12]}…, found {sha256[:12]}…",
             hint="restore the data; a gate on other data proves nothing about this run",
         )
     inputs = fingerprint(
@@ -87,7 +90,7 @@ def judge(run: RunDir) -> ParityReport:
         [sha256_of(folder / OnnxArtifact.file_name) for folder in folders],
         distilled.teacher_sha256,
         distilled.student_sha256,
-        expected,
+        expected_sha256,
         recipe.parity.model_dump(mode="json"),
         recipe.data.judged_by,
         recipe.seed,
@@ -97,19 +100,19 @@ def judge(run: RunDir) -> ParityReport:
     }
     for folder in (run.teacher, run.student):
         text_model.check_files(folder)
-    report = _known(run, inputs)
+    report = _existing_report(run, inputs)
     if report is None:
         torch.set_num_threads(recipe.compute.threads or available_cpus())
         report = _judge(run, data, classifiers, inputs)
         write_record(run.parity_report, report)
-    # A copy lies beside each variant, which may be moved without its run.
+    # Each variant gets a copy, because its folder may be moved without its run.
     for folder in folders:
         write_record(folder / ParityReport.file_name, report)
     return report
 
 
-def _known(run: RunDir, inputs: str) -> ParityReport | None:
-    """Return the report of a run if it was written for the same inputs."""
+def _existing_report(run: RunDir, inputs: str) -> ParityReport | None:
+    """Return the parity report of a run if it was written for the same inputs, else None."""
     if not (run.parity_report.is_file() and run.answers.is_file()):
         return None
     report = ParityReport.read(run.parity_report)
@@ -122,36 +125,41 @@ def _known(run: RunDir, inputs: str) -> ParityReport | None:
 def _judge(
     run: RunDir, data: splits.Data, classifiers: Mapping[str, OnnxClassifier], inputs: str
 ) -> ParityReport:
-    """Compute all answers to the validation rows, write them down, and judge each variant."""
-    recipe, length = run.recipe, run.recipe.data.max_length_tokens
+    """Compute the answers of all models to the validation rows, write them, judge each variant."""
+    recipe = run.recipe
+    length = recipe.data.max_length_tokens
     student = text_model.load_model(run.student, data.labels, data.task)
-    encodings = {name: c.encode(_typed(data.validation)) for name, c in classifiers.items()}
+    texts = _classifier_texts(data.validation)
+    encodings = {name: classifier.encode(texts) for name, classifier in classifiers.items()}
     reference = _reference(run, data, student, classifiers["fp32"], encodings["fp32"])
     encoded = reference.encoded
-    long_texts = splits.Split(
-        tuple(longer_texts(encoded, data.validation.texts, length)), np.empty(0)
-    )
-    long_encoded = splits.encode(long_texts, student.tokenizer, length)
-    logits = {name: c.run_sorted(encodings[name], BATCH) for name, c in classifiers.items()}
+    long_split = _long_split(encoded, data.validation, length)
+    long_encoded = splits.encode(long_split, student.tokenizer, length)
+    long_texts = _classifier_texts(long_split)
+    logits = {
+        name: classifier.run_sorted(encodings[name], BATCH)
+        for name, classifier in classifiers.items()
+    }
     fidelity = {
-        name: export_fidelity(c, encodings[name], logits[name], reference, recipe.parity)
-        for name, c in classifiers.items()
+        name: export_fidelity(classifier, encodings[name], logits[name], reference, recipe.parity)
+        for name, classifier in classifiers.items()
         if name in EXACT
     }
 
     def verdict(name: str, classifier: OnnxClassifier) -> VariantParity:
-        # What is made from an unfaithful graph, or reads other tokens, is no better than it.
+        # A variant that is made from an unfaithful graph is unfaithful, too.
         checks = (
-            *(fidelity[name] if name in EXACT else _all_of(fidelity)),
+            *(fidelity[name] if name in EXACT else _joined_checks(fidelity)),
             *same_token_ids(encodings[name], encoded),
-            *same_token_ids(classifier.encode(_typed(long_texts)), long_encoded, "long texts"),
+            *same_token_ids(classifier.encode(long_texts), long_encoded, "long texts"),
         )
         if name not in EXACT:
             alone = classifier.run_sorted(encodings[name], batch_size=1)
             checks += conversion_cost(
                 logits[name], alone, logits["fp32"], reference, recipe.parity, recipe.seed
             )
-        if (share := classifier.artifact.weights_in_8_bits) is not None:
+        share = classifier.artifact.weights_in_8_bits
+        if share is not None:
             checks += (mostly_8_bits(share),)
         return distillation_quality(
             name,
@@ -186,11 +194,12 @@ def _reference(
     fp32: OnnxClassifier,
     tokens: Sequence[Tokens],
 ) -> Reference:
-    """Compute what every variant is held against: the answers of teacher and student in PyTorch.
+    """Compute the logits of teacher and student in PyTorch, which every variant is compared with.
 
-    ``tokens`` are those that ``fp32`` makes of the validation texts.
+    ``tokens`` are the validation texts as the tokenizer of ``fp32`` encodes them.
     """
-    recipe, cpu = run.recipe, torch.device("cpu")
+    recipe = run.recipe
+    cpu = torch.device("cpu")
     teacher = text_model.load_model(run.teacher, data.labels, data.task)
     encoded, teacher_encoded = (
         splits.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
@@ -211,27 +220,35 @@ def _reference(
 def _write_answers(
     run: RunDir, split: splits.Split, reference: Reference, logits: Mapping[str, Logits]
 ) -> None:
-    """Write what each model says of each validation row."""
-    every = {"teacher": reference.teacher, "student": reference.student, **logits}
+    """Write the logits of each model for each validation row."""
+    logits_by_model = {"teacher": reference.teacher, "student": reference.student, **logits}
     lines = [
         RowAnswers(
             texts=split.texts[row],
             tokens=len(reference.encoded.input_ids[row]),
             label=label,
-            logits={name: tuple(each[row].tolist()) for name, each in every.items()},
+            logits={
+                name: tuple(model_logits[row].tolist())
+                for name, model_logits in logits_by_model.items()
+            },
         )
         for row, label in enumerate(reference.labels.tolist())
     ]
     write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
 
 
-def _typed(split: splits.Split) -> list[Text]:
-    """Return the texts of a split as a classifier takes them."""
+def _long_split(encoded: splits.Encoded, split: splits.Split, length: int) -> splits.Split:
+    """Return texts without labels, made from those of ``split`` and longer than the model reads."""
+    return splits.Split(tuple(longer_texts(encoded, split.texts, length)), np.empty(0))
+
+
+def _classifier_texts(split: splits.Split) -> list[Text]:
+    """Return the texts of a split as a classifier takes them: a str, or a pair of str."""
     return [(text[0], text[1]) if len(text) > 1 else text[0] for text in split.texts]
 
 
-def _all_of(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
-    """Return the checks of every exact graph; those of the fused one say so in their names."""
+def _joined_checks(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
+    """Return the checks of all exact graphs; the names of those of the fused graph say so."""
     return tuple(
         check if name == "fp32" else check.model_copy(update={"name": f"{name}: {check.name}"})
         for name, checks in fidelity.items()
@@ -241,7 +258,7 @@ def _all_of(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
 
 @torch.inference_mode()
 def _forward(model: TextModel, feed: dict[str, NDArray[np.int64]], names: Sequence[str]) -> Logits:
-    """Return the logits of a PyTorch model for the inputs of a graph."""
+    """Return the logits of a PyTorch model for the inputs of a graph, float32 [texts, outputs]."""
     inputs = {name: torch.from_numpy(feed[name]) for name in names}
     logits: Logits = model.module.eval()(**inputs).logits.numpy()
     return logits

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: text and axes take the colour of the page that they stand in."""
+"""Plots as inline SVG; text and axes take the colour of the page around them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ if TYPE_CHECKING:
     from ad2kit.data.metrics import Bin
     from ad2kit.training.records import Selection, StepRecord
 
-# Told apart by those who see no red or green, and on black as on white (Okabe and Ito 2008).
+# Colour-blind readers can tell these apart, on black and on white (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def latency(points: Mapping[str, tuple[float, float]], score: str) -> str:
-    """Draw (p50 in ms, score) of each model."""
+    """Return a plot of the score of each model against its latency.
+
+    Args:
+        points: the p50 latency in ms and the score of each model, by its name.
+        score: the name of the score.
+    """
 
     def draw(axes: Any) -> None:
-        # Names of neighbours stand above and below their points, so that they do not overlap.
-        in_order = sorted(points.items(), key=lambda item: item[1])
-        for place, (colour, (name, (ms, value))) in enumerate(
-            zip(_colours(len(points)), in_order, strict=True)
+        # Names stand above and below their points in turn, so that neighbours do not overlap.
+        ordered_points = sorted(points.items(), key=lambda item: item[1])
+        for index, (colour, (name, (ms, value))) in enumerate(
+            zip(_colours(len(points)), ordered_points, strict=True)
         ):
             axes.plot(ms, value, "o", color=colour)
             axes.annotate(
                 name,
                 (ms, value),
-                xytext=(0, 8 if place % 2 else -16),
+                xytext=(0, 8 if index % 2 else -16),
                 ha="center",
                 textcoords="offset points",
                 color=colour,
             )
         axes.set_xscale("log")
-        # Without numbers of their own between the powers of ten, which would overlap.
+        # Only 1, 2 and 5 times a power of ten get a number; minor ticks with numbers would overlap.
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -52,7 +57,7 @@ def latency(points: Mapping[str, tuple[float, float]], score: str) -> str:
 
 
 def training(records: Sequence[StepRecord]) -> str:
-    """Draw the loss terms and the adversary's gain over the updates, and what `select` said."""
+    """Return a plot of the loss terms and of the adversary's gain over the updates."""
 
     def draw(axes: Any) -> None:
         steps = [record.step for record in records]
@@ -73,28 +78,33 @@ def training(records: Sequence[StepRecord]) -> str:
     return _svg("training", draw, "loss terms over the updates")
 
 
-def selection(found: Selection | None, score: str) -> str:
-    """Draw the score on `select`, and the distance from the teacher, at each evaluation."""
-    points = found.points if found else ()
+def selection(record: Selection | None, score: str) -> str:
+    """Return a plot of the score on `select`, and of the distance from the teacher.
+
+    Args:
+        record: the evaluations and the kept step; None if nothing was trained.
+        score: the name of the score.
+    """
+    points = record.points if record else ()
 
     def draw(axes: Any) -> None:
         steps = [point.step for point in points]
         axes.plot(steps, [point.score for point in points], "o-", color=COLOURS[0])
         axes.set_ylabel(score, color=COLOURS[0])
-        if found:
-            axes.axvline(found.kept_step, linestyle=":", color="#888888", label="kept")
+        if record:
+            axes.axvline(record.kept_step, linestyle=":", color="#888888", label="kept")
             axes.legend()
         if all(point.distance is not None for point in points):
-            other = axes.twinx()
-            other.plot(steps, [point.distance for point in points], "s--", color=COLOURS[1])
-            other.set_ylabel("distance from the teacher", color=COLOURS[1])
+            distance_axes = axes.twinx()
+            distance_axes.plot(steps, [point.distance for point in points], "s--", color=COLOURS[1])
+            distance_axes.set_ylabel("distance from the teacher", color=COLOURS[1])
         axes.set_xlabel("update")
 
     return _svg("selection", draw, f"{score} and distance from the teacher on select")
 
 
 def calibration(models: Mapping[str, Sequence[Bin]]) -> str:
-    """Draw accuracy against confidence; a calibrated model lies on the diagonal."""
+    """Return a reliability diagram of each model; a calibrated model lies on the diagonal."""
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], "--", color="#888888", label="calibrated")
@@ -120,17 +130,17 @@ def _colours(count: int) -> list[str]:
 
 
 def _smooth(values: Sequence[float], window: int = 21) -> Any:
-    """Return the running median, which a single odd batch does not move."""
-    array, half = np.asarray(values, dtype=float), window // 2
+    """Return the running median, because a single outlier does not move it."""
+    array = np.asarray(values, dtype=float)
     if len(array) <= window:
         return array
-    padded = np.pad(array, half, mode="edge")
+    padded = np.pad(array, window // 2, mode="edge")
     return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
 
 
 def _svg(name: str, draw: Callable[[Any], None], description: str) -> str:
-    """Return a figure as an <svg> element without size, which its page gives it."""
-    # The salt keeps the ids of two figures on one page apart, and the same from run to run.
+    """Return a figure as an <svg> element without a size; the page sets the size."""
+    # The salt makes the ids of two figures on one page differ, and the same in each run.
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
@@ -143,10 +153,12 @@ def _svg(name: str, draw: Callable[[Any], None], description: str) -> str:
         axes = figure.subplots()
         axes.patch.set_alpha(0)
         draw(axes)
-        for each in figure.axes:
-            # A second axis stands on the right.
-            each.spines[["top"] if len(figure.axes) > 1 else ["top", "right"]].set_visible(False)
-            if (legend := each.get_legend()) is not None:
+        # A second y axis needs the spine on the right.
+        hidden_spines = ["top"] if len(figure.axes) > 1 else ["top", "right"]
+        for drawn_axes in figure.axes:
+            drawn_axes.spines[hidden_spines].set_visible(False)
+            legend = drawn_axes.get_legend()
+            if legend is not None:
                 legend.get_frame().set_alpha(0)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})

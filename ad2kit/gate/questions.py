@@ -42,18 +42,19 @@ if TYPE_CHECKING:
 # Batch 1, extra padding, padding on the left and reversed order are tried on this many texts; the
 # plain batched comparison covers them all.
 PROBES = 64
-# So many lost classes are named.
+# At most this many lost classes are named.
 _NAMED = 12
-# Of so many texts, and those that follow them, longer ones are made.
+# Longer texts are made from this many texts, each joined with the texts that follow it.
 _LONGER = 8
 
 
 @dataclass(frozen=True)
 class Reference(LabelledRows):
-    """What the artefacts are compared with, over the rows of the validation set.
+    """The logits that the artefacts are compared with, over the rows of the validation set.
 
-    ``student_left`` holds the logits of :func:`probe_rows` alone, as one batch that is padded on
-    the left.
+    ``teacher`` and ``student`` hold the logits of the PyTorch models, float32 [rows, outputs].
+    ``student_left`` holds the student's logits of :func:`probe_rows` alone, computed as one batch
+    with padding on the left.
     """
 
     teacher: Logits
@@ -62,20 +63,20 @@ class Reference(LabelledRows):
     student_left: Logits
 
     def of_the_teacher(self) -> dict[str, Any]:
-        """Return what a :class:`~ad2kit.gate.records.ParityReport` says of the teacher alone."""
-        found = answers(self.task, self.teacher)
-        classes = self.task == "single_label"
+        """Return the fields of a :class:`~ad2kit.gate.records.ParityReport` about the teacher."""
+        predictions = answers(self.task, self.teacher)
+        has_calibration = self.task == "single_label"
         return {
             "teacher_score": self.score(self.teacher),
             "teacher_metrics": {
-                name: metrics.metric_value(name, found, self.labels) for name in self.metrics
+                name: metrics.metric_value(name, predictions, self.labels) for name in self.metrics
             },
-            "teacher_ece": _ece(self.teacher, self.labels) if classes else None,
+            "teacher_ece": _ece(self.teacher, self.labels) if has_calibration else None,
         }
 
 
 def probe_rows(encoded: Encoded) -> NDArray[np.intp]:
-    """Return the rows of some texts, from the shortest to the longest."""
+    """Return at most :data:`PROBES` rows, evenly spaced in the order of the texts by length."""
     order = np.argsort([len(row) for row in encoded.input_ids], kind="stable")
     rows: NDArray[np.intp] = order[np.unique(np.linspace(0, len(order) - 1, PROBES).astype(int))]
     return rows
@@ -88,19 +89,20 @@ def export_fidelity(
     reference: Reference,
     thresholds: ParityRecipe,
 ) -> tuple[Check, ...]:
-    """Question 1: a graph that should compute the same, and its tokenizer, against the student.
+    """Question 1: compare a graph that should compute the same as the student with the student.
 
-    The service never pads on the left; a graph that gets that wrong has lost the attention mask,
-    and computes from the length of a text what the student computes from its mask.
+    The service never pads on the left. But a graph that gets padding on the left wrong has lost the
+    attention mask: it derives the masked positions from the length of a text.
 
     Args:
         classifier: the fp32 variant, or the fused one.
-        encodings: of all validation texts, by the serving tokenizer.
-        logits: of all validation texts in batches, shape [rows, labels].
-        reference: with the student's own logits and token ids.
-        thresholds: of the recipe.
+        encodings: the tokens of all validation texts, made by the serving tokenizer.
+        logits: the logits of all validation texts, computed in batches, shape [rows, labels].
+        reference: the student's own logits and token ids.
+        thresholds: those of the recipe.
     """
-    expected, probes = reference.student, probe_rows(reference.encoded)
+    expected = reference.student
+    probes = probe_rows(reference.encoded)
     longest = encodings[probes[-1]]
     alone = np.concatenate([classifier.run([encodings[row]]) for row in probes])
     # The longest text in every batch pads all others as far as this data can.
@@ -108,9 +110,9 @@ def export_fidelity(
     left = classifier.run([encodings[row] for row in probes], left=True)
     backwards = classifier.run([encodings[row] for row in probes[::-1]])[::-1]
 
-    def gap(found: Logits, wanted: Logits) -> float:
-        # A NaN must not hide in a maximum.
-        return float(np.nan_to_num(np.abs(found - wanted), nan=np.inf).max())
+    def gap(actual: Logits, target: Logits) -> float:
+        # A NaN counts as an infinite gap.
+        return float(np.nan_to_num(np.abs(actual - target), nan=np.inf).max())
 
     gaps = {
         "logit gap, batches": gap(logits, expected),
@@ -120,13 +122,15 @@ def export_fidelity(
         "logit gap, reversed order": gap(backwards, expected[probes]),
     }
     question: Question = "export fidelity"
-    flips = []
+    flip_checks = []
     if reference.task != "regression":
         changed = answers(reference.task, logits) != answers(reference.task, expected)
-        flips = [at_most(question, "label flips", int(changed.sum()), thresholds.max_label_flips)]
+        flip_checks = [
+            at_most(question, "label flips", int(changed.sum()), thresholds.max_label_flips)
+        ]
     return (
         at_most(question, "logits not finite", not_finite(logits), 0),
-        *flips,
+        *flip_checks,
         *(at_most(question, name, value, thresholds.max_logit_gap) for name, value in gaps.items()),
     )
 
@@ -134,20 +138,20 @@ def export_fidelity(
 def same_token_ids(
     encodings: Sequence[Tokens], encoded: Encoded, what: str = "texts"
 ) -> tuple[Check, ...]:
-    """Question 1, for every variant: what serving feeds to the model is what training fed to it.
+    """Question 1, for every variant: serving feeds the same token ids to the model as training.
 
     Args:
-        encodings: of some texts, by the serving tokenizer.
-        encoded: the same texts, by the student's tokenizer.
-        what: how these texts are called in the report.
+        encodings: the tokens of some texts, made by the serving tokenizer.
+        encoded: the same texts, encoded by the student's tokenizer.
+        what: the name of these texts in the report.
     """
-    expected = encoded.token_type_ids or [[0] * len(ids) for ids in encoded.input_ids]
+    expected_types = encoded.token_type_ids or [[0] * len(ids) for ids in encoded.input_ids]
     mismatches = {
         "token ids": sum(
             tokens.ids != ids for tokens, ids in zip(encodings, encoded.input_ids, strict=True)
         ),
         "segment ids": sum(
-            tokens.type_ids != ids for tokens, ids in zip(encodings, expected, strict=True)
+            tokens.type_ids != ids for tokens, ids in zip(encodings, expected_types, strict=True)
         ),
     }
     return tuple(
@@ -157,29 +161,33 @@ def same_token_ids(
 
 
 def longer_texts(encoded: Encoded, texts: Sequence[Texts], max_length_tokens: int) -> list[Texts]:
-    """Return texts that are longer than the model, made of others one behind the other.
+    """Return texts that are longer than the model reads, joined from consecutive texts.
 
-    Of pairs the first, the second or both are long. Which side of a text is cut shows in nothing
-    else, and there may be no long text among those of the gate.
+    For pairs, the first text, the second text or both are long. Only long texts show which side of
+    a text is cut, and there may be none among the texts of the gate.
 
     Args:
-        encoded: the texts that they are made of, for how many tokens these have.
-        texts: the same, of one or two columns.
-        max_length_tokens: of the model.
+        encoded: the encoded texts, for their lengths in tokens.
+        texts: the same texts, of one or two columns.
+        max_length_tokens: the maximum length of the model.
     """
-    made: list[Texts] = []
+    long_texts: list[Texts] = []
     for first in range(min(_LONGER, len(texts))):
-        for wanted in (max_length_tokens, 4 * max_length_tokens):
-            row, tokens = first, 0
+        for length in (max_length_tokens, 4 * max_length_tokens):
+            row = first
+            tokens = 0
             parts: list[Texts] = []
-            while tokens <= wanted:
+            while tokens <= length:
                 parts.append(texts[row])
-                # Whatever special tokens there are, and one at least.
+                # There are up to 4 special tokens; count one token at least, so that this ends.
                 tokens += max(1, len(encoded.input_ids[row]) - 4)
                 row = (row + 1) % len(texts)
-            long, short = tuple(map(" ".join, zip(*parts, strict=True))), texts[first]
-            made += [long] if len(long) == 1 else [long, (long[0], short[1]), (short[0], long[1])]
-    return made
+            short = texts[first]
+            long = tuple(map(" ".join, zip(*parts, strict=True)))
+            long_texts.append(long)
+            if len(long) > 1:
+                long_texts += [(long[0], short[1]), (short[0], long[1])]
+    return long_texts
 
 
 def distillation_quality(
@@ -193,52 +201,79 @@ def distillation_quality(
     seed: int,
     temperature: float = 1.0,
 ) -> VariantParity:
-    """Question 3: a variant against the teacher; ``earlier`` are its answers so far."""
+    """Question 3: compare a variant with the teacher, and return all that the gate says of it.
+
+    Args:
+        variant: its name.
+        manifest_sha256: the sha256 of its manifest.
+        logits: its logits, shape [rows, outputs].
+        reference: the teacher's logits and the labels of the same rows.
+        names: the names of the labels.
+        earlier: the checks of questions 1 and 2.
+        thresholds: those of the recipe.
+        seed: the seed of the bootstrap.
+        temperature: the divisor of the logits that are served.
+    """
     task, labels = reference.task, reference.labels
     finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
-    ours, teacher = answers(task, finite), answers(task, reference.teacher)
+    predictions = answers(task, finite)
+    teacher_predictions = answers(task, reference.teacher)
     score, teacher_score = reference.score(finite), reference.score(reference.teacher)
-    lost = (
-        None if task == "regression" else sample_size.lost_classes(task, ours, teacher, len(names))
-    )
+    lost = None
+    if task != "regression":
+        lost = sample_size.lost_classes(task, predictions, teacher_predictions, len(names))
     draws = metrics.paired_bootstrap(
-        reference.metrics, (ours, teacher), labels, thresholds.bootstrap_samples, seed
+        reference.metrics,
+        (predictions, teacher_predictions),
+        labels,
+        thresholds.bootstrap_samples,
+        seed,
     )
-    kept = retained(score, teacher_score, draws, len(labels))
-    recall, teacher_recall = (
-        metrics.recall_by_class(task, found, labels, names) for found in (ours, teacher)
-    )
+    retention = retained(score, teacher_score, draws, len(labels))
+    recall = metrics.recall_by_class(task, predictions, labels, names)
+    teacher_recall = metrics.recall_by_class(task, teacher_predictions, labels, names)
     support = counts(task, labels, names)
-    single = task == "single_label"
+    mcnemar_p = ece = ece_unscaled = None
+    if task == "single_label":
+        mcnemar_p = metrics.mcnemar_p(predictions == labels, teacher_predictions == labels)
+        ece = _ece(finite / temperature, labels)
+        ece_unscaled = _ece(finite, labels)
     return VariantParity(
         variant=variant,
         manifest_sha256=manifest_sha256,
         score=score,
-        metrics={name: metrics.metric_value(name, ours, labels) for name in reference.metrics},
-        retained=kept.value,
-        retained_interval=kept.interval,
+        metrics={
+            name: metrics.metric_value(name, predictions, labels) for name in reference.metrics
+        },
+        retained=retention.value,
+        retained_interval=retention.interval,
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
-        mcnemar_p=metrics.mcnemar_p(ours == labels, teacher == labels) if single else None,
+        mcnemar_p=mcnemar_p,
         recall_by_class={
             name: ClassRecall(rows=support[name], teacher=teacher_recall[name], variant=value)
             for name, value in recall.items()
         },
         temperature=temperature,
-        ece=_ece(finite / temperature, labels) if single else None,
-        ece_unscaled=_ece(finite, labels) if single else None,
+        ece=ece,
+        ece_unscaled=ece_unscaled,
         slices=_slices(finite, reference),
-        untested_classes={}
-        if lost is None
-        else {names[index]: int(lost.given[index]) for index in lost.too_few},
+        untested_classes=_untested_classes(lost, names),
         checks=(
             *earlier,
-            *_teacher_knows(task, teacher, labels),
-            *_order_of_labels(task, teacher, labels, names),
-            *_variety(task, ours),
+            *_teacher_beats_majority(task, teacher_predictions, labels),
+            *_order_of_labels(task, teacher_predictions, labels, names),
+            *_variety(task, predictions),
             *_classes_kept(task, lost, names),
-            retained_check(reference.metrics, kept, thresholds),
+            retained_check(reference.metrics, retention, thresholds),
         ),
     )
+
+
+def _untested_classes(lost: LostClasses | None, names: tuple[str, ...]) -> dict[str, int]:
+    """Return how many rows the teacher gives each class that has too few rows to be tested."""
+    if lost is None:
+        return {}
+    return {names[index]: int(lost.given[index]) for index in lost.too_few}
 
 
 def retained(
@@ -248,14 +283,14 @@ def retained(
     rows: int,
     error: float = sample_size.ERROR,
 ) -> Estimate:
-    """Return the student's score over its teacher's, with an interval of the error ``error``.
+    """Return the ratio of the student's score to the teacher's score, with an interval.
 
     Args:
-        score: of the student.
-        teacher_score: of the teacher; where it is nothing, nothing is retained.
+        score: the score of the student.
+        teacher_score: the score of the teacher; if it is 0 or less, nothing is retained.
         draws: paired bootstrap scores of student and teacher, shape [samples, 2].
-        rows: that they are of.
-        error: the chance that the interval misses the truth.
+        rows: the number of rows behind the scores.
+        error: the probability that the interval misses the true ratio.
     """
     value = score / teacher_score if teacher_score > 0 else 0.0
     unit = 1 / teacher_score if teacher_score > 0 else 1.0
@@ -266,14 +301,13 @@ def retained(
 
 
 def retained_check(names: tuple[Metric, ...], kept: Estimate, thresholds: ParityRecipe) -> Check:
-    """Return the check of what :func:`retained` found; ``names`` are the metrics of the score."""
-    name, least = f"{' and '.join(names)} retained", thresholds.min_retained
+    """Return the check of the ratio of :func:`retained`; ``names`` are the metrics of the score."""
     return estimated(
         "distillation quality",
-        name,
+        f"{' and '.join(names)} retained",
         "at least",
         kept,
-        least,
+        thresholds.min_retained,
         thresholds.min_retained_lower,
         best=1.0,
     )
@@ -284,43 +318,50 @@ def _ece(logits: Logits, labels: NDArray[Any]) -> float:
 
 
 def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
-    """Return the scores on the quarters of the texts by length, the shortest first."""
+    """Return the scores on each quarter of the texts by length, the shortest texts first."""
     lengths = np.array([len(row) for row in reference.encoded.input_ids])
     edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0], method="higher"))
-    quarter = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
-    found = []
-    for index in np.unique(quarter):
-        rows = np.flatnonzero(quarter == index)
-        some = LabelledRows(reference.task, reference.metrics, reference.labels[rows])
-        found.append(
+    quarters = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
+    slices = []
+    for quarter in np.unique(quarters):
+        rows = np.flatnonzero(quarters == quarter)
+        labelled_rows = LabelledRows(reference.task, reference.metrics, reference.labels[rows])
+        slices.append(
             LengthSlice(
                 tokens=(int(lengths[rows].min()), int(lengths[rows].max())),
                 rows=len(rows),
-                score=some.score(logits[rows]),
-                teacher_score=some.score(reference.teacher[rows]),
+                score=labelled_rows.score(logits[rows]),
+                teacher_score=labelled_rows.score(reference.teacher[rows]),
             )
         )
-    return tuple(found)
+    return tuple(slices)
 
 
-def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> tuple[Check, ...]:
-    """Insist that the teacher is worth imitating: the student of a bad one keeps all of it."""
+def _teacher_beats_majority(
+    task: Task, teacher_predictions: NDArray[Any], labels: NDArray[Any]
+) -> tuple[Check, ...]:
+    """Check that the teacher is better than the most frequent label as the answer to all rows.
+
+    A student of a bad teacher can retain all of its score.
+    """
     if task != "single_label":
         return ()
-    # Paired: what is asked is whether it is better than one answer to everything.
-    right, often = teacher == labels, labels == np.bincount(labels).argmax()
-    rows, accuracy = len(labels), float(right.mean())
-    of_one = float((right.astype(int) - often).std())
-    half = sample_size.half_width(of_one, rows)
-    interval = accuracy - half, accuracy + half
-    found = sample_size.about_normal(accuracy, interval, of_one / rows**0.5, rows)
+    is_right = teacher_predictions == labels
+    is_majority = labels == np.bincount(labels).argmax()
+    rows = len(labels)
+    accuracy = float(is_right.mean())
+    # The differences are paired, row by row.
+    deviation = float((is_right.astype(int) - is_majority).std())
+    half_width = sample_size.half_width(deviation, rows)
+    interval = accuracy - half_width, accuracy + half_width
+    estimate = sample_size.about_normal(accuracy, interval, deviation / rows**0.5, rows)
     return (
         estimated(
             "distillation quality",
             "teacher accuracy, against the most frequent label",
             "at least",
-            found,
-            float(often.mean()),
+            estimate,
+            float(is_majority.mean()),
             None,
             best=1.0,
         ),
@@ -328,43 +369,43 @@ def _teacher_knows(task: Task, teacher: NDArray[Any], labels: NDArray[Any]) -> t
 
 
 def _order_of_labels(
-    task: Task, teacher: NDArray[Any], labels: NDArray[Any], names: tuple[str, ...]
+    task: Task, teacher_predictions: NDArray[Any], labels: NDArray[Any], names: tuple[str, ...]
 ) -> tuple[Check, ...]:
-    """Insist that no other assignment of the teacher's outputs to the labels fits far better."""
+    """Check that no other assignment of the teacher's outputs to the labels fits far better."""
     if task == "regression":
         return ()
-    found = better_order(task, teacher, labels, len(names))
-    gain = 0.0 if found is None else found.then - found.now
+    order = better_order(task, teacher_predictions, labels, len(names))
+    gain = 0.0 if order is None else order.then - order.now
+    note = None if order is None else order.words(names)
     check = at_most(
         "distillation quality", "teacher's right answers gained by another order of labels", gain, 0
     )
-    return (check.model_copy(update={"note": None if found is None else found.words(names)}),)
+    return (check.model_copy(update={"note": note}),)
 
 
-def _variety(task: Task, ours: NDArray[Any]) -> tuple[Check, ...]:
-    """Insist that the student does not give one answer to everything, whatever its teacher does."""
+def _variety(task: Task, predictions: NDArray[Any]) -> tuple[Check, ...]:
+    """Check that the student gives at least two different answers, whatever its teacher does."""
     question: Question = "distillation quality"
-    if task == "regression":
-        return (at_least(question, "different values predicted", len(np.unique(ours)), 2),)
     if task == "multi_label":
         return ()
-    return (at_least(question, "classes predicted", len(np.unique(ours)), 2),)
+    name = "different values predicted" if task == "regression" else "classes predicted"
+    return (at_least(question, name, len(np.unique(predictions)), 2),)
 
 
 def _classes_kept(
-    task: Task, found: LostClasses | None, names: tuple[str, ...]
+    task: Task, classes: LostClasses | None, names: tuple[str, ...]
 ) -> tuple[Check, ...]:
-    """Insist that the student has not given up on a class, which accuracy hardly notices."""
-    if found is None:
+    """Check that the student has not lost a class; accuracy hardly shows the loss of a rare one."""
+    if classes is None:
         return ()
-    what = "labels" if task == "multi_label" else "classes"
-    check = at_most("distillation quality", f"{what} that the student lost", len(found.lost), 0)
-    if not found.lost:
+    kind = "labels" if task == "multi_label" else "classes"
+    check = at_most("distillation quality", f"{kind} that the student lost", len(classes.lost), 0)
+    if not classes.lost:
         return (check,)
     words = [
-        f"{names[each]} ({found.kept[each]} of the {found.given[each]} rows of its teacher)"
-        for each in found.lost[:_NAMED]
+        f"{names[index]} ({classes.kept[index]} of the {classes.given[index]} rows of its teacher)"
+        for index in classes.lost[:_NAMED]
     ]
-    if len(found.lost) > _NAMED:
-        words.append(f"{len(found.lost) - _NAMED} more")
+    if len(classes.lost) > _NAMED:
+        words.append(f"{len(classes.lost) - _NAMED} more")
     return (check.model_copy(update={"note": f"lost: {', '.join(words)}"}),)

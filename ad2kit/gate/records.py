@@ -1,4 +1,4 @@
-"""What the gate writes to disk: its verdicts, the latency that it measures, and the Bento."""
+"""The records of the gate: its verdicts, the measured latency, and the published Bento."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMED = 10
 
 
 class LengthSlice(Part):
-    """The validation texts of a range of lengths, and the scores on them."""
+    """The scores on the validation texts of one range of lengths, in tokens."""
 
     tokens: tuple[int, int]
     rows: int
@@ -33,7 +33,7 @@ class LengthSlice(Part):
 
 
 class ClassRecall(Part):
-    """The rows of a class (or of a label), and the shares of them that teacher and variant find."""
+    """The number of rows of a class (or label), and the recall of teacher and variant on them."""
 
     rows: int
     teacher: float
@@ -41,12 +41,13 @@ class ClassRecall(Part):
 
 
 class VariantParity(Part):
-    """One variant against the PyTorch student, fp32 and the teacher.
+    """The comparison of one variant with the PyTorch student, with fp32 and with the teacher.
 
-    ``score`` is the mean of ``metrics``. McNemar's test and calibration (ECE) are of single-label
-    tasks alone; ``ece`` is of the probabilities that are served, ``ece_unscaled`` of those without
-    the temperature. ``slices`` begin with the shortest texts. ``untested_classes`` are those that
-    the teacher gives on so few rows (their number) that none could be shown to be lost.
+    ``score`` is the mean of ``metrics``. Only single-label tasks have McNemar's test and the
+    expected calibration error: ``ece`` is that of the served probabilities, ``ece_unscaled`` that
+    of the probabilities without the temperature. ``slices`` begin with the shortest texts.
+    ``untested_classes`` holds each class that the teacher gives on too few rows to show its loss,
+    with the number of these rows.
     """
 
     variant: str
@@ -68,9 +69,11 @@ class VariantParity(Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Verdict:
-        """FAILED if a check has; passed if all have; otherwise not shown."""
-        found = {check.verdict for check in self.checks}
-        return "FAILED" if "FAILED" in found else "not shown" if "not shown" in found else "passed"
+        """FAILED if a check failed; passed if all checks passed; otherwise not shown."""
+        verdicts = {check.verdict for check in self.checks}
+        if "FAILED" in verdicts:
+            return "FAILED"
+        return "not shown" if "not shown" in verdicts else "passed"
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -79,23 +82,23 @@ class VariantParity(Part):
         return self.verdict == "passed"
 
     def reasons(self) -> list[str]:
-        """Return in words why this variant did not pass, those that failed first."""
-        found = sorted(self.checks, key=lambda check: check.verdict != "FAILED")
-        return [check.words for check in found if not check.passed]
+        """Return a sentence for each check that did not pass, the failed checks first."""
+        failed_first = sorted(self.checks, key=lambda check: check.verdict != "FAILED")
+        return [check.words for check in failed_first if not check.passed]
 
 
 class ParityReport(Record):
     """The verdict of the gate on the labelled validation set.
 
-    ``student_score`` is of the PyTorch student, or of the graph where that is all there is;
-    ``answers_sha256`` is of the file of :class:`RowAnswers` beside the report, if there is one. A
-    copy lies in the folder of each variant that was judged, and goes where the variant goes.
+    ``student_score`` is the score of the PyTorch student, or of the graph if there is no student.
+    ``answers_sha256`` is the sha256 of the file of :class:`RowAnswers` beside the report, if there
+    is one. The folder of each judged variant holds a copy of the report, which moves with it.
     """
 
     file_name: ClassVar[str] = "parity.json"
     cure: ClassVar[str] = "delete it and run `ad2kit parity` on its run again"
 
-    # 1 knew no limits, and called a class lost on a single row.
+    # Version 1 had no limits for intervals, and called a class lost because of a single row.
     schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     thresholds: ParityRecipe
@@ -111,9 +114,11 @@ class ParityReport(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Verdict:
-        """The best verdict of a variant: a verdict belongs to a variant, and one may ship."""
-        found = {variant.verdict for variant in self.variants}
-        return "passed" if "passed" in found else "not shown" if "not shown" in found else "FAILED"
+        """The best verdict of all variants, because one variant is enough to ship."""
+        verdicts = {variant.verdict for variant in self.variants}
+        if "passed" in verdicts:
+            return "passed"
+        return "not shown" if "not shown" in verdicts else "FAILED"
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -122,41 +127,45 @@ class ParityReport(Record):
         return self.verdict == "passed"
 
     def words(self) -> list[str]:
-        """Return a line for each variant: that it passed, or every reason why it did not."""
+        """Return a line for each variant: its verdict, and every reason if it did not pass."""
         return [
-            "; ".join([f"{found.variant}: {found.verdict}", *found.reasons()])
-            for found in self.variants
+            "; ".join([f"{variant.variant}: {variant.verdict}", *variant.reasons()])
+            for variant in self.variants
         ]
 
     def rows_that_would_do(self) -> int | None:
-        """Return how many validation rows would show the variant that is nearest to it.
+        """Return the least number of validation rows that would show that a variant passes.
 
-        None if there is none that lacks rows alone.
+        None if no variant fails by a lack of rows alone.
         """
-        found = list[int]()
+        rows_by_variant: list[int] = []
         for variant in self.variants:
             if variant.verdict != "not shown":
                 continue
-            needed = [c.needed for c in variant.checks if c.verdict == "not shown" and c.needed]
-            rows = [each.rows for each in needed if each.rows and each.rows > each.present]
-            if needed and len(rows) == len(needed):
-                found.append(max(rows))
-        return min(found, default=None)
+            needs = [
+                check.needed
+                for check in variant.checks
+                if check.verdict == "not shown" and check.needed
+            ]
+            rows = [need.rows for need in needs if need.rows and need.rows > need.present]
+            if needs and len(rows) == len(needs):
+                rows_by_variant.append(max(rows))
+        return min(rows_by_variant, default=None)
 
     def failures(self, variant: str | None = None) -> list[str]:
         """Return a line for each check that did not pass, of one variant or of all."""
         return [
-            f"{found.variant}: {reason}"
-            for found in self.variants
-            if variant in (None, found.variant)
-            for reason in found.reasons()
+            f"{verdict.variant}: {reason}"
+            for verdict in self.variants
+            if variant in (None, verdict.variant)
+            for reason in verdict.reasons()
         ]
 
 
 class RowAnswers(Record):
-    """One line of ``answers.jsonl``: a validation row, and the logits that each model gave it.
+    """One line of ``answers.jsonl``: a validation row, and the logits of each model for it.
 
-    ``label`` is an id, a list of zeros and ones, or a number, as the task has it.
+    ``label`` depends on the task: an id, a list of zeros and ones, or a number.
     """
 
     texts: tuple[str, ...]
@@ -172,52 +181,55 @@ def insist_passed(
     report: Path | None = None,
     teacher: TeacherReport | None = None,
 ) -> None:
-    """Say the verdict on each variant, and stop where none passed.
+    """Log the verdict on each variant, and raise an error if none passed.
 
     Args:
-        verdict: of the gate.
-        what: was judged.
-        report: where the whole verdict lies.
-        teacher: what is known of the teacher beside simpler models.
+        verdict: the report of the gate.
+        what: the run or the model that was judged.
+        report: the file of the whole report, if it was written.
+        teacher: the comparison of the teacher with simpler models, if there is one.
 
     Raises:
-        GateFailed: names every check that did not pass, with its value and its threshold.
+        GateFailed: no variant passed. The message names every check that did not pass, with its
+            value and its threshold.
     """
     if verdict.passed:
         for line in verdict.words():
             logger.info("parity: %s", line)
         return
-    whole = "--json shows all checks" if report is None else f"the whole report is {report}"
+    details = "--json shows all checks" if report is None else f"the whole report is {report}"
     reason = _reason(verdict, teacher, report)
-    said = f"the parity gate of {what} failed"
+    statement = f"the parity gate of {what} failed"
     if verdict.verdict == "not shown":
-        said = (
+        statement = (
             f"the parity gate of {what} is not shown to be passed by {verdict.rows:,} validation "
             "rows, and what is not shown does not ship"
         )
         rows = verdict.rows_that_would_do()
-        reason = (
-            f"more validation rows alone will hardly do; {reason}"
-            if rows is None
-            else f"the reason is too few rows: give about {rows:,} labelled validation rows, or "
-            "lower the bound in `parity`"
-        )
-    raise GateFailed(f"{said}:\n  " + "\n  ".join(verdict.failures()), hint=f"{reason}; {whole}")
+        if rows is None:
+            reason = f"more validation rows alone will hardly do; {reason}"
+        else:
+            reason = (
+                f"the reason is too few rows: give about {rows:,} labelled validation rows, or "
+                "lower the bound in `parity`"
+            )
+    failures = "\n  ".join(verdict.failures())
+    raise GateFailed(f"{statement}:\n  {failures}", hint=f"{reason}; {details}")
 
 
 def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path | None) -> str:
-    """Return what a failed gate is due to, conversion, teacher or student, and a remedy."""
-    failed = [[check for check in found.checks if not check.passed] for found in verdict.variants]
+    """Return the cause of a failed gate (conversion, teacher or student), and a remedy."""
+    failed = [
+        [check for check in variant.checks if not check.passed] for variant in verdict.variants
+    ]
     if any(check.question == "export fidelity" for checks in failed for check in checks):
-        again = (
-            "look at tokenizer, labels and export"
-            if report is None
-            else (f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)")
-        )
+        remedy = "look at tokenizer, labels and export"
+        if report is not None:
+            remedy = f"export again (delete {report.parent / 'onnx'}, then `ad2kit export`)"
         return (
             "the reason is the conversion: the artefact computes something else than the student "
             "that was trained, which no training mends; look at the first of these checks, and "
-            f"{again}"
+            f"{remedy}"
         )
     if teacher is not None and teacher.far_better:
         return (
@@ -234,7 +246,7 @@ def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path |
             "the reason is the conversion: the student is good enough, and what was made from it "
             "is not; raise export.search_seconds, or ship another variant (export.variants)"
         )
-    best = max(verdict.variants, key=lambda found: found.retained)
+    best = max(verdict.variants, key=lambda variant: variant.retained)
     low, high = best.retained_interval
     return (
         f"the reason is the student: the best variant, {best.variant}, retains {best.retained:.2%} "
@@ -245,17 +257,17 @@ def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path |
 
 
 P99_TARGET_MS = 50.0
-"""For which capacity is stated where nothing else was asked for."""
+"""The default target of the p99, in ms, for which capacity is stated."""
 
 BUSY_SPREAD = 1.3
-"""Rounds of the same calls that differ by more than this were not alone on the machine."""
+"""If rounds of the same calls differ by a larger factor, other programs used the machine."""
 
 
 class LatencyCell(Part):
-    """Timed calls of one system at one shape; the percentiles are of whole calls.
+    """The timed calls of one system at one shape; the percentiles are those of whole calls.
 
-    ``p99_ms`` is None where fewer than 100 calls were timed: it would be the slowest of them, which
-    is ``max_ms``. ``rounds_ms`` holds the median of each round, in which the systems took turns.
+    ``p99_ms`` is None if fewer than 100 calls were timed: it would be the slowest call, ``max_ms``.
+    ``rounds_ms`` holds the median of each round; the systems took turns in rounds.
     """
 
     system: str
@@ -271,24 +283,25 @@ class LatencyCell(Part):
 
     @property
     def tail_ms(self) -> float:
-        """What 99 of 100 calls keep within; the slowest call where there are fewer than 100."""
-        known = self.p99_ms if self.p99_ms is not None else self.max_ms
-        return math.inf if known is None else known
+        """The p99; the slowest call if fewer than 100 were timed; infinity if neither is known."""
+        if self.p99_ms is not None:
+            return self.p99_ms
+        return math.inf if self.max_ms is None else self.max_ms
 
     @property
     def spread(self) -> float:
-        """The slowest round over the fastest; 1 where the rounds are not known."""
+        """The ratio of the slowest round to the fastest; 1 if the rounds are not known."""
         return max(self.rounds_ms, default=1.0) / min(self.rounds_ms, default=1.0)
 
 
 class Capacity(Part):
-    """What one system sustains at one length within the target of its p99.
+    """The throughput that one system sustains at one length within the target of its p99.
 
-    Of the measured batch sizes whose calls keep within the target, the one with the most texts/s:
-    those of a single caller that sends the next batch when the last one is answered, on all threads
-    of the report. Tokenising, HTTP and queues are not in it. Batch size, rate and cost are None if
-    no measured batch size keeps within the target. ``cost_per_million_texts`` is in the currency
-    of the price, of a machine that is never idle.
+    ``batch_size`` is the measured batch size with the most texts/s whose tail latency keeps within
+    the target. A single caller sends the next batch when the last one is answered; the system uses
+    all threads of the report. Tokenising, HTTP and queues are not included. Batch size, rate and
+    cost are None if no measured batch size keeps within the target. ``cost_per_million_texts`` is
+    in the currency of the price, for a machine that is never idle.
     """
 
     system: str
@@ -299,10 +312,10 @@ class Capacity(Part):
 
 
 class LatencyReport(Record):
-    """Latency of the PyTorch models and of every ONNX variant, measured in one run.
+    """The latency of the PyTorch models and of every ONNX variant, measured in one run.
 
-    ``artifacts`` holds the sha256 of each variant's manifest. ``price_per_hour`` is what the user
-    pays for this machine.
+    ``artifacts`` holds the sha256 of each variant's manifest. ``price_per_hour`` is the user's
+    price of this machine.
     """
 
     inputs: str
@@ -316,34 +329,36 @@ class LatencyReport(Record):
 
     @property
     def spread(self) -> float:
-        """The slowest round over the fastest of the cell where they are furthest apart."""
+        """The largest ratio of the slowest round to the fastest over all cells."""
         return max((cell.spread for cell in self.cells), default=1.0)
 
     @property
     def busy(self) -> bool:
-        """Whether others used the machine meanwhile: rounds of the same calls differ too much."""
+        """Whether other programs used the machine: rounds of the same calls differ too much."""
         return self.spread > BUSY_SPREAD
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def capacity(self) -> tuple[Capacity, ...]:
-        """What every system sustains at every measured length."""
+        """The capacity of every system at every measured length."""
         lengths = sorted({cell.length_tokens for cell in self.cells})
         return tuple(
             self._capacity(system, length) for length in lengths for system in self.sizes_bytes
         )
 
     def _capacity(self, system: str, length: int) -> Capacity:
-        within = [
+        cells_within_target = [
             cell
             for cell in self.cells
             if (cell.system, cell.length_tokens) == (system, length)
             and cell.tail_ms <= self.p99_target_ms
         ]
-        if not within:
+        if not cells_within_target:
             return Capacity(system=system, length_tokens=length)
-        best = max(within, key=lambda cell: cell.texts_per_s)
-        cost = self.price_per_hour and self.price_per_hour / (best.texts_per_s * 3600) * 1e6
+        best = max(cells_within_target, key=lambda cell: cell.texts_per_s)
+        cost = self.price_per_hour
+        if cost:
+            cost = cost / (best.texts_per_s * 3600) * 1e6
         return Capacity(
             system=system,
             length_tokens=length,
@@ -354,7 +369,7 @@ class LatencyReport(Record):
 
 
 class BentoRecord(Record):
-    """The published Bento and what its service answered before it was published."""
+    """The published Bento, and the check of its service's answers before it was published."""
 
     inputs: str
     tag: str

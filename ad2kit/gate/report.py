@@ -1,4 +1,4 @@
-"""The report stage: all that a run has shown, as one page of HTML that needs no other file."""
+"""The report stage: all results of a run as one page of HTML that needs no other file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "jinja2", extra="cpu") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from ad2kit.gate.records import LengthSlice, VariantParity
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     Context = dict[str, Any]
 
 TEACHER = "teacher"
-# What a person can read; the rest is in answers.jsonl.
-_TEXTS, _TEXT_CHARACTERS, _MATRIX_CLASSES = 12, 400, 12
+# Limits for readable tables; all texts are in answers.jsonl.
+_TEXTS = 12
+_TEXT_CHARACTERS = 400
+_MATRIX_CLASSES = 12
 
 
 @exclusive
@@ -47,49 +49,48 @@ def report(run: RunDir) -> Path:
         RunError: parity has not been judged yet, or its answers are gone.
     """
     run.require(run.parity_report, command="parity")
-    judged = ParityReport.read(run.parity_report)
-    if not run.answers.is_file() or sha256_of(run.answers) != judged.answers_sha256:
+    parity = ParityReport.read(run.parity_report)
+    if not run.answers.is_file() or sha256_of(run.answers) != parity.answers_sha256:
         raise RunError(
             f"{run.answers} is missing, or not the file that belongs to {run.parity_report}",
             hint=f"run `ad2kit parity {run.path}`, which writes both",
         )
     template = resources.files("ad2kit").joinpath("report.html").read_text(encoding="utf-8")
-    # Texts and labels are the user's: whatever they hold is shown and not interpreted.
+    # Texts and labels come from the user, so markup in them is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     write_text(run.report, environment.from_string(template).render(_context(run)))
     return run.report
 
 
 def _context(run: RunDir) -> Context:
-    parity, distilled = ParityReport.read(run.parity_report), DistillReport.read(run.distill_report)
-    recipe, variant = run.recipe, _shown(run, parity)
-    answered = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
-    latency, campaign, looked = (
-        summary.measured_latency(run),
-        campaign_of(run),
-        summary.teacher_report(run),
-    )
-    refused = (
-        [] if campaign is None else campaign.refusals(variant.variant, variant.manifest_sha256)
-    )
+    parity = ParityReport.read(run.parity_report)
+    distilled = DistillReport.read(run.distill_report)
+    recipe = run.recipe
+    variant = _shown_variant(run, parity)
+    rows = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
+    latency = summary.measured_latency(run)
+    campaign = campaign_of(run)
+    teacher = summary.teacher_report(run)
+    refusals = []
+    if campaign is not None:
+        refusals = campaign.refusals(variant.variant, variant.manifest_sha256)
+    single_label = distilled.task == "single_label"
     return {
         "run": recipe,
-        "verdict": "refused" if refused and parity.passed else parity.verdict,
-        "summary": [*_summary(variant, latency), *refused],
+        "verdict": "refused" if refusals and parity.passed else parity.verdict,
+        "summary": [*_summary(variant, latency), *refusals],
         "models": {
             "header": summary.HEADER,
             "rows": summary.model_rows(run),
             "caption": summary.caption(run),
         },
         "latency_plot": _latency_plot(parity, latency),
-        "gate": [(*_checks(each), each.reasons(), _recall(each)) for each in parity.variants],
-        "teacher": None if looked is None else summary.teacher_table(looked),
+        "gate": [(*_checks(v), v.reasons(), _recall(v)) for v in parity.variants],
+        "teacher": None if teacher is None else summary.teacher_table(teacher),
         "labels": distilled.labels,
-        "differ": _differ(answered, distilled.task, distilled.labels, variant.variant),
+        "differ": _differences(rows, distilled.task, distilled.labels, variant.variant),
         "slices": [_slice(piece) for piece in variant.slices],
-        "calibration": _calibration(answered, parity, variant)
-        if distilled.task == "single_label"
-        else None,
+        "calibration": _calibration(rows, parity, variant) if single_label else None,
         "training": _training(run, distilled),
         "search": summary.int8_search(run),
         "splits": [
@@ -107,19 +108,19 @@ def _context(run: RunDir) -> Context:
             *distilled.environment.items(),
             ("teacher sha256", distilled.teacher_sha256),
             ("student sha256", distilled.student_sha256),
-            *((f"{each.variant} sha256", each.manifest_sha256) for each in parity.variants),
+            *((f"{v.variant} sha256", v.manifest_sha256) for v in parity.variants),
         ],
         "recipe": recipe.model_dump_json(indent=2),
     }
 
 
 def _training(run: RunDir, distilled: DistillReport) -> Context:
-    kept = distilled.selection.reason if distilled.selection else "nothing was trained"
+    selection = distilled.selection.reason if distilled.selection else "nothing was trained"
     memory = ", ".join(f"{name} {mb:,.0f} MB" for name, mb in distilled.peak_memory_mb.items())
     metric = " and ".join(distilled.metrics)
     return {
         "words": f"{distilled.steps} updates in {distilled.train_seconds:.0f} s "
-        f"({distilled.examples_per_s:.0f} examples/s); {kept}. "
+        f"({distilled.examples_per_s:.0f} examples/s); {selection}. "
         f"{distilled.verdict}. Peak memory: {memory}{_plan(run)}",
         "plot": _markup(plots.training(read_curve(run.curve("student")))),
         "select": _markup(plots.selection(distilled.selection, metric)),
@@ -142,27 +143,25 @@ def _markup(svg: str) -> Any:
     return Markup(svg)  # noqa: S704  (drawn here, with labels that matplotlib escapes)
 
 
-def _shown(run: RunDir, parity: ParityReport) -> VariantParity:
-    """Return the variant that the page is about: the one to be served, or the last."""
+def _shown_variant(run: RunDir, parity: ParityReport) -> VariantParity:
+    """Return the variant that the page describes: the one to ship, or the last if none passed."""
     passed = passed_variants(run)
     name = passed[0].name if passed else parity.variants[-1].variant
-    return next(each for each in parity.variants if each.variant == name)
+    return next(variant for variant in parity.variants if variant.variant == name)
 
 
 def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]:
     low, high = variant.retained_interval
-    kept = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
-    lines = [f"{kept} (95 % interval {low:.2%} to {high:.2%})."]
+    retained = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
+    lines = [f"{retained} (95 % interval {low:.2%} to {high:.2%})."]
     if latency is not None and variant.variant in latency.sizes_bytes:
-        teacher, ours = (
-            summary.smallest_and_largest(latency, system)
-            for system in ("teacher (PyTorch)", variant.variant)
-        )
+        teacher = summary.smallest_and_largest(latency, "teacher (PyTorch)")
+        student = summary.smallest_and_largest(latency, variant.variant)
         share = latency.sizes_bytes[variant.variant] / latency.sizes_bytes["teacher (PyTorch)"]
         lines.append(
             f"It has {share:.0%} of the teacher's bytes, answers one text "
-            f"{summary.times_as_fast(ours[0], teacher[0])} as fast, and a batch of "
-            f"{ours[1].batch_size} {summary.times_as_fast(ours[1], teacher[1])} as fast."
+            f"{summary.times_as_fast(student[0], teacher[0])} as fast, and a batch of "
+            f"{student[1].batch_size} {summary.times_as_fast(student[1], teacher[1])} as fast."
             f"{summary.busy_words(latency)}"
         )
     return lines
@@ -171,14 +170,14 @@ def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]
 def _latency_plot(parity: ParityReport, latency: LatencyReport | None) -> Any:
     if latency is None:
         return ""
-    known = {
+    score_by_system = {
         "teacher (PyTorch)": parity.teacher_score,
         "student (PyTorch)": parity.student_score,
-        **{each.variant: each.score for each in parity.variants},
+        **{variant.variant: variant.score for variant in parity.variants},
     }
     points = {
-        name: (summary.smallest_and_largest(latency, name)[0].p50_ms, value)
-        for name, value in known.items()
+        name: (summary.smallest_and_largest(latency, name)[0].p50_ms, score)
+        for name, score in score_by_system.items()
         if name in latency.sizes_bytes
     }
     return _markup(plots.latency(points, " and ".join(parity.teacher_metrics)))
@@ -203,80 +202,85 @@ def _checks(variant: VariantParity) -> tuple[str, str, list[tuple[str, ...]]]:
 
 
 def _recall(variant: VariantParity) -> list[tuple[str, ...]]:
-    """Return a row for each class: those that lost most first."""
+    """Return a row for each class, the classes with the largest loss of recall first."""
     classes = sorted(
         variant.recall_by_class.items(), key=lambda item: item[1].variant - item[1].teacher
     )
     return [
         (
             name,
-            str(found.rows),
-            f"{found.teacher:.3f}",
-            f"{found.variant:.3f}",
-            f"{100 * (found.variant - found.teacher):+.1f}",
+            str(recall.rows),
+            f"{recall.teacher:.3f}",
+            f"{recall.variant:.3f}",
+            f"{100 * (recall.variant - recall.teacher):+.1f}",
         )
-        for name, found in classes
+        for name, recall in classes
     ]
 
 
-def _differ(
-    answered: Sequence[RowAnswers], task: Task, names: tuple[str, ...], variant: str
+def _differences(
+    rows: Sequence[RowAnswers], task: Task, names: tuple[str, ...], variant: str
 ) -> Context:
-    """Return the texts on which teacher and variant are furthest apart, and how each is wrong."""
-    logits = {
-        name: np.array([line.logits[name] for line in answered]) for name in (TEACHER, variant)
-    }
-    told = {name: scores(task, values) for name, values in logits.items()}
-    found = {name: answers(task, values) for name, values in logits.items()}
-    distance = np.abs(told[TEACHER] - told[variant]).max(axis=1)
-    furthest = np.argsort(-distance, kind="stable")[:_TEXTS]
+    """Return the texts on which teacher and variant differ most, and a confusion matrix of each."""
+    logits = {name: np.array([row.logits[name] for row in rows]) for name in (TEACHER, variant)}
+    outputs = {name: scores(task, values) for name, values in logits.items()}
+    predictions = {name: answers(task, values) for name, values in logits.items()}
+    distances = np.abs(outputs[TEACHER] - outputs[variant]).max(axis=1)
+    furthest = np.argsort(-distances, kind="stable")[:_TEXTS]
 
-    def say(name: str, row: int) -> str:
-        answer = found[name][row]
+    def answer_text(name: str, row: int) -> str:
+        answer = predictions[name][row]
         if task == "regression":
             return f"{answer:.2f}"
         if task == "multi_label":
-            return ", ".join(n for n, on in zip(names, answer, strict=True) if on) or "none"
-        return f"{names[int(answer)]} {told[name][row, int(answer)]:.2f}"
+            return _set_labels(names, answer)
+        return f"{names[int(answer)]} {outputs[name][row, int(answer)]:.2f}"
 
-    def truth(label: float | tuple[int, ...]) -> str:
+    def label_text(label: float | tuple[int, ...]) -> str:
         if isinstance(label, tuple):
-            return ", ".join(n for n, on in zip(names, label, strict=True) if on) or "none"
+            return _set_labels(names, label)
         return f"{label:.2f}" if task == "regression" else names[int(label)]
 
-    different = (found[TEACHER] != found[variant]).reshape(len(answered), -1).any(axis=1)
-    words = (
-        f"The {len(furthest)} texts whose answers are furthest apart."
-        if task == "regression"
-        else f"{variant} and teacher differ on {different.sum()} of {len(answered)} texts. "
-        f"Here are the {len(furthest)} texts whose probabilities are furthest apart."
-    )
+    is_different = predictions[TEACHER] != predictions[variant]
+    different = is_different.reshape(len(rows), -1).any(axis=1)
+    if task == "regression":
+        words = f"The {len(furthest)} texts whose answers are furthest apart."
+    else:
+        words = (
+            f"{variant} and teacher differ on {different.sum()} of {len(rows)} texts. "
+            f"Here are the {len(furthest)} texts whose probabilities are furthest apart."
+        )
     matrices = []
     if task == "single_label" and len(names) <= _MATRIX_CLASSES:
-        labels = np.array([line.label for line in answered], dtype=int)
-        matrices = [(name, _matrix(found[name], labels, names)) for name in found]
+        labels = np.array([row.label for row in rows], dtype=int)
+        matrices = [(name, _matrix(predictions[name], labels, names)) for name in predictions]
     return {
         "words": words,
         "matrices": matrices,
         "header": ("text", "label", TEACHER, variant),
         "texts": [
             (
-                _cut(" | ".join(answered[row].texts)),
-                truth(answered[row].label),
-                say(TEACHER, row),
-                say(variant, row),
+                _cut(" | ".join(rows[row].texts)),
+                label_text(rows[row].label),
+                answer_text(TEACHER, row),
+                answer_text(variant, row),
             )
             for row in furthest.tolist()
         ],
     }
 
 
+def _set_labels(names: Sequence[str], indicators: Iterable[Any]) -> str:
+    """Return the names of the labels whose indicator is set, or "none"."""
+    return ", ".join(name for name, on in zip(names, indicators, strict=True) if on) or "none"
+
+
 def _matrix(
-    found: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], names: Sequence[str]
+    predictions: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], names: Sequence[str]
 ) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Return the confusion matrix: for each label its name, and counts with their shares of it."""
+    """Return the confusion matrix: the name of each label, and its counts with their shares."""
     counts = np.zeros((len(names), len(names)), dtype=int)
-    np.add.at(counts, (labels, found), 1)
+    np.add.at(counts, (labels, predictions), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return [
         (name, [(int(count), f"{share:.3f}") for count, share in zip(*cells, strict=True)])
@@ -289,26 +293,24 @@ def _cut(text: str) -> str:
 
 
 def _calibration(
-    answered: Sequence[RowAnswers], parity: ParityReport, variant: VariantParity
+    rows: Sequence[RowAnswers], parity: ParityReport, variant: VariantParity
 ) -> Context:
-    labels = np.array([line.label for line in answered], dtype=int)
+    labels = np.array([row.label for row in rows], dtype=int)
+    temperatures = ((TEACHER, 1.0), (variant.variant, variant.temperature))
     bins = {
         name: metrics.reliability(
-            softmax(np.array([line.logits[name] for line in answered]) / temperature), labels
+            softmax(np.array([row.logits[name] for row in rows]) / temperature), labels
         )
-        for name, temperature in (
-            (TEACHER, 1.0),
-            (variant.variant, variant.temperature),
-        )
+        for name, temperature in temperatures
     }
-    scaled = (
-        f", before the temperature of {variant.temperature:.2f} {variant.ece_unscaled:.3f}"
-        if variant.temperature != 1.0
-        else ""
-    )
+    unscaled = ""
+    if variant.temperature != 1.0:
+        unscaled = (
+            f", before the temperature of {variant.temperature:.2f} {variant.ece_unscaled:.3f}"
+        )
     return {
         "words": f"Expected calibration error: teacher {parity.teacher_ece:.3f}, "
-        f"{variant.variant} {variant.ece:.3f}{scaled}. Above the diagonal a model is too modest, "
+        f"{variant.variant} {variant.ece:.3f}{unscaled}. Above the diagonal a model is too modest, "
         "below it too sure.",
         "plot": _markup(plots.calibration(bins)),
     }
@@ -318,16 +320,16 @@ def _plan(run: RunDir) -> str:
     plan = run.recipe.plan
     if plan is None:
         return ""
-    late = overrun(run, plan)
-    return (
-        f". Planned for at most {plan.max_minutes:g} min: {plan.rows:,} rows, "
-        + " and ".join(
-            f"{updates:,} updates of the {name} at {plan.seconds_per_update[name]:.3f} s"
-            for name, updates in plan.updates.items()
-        )
-        + f", {plan.minutes:.1f} min"
-        + (f"; {late}" if late else "")
+    updates = " and ".join(
+        f"{count:,} updates of the {name} at {plan.seconds_per_update[name]:.3f} s"
+        for name, count in plan.updates.items()
     )
+    words = (
+        f". Planned for at most {plan.max_minutes:g} min: {plan.rows:,} rows, {updates}"
+        f", {plan.minutes:.1f} min"
+    )
+    delay = overrun(run, plan)
+    return f"{words}; {delay}" if delay else words
 
 
 def _bento(run: RunDir) -> str:

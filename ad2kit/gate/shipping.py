@@ -1,4 +1,4 @@
-"""Which variants of a run may be shipped, and which of them is: what package and service take."""
+"""The choice of the variant to ship, for package and service: which may ship, and which does."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 def refusals(run: RunDir) -> dict[str, list[str]]:
-    """Return what speaks against shipping each variant that was judged; nothing if it may go.
+    """Return the reasons against shipping each judged variant; an empty list if it may ship.
 
-    A variant may be shipped as long as neither it nor the thresholds changed after the gate, and
-    where no rule has refused it: neither the gate nor that of the campaign that made the run.
+    A variant may be shipped if it passed the gate, if neither it nor the thresholds changed after
+    the gate, and if the campaign that made the run has not refused it.
     """
     if not run.parity_report.is_file():
         return {}
-    report, campaign, found = ParityReport.read(run.parity_report), campaign_of(run), {}
+    report = ParityReport.read(run.parity_report)
+    campaign = campaign_of(run)
     thresholds = run.recipe.parity
+    reasons_by_variant = {}
     for verdict in report.variants:
         variant, sha256 = verdict.variant, verdict.manifest_sha256
         reasons = report.failures(variant)
@@ -36,27 +38,32 @@ def refusals(run: RunDir) -> dict[str, list[str]]:
             reasons.append(f"{variant}: the thresholds of the recipe changed after it was judged")
         if campaign is not None:
             reasons += campaign.refusals(variant, sha256)
-        found[variant] = reasons
-    return found
+        reasons_by_variant[variant] = reasons
+    return reasons_by_variant
 
 
 def campaign_of(run: RunDir) -> CampaignRecord | None:
-    """Return what the campaign that made a run has written into it, if one has."""
+    """Return the record of the campaign that made a run; None if no campaign made it."""
     record = run.campaign_record
     return CampaignRecord.read(record) if record.is_file() else None
 
 
 def passed_variants(run: RunDir) -> list[Path]:
-    """Return the variants that may be shipped, see :func:`refusals`; the one to ship first."""
-    found = [run.onnx(variant) for variant, reasons in refusals(run).items() if not reasons]
-    times = _times(run, found) if run.recipe.export.ship == "fastest" else {}
-    # By the manifest: whether the files are there is seen, and said, when one is loaded.
-    sizes = {f: OnnxArtifact.read(f / OnnxArtifact.file_name).model_bytes for f in found}
-    return sorted(found, key=lambda folder: (times.get(folder, 0.0), sizes[folder]))
+    """Return the folders of the variants that may be shipped, the best by ``export.ship`` first.
+
+    See :func:`refusals`.
+    """
+    folders = [run.onnx(variant) for variant, reasons in refusals(run).items() if not reasons]
+    times_ms = _times(run, folders) if run.recipe.export.ship == "fastest" else {}
+    # The sizes come from the manifests. A missing file is an error when a variant is loaded.
+    sizes = {
+        folder: OnnxArtifact.read(folder / OnnxArtifact.file_name).model_bytes for folder in folders
+    }
+    return sorted(folders, key=lambda folder: (times_ms.get(folder, 0.0), sizes[folder]))
 
 
 def _times(run: RunDir, folders: list[Path]) -> dict[Path, float]:
-    """Return the geometric mean of the median times of variants; nothing if one is not measured."""
+    """Return the geometric mean of each variant's p50 in ms; nothing if one is not measured."""
     if not run.latency_report.is_file():
         return {}
     latency = LatencyReport.read(run.latency_report)
@@ -77,15 +84,15 @@ def choose_variant(
     """Return the folder of ``variant``, or of the one to ship, and whether its gate was overridden.
 
     Raises:
-        RunError: no parity report yet, or an unknown variant.
-        GateFailed: it has not passed.
+        RunError: there is no parity report yet, or the variant is unknown.
+        GateFailed: the variant has not passed, and ``allow_failed_parity`` is false.
     """
     run.require(run.parity_report, command="parity")
     report = ParityReport.read(run.parity_report)
-    known = [verdict.variant for verdict in report.variants]
-    if variant is not None and variant not in known:
+    variants = [verdict.variant for verdict in report.variants]
+    if variant is not None and variant not in variants:
         raise RunError(
-            f"no variant '{variant}' in {run.path}, only {', '.join(known)}",
+            f"no variant '{variant}' in {run.path}, only {', '.join(variants)}",
             hint="choose one of them, or add it to export.variants and run again",
         )
     for folder in passed_variants(run):
@@ -94,57 +101,66 @@ def choose_variant(
     if not allow_failed_parity:
         reasons = [
             reason
-            for name, all_of in refusals(run).items()
+            for name, variant_reasons in refusals(run).items()
             if variant in (None, name)
-            for reason in all_of
+            for reason in variant_reasons
         ]
         raise GateFailed(
             f"{variant or 'no variant'} of {run.path} has not passed parity as it lies there now:\n"
             + "\n".join(f"  {reason}" for reason in reasons),
             hint=f"`ad2kit parity {run.path}` judges again what has changed; `ad2kit package "
-            f"{run.path} --variant {variant or known[0]} --allow-failed-parity` overrides",
+            f"{run.path} --variant {variant or variants[0]} --allow-failed-parity` overrides",
         )
-    return run.onnx(variant or known[0]), True
+    return run.onnx(variant or variants[0]), True
 
 
 def latest_passed_run(runs_dir: Path) -> RunDir:
     """Return the run under ``runs_dir`` that passed its gate last.
 
-    Runs that a campaign made are passed over, by whatever thresholds they were judged: they are
-    served when they are named.
+    A run that a campaign made is never returned, whatever thresholds it was judged by. It is served
+    only if the user names it.
 
     Raises:
-        RunError: none has passed.
+        RunError: no other run has passed.
     """
-    of_a_campaign, reasons = None, ""
+    campaign_run = None
+    reasons = ""
     for run in judged_runs(runs_dir):
         try:
             if passed_variants(run):
                 if not run.campaign_record.is_file():
                     return run
-                of_a_campaign = of_a_campaign or run
+                campaign_run = campaign_run or run
             elif not reasons and not run.campaign_record.is_file():
-                against = [reason for found in refusals(run).values() for reason in found]
-                reasons = "\n  ".join([f"; the latest, {run.path}:", *against])
+                reasons = "\n  ".join([f"; the latest, {run.path}:", *_all_reasons(run)])
         except RunError as error:
-            # One damaged run must not take the others out of service.
+            # One damaged run must not stop the service of the others.
             logger.warning("passed over: %s", error.message)
-    but = "" if of_a_campaign is None else f" but those of campaigns, such as {of_a_campaign.path}"
+    exception = ""
+    hint = "make one with `ad2kit run demo`, or look at `ad2kit parity`"
+    if campaign_run is not None:
+        exception = f" but those of campaigns, such as {campaign_run.path}"
+        hint = "name the run that is meant"
     raise RunError(
         f"no run under {runs_dir.resolve()} has a variant that passed the parity gate"
-        f"{but}{reasons}",
-        hint="make one with `ad2kit run demo`, or look at `ad2kit parity`"
-        if of_a_campaign is None
-        else "name the run that is meant",
+        f"{exception}{reasons}",
+        hint=hint,
     )
 
 
+def _all_reasons(run: RunDir) -> list[str]:
+    """Return the reasons against shipping all judged variants of a run, in one list."""
+    return [reason for reasons in refusals(run).values() for reason in reasons]
+
+
 def servable_artifact(folder: str | Path) -> Path:
-    """Return the folder of the ONNX variant to serve: ``folder`` itself, or a run's best.
+    """Return the folder of the ONNX variant to serve.
+
+    It is ``folder`` itself if it is an exported variant, or the variant to ship if it is a run.
 
     Raises:
         RunError: ``folder`` is a run in which no variant has passed the parity gate.
-        ModelError: ``folder`` is neither.
+        ModelError: ``folder`` is neither a run nor a variant.
     """
     path = Path(folder)
     if (path / OnnxArtifact.file_name).is_file():
@@ -158,9 +174,9 @@ def servable_artifact(folder: str | Path) -> Path:
         )
     variants = passed_variants(run)
     if not variants:
-        reasons = [f"\n  {reason}" for found in refusals(run).values() for reason in found]
+        reasons = "".join(f"\n  {reason}" for reason in _all_reasons(run))
         raise RunError(
-            f"{path} has no variant that passed the parity gate" + "".join(reasons),
+            f"{path} has no variant that passed the parity gate{reasons}",
             hint=f"run `ad2kit export {path}`, or give the folder of one variant, {path}/onnx/fp32",
         )
     return variants[0]

@@ -1,4 +1,4 @@
-"""What a run has shown so far as plain tables: for the terminal and for the report."""
+"""The results of a run so far as plain tables, for the terminal and for the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ad2kit.gate.records import LatencyCell
     from ad2kit.run.folder import RunDir
 
-# So many classes are named.
+# At most this many classes are named.
 _NAMED = 12
 HEADER = (
     "model",
@@ -30,86 +30,90 @@ HEADER = (
 
 
 def model_rows(run: RunDir) -> list[tuple[str, ...]]:
-    """Return a row for each baseline, teacher, student and each variant, under :data:`HEADER`.
+    """Return a row for each baseline, the teacher, the student and each variant.
 
-    Latency is of one text of the shortest measured length, throughput of the largest batch of
-    that length. What has not been measured yet is left blank.
+    The columns are those of :data:`HEADER`. Latency is that of one text of the shortest measured
+    length, throughput that of the largest batch of that length. A missing measurement is blank.
 
     Raises:
         RunError: parity has not been judged yet.
     """
     run.require(run.parity_report, command="parity")
     parity = ParityReport.read(run.parity_report)
-    latency, campaign = measured_latency(run), campaign_of(run)
+    latency = measured_latency(run)
+    campaign = campaign_of(run)
 
-    def measured(system: str) -> tuple[str, ...]:
+    def measurements(system: str) -> tuple[str, ...]:
         if latency is None or system not in latency.sizes_bytes:
             return ("", "", "", "")
-        one, many = smallest_and_largest(latency, system)
+        smallest_batch, largest_batch = smallest_and_largest(latency, system)
         return (
             f"{latency.sizes_bytes[system] / 1e6:.1f}",
-            f"{one.p50_ms:.2f}",
-            tail(one),
-            f"{many.texts_per_s:,.0f}",
+            f"{smallest_batch.p50_ms:.2f}",
+            tail(smallest_batch),
+            f"{largest_batch.texts_per_s:,.0f}",
         )
 
     teacher, student = "teacher (PyTorch)", "student (PyTorch)"
-    table = [
+    rows = [
         *((name, f"{score:.4f}", *[""] * 7) for name, score in baseline_scores(run).items()),
-        (teacher, f"{parity.teacher_score:.4f}", "", "", *measured(teacher), ""),
+        (teacher, f"{parity.teacher_score:.4f}", "", "", *measurements(teacher), ""),
         (
             student,
             f"{parity.student_score:.4f}",
             f"{parity.student_score / max(parity.teacher_score, 1e-9):.2%}",
             "",
-            *measured(student),
+            *measurements(student),
             "",
         ),
     ]
     for verdict in parity.variants:
         low, high = verdict.retained_interval
-        refused = campaign and campaign.refusals(verdict.variant, verdict.manifest_sha256)
-        table.append(
+        gate: str = verdict.verdict
+        if verdict.passed and campaign is not None:
+            refusals = campaign.refusals(verdict.variant, verdict.manifest_sha256)
+            gate = "refused" if refusals else gate
+        rows.append(
             (
                 f"{verdict.variant} (ONNX)",
                 f"{verdict.score:.4f}",
                 f"{verdict.retained:.2%}",
                 f"{low:.2%} to {high:.2%}",
-                *measured(verdict.variant),
-                "refused" if verdict.passed and refused else verdict.verdict,
+                *measurements(verdict.variant),
+                gate,
             )
         )
-    return table
+    return rows
 
 
 def teacher_report(run: RunDir) -> TeacherReport | None:
-    """Return what is known of the teacher of a distilled run beside simpler models, if anything."""
+    """Return the comparison of a run's teacher with simpler models; None without a current one."""
     if not run.teacher_report.is_file():
         return None
-    report, distilled = (
-        TeacherReport.read(run.teacher_report),
-        DistillReport.read(run.distill_report),
-    )
+    report = TeacherReport.read(run.teacher_report)
+    distilled = DistillReport.read(run.distill_report)
     return report if report.teacher_sha256 == distilled.teacher_sha256 else None
 
 
 def baseline_scores(run: RunDir) -> dict[str, float]:
-    """Return what simpler models than the teacher score on the validation rows; see above."""
+    """Return the validation scores of the baselines of :func:`teacher_report`, by their names."""
     report = teacher_report(run)
-    return {each.name: each.validation_score for each in report.baselines} if report else {}
+    if report is None:
+        return {}
+    return {baseline.name: baseline.validation_score for baseline in report.baselines}
 
 
 def teacher_table(report: TeacherReport) -> dict[str, Any]:
-    """Return the teacher beside the baselines, on ``select``."""
-    lines: list[tuple[str, ...]] = [
+    """Return a table of the teacher and the baselines on ``select``, with words and findings."""
+    baseline_rows: list[tuple[str, ...]] = [
         (
-            each.name,
-            f"{each.select_score:.4f}",
-            f"{100 * each.difference:+.1f}",
-            f"{100 * each.standard_error:.1f}",
-            "" if each.bar else "for information",
+            baseline.name,
+            f"{baseline.select_score:.4f}",
+            f"{100 * baseline.difference:+.1f}",
+            f"{100 * baseline.standard_error:.1f}",
+            "" if baseline.bar else "for information",
         )
-        for each in report.baselines
+        for baseline in report.baselines
     ]
     return {
         "words": f"{' and '.join(report.metrics)} on the {report.rows} rows of select. The "
@@ -117,25 +121,27 @@ def teacher_table(report: TeacherReport) -> dict[str, Any]:
         "models on what the encoder gave before its fine-tuning: on what the head reads, and on "
         "the mean of the token vectors.",
         "header": ("model", "score", "teacher is better by, points", "standard error", ""),
-        "rows": [*lines, (f"teacher {report.teacher}", f"{report.score:.4f}", "", "", "")],
+        "rows": [*baseline_rows, (f"teacher {report.teacher}", f"{report.score:.4f}", "", "", "")],
         "findings": report.findings,
         "remedy": report.remedy,
     }
 
 
 def measured_latency(run: RunDir) -> LatencyReport | None:
-    """Return the latency report of a run, unless it is of other artefacts than passed."""
+    """Return the latency report of a run; None if it lacks a passed artefact or has another one."""
     if not run.latency_report.is_file():
         return None
-    latency, parity = LatencyReport.read(run.latency_report), ParityReport.read(run.parity_report)
+    latency = LatencyReport.read(run.latency_report)
+    parity = ParityReport.read(run.parity_report)
     judged = {verdict.variant: verdict.manifest_sha256 for verdict in parity.variants}
     passed = {verdict.variant for verdict in parity.variants if verdict.passed}
-    fits = latency.artifacts.items() <= judged.items() and passed <= latency.artifacts.keys()
-    return latency if fits else None
+    all_judged = latency.artifacts.items() <= judged.items()
+    complete = passed <= latency.artifacts.keys()
+    return latency if all_judged and complete else None
 
 
 def caption(run: RunDir) -> str:
-    """Return in words on what the table was measured."""
+    """Return a text that says on which rows and which machine the table was measured."""
     parity = ParityReport.read(run.parity_report)
     difference = max(verdict.smallest_detectable_difference for verdict in parity.variants)
     text = (
@@ -147,9 +153,10 @@ def caption(run: RunDir) -> str:
         text += f" {untested}"
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
-    if looked := teacher_report(run):
+    teacher = teacher_report(run)
+    if teacher is not None:
         text += (
-            f" Rows above the teacher: simpler models, trained on {looked.train_rows} rows; the "
+            f" Rows above the teacher: simpler models, trained on {teacher.train_rows} rows; the "
             "probes read its encoder as it was before fine-tuning."
         )
     if int8 := _int8_words(run):
@@ -157,7 +164,7 @@ def caption(run: RunDir) -> str:
     latency = measured_latency(run)
     if latency is None:
         return text
-    shortest, largest = _shape(latency)
+    shortest, largest = _shortest_length_and_largest_batch(latency)
     return (
         f"{text} Latency: forward pass of 1 text of {shortest} tokens; throughput: batch "
         f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
@@ -167,12 +174,14 @@ def caption(run: RunDir) -> str:
 
 def untested_words(parity: ParityReport) -> str:
     """Return a sentence that names the classes with too few rows; "" if there are none."""
-    # The teacher's answers decide which they are, so they are the same for every variant.
-    rows = {name: n for each in parity.variants for name, n in each.untested_classes.items()}
-    if not rows:
+    # The teacher's answers decide which classes these are, so all variants have the same ones.
+    rows_by_class = {
+        name: rows for variant in parity.variants for name, rows in variant.untested_classes.items()
+    }
+    if not rows_by_class:
         return ""
-    named = [f"{name} ({n})" for name, n in list(rows.items())[:_NAMED]]
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    named = [f"{name} ({rows})" for name, rows in list(rows_by_class.items())[:_NAMED]]
+    more = f" and {len(rows_by_class) - _NAMED} more" if len(rows_by_class) > _NAMED else ""
     return (
         "The teacher gives these on too few validation texts to test whether a student lost them: "
         f"{', '.join(named)}{more}."
@@ -180,7 +189,7 @@ def untested_words(parity: ParityReport) -> str:
 
 
 def busy_words(latency: LatencyReport) -> str:
-    """Return a sentence that says how far these figures can be trusted; "" if others were idle."""
+    """Return a warning if other programs used the machine during the measurement; else ""."""
     if not latency.busy:
         return ""
     return (
@@ -190,33 +199,36 @@ def busy_words(latency: LatencyReport) -> str:
 
 
 def tail(cell: LatencyCell) -> str:
-    """Return the p99 in ms, or the slowest call, marked as such, where the calls were too few."""
+    """Return the p99 in ms, or "max" and the slowest call if fewer than 100 calls were timed."""
     return f"{cell.p99_ms:.2f}" if cell.p99_ms is not None else f"max {cell.tail_ms:.2f}"
 
 
-def times_as_fast(ours: LatencyCell, other: LatencyCell) -> str:
-    """Return in words how much faster one system is than another, with the range of the rounds."""
-    ratio = other.p50_ms / ours.p50_ms
-    rounds = [theirs / mine for mine, theirs in zip(ours.rounds_ms, other.rounds_ms, strict=True)]
-    if not rounds:
+def times_as_fast(cell: LatencyCell, other: LatencyCell) -> str:
+    """Return how many times as fast a system is as another one, with the range over the rounds."""
+    ratio = other.p50_ms / cell.p50_ms
+    ratios = [
+        other_ms / cell_ms
+        for cell_ms, other_ms in zip(cell.rounds_ms, other.rounds_ms, strict=True)
+    ]
+    if not ratios:
         return f"{ratio:.1f} times"
-    return f"{ratio:.1f} times ({min(rounds):.1f} to {max(rounds):.1f} over {len(rounds)} rounds)"
+    return f"{ratio:.1f} times ({min(ratios):.1f} to {max(ratios):.1f} over {len(ratios)} rounds)"
 
 
 def _int8_words(run: RunDir) -> str:
-    """Return in words which weights of the int8 variant are stored in 8 bits; "" without one."""
+    """Return a sentence on the weights of the int8 variant; "" if there is no such variant."""
     manifest = run.onnx("int8") / OnnxArtifact.file_name
     if "int8" not in run.recipe.export.variants or not manifest.is_file():
         return ""
     artifact = OnnxArtifact.read(manifest)
     words = f"int8 has {artifact.weights_in_8_bits or 0.0:.0%} of its weights in 8 bits"
     # The last part of a name is the kind of the node.
-    named = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
-    return f"{words}, and in float {', '.join(named)}." if named else f"{words}."
+    float_nodes = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
+    return f"{words}, and in float {', '.join(float_nodes)}." if float_nodes else f"{words}."
 
 
 def latency_lines(latency: LatencyReport) -> list[str]:
-    """Return one line for each cell."""
+    """Return one line with the latency (ms) and the throughput of each cell."""
     return [
         f"{cell.system:<20} batch {cell.batch_size:>3} x {cell.length_tokens:>3} tokens  "
         f"p50 {cell.p50_ms:8.2f}  p90 {cell.p90_ms:8.2f}  "
@@ -227,16 +239,16 @@ def latency_lines(latency: LatencyReport) -> list[str]:
 
 
 def capacity_lines(latency: LatencyReport) -> list[str]:
-    """Return one line for each system and length: what it sustains, and what that costs."""
+    """Return one line for each system and length, with its throughput and the cost of texts."""
     lines = [f"capacity of this machine at a p99 of at most {latency.p99_target_ms:g} ms:"]
-    for each in latency.capacity:
-        line = f"{each.system:<20} {each.length_tokens:>3} tokens  "
-        if each.texts_per_s is None:
+    for capacity in latency.capacity:
+        line = f"{capacity.system:<20} {capacity.length_tokens:>3} tokens  "
+        if capacity.texts_per_s is None:
             lines.append(f"{line}no measured batch is answered in time")
             continue
-        line += f"{each.texts_per_s:9,.0f} texts/s in batches of {each.batch_size}"
-        if each.cost_per_million_texts is not None:
-            line += f"  {each.cost_per_million_texts:.4f} per million texts"
+        line += f"{capacity.texts_per_s:9,.0f} texts/s in batches of {capacity.batch_size}"
+        if capacity.cost_per_million_texts is not None:
+            line += f"  {capacity.cost_per_million_texts:.4f} per million texts"
         lines.append(line)
     if latency.price_per_hour is not None:
         lines.append(f"at {latency.price_per_hour:g} per hour, for a machine that is never idle")
@@ -244,7 +256,7 @@ def capacity_lines(latency: LatencyReport) -> list[str]:
 
 
 def int8_search(run: RunDir) -> dict[str, Any] | None:
-    """Return what was tried for the int8 graph that lies there now, if there is one."""
+    """Return a table of the search for the current int8 graph; None if there is none."""
     if "int8" not in run.recipe.export.variants or not run.int8_search.is_file():
         return None
     search = QuantisationSearch.read(run.int8_search)
@@ -280,8 +292,8 @@ def int8_search(run: RunDir) -> dict[str, Any] | None:
     }
 
 
-def _shape(latency: LatencyReport) -> tuple[int, int]:
-    """Return the shortest length and the largest batch that were measured."""
+def _shortest_length_and_largest_batch(latency: LatencyReport) -> tuple[int, int]:
+    """Return the shortest length in tokens, and the largest batch size, that were measured."""
     return (
         min(cell.length_tokens for cell in latency.cells),
         max(cell.batch_size for cell in latency.cells),
@@ -290,9 +302,13 @@ def _shape(latency: LatencyReport) -> tuple[int, int]:
 
 def smallest_and_largest(latency: LatencyReport, system: str) -> tuple[LatencyCell, LatencyCell]:
     """Return the cells of the smallest and the largest batch of the shortest length."""
-    shortest, _ = _shape(latency)
+    shortest, _ = _shortest_length_and_largest_batch(latency)
     cells = sorted(
-        (c for c in latency.cells if c.system == system and c.length_tokens == shortest),
+        (
+            cell
+            for cell in latency.cells
+            if cell.system == system and cell.length_tokens == shortest
+        ),
         key=lambda cell: cell.batch_size,
     )
     return cells[0], cells[-1]
