@@ -3,7 +3,7 @@
     python -m bench.attack BENTO-TAG [--json FILE] [--compare FILE] [--only WORD ...]
 
 Each attack has a server of its own: ``bentoml serve TAG`` on a free port of 127.0.0.1, with the
-ad2kit that the Bento was built with (its wheel), one worker with one thread on one core unless the
+ad2kit that the Bento was built with, one worker with one thread on one core unless the
 attack needs two. The attackers are another process, and stop by themselves after some seconds.
 Meanwhile an honest client opens a connection every 50 ms and asks for a short text, and a probe
 asks for /readyz every 250 ms.
@@ -464,8 +464,10 @@ def read(path: Path) -> list[Outcome]:
 
 
 def opened(tag: str, scratch: Path) -> Bento:
-    """Find a Bento, and unpack the ad2kit that it was built with."""
+    """Find a Bento and the ad2kit that it was built with: its own copy, or the wheel of 0.1.0."""
     folder = Path(bentoml.bentos.get(tag).path)
+    if (folder / "src" / "ad2kit").is_dir():
+        return Bento(tag, folder, folder / "src")
     (wheel,) = folder.glob("env/python/wheels/ad2kit-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(scratch / "code")

@@ -1,6 +1,6 @@
 """The package stage: builds a Bento from a gated variant, tests it over HTTP, publishes its tag.
 
-The Bento holds the service, the artefact, the project's own wheel, every requirement pinned (none
+The Bento holds the service, the artefact, ad2kit's own code, every requirement pinned (none
 of them torch), and the lineage: recipe, data fingerprints, parity report, versions, sha256.
 """
 
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from ad2kit import __version__
 from ad2kit.exporting.classifier import read_artifact
-from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import BentoRecord, ParityReport
 from ad2kit.gate.shipping import campaign_of, choose_variant
 from ad2kit.run.errors import MissingExtra, RunError
@@ -37,14 +36,9 @@ try:
     import bentoml
 except ModuleNotFoundError as error:
     raise MissingExtra("bentoml", extra="cpu") from error
-import base64
-import hashlib
-import zipfile
 from importlib import metadata
 
 from packaging.requirements import Requirement
-
-from ad2kit.run.recipe import recipes_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -101,9 +95,8 @@ def package(
     with tempfile.TemporaryDirectory(prefix="ad2kit-package-") as temporary:
         context = Path(temporary) / "context"
         context.mkdir()
-        wheel = own_wheel(context)
-        # The wheel holds the service too, so that a change of either gives another tag.
-        inputs = fingerprint(lineage, sha256_of(folder / OnnxArtifact.file_name), sha256_of(wheel))
+        # A change of the code, of the service or of the artefact gives another tag.
+        inputs = _lay_out(context, recipe, folder, lineage)
         tag = f"ad2kit-{recipe.name}:{inputs[:12]}"
         if run.bento_record.is_file() and _published(tag):
             record = BentoRecord.read(run.bento_record)
@@ -111,7 +104,6 @@ def package(
                 logger.info("already packaged: %s", tag)
                 return record
 
-        _lay_out(context, recipe, folder, lineage, wheel)
         # The server under test gets no settings of other services, and a key that nobody else has.
         key = secrets.token_urlsafe()
         environment = {
@@ -140,10 +132,12 @@ def package(
     return record
 
 
-def _lay_out(
-    context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any], wheel: Path
-) -> None:
-    """Write the build context beside the wheel: service, artefact, lineage and bentofile."""
+def _lay_out(context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any]) -> str:
+    """Write what a Bento is built from; return the fingerprint of it.
+
+    That is the service, ad2kit's own code, the artefact, the lineage and the bentofile.
+    """
+    copy_package(context / "ad2kit")
     for name in ("service.py", "page.html"):
         shutil.copy2(service_file().with_name(name), context / name)
     shutil.copytree(folder, context / "artifact")
@@ -153,14 +147,15 @@ def _lay_out(
         "name": f"ad2kit-{recipe.name}",
         "description": f"{recipe.description} Variant {folder.name}.",
         "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
-        "include": ["service.py", "page.html", "lineage.json", "artifact/*"],
+        "include": ["service.py", "page.html", "lineage.json", "artifact/*", "ad2kit/"],
         "python": {
             "packages": lineage["requirements"],
-            "wheels": [wheel.name],
             "lock_packages": False,
         },
     }
     write_text(context / "bentofile.yaml", json.dumps(bentofile))  # JSON is YAML
+    files = sorted(path for path in context.rglob("*") if path.is_file())
+    return fingerprint({str(path.relative_to(context)): sha256_of(path) for path in files})
 
 
 @contextmanager
@@ -303,39 +298,14 @@ def pinned_requirements() -> list[str]:
     return [f"{name}=={version.split('+')[0]}" for name, version in sorted(pins.items())]
 
 
-def own_wheel(folder: Path) -> Path:
-    """Write the wheel of the installed ad2kit, editable or not, and return its path.
+def copy_package(folder: Path) -> None:
+    """Copy the code of the installed ad2kit, editable or not, to ``folder``.
 
-    The same code gives the same bytes, so that a Bento's tag can be deterministic.
+    A Bento answers with the code that was tested with it, whatever is installed where it runs.
     """
     package_folder = Path(__file__).parents[1]
-    info = f"ad2kit-{__version__}.dist-info"
-    files = {
-        f"ad2kit/{path.relative_to(package_folder)}": path.read_bytes()
-        for path in package_folder.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".typed", ".html")
-    }
-    for name, source in (("_recipes", recipes_folder()), ("_serving", service_file().parent)):
-        files |= {
-            f"ad2kit/{name}/{path.relative_to(source)}": path.read_bytes()
-            for path in source.rglob("*")
-            if path.suffix in (".py", ".yaml", ".html", ".json")
-        }
-    distribution = metadata.distribution("ad2kit")
-    for name in ("METADATA", "entry_points.txt"):
-        files[f"{info}/{name}"] = (distribution.read_text(name) or "").encode()
-    files[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: ad2kit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    rows = []
-    for name, content in sorted(files.items()):
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        rows.append(f"{name},sha256={digest},{len(content)}\n")
-    files[f"{info}/RECORD"] = ("".join(rows) + f"{info}/RECORD,,\n").encode()
-    path = folder / f"ad2kit-{__version__}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in sorted(files.items()):
-            entry = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
-    return path
+    for path in package_folder.rglob("*"):
+        if path.suffix in (".py", ".typed", ".html"):
+            copy = folder / path.relative_to(package_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 import ad2kit
-from ad2kit.service.bento import own_wheel
+from ad2kit.service.bento import copy_package
 from tests.conftest import RECIPES
 
 if TYPE_CHECKING:
@@ -100,13 +100,20 @@ def test_the_wheel_holds_what_an_installation_needs_and_no_more(installed: Insta
 
 
 def test_a_bento_carries_the_same_code(installed: Installed, tmp_path: Path) -> None:
-    # `package` writes a wheel of its own, without a build backend: nothing may be missing in it.
-    def code(wheel: Path) -> dict[str, bytes]:
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            return {name: archive.read(name) for name in names if name.startswith("ad2kit/")}
-
-    assert code(own_wheel(tmp_path)) == code(installed.wheel)
+    copy_package(tmp_path / "ad2kit")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    with zipfile.ZipFile(installed.wheel) as archive:
+        # What serving does not read: the recipes, and the service, which lies beside the package.
+        names = {
+            name
+            for name in archive.namelist()
+            if name.startswith("ad2kit/")
+            and not name.startswith(("ad2kit/_recipes", "ad2kit/_serving"))
+        }
+        assert {str(path.relative_to(tmp_path)) for path in files} == names
+        assert {archive.read(str(path.relative_to(tmp_path))) for path in files} == {
+            path.read_bytes() for path in files
+        }
 
 
 def test_the_installed_package_shadows_the_checkout(installed: Installed) -> None:
