@@ -3,8 +3,8 @@
     python bench/bag_of_words.py demo
     python bench/bag_of_words.py sst2-minilm data.source=../shared/data/sst2
 
-The bag of words that every teacher is compared with (see `ad2kit/baselines.py`), here trained on
-all of the recipe's train and select rows together, which is more than the teacher trains on, and
+The bag of words that every teacher is compared with (see `ad2kit/models/baselines.py`), here
+trained on all of the recipe's train and select rows together, which is more than the teacher trains on, and
 judged on its validation rows. Ends with a line of JSON.
 """
 

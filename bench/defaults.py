@@ -7,7 +7,7 @@
 Trains the teacher and the student of `custom` with nothing but the data changed, for each set and
 number of rows. All columns are judged on the validation rows, by the metric of the set:
 
-- bag: a bag of words and pairs of words, see `ad2kit/baselines.py`;
+- bag: a bag of words and pairs of words, see `ad2kit/models/baselines.py`;
 - probe: regression on the mean token vectors of the frozen encoder, what one would use instead;
 - teacher; kept, the student; last, its last update; oracle, the evaluated update that is best on
   these very rows, which nobody can choose: for this table alone;

@@ -29,7 +29,7 @@ Text = str | tuple[str, str]
 # A field that belongs to another task is left out of an answer; it is not null.
 _Optional: Any = Field(None, exclude_if=lambda value: value is None)
 _TEXT = {"type": "string", "minLength": 1, "pattern": VISIBLE}
-_REFUSALS = (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+_REFUSALS = (400, 401, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 
 
 class ClassifyRequest(BaseModel):
