@@ -1,21 +1,20 @@
 """The demo's data set: reviews of many kinds of things, written by a small grammar.
 
-The offline demo needs a task that nothing has to be downloaded for, that a fine-tuned teacher
-nearly solves, that counting words does not solve, and that carries over to the plain sentences that
-a visitor types. So a review is anything from one word to some sentences, on films as well as on
-dentists, and most of the time the label is carried by the composition of a sentence rather than by
-its vocabulary: "dull" is as much at home in "it isn't dull" or "I expected a dull thriller and was
-proven wrong" as in a complaint, and where a review praises one thing and blames another, its form
-tells which of the two the writer stands by.
+The task of the offline demo needs no download. A fine-tuned teacher nearly solves it, and counting
+words does not. What a model learns from it applies to the plain sentences that a visitor types. So
+a review has from one word to several sentences, and is about films as well as about dentists. In
+most reviews the composition of a sentence decides the label, not its vocabulary: "dull" occurs in
+"it isn't dull" and "I expected a dull thriller and was proven wrong" as well as in a complaint. If
+a review praises one thing and blames another, its form tells which judgement is the writer's.
 
 One rule gives every label. A text is expanded from the symbol ``review`` under a polarity, the
-label. A slot ``{symbol+}`` hands that polarity down, a slot ``{symbol-}`` hands down the opposite
-one, and the words at the leaves are filed by polarity (``adjective+``, ``adjective-``). A template
-is thus right for both labels or for neither, and reading it is enough to check it.
+label. A slot ``{symbol+}`` passes this polarity on, and a slot ``{symbol-}`` passes the opposite
+one. The words at the leaves are listed by polarity (``adjective+``, ``adjective-``). So a template
+is right for both labels or for neither, and can be checked by reading it.
 
 An alternative that starts with ``*`` is reserved for validation: training never draws it. Every
-polar word list and every list of templates reserves some, so that validation asks for the rule
-and not for remembered phrases.
+list of polar words and every list of templates reserves some, so that validation tests the rule
+and not remembered phrases.
 """
 
 import random
@@ -24,7 +23,7 @@ from typing import NamedTuple
 
 LABELS = ("negative", "positive")
 
-# Each table maps a symbol to its alternatives, which stand between slashes or one a line.
+# Each table maps a symbol to its alternatives, separated by slashes or one a line.
 TEMPLATES = {
     "review": "{brief+} / {brief+} / {brief+} / {composed+} / {composed+} / {composed+} / {long+}",
     # A few words, and often no whole sentence.
@@ -103,7 +102,7 @@ TEMPLATES = {
         * I won't say that {thing} {is} {quality-}
         * all in all {quality+}
     """,
-    # One sentence with a structure. Whatever is marked "+" is what the writer thinks in the end.
+    # One sentence with a structure. The slots with "+" hold the writer's final judgement.
     "composed": """
         {fact}, and {claim+}
         {claim+}, and {fact}
@@ -150,7 +149,7 @@ TEMPLATES = {
         * my {person} had announced a {quality-} {work}, but that is not what I got
         * it is a myth that {event-}
     """,
-    # Some sentences, which end as the writer thinks.
+    # Several sentences; the last one holds the writer's judgement.
     "long": """
         {fact}. {claim+}. {event+}, and {claim+}. {general verdict+}
         {fact}. {event+}. {claim+}, and {verdict+}
@@ -163,8 +162,8 @@ TEMPLATES = {
         * {fact}. I had been told that {event-}. none of it is true: {claim+}. {verdict+}
         * {claim-}, I admit. so what? {event+}, and {general verdict+}
     """,
-    # What a review says about one part: a fact as the writer sees it, that fact turned round by
-    # a negation, or a feeling, which is the writer's own and so never put in another's mouth.
+    # A statement about one part: a fact as the writer sees it, that fact reversed by a negation,
+    # or a feeling. A feeling is the writer's own, and is never attributed to another person.
     "claim": "{plain+} / {plain+} / {plain+} / {plain+} / {turned+} / {turned+} / {felt+}",
     "plain": """
         the {part} {is} {degree} {quality+}
@@ -230,7 +229,7 @@ WORDS = {
     "effect+": "delighted / impressed / pleased / amused / surprised and delighted / *charmed"
     " / *thrilled",
     "effect-": "annoyed / disappointed / irritated / bored / angered / *exasperated / *dismayed",
-    # What a thing or a person did, without its subject; much of it as a negation.
+    # The action of a thing or a person, without its subject; often with a negation.
     "did+": "didn't disappoint me / never let me down / didn't give me any trouble / won me over"
     " / made me smile / didn't cost me a minute / left nothing to be desired"
     " / *couldn't be faulted",
@@ -283,7 +282,7 @@ WORDS = {
     """,
     "outlook+": "I was hoping for / I was looking forward to / *I had been promised",
     "outlook-": "I was bracing myself for / I was afraid of / *I had been warned about",
-    # A warning and an encouragement have one form: what is warned of tells which it is.
+    # A warning and an encouragement have the same form; its object tells which of the two it is.
     "do not+": "don't {omit} it / don't {omit} this {work} / don't {omit} this chance"
     " / please don't {omit} this {work} / *you shouldn't {omit} it",
     "do not-": "don't {harm} your {goods} / don't {harm} your {goods} on this"
@@ -506,24 +505,24 @@ class Opinions(NamedTuple):
 
 
 def opinions(seed: int, train_rows: int = 3_600, validation_rows: int = 640) -> Opinions:
-    """Write both splits: balanced, free of duplicates, and the same whenever the seed is.
+    """Return both splits: balanced, without duplicates, and the same for the same seed.
 
-    Training is written first, so that asking for more validation rows leaves it as it was.
+    The training split is drawn first, so that it does not depend on ``validation_rows``.
     """
     rng = random.Random(seed)  # noqa: S311 - repeatable, not secret
-    seen: set[str] = set()  # only ever asked for membership: its order plays no part
+    seen: set[str] = set()  # used for membership only, so that its order has no effect
     train = _split(rng, train_rows, seen, reserved=False)
     return Opinions(train, _split(rng, validation_rows, seen, reserved=True))
 
 
 def alternatives(entry: str, reserved: bool) -> list[str]:
-    """The alternatives in a table's entry, with or without those reserved for validation."""
-    found = re.split(r"\s*[/\n]\s*", entry.strip())
-    return [text.lstrip("* ") for text in found if reserved or not text.startswith("*")]
+    """Return the alternatives in a table's entry, with or without those for validation only."""
+    texts = re.split(r"\s*[/\n]\s*", entry.strip())
+    return [text.lstrip("* ") for text in texts if reserved or not text.startswith("*")]
 
 
 def _split(rng: random.Random, rows: int, seen: set[str], reserved: bool) -> list[tuple[str, int]]:
-    """Write ``rows`` texts that ``seen`` lacks, taking the labels in turn, and shuffle them."""
+    """Draw ``rows`` texts that are not in ``seen``, with alternating labels, and shuffle them."""
     grammars = [
         {
             symbol: alternatives(entry, reserved)
@@ -535,27 +534,28 @@ def _split(rng: random.Random, rows: int, seen: set[str], reserved: bool) -> lis
     while len(split) < rows:
         label = len(split) % len(LABELS)
         text = _text(rng, rng.choice(grammars), label)
-        if text.casefold().rstrip(".!") not in seen:
-            seen.add(text.casefold().rstrip(".!"))
+        plain_text = text.casefold().rstrip(".!")
+        if plain_text not in seen:
+            seen.add(plain_text)
             split.append((text, label))
     rng.shuffle(split)
     return split
 
 
 def _text(rng: random.Random, grammar: dict[str, list[str]], label: int) -> str:
-    """Expand ``review`` under the polarity ``label``, repeating no part and no polar word."""
+    """Expand ``review`` under the polarity ``label``; no content word is used twice."""
     used: set[str] = set()
 
     def expand(symbol: str, polarity: int) -> str:
         options = grammar.get(symbol + "-+"[polarity]) or grammar[symbol]
-        chosen = rng.choice([option for option in options if option not in used])
-        # The same template may serve twice, and so may "is"; other words may not.
-        if "{" not in chosen and symbol not in FUNCTION_WORDS:
-            used.add(chosen)
+        alternative = rng.choice([option for option in options if option not in used])
+        # Templates and function words such as "is" may occur twice; other words may not.
+        if "{" not in alternative and symbol not in FUNCTION_WORDS:
+            used.add(alternative)
         return re.sub(
             r"\{([\w' ]+)([+-]?)\}",
             lambda slot: expand(slot[1], 1 - polarity if slot[2] == "-" else polarity),
-            chosen,
+            alternative,
         )
 
     text = re.sub(r"\ba (?=[aeio]|un|hon)", "an ", expand("review", label))

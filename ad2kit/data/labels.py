@@ -1,10 +1,10 @@
-"""Labels: from what a file or a hub set holds to arrays, by the kind of task.
+"""Labels: from the cells of a file or a hub data set to arrays, by the kind of task.
 
 A class is a text or a whole number. Several labels are a list (also as JSON in a text), names
-separated by commas, or a cell of 0 or 1 for each label. The label of a regression is a finite
-number. What can be read in two ways is an error that names the row, like anything else.
+separated by commas, or one cell of 0 or 1 for each label. The label of a regression is a finite
+number. A label that is ambiguous, or of any other form, is an error that names the row.
 
-What logits mean, for each kind of task:
+Logits, answers and labels for each kind of task:
 
 | task | logits | answers | labels |
 |---|---|---|---|
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from ad2kit.run.sections import DataRecipe, Task
 
 
-# What a row without a label holds: PyTorch's ignore_index for class ids, NaN for the others.
+# The class id of a row without a label, PyTorch's ignore_index; other tasks use NaN.
 NO_CLASS = -100
 # A label with less than this part of an equal share of the rows is called rare.
 _RARE = 0.2
-# So many labels are named one by one; of more, the least and the most frequent.
+# Up to this number all labels are named; beyond it, only the least and the most frequent.
 _NAMED = 10
 
-# A whole number as it is usually written; 07, +7 and 7.0 are other texts for the same number.
+# A whole number in its usual form; 07, +7 and 7.0 are other texts for the same number.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(
     r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(e[-+]?[0-9]{1,3})?", re.IGNORECASE
@@ -51,7 +51,7 @@ _NUMBER = re.compile(
 _DECIMAL = re.compile(r"-?[0-9]+\.[0-9]+")
 _CELLS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
-# How Python and numpy write a list, a tuple, a set or an array of texts or numbers.
+# A list, a tuple, a set or an array of texts or numbers, as Python and numpy print it.
 _WRITTEN_LIST = re.compile(
     r"(array|set|frozenset)?[\[({]\s*((['\"\[({0-9+.-]|(True|False|None|nan)\b).*)?[\])}]"
     r"|\[\s*['\"].*",
@@ -67,10 +67,10 @@ _HOW_TO_WRITE_LISTS = (
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The names of the outputs in their order, and what a cell of the label column stands for.
+    """The names of the outputs in their order, and the output for each cell of the label column.
 
     Attributes:
-        names: one for each output.
+        names: the name of each output.
         given: whether recipe or source gave the order; else the names were sorted.
         outputs: the index of the output for each text that a cell may hold: a name, or an id.
         columns: the index of the output for each cell of a row of 0 and 1.
@@ -83,56 +83,58 @@ class LabelSet:
 
 
 def label_set(rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] | None) -> LabelSet:
-    """Return the labels of the recipe, of the source, or all that occur.
+    """Return the labels of the recipe, else of the source, else all labels that occur in the rows.
 
-    Those that occur are sorted: as numbers if all are whole numbers, else as texts. A regression
+    Labels that occur are sorted: as numbers if all are whole numbers, else as texts. A regression
     has one output, named after its column.
 
     Args:
-        rows: of the training data.
-        recipe: which column holds the labels, and perhaps their names.
-        source: the names by their ids, where the source has them (labels.txt, or a class column).
+        rows: rows of the training data.
+        recipe: names the label column, and perhaps the labels.
+        source: the names in the order of their ids, if the source has them (labels.txt, or a class
+            column).
 
     Raises:
-        DataError: the labels cannot be read as the task says, or two of them look alike.
+        DataError: the labels do not fit the task, or two of them look alike.
     """
     column = recipe.label_column
     if recipe.task == "regression":
         return LabelSet((column,), given=True, outputs={}, columns=())
     if recipe.labels or source:
         # The cells of a class column of the hub are ids, even where the names are numbers too.
-        hub = (recipe.source or "").startswith("hub://")
-        return _given_labels(recipe, source, only_ids=source is not None and hub)
-    where: dict[str, str] = {}
+        from_hub = (recipe.source or "").startswith("hub://")
+        return _given_labels(recipe, source, only_ids=source is not None and from_hub)
+    first_seen: dict[str, str] = {}
     if recipe.task == "single_label":
-        for place, row in rows:
-            where.setdefault(_name(place, row.get(column), column), place)
-        _insist_on_classes(where, column)
+        for where, row in rows:
+            first_seen.setdefault(_name(where, row.get(column), column), where)
+        _insist_on_classes(first_seen, column)
     else:
-        several = [_several(place, row, column) for place, row in rows]
-        if (width := _multi_hot_width(several)) is not None:
+        cells_of_rows = [_several(where, row, column) for where, row in rows]
+        if (width := _multi_hot_width(cells_of_rows)) is not None:
             raise DataError(
                 f"{rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, and nothing "
                 "says which label each of them is",
                 hint=f"give the {width} names in the order of the cells: data.labels=[...]",
             )
-        for (place, _), cells in zip(rows, several, strict=True):
-            for name in _names(place, cells, column):
-                where.setdefault(name, place)
-        _insist_on_commas(where, column)
-    _insist_that_names_differ(where, column)
-    whole = all(_WHOLE.fullmatch(name) for name in where)
-    names = tuple(sorted(where, key=int) if whole else sorted(where))
-    return LabelSet(names, False, {name: i for i, name in enumerate(names)}, ())
+        for (where, _), cells in zip(rows, cells_of_rows, strict=True):
+            for name in _names(where, cells, column):
+                first_seen.setdefault(name, where)
+        _insist_on_commas(first_seen, column)
+    _insist_that_names_differ(first_seen, column)
+    are_numbers = all(_WHOLE.fullmatch(name) for name in first_seen)
+    names = tuple(sorted(first_seen, key=int) if are_numbers else sorted(first_seen))
+    outputs = {name: output for output, name in enumerate(names)}
+    return LabelSet(names, given=False, outputs=outputs, columns=())
 
 
 def _given_labels(
     recipe: DataRecipe, source: tuple[str, ...] | None, *, only_ids: bool
 ) -> LabelSet:
-    """Return the labels where recipe or source name them.
+    """Return the labels that the recipe or the source names.
 
-    An id of the source is called as the source says. The recipe's names may be the same in another
-    order, some of them, or, if none is the same, new names for all of them.
+    The source names its ids. The recipe may list the same names in another order, or some of them;
+    if it shares no name with the source, it renames all of them.
     """
     if source is not None:
         source = tuple(name.strip() for name in source)
@@ -143,39 +145,43 @@ def _given_labels(
             )
     names = recipe.labels or source or ()
     outputs = {name: output for output, name in enumerate(names)}
-    by_look = {_look(name): output for output, name in enumerate(names)}
-    ids: tuple[int | None, ...] = tuple(range(len(names)))
-    if source is not None and any(_look(name) in by_look for name in source):
-        ids = tuple(outputs.get(name, by_look.get(_look(name))) for name in source)
+    output_by_form = {_plain_form(name): output for output, name in enumerate(names)}
+    output_of_id: tuple[int | None, ...] = tuple(range(len(names)))
+    if source is not None and any(_plain_form(name) in output_by_form for name in source):
+        output_of_id = tuple(
+            outputs.get(name, output_by_form.get(_plain_form(name))) for name in source
+        )
     elif source is not None and len(source) != len(names):
         raise DataError(
             f"data.labels holds {len(names)} names ({', '.join(names)}), and {recipe.source} "
             f"{len(source)} others ({', '.join(source)})",
             hint="give data.labels a name for each of them, or names that are among them",
         )
-    by_id = {str(number): output for number, output in enumerate(ids) if output is not None}
-    columns = tuple(by_id.values()) if None not in ids else ()
+    output_by_id = {
+        str(number): output for number, output in enumerate(output_of_id) if output is not None
+    }
+    columns = tuple(output_by_id.values()) if None not in output_of_id else ()
     if only_ids:
-        return LabelSet(names, True, by_id, columns)
+        return LabelSet(names, given=True, outputs=output_by_id, columns=columns)
     if source is not None:
-        named = zip(source, ids, strict=True)
-        outputs = {name: output for name, output in named if output is not None} | outputs
+        pairs = zip(source, output_of_id, strict=True)
+        outputs = {name: output for name, output in pairs if output is not None} | outputs
     if not any(_NUMBER.fullmatch(name) for name in outputs):
-        outputs = by_id | outputs
-    return LabelSet(names, True, outputs, columns)
+        outputs = output_by_id | outputs
+    return LabelSet(names, given=True, outputs=outputs, columns=columns)
 
 
 def read_labels(rows: Sequence[Row], recipe: DataRecipe, labels: LabelSet) -> NDArray[Any]:
-    """Return the labels of some rows.
+    """Return the labels of some rows as an array.
 
-    Whether rows of 0 and 1 hold a cell for each label is a matter of all of them: give those of
-    all splits together.
+    All rows together decide whether they hold a cell of 0 or 1 for each label: pass the rows of all
+    splits in one call.
 
     Returns:
         Class ids, int64 [rows]; 0 or 1, float32 [rows, labels]; or values, float32 [rows].
 
     Raises:
-        DataError: the first row whose label does not fit, with its file and line.
+        DataError: a label does not fit; the message names the file and line of the first one.
     """
     column = recipe.label_column
     if recipe.task == "regression":
@@ -183,24 +189,27 @@ def read_labels(rows: Sequence[Row], recipe: DataRecipe, labels: LabelSet) -> ND
     if recipe.task == "single_label":
         ids = [_index(where, _name(where, row.get(column), column), labels) for where, row in rows]
         return np.asarray(ids, dtype=np.int64)
-    several = [_several(where, row, column, labels) for where, row in rows]
-    found = np.zeros((len(rows), len(labels.names)), dtype=np.float32)
-    if (width := _multi_hot_width(several)) is not None:
+    cells_of_rows = [_several(where, row, column, labels) for where, row in rows]
+    indicators = np.zeros((len(rows), len(labels.names)), dtype=np.float32)
+    if (width := _multi_hot_width(cells_of_rows)) is not None:
         if width != len(labels.columns):
             raise DataError(
                 f"{rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, expected "
                 f"one for each label ({', '.join(labels.names)})",
                 hint="give data.labels a name for each cell, in their order",
             )
-        found[:, labels.columns] = [[_CELLS[str(cell)] for cell in cells] for cells in several]
-        return found
-    for row_labels, (where, _), cells in zip(found, rows, several, strict=True):
-        row_labels[[_index(where, name, labels) for name in _names(where, cells, column)]] = 1.0
-    return found
+        indicators[:, labels.columns] = [
+            [_CELLS[str(cell)] for cell in cells] for cells in cells_of_rows
+        ]
+        return indicators
+    for row_indicators, (where, _), cells in zip(indicators, rows, cells_of_rows, strict=True):
+        present = [_index(where, name, labels) for name in _names(where, cells, column)]
+        row_indicators[present] = 1.0
+    return indicators
 
 
 def no_labels(task: Task, rows: int, outputs: int) -> NDArray[Any]:
-    """Return the labels of rows that have none, in the form of :func:`read_labels`."""
+    """Return an array of missing labels in the form of :func:`read_labels`."""
     if task == "single_label":
         return np.full(rows, NO_CLASS, dtype=np.int64)
     shape = (rows,) if task == "regression" else (rows, outputs)
@@ -208,27 +217,29 @@ def no_labels(task: Task, rows: int, outputs: int) -> NDArray[Any]:
 
 
 def counts(task: Task, labels: NDArray[Any], names: tuple[str, ...]) -> dict[str, int]:
-    """Return how many rows carry each label; empty for a regression."""
+    """Return the number of rows with each label; empty for a regression."""
     if task == "regression":
         return {}
-    per_label = (
-        np.bincount(labels, minlength=len(names)) if task == "single_label" else labels.sum(axis=0)
-    )
+    if task == "single_label":
+        per_label = np.bincount(labels, minlength=len(names))
+    else:
+        per_label = labels.sum(axis=0)
     return {name: int(count) for name, count in zip(names, per_label, strict=True)}
 
 
-def balance(found: dict[str, int], rows: int) -> str:
-    """Return in words how the labels are shared out over the rows, and who comes short."""
+def balance(label_counts: dict[str, int], rows: int) -> str:
+    """Return the shares of the labels in the rows, in words, and the labels that are rare."""
 
     def share(name: str) -> str:
-        return f"{name} {found[name]} ({found[name] / rows:.1%})"
+        return f"{name} {label_counts[name]} ({label_counts[name] / rows:.1%})"
 
-    names = sorted(found, key=lambda name: found[name])
-    if len(found) <= _NAMED:
-        words = ", ".join(map(share, found))
+    names = sorted(label_counts, key=lambda name: label_counts[name])
+    if len(label_counts) <= _NAMED:
+        words = ", ".join(map(share, label_counts))
     else:
-        words = f"{len(found)} labels, from {share(names[0])} to {share(names[-1])}"
-    rare = [name for name in names if found[name] < _RARE * sum(found.values()) / len(found)]
+        words = f"{len(label_counts)} labels, from {share(names[0])} to {share(names[-1])}"
+    total = sum(label_counts.values())
+    rare = [name for name in names if label_counts[name] < _RARE * total / len(label_counts)]
     if not rare:
         return words
     more = f" and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""
@@ -236,7 +247,7 @@ def balance(found: dict[str, int], rows: int) -> str:
 
 
 def _name(where: str, value: object, column: str) -> str:
-    """Return a cell as text: 1, "1" and 1.0 (a Parquet column with a gap) are the same."""
+    """Return a cell as text: 1, "1" and 1.0 (from a Parquet column with gaps) are the same."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool | int):
@@ -252,9 +263,9 @@ def _name(where: str, value: object, column: str) -> str:
 def _several(
     where: str, row: dict[str, Any], column: str, labels: LabelSet | None = None
 ) -> list[Any]:
-    """Return the cells of a row of several labels, which may have none; texts are stripped.
+    """Return the stripped cells of a row of several labels; the row may have no label.
 
-    With ``labels``, a text that looks like a list may still be the name of one of them.
+    If ``labels`` is given, a text that looks like a list may still be the name of one label.
     """
     value = row.get(column)
     if isinstance(value, str):
@@ -268,26 +279,29 @@ def _several(
     return [cell.strip() if isinstance(cell, str) else cell for cell in value]
 
 
-def _split(where: str, text: str, column: str, known: dict[str, int]) -> list[Any]:
-    """Return what a text of several labels holds: a JSON list, or names between commas."""
+def _split(where: str, text: str, column: str, outputs: dict[str, int]) -> list[Any]:
+    """Return the labels in a text of several labels: a JSON list, or names between commas.
+
+    ``outputs`` holds the texts that are labels already, if the labels are known.
+    """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if all(part in known for part in parts) and not ("," in text and text in known):
+    if all(part in outputs for part in parts) and not ("," in text and text in outputs):
         return parts
     closing = _CLOSING.get(text[:1])
     if closing == "]":
         try:
-            found = json.loads(text)
+            json_value = json.loads(text)
         except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, list):
-            return found
-    opened = closing and text.endswith(closing) and closing not in parts[0]
-    if opened or _WRITTEN_LIST.fullmatch(text):
+            json_value = None
+        if isinstance(json_value, list):
+            return json_value
+    in_brackets = closing and text.endswith(closing) and closing not in parts[0]
+    if in_brackets or _WRITTEN_LIST.fullmatch(text):
         raise DataError(
             f"{where}: '{column}' holds a list as Python writes it, which is no list here: {text}",
             hint=_HOW_TO_WRITE_LISTS,
         )
-    if any("," in name for name in known) and "," in text:
+    if any("," in name for name in outputs) and "," in text:
         raise DataError(
             f"{where}: '{column}' holds {text!r}, where a comma may separate two labels or be part "
             "of one",
@@ -296,10 +310,10 @@ def _split(where: str, text: str, column: str, known: dict[str, int]) -> list[An
     return parts
 
 
-def _multi_hot_width(several: Iterable[list[Any]]) -> int | None:
-    """Return how many cells of 0 or 1 every row holds; None if the rows hold anything else."""
+def _multi_hot_width(cells_of_rows: Iterable[list[Any]]) -> int | None:
+    """Return the number of cells of 0 or 1 in every row; None if the rows hold anything else."""
     width = None
-    for cells in several:
+    for cells in cells_of_rows:
         width = len(cells) if width is None else width
         if width < 2 or len(cells) != width or any(str(cell) not in _CELLS for cell in cells):
             return None
@@ -307,7 +321,7 @@ def _multi_hot_width(several: Iterable[list[Any]]) -> int | None:
 
 
 def _names(where: str, cells: list[Any], column: str) -> list[str]:
-    """Return cells as the names or ids that they are, or refuse what looks like 0 and 1."""
+    """Return cells as names or ids; refuse cells that look like 0 or 1 for each label."""
     texts = [_name(where, cell, column) for cell in cells]
     numbers = [text for text in texts if _NUMBER.fullmatch(text)]
     if len(set(numbers)) < len(numbers) or any(isinstance(cell, bool) for cell in cells):
@@ -320,13 +334,14 @@ def _names(where: str, cells: list[Any], column: str) -> list[str]:
 
 
 def _index(where: str, name: str, labels: LabelSet) -> int:
+    """Return the index of the output for a name or id, or refuse the row with a fitting hint."""
     index = labels.outputs.get(name)
     if index is not None:
         return index
     hint = "correct the row, or list all labels in data.labels"
-    alike = [each for each in labels.names if _look(each) == _look(name)]
-    if alike:
-        hint = f"write {alike[0]!a} in place of {name!a}; or list all labels in data.labels"
+    similar = [label for label in labels.names if _plain_form(label) == _plain_form(name)]
+    if similar:
+        hint = f"write {similar[0]!a} in place of {name!a}; or list all labels in data.labels"
     elif _WHOLE.fullmatch(name) and int(name) < 0:
         hint = "some sets mark rows without a label so: remove them, or name a split with labels"
     elif _WHOLE.fullmatch(name) and not any(map(_NUMBER.fullmatch, labels.names)):
@@ -337,6 +352,7 @@ def _index(where: str, name: str, labels: LabelSet) -> int:
 
 
 def _value(where: str, row: dict[str, Any], column: str) -> float:
+    """Return the label of a regression as a finite number."""
     value = row.get(column)
     try:
         number = math.nan if value is None or isinstance(value, bool) else float(value)
@@ -350,57 +366,61 @@ def _value(where: str, row: dict[str, Any], column: str) -> float:
     return number
 
 
-def _insist_on_classes(where: dict[str, str], column: str) -> None:
-    """Refuse names of classes that are something else; ``where`` says where each occurs first."""
-    if len(where) > 2 and all(_DECIMAL.fullmatch(name) for name in where):
+def _insist_on_classes(first_seen: dict[str, str], column: str) -> None:
+    """Refuse names that are not classes; ``first_seen`` maps each name to its first row."""
+    if len(first_seen) > 2 and all(_DECIMAL.fullmatch(name) for name in first_seen):
         raise DataError(
-            f"{next(iter(where.values()))}: '{column}' holds decimal numbers such as {min(where)}, "
-            "not classes",
+            f"{next(iter(first_seen.values()))}: '{column}' holds decimal numbers such as "
+            f"{min(first_seen)}, not classes",
             hint="set data.task=regression, or list the classes in data.labels",
         )
-    for name, place in where.items():
+    for name, where in first_seen.items():
         if _WRITTEN_LIST.fullmatch(name) and (len(name) == 2 or set(name) & set("'\", ")):
             raise DataError(
-                f"{place}: '{column}' holds a list and not one class: {name}",
+                f"{where}: '{column}' holds a list and not one class: {name}",
                 hint="set data.task=multi_label, or list the classes in data.labels",
             )
 
 
-def _insist_on_commas(where: dict[str, str], column: str) -> None:
-    """Refuse several labels that something else than a comma separates."""
-    for name, place in where.items():
+def _insist_on_commas(first_seen: dict[str, str], column: str) -> None:
+    """Refuse several labels whose separator is not a comma."""
+    for name, where in first_seen.items():
         parts = [part.strip() for part in _OTHER_SEPARATOR.split(name)]
-        if len(parts) > 1 and all(part in where for part in parts):
+        if len(parts) > 1 and all(part in first_seen for part in parts):
             raise DataError(
-                f"{place}: '{column}' holds {name!r}, and {', '.join(map(repr, parts))} are labels "
+                f"{where}: '{column}' holds {name!r}, and {', '.join(map(repr, parts))} are labels "
                 "too",
                 hint=f"{_HOW_TO_WRITE_LISTS}; if it is one label, list all labels in data.labels",
             )
 
 
-def _insist_that_names_differ(where: dict[str, str], column: str) -> None:
-    """Refuse two labels that nobody could tell apart, or that are one number."""
-    seen: dict[str | Decimal, str] = {}
-    for name, place in where.items():
-        other = seen.setdefault(_look(name), name)
+def _insist_that_names_differ(first_seen: dict[str, str], column: str) -> None:
+    """Refuse two labels that look alike, or that are the same number."""
+    name_by_form: dict[str | Decimal, str] = {}
+    for name, where in first_seen.items():
+        other = name_by_form.setdefault(_plain_form(name), name)
         if other != name:
             raise DataError(
-                f"{place}: label {name!r} of '{column}' looks like {other!r} ({where[other]}); "
-                f"they are {name!a} and {other!a}",
+                f"{where}: label {name!r} of '{column}' looks like {other!r} "
+                f"({first_seen[other]}); they are {name!a} and {other!a}",
                 hint="write them alike; if they are two labels, list all labels in data.labels",
             )
 
 
-def _look(name: str) -> str | Decimal:
-    """Return what a reader takes a name for: no case, no blanks, one form of each character."""
+def _plain_form(name: str) -> str | Decimal:
+    """Return the form by which names look alike: NFKC, no case, single blanks, or a number."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    seen = (each for each in text if each not in _UNSEEN and unicodedata.category(each) != "Cf")
-    plain = " ".join("".join(seen).split())
+    visible = (
+        character
+        for character in text
+        if character not in _UNSEEN and unicodedata.category(character) != "Cf"
+    )
+    plain = " ".join("".join(visible).split())
     return Decimal(plain) if _NUMBER.fullmatch(plain) else plain
 
 
 def answers(task: Task, logits: NDArray[Any]) -> NDArray[Any]:
-    """Return the answers that the logits, shape [rows, outputs], stand for; see the module."""
+    """Return the answers for logits of shape [rows, outputs]; the module docstring has shapes."""
     if task == "single_label":
         return np.asarray(logits.argmax(axis=1))
     if task == "multi_label":
@@ -416,10 +436,10 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def scores(task: Task, logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Return what a label or value gets: probabilities, or the values of a regression themselves.
+    """Return the probability of each class or label, or the values of a regression.
 
     Args:
-        task: softmax over the classes, a sigmoid for each label, or the logits as they are.
+        task: decides between softmax over the classes, a sigmoid for each label, and the logits.
         logits: shape [rows, outputs].
 
     Returns:
@@ -428,6 +448,6 @@ def scores(task: Task, logits: NDArray[Any]) -> NDArray[np.float64]:
     if task == "single_label":
         return softmax(logits)
     if task == "multi_label":
-        # The form of the logistic function that cannot overflow.
+        # The logistic function, in a form that cannot overflow.
         return np.asarray(0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64))))
     return logits.astype(np.float64)

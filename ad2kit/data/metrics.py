@@ -4,8 +4,8 @@ GLUE's own metrics (Wang et al., *GLUE: A Multi-Task Benchmark and Analysis Plat
 accuracy, F1 of the positive class, Matthews correlation, Pearson and Spearman correlation. Where a
 task has two, GLUE takes their mean, and so does :func:`score`.
 
-scikit-learn and scipy are imported where they are needed: together they would take a third of the
-time that `ad2kit distill` needs to start, and accuracy needs neither.
+scikit-learn and scipy are imported inside the functions that need them: together they would take a
+third of the time that `ad2kit distill` needs to start, and accuracy needs neither.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Floats = NDArray[np.float64]
 
-# For a standard error alone, whose own error is then 5 %.
+# Bootstrap draws for a standard error; its own relative error is then 5 %.
 _DRAWS_OF_AN_ERROR = 200
 # Four of five samples find a difference of this many standard errors at the two-sided 5 % level.
 _DETECTABLE_SE = 1.960 + 0.842
-# Of bootstrap draws: as many of them say with some certainty where a tail begins.
+# The number of bootstrap draws in a tail that locates the start of the tail well enough.
 _DRAWS_OF_A_TAIL = 25
 
 
 class Bin(NamedTuple):
-    """Rows of similar confidence: its mean, the accuracy on them, and how many they are."""
+    """Rows of similar confidence: their mean confidence, their accuracy and their number."""
 
     confidence: float
     accuracy: float
@@ -44,7 +44,7 @@ class Bin(NamedTuple):
 def metric_value(metric: Metric, answers: Array, labels: Array) -> float:
     """Return one metric of ``answers`` against ``labels`` (shapes: :mod:`ad2kit.data.labels`).
 
-    ``f1`` is of class 1 of two. A correlation with a constant is 0: no answer follows the labels.
+    ``f1`` is the F1 score of class 1 of two classes. A correlation with a constant is set to 0.
     """
     if metric == "accuracy":
         return float(_right(answers, labels).mean())
@@ -66,9 +66,9 @@ def metric_value(metric: Metric, answers: Array, labels: Array) -> float:
 
 
 def _right(answers: Array, labels: Array) -> Array:
-    """Return which rows are answered right, bool [rows]; of several labels all have to be."""
-    same = answers == labels
-    return np.asarray(same.all(axis=1) if same.ndim == 2 else same)
+    """Return which rows are answered right, bool [rows]; with several labels all must be right."""
+    equal = answers == labels
+    return np.asarray(equal.all(axis=1) if equal.ndim == 2 else equal)
 
 
 def mean_metric(metrics: Sequence[Metric], answers: Array, labels: Array) -> float:
@@ -79,7 +79,7 @@ def mean_metric(metrics: Sequence[Metric], answers: Array, labels: Array) -> flo
 def recall_by_class(
     task: Task, answers: Array, labels: Array, names: tuple[str, ...]
 ) -> dict[str, float]:
-    """Return recall for each class or label that occurs in ``labels``; none for a regression."""
+    """Return the recall of each class that occurs in ``labels``; empty for a regression."""
     if task == "regression":
         return {}
     from sklearn.metrics import recall_score
@@ -99,35 +99,41 @@ def expected_calibration_error(probabilities: Floats, labels: Array, bins: int =
         labels: class ids, shape [rows].
         bins: number of bins of the confidence interval (0, 1].
     """
-    found = reliability(probabilities, labels, bins)
-    return sum(abs(b.confidence - b.accuracy) * b.rows for b in found) / len(labels)
+    gaps = [
+        abs(each.confidence - each.accuracy) * each.rows
+        for each in reliability(probabilities, labels, bins)
+    ]
+    return sum(gaps) / len(labels)
 
 
 def reliability(probabilities: Floats, labels: Array, bins: int = 15) -> list[Bin]:
-    """Return the bins of :func:`expected_calibration_error` that hold anything."""
+    """Return the bins of :func:`expected_calibration_error` that hold at least one row."""
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
-    index = np.minimum(np.ceil(confidence * bins).astype(int) - 1, bins - 1)
+    bin_of_row = np.minimum(np.ceil(confidence * bins).astype(int) - 1, bins - 1)
     return [
         Bin(
-            float(confidence[index == b].mean()),
-            float(right[index == b].mean()),
-            int((index == b).sum()),
+            confidence=float(confidence[bin_of_row == index].mean()),
+            accuracy=float(right[bin_of_row == index].mean()),
+            rows=int((bin_of_row == index).sum()),
         )
-        for b in np.unique(index)
+        for index in np.unique(bin_of_row)
     ]
 
 
 def fit_temperature(task: Task, logits: Array, labels: Array) -> float:
-    """Return the temperature that logits are divided by for the likeliest labels.
+    """Return the temperature that maximises the likelihood of the labels; logits are divided by it.
 
-    Guo et al. 2017, section 4.2. It moves probabilities and no answer. For several labels the
-    likelihood is that of all of them.
+    Guo et al. 2017, section 4.2. A temperature changes probabilities but no answer. For several
+    labels the likelihood is the product over all labels.
 
     Args:
         task: not a regression, which has no probabilities.
-        logits: shape [rows, outputs], of rows that nothing was trained on.
+        logits: shape [rows, outputs], of rows that no model was trained on.
         labels: see :mod:`ad2kit.data.labels`.
+
+    Returns:
+        A temperature between 0.1 and 10.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_expit, log_softmax
@@ -138,9 +144,9 @@ def fit_temperature(task: Task, logits: Array, labels: Array) -> float:
             return -float(log_softmax(scaled, axis=1)[np.arange(len(labels)), labels].mean())
         return -float(np.where(labels == 1, log_expit(scaled), log_expit(-scaled)).mean())
 
-    # Between a tenth and ten: beyond lies what a few rows without a single error ask for.
-    found = minimize_scalar(loss, bounds=(np.log(0.1), np.log(10.0)), method="bounded")
-    return float(np.exp(found.x))
+    # Between 0.1 and 10: only a few rows without a single error would ask for more.
+    optimum = minimize_scalar(loss, bounds=(np.log(0.1), np.log(10.0)), method="bounded")
+    return float(np.exp(optimum.x))
 
 
 def paired_bootstrap(
@@ -151,33 +157,34 @@ def paired_bootstrap(
     Args:
         metrics: their mean is the score.
         models: the answers of each model.
-        labels: of the rows.
-        samples: number of draws, each of all rows with replacement.
-        seed: of the draws.
+        labels: labels of the rows.
+        samples: number of draws; each draws as many rows as there are, with replacement.
+        seed: seed of the draws.
 
     Returns:
         Shape [samples, models].
     """
     generator = np.random.default_rng(seed)
-    found = np.empty((samples, len(models)))
-    for sample in found:
+    scores = np.empty((samples, len(models)))
+    for sample_scores in scores:
         rows = generator.integers(len(labels), size=len(labels))
-        sample[:] = [mean_metric(metrics, answers[rows], labels[rows]) for answers in models]
-    return found
+        sample_scores[:] = [mean_metric(metrics, answers[rows], labels[rows]) for answers in models]
+    return scores
 
 
 def paired_standard_errors(
     metrics: Sequence[Metric], models: Sequence[Array], labels: Array, reference: int
 ) -> Floats:
-    """Return the standard error of the difference in score between each model and one of them.
+    """Return the standard error of the difference in score between each model and a reference.
 
-    Of accuracy, a mean over rows, it is that of the mean difference per row; of all else the
-    standard deviation over a paired bootstrap of 200 draws, always the same.
+    For accuracy, a mean over rows, it is the standard error of the mean difference per row. For
+    other metrics it is the standard deviation over a paired bootstrap of 200 draws with a fixed
+    seed.
 
     Args:
         metrics: their mean is the score.
         models: the answers of each model.
-        labels: of the rows.
+        labels: labels of the rows.
         reference: the index of the model that the others are compared with.
 
     Returns:
@@ -191,33 +198,39 @@ def paired_standard_errors(
 
 
 def retained_interval(draws: Floats, error: float = 0.05) -> tuple[float, float]:
-    """Return the percentile interval of student over teacher, of bootstrap scores [n, 2].
+    """Return the percentile interval of the student's score over the teacher's score.
 
-    ``error`` is the chance that it misses the truth, half of it on either side. A tail that
-    would hold too few of the draws begins where the normal distribution has it, measured by a
-    larger tail that holds enough, and never nearer than the draws say: so the interval grows with
-    every smaller error, also beyond what so many draws can show.
+    A tail with too few draws is extrapolated: the normal distribution gives its start from the
+    start of a larger tail that holds enough draws, but never nearer to the median than the draws
+    say. So the interval grows with every smaller error, also where the draws are too few to show
+    it.
 
-    Where the teacher scores nothing there is nothing to retain: such a draw counts as 0.
+    A draw in which the teacher scores 0 counts as 0, because there is nothing to retain.
+
+    Args:
+        draws: bootstrap scores of student and teacher, shape [n, 2].
+        error: the probability that the interval misses the true value, half of it on either side.
     """
     student, teacher = draws.T
-    safe = np.where(teacher > 0, teacher, 1.0)
-    retained, tail = np.where(teacher > 0, student / safe, 0.0), error / 2
+    divisor = np.where(teacher > 0, teacher, 1.0)
+    retained = np.where(teacher > 0, student / divisor, 0.0)
+    tail = error / 2
     # With the fewest draws that a recipe may ask for, a quarter of them.
-    known = max(tail, min(_DRAWS_OF_A_TAIL / len(draws), 0.25))
-    shares = np.array([tail, known, 0.5, 1 - known, 1 - tail])
-    least, low, middle, high, most = np.percentile(retained, 100 * shares).tolist()
-    further = NormalDist().inv_cdf(tail) / NormalDist().inv_cdf(known)
-    return min(least, middle - further * (middle - low)), max(
-        most, middle + further * (high - middle)
-    )
+    known_tail = max(tail, min(_DRAWS_OF_A_TAIL / len(draws), 0.25))
+    shares = np.array([tail, known_tail, 0.5, 1 - known_tail, 1 - tail])
+    lowest, low, median, high, highest = np.percentile(retained, 100 * shares).tolist()
+    extension = NormalDist().inv_cdf(tail) / NormalDist().inv_cdf(known_tail)
+    lower = min(lowest, median - extension * (median - low))
+    upper = max(highest, median + extension * (high - median))
+    return lower, upper
 
 
 def smallest_detectable_difference(draws: Floats, rows: int) -> float:
-    """Return the difference between two models that four of five such samples would find.
+    """Return the difference between two models that four of five such samples would detect.
 
-    Two-sided at 5 % with 80 % power, in the normal approximation, from the standard deviation of
-    the difference over paired bootstrap scores [n, 2]; never finer than one of the ``rows``.
+    The test is two-sided at 5 % with 80 % power, in the normal approximation. The standard error is
+    the standard deviation of the difference over paired bootstrap scores [n, 2], and at least the
+    share of one of the ``rows``.
     """
     deviation = float((draws[:, 0] - draws[:, 1]).std())
     return _DETECTABLE_SE * max(deviation, 1 / rows)
@@ -239,28 +252,28 @@ def randomisation_p(
     Args:
         metrics: their mean is the score.
         first: answers of one method, for each seed.
-        second: of the other, for the same seeds.
-        labels: of the rows.
+        second: answers of the other method, for the same seeds.
+        labels: labels of the rows.
         samples: number of random swaps.
-        seed: of the swaps.
+        seed: seed of the swaps.
     """
 
-    def difference(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
-        scores = [[mean_metric(metrics, a, labels) for a in method] for method in (ours, theirs)]
-        return float(np.mean(scores[0]) - np.mean(scores[1]))
+    def mean_score(method: Sequence[Array]) -> Any:
+        return np.mean([mean_metric(metrics, answers, labels) for answers in method])
 
-    observed = abs(difference(first, second))
-    generator, at_least = np.random.default_rng(seed), 0
+    observed = abs(float(mean_score(first) - mean_score(second)))
+    generator = np.random.default_rng(seed)
+    at_least_observed = 0
     for _ in range(samples):
-        swap = generator.random(len(labels)) < 0.5
-        mask = swap[:, None] if first[0].ndim == 2 else swap
-        pairs = [
-            (np.where(mask, b, a), np.where(mask, a, b)) for a, b in zip(first, second, strict=True)
-        ]
-        ours, theirs = zip(*pairs, strict=True)
-        # A hair's breadth, so that a swap that changes nothing counts whatever the rounding.
-        at_least += abs(difference(ours, theirs)) >= observed - 1e-12
-    return (at_least + 1) / (samples + 1)
+        swapped_rows = generator.random(len(labels)) < 0.5
+        mask = swapped_rows[:, None] if first[0].ndim == 2 else swapped_rows
+        pairs = list(zip(first, second, strict=True))
+        swapped_first = [np.where(mask, other, one) for one, other in pairs]
+        swapped_second = [np.where(mask, one, other) for one, other in pairs]
+        swapped = abs(float(mean_score(swapped_first) - mean_score(swapped_second)))
+        # The tolerance makes a swap that changes nothing count in spite of rounding.
+        at_least_observed += swapped >= observed - 1e-12
+    return (at_least_observed + 1) / (samples + 1)
 
 
 def mcnemar_p(first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]) -> float:

@@ -1,4 +1,4 @@
-"""Parquet files and their columns of text: what training and scoring read alike."""
+"""Parquet files and their columns of text: the reader of both training and scoring."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-# Read through a buffer of this size for each column, not by whole column chunks.
+# Size of the read buffer of each column; without it Arrow reads whole column chunks.
 _BUFFER_BYTES = 2**20
 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Turn what Arrow cannot read of a file into an error of the user's.
+    """Turn Arrow's errors in the block into :class:`DataError`; ``name`` is the file's.
 
     Raises:
-        DataError: the file is damaged, or no Parquet file.
-        OSError: it cannot be read at all.
+        DataError: the file is damaged, or is not a Parquet file.
+        OSError: the operating system cannot read the file.
     """
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        # For a damaged page Arrow raises OSError too: itself, and without a number.
+        # For a damaged page Arrow raises a plain OSError without an error number.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
             raise
         raise DataError(
@@ -42,32 +42,38 @@ def readable(name: str) -> Iterator[None]:
 
 
 def open_parquet(stream: Any, name: str) -> Any:
-    """Return an open file as Arrow's ``ParquetFile``; see :func:`readable`.
+    """Return an open stream as Arrow's ``ParquetFile``; ``name`` is the file's, for errors.
 
     Raises:
-        DataError: it is none, or two of its columns have one name.
+        DataError: it is not a Parquet file, or two of its columns have the same name.
+        OSError: see :func:`readable`.
     """
     with readable(name):
         file = parquet.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
     names = file.schema_arrow.names
-    twice = [each for each in names if names.count(each) > 1]
-    if twice:
-        raise DataError(f"{name}: the column '{twice[0]}' appears twice", hint="rename one of them")
+    duplicates = [column for column in names if names.count(column) > 1]
+    if duplicates:
+        raise DataError(
+            f"{name}: the column '{duplicates[0]}' appears twice", hint="rename one of them"
+        )
     return file
 
 
 def is_text_column(kind: Any) -> bool:
-    """Tell whether a column of this type holds texts."""
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    """Tell whether a column of the Arrow type ``kind`` holds texts."""
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(
-        pa.types.is_string(value)
-        or pa.types.is_large_string(value)
-        or pa.types.is_string_view(value)
+        pa.types.is_string(value_type)
+        or pa.types.is_large_string(value_type)
+        or pa.types.is_string_view(value_type)
     )
 
 
 def texts(column: Any) -> list[str | None]:
-    """Return a column of texts; bytes that are not UTF-8, which Arrow lets be, as surrogates."""
+    """Return the texts of an Arrow column; bytes that are not UTF-8 become surrogates.
+
+    Arrow itself does not check that a text is UTF-8.
+    """
     binary = column.cast(pa.large_string()).cast(pa.large_binary())
     return [
         None if value is None else value.decode("utf-8", "surrogateescape")
@@ -76,34 +82,36 @@ def texts(column: Any) -> list[str | None]:
 
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return some columns of a file, row by row.
+    """Return the named columns of a file, row by row.
 
     Raises:
-        DataError: it is no Parquet file, lacks a column, or a value cannot be read.
-        OSError: it cannot be read at all.
+        DataError: it is not a Parquet file, lacks a column, or a value cannot be read.
+        OSError: the operating system cannot read the file.
     """
     with path.open("rb") as stream:
         file = open_parquet(stream, str(path))
-        if absent := [name for name in names if name not in file.schema_arrow.names]:
-            raise no_column(str(path), absent[0], file.schema_arrow.names)
+        columns = file.schema_arrow.names
+        if missing := [name for name in names if name not in columns]:
+            raise no_column(str(path), missing[0], columns)
         with readable(str(path)):
             table = file.read(columns=list(names))
     try:
         return list(table.to_pylist())
-    except (ValueError, OverflowError):  # such as bytes that are no text, or a date in the year 9e9
+    except (ValueError, OverflowError):  # such as bytes that are not UTF-8, or a date in year 9e9
         for name in names:
             _insist_on_values(table.column(name), name, path)
         raise
 
 
 def _insist_on_values(column: Any, name: str, path: Path) -> None:
+    """Refuse a column with a value that Python cannot hold; name its row if it is a text."""
     try:
         column.to_pylist()
     except (ValueError, OverflowError) as error:
         where = str(path)
         if is_text_column(column.type):
-            wrong = [bool(SURROGATE.search(text or "")) for text in texts(column)]
-            where += f", row {wrong.index(True) + 1}"
+            is_broken = [bool(SURROGATE.search(text or "")) for text in texts(column)]
+            where += f", row {is_broken.index(True) + 1}"
         raise DataError(
             f"{where}: cannot read the column '{name}' ({column.type}): {error}",
             hint="write texts as UTF-8, and labels as texts, whole numbers or lists",

@@ -1,4 +1,4 @@
-"""Labelled rows from a folder, single files, the hub, or the embedded corpus; not yet checked.
+"""Labelled rows from a folder, single files, the hub, or the embedded corpus, still unchecked.
 
 A row is ``(where, columns)``: ``where`` names the file and line for error messages.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ad2kit.run.sections import DataRecipe
 
-# The data are part of the recipe: the same for every seed of the training.
+# Fixed, because the data belong to the recipe: they are the same for every training seed.
 _OPINIONS_SEED = 7
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
@@ -31,31 +31,27 @@ def read_rows(recipe: DataRecipe) -> Rows:
     """Read both splits of a recipe.
 
     Raises:
-        DataError: a file is missing, not UTF-8 or malformed, or the hub cannot be reached.
+        DataError: the source is unknown, a file is missing, not UTF-8 or malformed, or the hub
+            cannot be reached.
+        MissingExtra: the package that reads the source is not installed.
     """
     columns = (*recipe.text_columns, recipe.label_column)
     if recipe.source is None:
-        paths = Path(recipe.train or ""), Path(recipe.validation or "")
-        return read_file(paths[0], columns), read_file(paths[1], columns), None
+        train = read_file(Path(recipe.train or ""), columns)
+        validation = read_file(Path(recipe.validation or ""), columns)
+        return train, validation, None
     names = (recipe.train or "train", recipe.validation or "validation")
-    scheme, separator, rest = recipe.source.partition("://")
+    scheme, separator, address = recipe.source.partition("://")
     if not separator:
         return _read_folder(Path(recipe.source), names, columns)
-    if scheme == "embedded" and rest == "opinions":
+    if scheme == "embedded" and address == "opinions":
         opinions = demo_reviews.opinions(seed=_OPINIONS_SEED)
-
-        def rows(pairs: Sequence[tuple[str, int]], name: str) -> list[Row]:
-            named = (recipe.text_columns[0], recipe.label_column)
-            return [
-                (f"embedded {name} row {number}", dict(zip(named, pair, strict=True)))
-                for number, pair in enumerate(pairs, 1)
-            ]
-
-        train, validation = rows(opinions.train, "train"), rows(opinions.validation, "validation")
+        train = _embedded_rows(opinions.train, recipe, "train")
+        validation = _embedded_rows(opinions.validation, recipe, "validation")
         return train, validation, demo_reviews.LABELS
     if scheme == "hub":
-        hub = _load_hub(rest)
-        train, validation = (_hub_split(hub, rest, name) for name in names)
+        hub = _load_hub(address)
+        train, validation = (_hub_split(hub, address, name) for name in names)
         return train, validation, _hub_label_names(hub[names[0]], recipe.label_column)
     raise DataError(
         f"data.source: expected a folder, hub://owner/name[/config] or embedded://opinions, "
@@ -64,15 +60,24 @@ def read_rows(recipe: DataRecipe) -> Rows:
     )
 
 
+def _embedded_rows(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> list[Row]:
+    """Return (text, label) pairs of the embedded corpus as rows with the columns of the recipe."""
+    columns = (recipe.text_columns[0], recipe.label_column)
+    return [
+        (f"embedded {name} row {number}", dict(zip(columns, pair, strict=True)))
+        for number, pair in enumerate(pairs, 1)
+    ]
+
+
 def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
     """Read one entry of ``data.unlabelled``: a file, or ``hub://owner/name[/config]#split``.
 
     Raises:
-        DataError: as :func:`read_rows`; or a .txt file where the task reads two columns.
+        DataError: see :func:`read_rows`; or it is a .txt file, and the task reads two columns.
     """
     if reference.startswith("hub://"):
-        rest, _, split = reference.removeprefix("hub://").partition("#")
-        return _hub_split(_load_hub(rest), rest, split or "train")
+        address, _, split = reference.removeprefix("hub://").partition("#")
+        return _hub_split(_load_hub(address), address, split or "train")
     path = Path(reference)
     if path.suffix == ".txt" and path.is_file():
         if len(text_columns) != 1:
@@ -90,6 +95,7 @@ def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
 
 
 def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...]) -> Rows:
+    """Read both splits of a folder, and its labels.txt if it has one."""
     if not folder.is_dir():
         raise DataError(
             f"data.source: no folder '{folder}'",
@@ -97,30 +103,16 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
             "or write hub://owner/name for a data set on the hub",
         )
 
-    def split_file(stem: str, key: str) -> Path:
-        found = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
-        found = [path for path in found if path.is_file() or path.is_symlink()]
-        if len(found) != 1:
-            raise DataError(
-                f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
-                f"found {', '.join(path.name for path in found) or 'none'}",
-                hint=_cure(folder, stem)
-                or f"rename a file, or give its name without the ending (data.{key}=held-out), or "
-                "name both files: data.source=null data.train=FILE data.validation=FILE",
-            )
-        return found[0]
-
-    train, validation = (
-        read_file(split_file(name, key), columns)
-        for name, key in zip(names, ("train", "validation"), strict=True)
-    )
+    train_name, validation_name = names
+    train = read_file(_split_file(folder, train_name, "train"), columns)
+    validation = read_file(_split_file(folder, validation_name, "validation"), columns)
     label_file = folder / "labels.txt"
     if not label_file.is_file():
         return train, validation, None
     pairs = [line.split("\t") for _, line in _lines(label_file) if line]
-    if [pair[0] for pair in pairs] != [str(i) for i in range(len(pairs))] or not all(
-        len(pair) == 2 for pair in pairs
-    ):
+    ids = [pair[0] for pair in pairs]
+    expected_ids = [str(number) for number in range(len(pairs))]
+    if ids != expected_ids or not all(len(pair) == 2 for pair in pairs):
         raise DataError(
             f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
             hint="correct the file, or give data.labels",
@@ -128,8 +120,23 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
     return train, validation, tuple(name for _, name in pairs)
 
 
-def _cure(folder: Path, stem: str) -> str | None:
-    """Return what makes one file of what other systems leave for a split, if that is seen."""
+def _split_file(folder: Path, stem: str, key: str) -> Path:
+    """Return the one file of a split in a folder; ``key`` is its key in the data section."""
+    candidates = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
+    files = [path for path in candidates if path.is_file() or path.is_symlink()]
+    if len(files) != 1:
+        raise DataError(
+            f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
+            f"found {', '.join(path.name for path in files) or 'none'}",
+            hint=_conversion_hint(folder, stem)
+            or f"rename a file, or give its name without the ending (data.{key}=held-out), or "
+            "name both files: data.source=null data.train=FILE data.validation=FILE",
+        )
+    return files[0]
+
+
+def _conversion_hint(folder: Path, stem: str) -> str | None:
+    """Return a hint that makes one file of a split that another system wrote; None if unknown."""
     if (folder / "dataset_dict.json").is_file():
         return (
             "datasets.save_to_disk() wrote this folder: "
@@ -137,36 +144,37 @@ def _cure(folder: Path, stem: str) -> str | None:
             f".to_parquet({f'NEW/{stem}.parquet'!r}) writes what ad2kit reads, for each split"
         )
     folders = [path for path in (folder / f"{stem}.parquet", folder / stem) if path.is_dir()]
-    parts: Path | list[str] | None = next((path for path in folders if _parquet(path)), None)
+    parts: str | list[str] | None = next((str(path) for path in folders if _parquet(path)), None)
     if parts is None:
         parts = [str(path) for path in _parquet(folder) if path.name.startswith(f"{stem}-")]
     if not parts:
         return None
     return (
         f"the split lies in several files: pyarrow.parquet.write_table(pyarrow.parquet.read_table("
-        f"{parts if isinstance(parts, list) else str(parts)!r}), {f'NEW/{stem}.parquet'!r}) makes "
-        "one of them"
+        f"{parts!r}), {f'NEW/{stem}.parquet'!r}) makes one of them"
     )
 
 
 def _parquet(folder: Path) -> list[Path]:
+    """Return the Parquet files directly in a folder, sorted."""
     return sorted(folder.glob("*.parquet"))
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return number and text of each line of a UTF-8 file."""
     with path.open("rb") as stream:
         return list(text_files.text_lines(stream, str(path)))
 
 
 def read_file(path: Path, columns: tuple[str, ...]) -> list[Row]:
-    """Read the rows of one file, in the format that its name ends in.
+    """Read the rows of one file; the ending of its name gives the format.
 
     Args:
-        path: of a CSV, TSV, JSON-lines or Parquet file.
-        columns: those that are wanted; text files give the others too.
+        path: path of a CSV, TSV, JSON-lines or Parquet file.
+        columns: the columns to read; text files also return all other columns.
 
     Raises:
-        DataError: the file is missing, not UTF-8 or malformed, or of another format.
+        DataError: the file is missing, not UTF-8, malformed, or of another format.
     """
     if path.suffix.lstrip(".") not in FORMATS:
         raise DataError(
@@ -186,58 +194,67 @@ def read_file(path: Path, columns: tuple[str, ...]) -> list[Row]:
 
 
 def _read_text(path: Path) -> list[Row]:
-    """Read a CSV, TSV or JSON-lines file, or refuse it for the first row that is wrong."""
-    suffix, columns, start = path.suffix[1:], tuple[str, ...](), 0
+    """Read a CSV, TSV or JSON-lines file, or refuse it for the first wrong row."""
+    suffix = path.suffix[1:]
     text, is_utf8 = text_files.decode(path.read_bytes().removeprefix(text_files.BOM))
     lines = text_files.split_lines(text)
+    columns: tuple[str, ...] = ()
+    start = 0
     if suffix != "jsonl":
         columns, start = text_files.header(lines, str(path), suffix)
-    found = []
-    every = text_files.checked_rows(lines[start:], suffix, columns, is_utf8=is_utf8)
-    for first, end, cells, error in every:
+    rows: list[Row] = []
+    frames = text_files.checked_rows(lines[start:], suffix, columns, is_utf8=is_utf8)
+    for first, end, cells, error in frames:
         where = f"{path}, line {start + first + 1}"
         if error:
             raise text_files.bad_row(where, error, "".join(lines[start + first : start + end]))
-        found.append(
-            (where, cells if suffix == "jsonl" else dict(zip(columns, cells, strict=True)))
-        )
-    return found
+        row = cells if suffix == "jsonl" else dict(zip(columns, cells, strict=True))
+        rows.append((where, row))
+    return rows
 
 
-def _load_hub(rest: str) -> Any:
+def _load_hub(address: str) -> Any:
+    """Load the data set ``owner/name[/config]`` from the hub, or from the hub's cache."""
     try:
         from datasets import exceptions, load_dataset
     except ModuleNotFoundError as error:
         raise MissingExtra("datasets", extra="cpu") from error
 
     hub_or_its_cache()
-    owner, _, config = rest.rpartition("/") if rest.count("/") == 2 else (rest, "", "")
+    name, config = address, ""
+    if address.count("/") == 2:
+        name, _, config = address.rpartition("/")
     try:
-        return load_dataset(owner, config or None)
+        return load_dataset(name, config or None)
     except (exceptions.DatasetsError, OSError, ValueError) as error:
-        # What is found and cannot be built, such as splits of other sizes than their card says.
-        built = isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError)
+        hint = (
+            "without a network, put train.tsv and validation.tsv into a folder and give "
+            "data.source=FOLDER"
+        )
+        # The data set was found but not built: its splits have other sizes than its card says.
+        if isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError):
+            hint = (
+                "its files and its own card differ, or it changed while it was loaded: download "
+                "its files and give data.source=FOLDER"
+            )
         raise DataError(
-            f"cannot load the data set '{rest}' from the hub: {type(error).__name__}: {error}",
-            hint="its files and its own card differ, or it changed while it was loaded: download "
-            "its files and give data.source=FOLDER"
-            if built
-            else "without a network, put train.tsv and validation.tsv into a folder and give "
-            "data.source=FOLDER",
+            f"cannot load the data set '{address}' from the hub: {type(error).__name__}: {error}",
+            hint=hint,
         ) from error
 
 
-def _hub_split(hub: Any, rest: str, name: str) -> list[Row]:
+def _hub_split(hub: Any, address: str, name: str) -> list[Row]:
+    """Return the rows of one split of a loaded data set."""
     if name not in hub:
         raise DataError(
-            f"hub data set '{rest}' has no split '{name}', only {', '.join(hub)}",
+            f"hub data set '{address}' has no split '{name}', only {', '.join(hub)}",
             hint="name its splits with data.train and data.validation",
         )
-    return [(f"{rest} {name} row {number}", row) for number, row in enumerate(hub[name], 1)]
+    return [(f"{address} {name} row {number}", row) for number, row in enumerate(hub[name], 1)]
 
 
 def _hub_label_names(split: Any, column: str) -> tuple[str, ...] | None:
-    """Return the names of a class column, or of a column of lists of classes."""
+    """Return the class names of a column of classes, or of lists of classes; else None."""
     feature = split.features.get(column)
     feature = getattr(feature, "feature", feature)
     return tuple(feature.names) if hasattr(feature, "names") else None

@@ -1,13 +1,12 @@
 r"""Rows of CSV, TSV and JSON lines: the one reader, for training, scoring and prediction.
 
-It is strict, because a table that can be read in two ways is read wrongly by one of them. In CSV a
-quotation mark inside of a quoted cell is written twice (RFC 4180); one that is never closed, or
-followed by text, is an error. In TSV a quotation mark is an ordinary character (the GLUE files
-depend on it). Lines end with ``\n`` or ``\r\n``, and with nothing else: U+2028 and its like belong
-to the text. A BOM at the start of a file is no part of it.
+The reader is strict: if a table can be read in two ways, some program reads it wrongly. In CSV a
+quotation mark inside a quoted cell is written twice (RFC 4180); a quotation mark that is never
+closed, or is followed by text, is an error. In TSV a quotation mark is an ordinary character (the
+GLUE files depend on it). Only ``\n`` and ``\r\n`` end a line; U+2028 and its like belong to the
+text. A BOM at the start of a file is dropped.
 
-What to do with a row that is wrong is the caller's to say: training refuses the file, scoring lists
-the row and goes on.
+The caller decides about a wrong row: training refuses the file, scoring lists the row and goes on.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
     Frame = tuple[int, int, Any, str]
 
 BOM = b"\xef\xbb\xbf"
-# A quotation mark that is never closed would make one cell of the rest of the file.
+# The limit of a cell: an unclosed quotation mark would turn the rest of the file into one cell.
 _CELL_CHARACTERS = 2**20
 _JSON_BLANKS = " \t\r\n\x0b\x0c"
 
 
 def decode(raw: bytes) -> tuple[str, bool]:
-    """Return bytes as text, and whether they are UTF-8; those that are not become surrogates."""
+    """Return bytes as text, and whether they are UTF-8; other bytes become surrogates."""
     try:
         return raw.decode(), True
     except UnicodeDecodeError:
@@ -41,16 +40,16 @@ def decode(raw: bytes) -> tuple[str, bool]:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Return the lines of a text with their ends; only ``\n`` ends a line."""
+    r"""Return the lines of a text with their line ends; only ``\n`` ends a line."""
     return list(io.StringIO(text, newline="\n"))
 
 
 def text_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    r"""Yield number and text of each line of a file that holds a text a line.
+    r"""Yield number, from 1, and text of each line of a file that holds one text a line.
 
     Args:
-        stream: its lines as bytes; BOM and line ends (``\n`` or ``\r\n``) are no part of a text.
-        name: of the file, for messages.
+        stream: the lines as bytes; BOM and line ends (``\n`` or ``\r\n``) are not part of a text.
+        name: name of the file, for messages.
 
     Raises:
         DataError: a line is not UTF-8.
@@ -63,12 +62,12 @@ def text_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
 
 
 def frames(lines: Iterable[str], suffix: str) -> Iterator[Frame]:
-    """Yield the rows of a file as they lie there; blank lines are none.
+    """Yield the unchecked rows of a file; blank lines are skipped.
 
     Yields:
-        The number of the first line of the row from 0, that of the line after it, its cells (of
-        JSON lines the text), and what is wrong with it. After a row that is wrong the next line
-        begins another.
+        The number of the row's first line, from 0; the number of the line after the row; the cells
+        (for JSON lines the text); and the error of the row, or "". After a wrong row the next line
+        begins another row.
     """
     if suffix == "csv":
         yield from _csv_frames(lines)
@@ -84,26 +83,27 @@ def frames(lines: Iterable[str], suffix: str) -> Iterator[Frame]:
 
 
 def is_blank(line: bytes, suffix: str) -> bool:
-    """Tell whether a line of TSV or JSON lines is no row for :func:`frames`."""
+    """Tell whether :func:`frames` skips a line of TSV or JSON lines."""
     return not (line.strip() if suffix == "jsonl" else line.rstrip(b"\r\n"))
 
 
 def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...], int]:
-    """Return the names of the columns of a CSV or TSV file, and how many lines they take.
+    """Return the names of the columns of a CSV or TSV file, and the number of lines they take.
 
     Raises:
-        DataError: the file is empty, its first row is wrong, two columns have one name, or the
-            names show that it is a table of another kind.
+        DataError: the file is empty, its first row is wrong, two columns have the same name, or
+            the names show that the file has another format.
     """
-    found = next(frames(lines, suffix), None)
-    if found is None:
+    header_row = next(frames(lines, suffix), None)
+    if header_row is None:
         raise DataError(f"{name} is empty", hint="its first line must name its columns")
-    first, end, names, error = found
-    twice = [each for each in names if names.count(each) > 1]
-    if SURROGATE.search(text := "".join(names)):
-        error = error or _not_utf8(text)
-    elif twice:
-        error = error or f"the column '{twice[0]}' appears twice"
+    first, end, names, error = header_row
+    duplicates = [column for column in names if names.count(column) > 1]
+    text = "".join(names)
+    if not error and SURROGATE.search(text):
+        error = _not_utf8(text)
+    elif not error and duplicates:
+        error = f"the column '{duplicates[0]}' appears twice"
     if error:
         raise bad_row(
             f"{name}, line {first + 1}", error, text, "correct the line that names the columns"
@@ -114,16 +114,17 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
 
 def _insist_on_format(where: str, names: Sequence[str], suffix: str) -> None:
     """Refuse a CSV file with other separators, and a TSV file whose cells are quoted as in CSV."""
-    separator = next((each for each in ";\t|" if len(names) == 1 and each in names[0]), None)
-    if suffix == "csv" and separator:
-        found = f"expected columns between commas, found one column named {names[0]!r}"
+    other_separators = [each for each in ";\t|" if len(names) == 1 and each in names[0]]
+    if suffix == "csv" and other_separators:
+        separator = other_separators[0]
+        reason = f"expected columns between commas, found one column named {names[0]!r}"
     elif suffix == "tsv" and all(name[:1] == name[-1:] == '"' != name for name in names):
         separator = "\t"
-        found = f"expected TSV, which has no quoting, found names in quotation marks: {names[0]}"
+        reason = f"expected TSV, which has no quoting, found names in quotation marks: {names[0]}"
     else:
         return
     raise DataError(
-        f"{where}: {found}",
+        f"{where}: {reason}",
         hint=f"pandas.read_csv(OLD, sep={separator!r}, dtype=str, keep_default_na=False)"
         ".to_csv(NEW, index=False) writes a CSV file that ad2kit reads",
     )
@@ -132,40 +133,41 @@ def _insist_on_format(where: str, names: Sequence[str], suffix: str) -> None:
 def checked_rows(
     lines: Iterable[str], suffix: str, columns: Sequence[str], *, is_utf8: bool
 ) -> Iterator[Frame]:
-    """Yield the rows below the header as :func:`frames`, checked; of JSON lines the objects.
+    """Yield the rows below the header like :func:`frames`, checked; for JSON lines the objects.
 
     Args:
-        lines: without those of the header.
+        lines: the lines without the header.
         suffix: the format.
-        columns: of CSV and TSV, where each row must have as many cells.
-        is_utf8: what :func:`decode` said of these lines.
+        columns: the columns of CSV and TSV; each row must have as many cells.
+        is_utf8: whether :func:`decode` found these lines to be UTF-8.
     """
-    for first, end, cells, error in frames(lines, suffix):
-        wrong = error
-        if not is_utf8 and not wrong and SURROGATE.search(text := "".join(cells)):
-            wrong = _not_utf8(text)
+    for first, end, cells, frame_error in frames(lines, suffix):
+        content = cells
+        error = frame_error
+        if not is_utf8 and not error and SURROGATE.search(text := "".join(cells)):
+            error = _not_utf8(text)
         elif suffix == "jsonl":
-            cells, wrong = _object(cells)  # noqa: PLW2901
-        elif not wrong and len(cells) != len(columns):
+            content, error = _object(cells)
+        elif not error and len(cells) != len(columns):
             names = f"{', '.join(columns):.80}"
-            wrong = f"expected {len(columns)} fields ({names}), found {len(cells)}"
-        yield first, end, cells, wrong
+            error = f"expected {len(columns)} fields ({names}), found {len(cells)}"
+        yield first, end, content, error
 
 
 def bad_row(where: str, reason: str, raw: str, otherwise: str = "correct the line") -> DataError:
-    r"""Return the refusal of a file for one of its rows, with the cure.
+    r"""Return the error that refuses a file for one of its rows, with a hint.
 
     Args:
         where: the file and the line.
-        reason: what is wrong with the row.
-        raw: the row as it lies there.
-        otherwise: the cure where no other is known.
+        reason: the error of the row.
+        raw: the text of the row.
+        otherwise: the hint if no better one is known.
     """
     cure = otherwise
     if reason.startswith("not UTF-8"):
-        utf16 = reason.endswith(("0xff", "0xfe"))
-        source = "utf-16" if utf16 else "latin1"
-        cure = f"convert it, for example: iconv -f {source} -t utf-8 OLD > NEW"
+        is_utf16 = reason.endswith(("0xff", "0xfe"))
+        encoding = "utf-16" if is_utf16 else "latin1"
+        cure = f"convert it, for example: iconv -f {encoding} -t utf-8 OLD > NEW"
     elif reason.startswith("not CSV"):
         cure = "close each quotation mark, and write one inside of a quoted cell twice"
         if '\\"' in raw:
@@ -181,15 +183,17 @@ def bad_row(where: str, reason: str, raw: str, otherwise: str = "correct the lin
 
 
 def csv_cell(value: str) -> str:
-    r"""Return a cell as CSV; also ``\r`` is quoted, which ``csv`` before Python 3.11.9 is not."""
+    r"""Return a cell as CSV; ``\r`` is quoted too, which ``csv`` before Python 3.11.9 omits."""
     if not re.search('[",\r\n]', value):
         return value
     return '"' + value.replace('"', '""') + '"'
 
 
 def _csv_frames(lines: Iterable[str]) -> Iterator[Frame]:
+    """Yield the rows of a CSV file; see :func:`frames`."""
     csv.field_size_limit(_CELL_CHARACTERS)
-    reader, first = csv.reader(lines, strict=True), 0
+    reader = csv.reader(lines, strict=True)
+    first = 0
     while True:
         try:
             for cells in reader:
@@ -198,21 +202,24 @@ def _csv_frames(lines: Iterable[str]) -> Iterator[Frame]:
                 first = reader.line_num
             return
         except csv.Error as error:
-            reason, several = f"not CSV: {error}", reader.line_num > first + 1
-            if several:
-                reason += f", {reader.line_num - first} lines long"
-            if several or "end of data" in reason:
+            reason = f"not CSV: {error}"
+            length_lines = reader.line_num - first
+            if length_lines > 1:
+                reason += f", {length_lines} lines long"
+            if length_lines > 1 or "end of data" in reason:
                 reason += ": is a quotation mark never closed?"
             yield first, reader.line_num, [], reason
             first = reader.line_num
 
 
 def _object(line: str) -> tuple[dict[str, Any], str]:
-    """Return the object that a line of JSON holds, or what is wrong with it."""
+    """Return the object in a line of JSON and "", or an empty object and the error."""
     try:
         row = _JSON.decode(line)
+    except _DuplicateKey as error:
+        return {}, str(error)
     except (ValueError, RecursionError) as error:
-        return {}, str(error) if isinstance(error, _Twice) else f"not JSON: {error}"
+        return {}, f"not JSON: {error}"
     if not isinstance(row, dict):
         return {}, f"expected a JSON object, found {type(row).__name__}"
     if "\\u" in line and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
@@ -220,22 +227,24 @@ def _object(line: str) -> tuple[dict[str, Any], str]:
     return row, ""
 
 
-class _Twice(ValueError):
-    """A key that an object has twice: readers differ in which value they take."""
+class _DuplicateKey(ValueError):
+    """An object has a key twice: readers differ in which value they take."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dict; refuse duplicate keys."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Twice(f"the key '{twice}' appears twice")
-    return found
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKey(f"the key '{duplicate}' appears twice")
+    return row
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_once)
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _not_utf8(text: str) -> str:
-    found = SURROGATE.search(text)
-    return f"not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x}" if found else ""
+    """Return an error that names the first byte which is not UTF-8; "" if there is none."""
+    surrogate = SURROGATE.search(text)
+    return f"not UTF-8: byte 0x{ord(surrogate[0]) - 0xDC00:02x}" if surrogate else ""

@@ -9,7 +9,7 @@
         distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
         answers.jsonl               the answers of each model to each validation row
         campaign.json               only in the run of a campaign: its rule and its verdicts
-        teacher-run/                a run whose student is the teacher, see campaigns.teacher
+        teacher-run/                a run whose student is the teacher, see campaigns.run
         onnx/<variant>/             model.onnx, tokenizer, manifest.json
     runs/.shared/                   files that runs share, see ad2kit.training.shared
 
