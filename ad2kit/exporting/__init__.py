@@ -1,1 +1,1 @@
-"""Student to ONNX, its variants, and inference with them, without torch."""
+"""Export of the student to ONNX, its variants, and inference with them without torch."""

@@ -45,11 +45,11 @@ PROVIDERS: dict[Provider, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one text; which fields are set depends on the task of the model.
+    """The answer for one text; the task of the model decides which fields are set.
 
-    ``label`` and its probability ``score`` of a single-label model; all ``labels`` whose
-    probability is above one half of a multi-label one; the ``value`` of a regression. ``scores``
-    are the probabilities of all labels, in label order; a regression has none.
+    A single-label model sets ``label`` and its probability ``score``. A multi-label model sets
+    ``labels``, all labels with a probability above one half. A regression sets ``value``.
+    ``scores`` holds the probabilities of all labels, in label order; a regression has none.
     """
 
     tokens: int
@@ -62,15 +62,15 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as plain data."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value for name, value in found.items() if value is not None and value != {}}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None and value != {}}
 
 
 def read_artifact(folder: Path) -> OnnxArtifact:
     """Read the manifest of a variant and compare every file with its sha256.
 
     Raises:
-        ModelError: a file is missing, or is not the one that was exported.
+        ModelError: a file is missing, or differs from the exported one.
     """
     if not (folder / OnnxArtifact.file_name).is_file():
         raise ModelError(
@@ -78,18 +78,19 @@ def read_artifact(folder: Path) -> OnnxArtifact:
             hint="give a folder that `ad2kit export` wrote, such as runs/NAME/onnx/int8",
         )
     artifact = OnnxArtifact.read(folder / OnnxArtifact.file_name)
-    again = f"restore the file, or delete {folder} and run `ad2kit export` again"
-    check_sha256(folder, artifact.files, hint=again)
+    hint = f"restore the file, or delete {folder} and run `ad2kit export` again"
+    check_sha256(folder, artifact.files, hint=hint)
     return artifact
 
 
 def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.InferenceSession:
-    """Load a graph for one provider, with so many intra-op threads.
+    """Load a graph for one provider, with ``threads`` intra-op threads.
 
     Raises:
-        ModelError: the provider is absent, or cannot run it.
+        ModelError: the provider is absent, or cannot run the graph.
     """
-    options, name = onnxruntime.SessionOptions(), PROVIDERS[provider]
+    name = PROVIDERS[provider]
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -101,11 +102,11 @@ def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.I
             hint="`ad2kit doctor` says what is installed and what to do; for CUDA install "
             "'ad2kit[gpu]' without onnxruntime, or set export.provider=cpu",
         )
-    # On the CPU the node that this makes is slower than the two nodes that it replaces.
-    slower = ["SkipLayerNormFusion"] if provider == "cpu" else []
+    # On the CPU the fused node is slower than the two nodes that it replaces.
+    disabled_optimizers = ["SkipLayerNormFusion"] if provider == "cpu" else []
     try:
         session = onnxruntime.InferenceSession(
-            graph, options, providers=[name], disabled_optimizers=slower
+            graph, options, providers=[name], disabled_optimizers=disabled_optimizers
         )
     except Exception as error:
         # onnxruntime's exceptions share no base class of their own.
@@ -126,11 +127,11 @@ class OnnxClassifier:
 
     Args:
         folder: one exported variant, with its manifest.
-        threads: intra-op threads; all cores that this process may use if None. Always set
-            explicitly, because ONNX Runtime's own default ignores the limits of a container.
-        provider: what executes the graph, "cpu", "cuda", "tensorrt" or "openvino"; the one that
-            it was judged on if None. There is no fallback to another.
-        graph: another graph to run instead of the folder's, which is not checked.
+        threads: the number of intra-op threads; if None, all cores that this process may use. ONNX
+            Runtime's own default is never used, because it ignores the limits of a container.
+        provider: the execution provider, "cpu", "cuda", "tensorrt" or "openvino"; if None, the one
+            that the variant was judged on. There is no fallback to another provider.
+        graph: a graph to run instead of the folder's; its sha256 is not checked.
 
     Raises:
         ModelError: a file is damaged, or the provider is absent.
@@ -150,7 +151,7 @@ class OnnxClassifier:
         self.threads = threads or available_cpus()
         self.provider = provider or self.artifact.provider
         self.session = open_session(graph or self.folder / MODEL_FILE, self.threads, self.provider)
-        self.input_names = [item.name for item in self.session.get_inputs()]
+        self.input_names = [graph_input.name for graph_input in self.session.get_inputs()]
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenise = Tokenise(
             self.tokenizer,
@@ -163,11 +164,11 @@ class OnnxClassifier:
         """Tokenise texts, cut to the model's maximum length.
 
         Args:
-            texts: the texts, or the pairs of them.
-            first: the number of the first text, for what is said of one that is refused.
+            texts: the texts, or pairs of texts.
+            first: the number of the first text, for the message about a refused text.
 
         Raises:
-            UserError: not a list of texts, an empty text, or one text where the model needs two.
+            UserError: ``texts`` is no list of texts, a text is empty, or the model needs pairs.
         """
         if isinstance(texts, str):
             raise UserError("expected a list of texts, found one str", hint="pass [text]")
@@ -192,20 +193,20 @@ class OnnxClassifier:
     def run(self, encodings: Sequence[Tokens], *, left: bool = False) -> NDArray[np.float32]:
         """Return the logits of one batch, padded on the right or ``left``; float32 [texts, labels].
 
-        What is padded on the left means nothing to a model that was trained on the right, but all
-        faithful graphs of it agree about it.
+        Logits of a batch with padding on the left have no meaning for a model that was trained with
+        padding on the right. But all faithful graphs of the model give the same ones.
         """
         return self.forward(self.feed(encodings, left=left))
 
     def forward(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Return the logits of the inputs that :meth:`feed` made."""
+        """Return the logits of the inputs of :meth:`feed`, float32 [texts, labels]."""
         if self.provider in ("cuda", "tensorrt"):
             return self.forward_bound(feed)
         (logits,) = self.session.run(["logits"], {name: feed[name] for name in self.input_names})
         return np.asarray(logits)
 
     def forward_bound(self, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Do as :meth:`forward` does, by IO binding: one copy to the device, and one back."""
+        """Like :meth:`forward`, but with IO binding: one copy to the device, and one back."""
         binding = self.session.io_binding()
         for name in self.input_names:
             binding.bind_cpu_input(name, feed[name])
@@ -216,7 +217,11 @@ class OnnxClassifier:
     def feed(
         self, encodings: Sequence[Tokens], *, width: int | None = None, left: bool = False
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the inputs of a batch, int64 [texts, width]; the longest text's width if None."""
+        """Return the inputs of a batch by name, int64 [texts, width].
+
+        ``width`` is in tokens; None is the length of the longest text. Padding is on the right, or
+        on the left if ``left``.
+        """
         width = width or max(len(encoding.ids) for encoding in encodings)
         shape = (len(encodings), width)
         padding = self.artifact.tokenisation
@@ -225,14 +230,17 @@ class OnnxClassifier:
         types = np.full(shape, padding.pad_type_id if padding.segment_ids else 0, dtype=np.int64)
         for row, encoding in enumerate(encodings):
             length = len(encoding.ids)
-            places = slice(width - length, width) if left else slice(length)
-            ids[row, places] = encoding.ids
-            mask[row, places] = 1
-            types[row, places] = encoding.type_ids
+            columns = slice(width - length, width) if left else slice(length)
+            ids[row, columns] = encoding.ids
+            mask[row, columns] = 1
+            types[row, columns] = encoding.type_ids
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def run_sorted(self, encodings: Sequence[Tokens], batch_size: int) -> NDArray[np.float32]:
-        """Return logits in the given order, computed in batches of similar length."""
+        """Return logits, float32 [texts, labels], in the order of the texts.
+
+        Texts of similar length share a batch.
+        """
         logits = np.empty((len(encodings), len(self.labels)), dtype=np.float32)
         order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].ids))
         for start in range(0, len(order), batch_size):
@@ -241,25 +249,26 @@ class OnnxClassifier:
         return logits
 
     def predictions(self, encodings: Sequence[Tokens], logits: NDArray[Any]) -> list[Prediction]:
-        """Turn logits, shape [texts, outputs], into predictions."""
-        task, found = self.artifact.task, []
+        """Return the predictions for logits of shape [texts, outputs]."""
+        task = self.artifact.task
+        predictions = []
         probabilities = scores(task, logits / self.artifact.temperature)
         rows = zip(encodings, answers(task, logits), probabilities, strict=True)
         for encoding, answer, row in rows:
-            named = dict(zip(self.labels, row.tolist(), strict=True))
-            facts: dict[str, Any] = {"scores": named}
+            score_by_label = dict(zip(self.labels, row.tolist(), strict=True))
+            fields: dict[str, Any] = {"scores": score_by_label}
             if task == "single_label":
-                facts |= {"label": self.labels[int(answer)], "score": float(row[int(answer)])}
+                fields |= {"label": self.labels[int(answer)], "score": float(row[int(answer)])}
             elif task == "multi_label":
-                facts["labels"] = tuple(
+                fields["labels"] = tuple(
                     name for name, on in zip(self.labels, answer, strict=True) if on
                 )
             else:
-                facts = {"value": float(answer)}
-            found.append(
-                Prediction(tokens=len(encoding.ids), truncated=encoding.truncated, **facts)
+                fields = {"value": float(answer)}
+            predictions.append(
+                Prediction(tokens=len(encoding.ids), truncated=encoding.truncated, **fields)
             )
-        return found
+        return predictions
 
     def logits(self, texts: Sequence[Text], batch_size: int = 32) -> NDArray[np.float32]:
         """Return the logits of texts, float32 [texts, labels]."""

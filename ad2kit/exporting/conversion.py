@@ -1,7 +1,7 @@
-"""Question 2 of parity: what does a variant lose to the fp32 graph that it was made from?
+"""Question 2 of parity: how much does a variant lose to the fp32 graph that it was made from?
 
-The search for int8 asks it on ``select``, and the gate on the validation rows. Logits have shape
-[rows, outputs].
+The search for int8 asks the question on ``select``, and the gate on the validation rows. Logits
+have shape [rows, outputs].
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 
 Question = Literal["export fidelity", "conversion cost", "distillation quality"]
-# What keeps less than this share of its weights in 8 bits is a float model by another name.
+# An int8 variant with a smaller share of its weights in 8 bits is mostly a float model.
 LEAST_8_BITS = 0.5
 POINTS_LOST = "points lost to fp32"
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Labelled rows, and how answers to them are judged."""
+    """Labelled rows, with the task and the metrics that judge answers to them."""
 
     task: Task
     metrics: tuple[Metric, ...]
     labels: NDArray[Any]
 
     def score(self, logits: Logits) -> float:
-        """Return the score of some logits by the metrics of the task."""
+        """Return the mean of the metrics for logits of shape [rows, outputs]."""
         return metrics.mean_metric(self.metrics, answers(self.task, logits), self.labels)
 
 
@@ -52,48 +52,59 @@ def conversion_cost(
     thresholds: ParityRecipe,
     seed: int | None = None,
 ) -> tuple[Check, ...]:
-    """Question 2: a converted variant against fp32; all arrays run over the same rows.
+    """Question 2: compare a converted variant with fp32; all arrays have the same rows.
 
-    The activations of a dynamic int8 graph are quantised over the whole batch, so that an answer
-    depends a little on its company: the variant is judged in batches and one by one.
+    A dynamic int8 graph quantises the activations of a whole batch together, so an answer depends
+    a little on the other texts of its batch. So the variant is judged in batches and one by one.
 
-    Without the ``seed`` of a bootstrap the points lost have no interval: what only compares
-    candidates does without.
+    Args:
+        logits: the logits of the variant, computed in batches, shape [rows, outputs].
+        alone: the logits of the variant, computed one by one.
+        fp32: the logits of the fp32 graph.
+        reference: the labels of the same rows.
+        thresholds: those of the recipe.
+        seed: the seed of a bootstrap. If None, the points lost have no interval; a comparison of
+            candidates needs none.
     """
     question: Question = "conversion cost"
-    finite, finite_alone = (np.nan_to_num(found) for found in (logits, alone))
+    finite = np.nan_to_num(logits)
+    finite_alone = np.nan_to_num(alone)
     worse = min(finite, finite_alone, key=reference.score)
     lost = 100 * (reference.score(fp32) - reference.score(worse))
-    what = "label agreement with fp32"
+    agreement_name = "label agreement with fp32"
     if reference.task == "regression":
-        what = "correlation with fp32"  # there are no labels to agree on
-    agreements = {what: finite, f"{what}, one by one": finite_alone}
-    most, limit = thresholds.max_points_lost, thresholds.max_points_lost_upper
-    return (
-        at_most(question, "converted logits not finite", not_finite(logits) + not_finite(alone), 0),
-        *(
-            agrees(question, name, agreement(reference.task, found, fp32), thresholds)
-            for name, found in agreements.items()
-        ),
-        at_most(question, POINTS_LOST, lost, most)
-        if seed is None
-        else estimated(
+        agreement_name = "correlation with fp32"  # there are no labels to agree on
+    logits_by_check = {agreement_name: finite, f"{agreement_name}, one by one": finite_alone}
+    if seed is None:
+        points_lost = at_most(question, POINTS_LOST, lost, thresholds.max_points_lost)
+    else:
+        points_lost = estimated(
             question,
             POINTS_LOST,
             "at most",
             _points_lost(lost, worse, fp32, reference, thresholds.bootstrap_samples, seed),
-            most,
-            limit,
+            thresholds.max_points_lost,
+            thresholds.max_points_lost_upper,
             best=0.0,
+        )
+    return (
+        at_most(question, "converted logits not finite", not_finite(logits) + not_finite(alone), 0),
+        *(
+            agrees(question, name, agreement(reference.task, converted, fp32), thresholds)
+            for name, converted in logits_by_check.items()
         ),
+        points_lost,
     )
 
 
 def _points_lost(
     lost: float, converted: Logits, fp32: Logits, reference: LabelledRows, samples: int, seed: int
 ) -> Estimate:
-    found = [answers(reference.task, each) for each in (fp32, converted)]
-    draws = metrics.paired_bootstrap(reference.metrics, found, reference.labels, samples, seed)
+    """Return ``lost``, the points lost to fp32, with the interval of a paired bootstrap."""
+    predictions = [answers(reference.task, logits) for logits in (fp32, converted)]
+    draws = metrics.paired_bootstrap(
+        reference.metrics, predictions, reference.labels, samples, seed
+    )
     differences = 100 * (draws[:, 0] - draws[:, 1])
     tail = 100 * sample_size.ERROR / 2
     low, high = np.percentile(differences, [tail, 100 - tail]).tolist()
@@ -102,24 +113,40 @@ def _points_lost(
 
 
 def agrees(question: Question, name: str, found: Estimate, thresholds: ParityRecipe) -> Check:
-    """Return the check that so many answers stayed the same."""
-    least, limit = thresholds.min_agreement, thresholds.min_agreement_lower
-    return estimated(question, name, "at least", found, least, limit, best=1.0)
+    """Return the check that enough answers stayed the same; ``found`` is their agreement."""
+    return estimated(
+        question,
+        name,
+        "at least",
+        found,
+        thresholds.min_agreement,
+        thresholds.min_agreement_lower,
+        best=1.0,
+    )
 
 
 def mostly_8_bits(share: float) -> Check:
-    """Question 2, for int8: ``share`` of the weights are stored in 8 bits."""
+    """Question 2, for int8: return the check of the ``share`` of weights in 8 bits."""
     return at_least("conversion cost", "share of weights in 8 bits", share, LEAST_8_BITS)
 
 
 def agreement(task: Task, logits: Logits, fp32: Logits) -> Estimate:
-    """Return the share of equal answers; for a regression, Pearson's correlation."""
-    ours, theirs = answers(task, logits), answers(task, fp32)
+    """Return the share of equal answers; for a regression, Pearson's correlation.
+
+    Args:
+        task: the task, which says what the logits mean.
+        logits: the logits of a variant, shape [rows, outputs].
+        fp32: the logits of the fp32 graph, of the same shape.
+    """
+    predictions = answers(task, logits)
+    fp32_predictions = answers(task, fp32)
+    rows = len(predictions)
     if task == "regression":
-        return sample_size.correlation(metrics.metric_value("pearson", ours, theirs), len(ours))
-    same = (ours == theirs).reshape(len(ours), -1)
-    # Of several labels each row is a share: labels of one text are not independent.
-    return sample_size.share(float(same.mean(axis=1).sum()), len(ours))
+        pearson = metrics.metric_value("pearson", predictions, fp32_predictions)
+        return sample_size.correlation(pearson, rows)
+    is_equal = (predictions == fp32_predictions).reshape(rows, -1)
+    # A row with several labels counts as a share, because the labels of one text are dependent.
+    return sample_size.share(float(is_equal.mean(axis=1).sum()), rows)
 
 
 def estimated(
@@ -132,25 +159,25 @@ def estimated(
     *,
     best: float,
 ) -> Check:
-    """Return the check of an estimate, and how many rows would show it.
+    """Return the check of an estimate, with the number of rows that would show it.
 
     Args:
-        question: that it belongs to.
-        name: of the check.
-        bound: on which side of ``threshold`` the value has to be.
-        found: the value, its interval, and what more rows would show.
-        threshold: for the value.
-        limit: for the interval; None is none.
+        question: the question that the check belongs to.
+        name: the name of the check.
+        bound: the side of ``threshold`` on which the value has to be.
+        found: the estimate: the value, its interval, and the rows that other values need.
+        threshold: the threshold for the value.
+        limit: the limit for the interval; None means no limit.
         best: the value of a perfect model.
     """
     stricter = max if bound == "at least" else min
-    aim = threshold if limit is None else stricter(threshold, limit)
-    truth = sample_size.supposed(found.value, aim, best)
+    target = threshold if limit is None else stricter(threshold, limit)
+    truth = sample_size.supposed(found.value, target, best)
+    # With this sign a larger value is better, for both bounds.
     sign = 1 if bound == "at least" else -1
-    least = -np.inf if limit is None else sign * limit
-    needed = RowsNeeded(
-        truth=truth, rows=found.rows_for(sign * truth, sign * threshold, least), present=found.rows
-    )
+    lower_limit = -np.inf if limit is None else sign * limit
+    rows = found.rows_for(sign * truth, sign * threshold, lower_limit)
+    needed = RowsNeeded(truth=truth, rows=rows, present=found.rows)
     return Check(
         question=question,
         name=name,
@@ -174,5 +201,5 @@ def at_least(question: Question, name: str, value: float, threshold: float) -> C
 
 
 def not_finite(logits: Logits) -> int:
-    """Return how many values are no number."""
+    """Return the number of logits that are NaN or infinite."""
     return int((~np.isfinite(logits)).sum())

@@ -1,4 +1,4 @@
-"""The export stage: student -> ONNX through optimum, and the variants derived from it."""
+"""The export stage: convert the student to ONNX by optimum, and derive the variants from it."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOOLS = ("onnx", "optimum", "optimum-onnx", "torch", "transformers")
-# Training texts from which a static quantisation learns the range of activations.
-# All activations of a batch are in memory at once.
-_CALIBRATION_TEXTS, _CALIBRATION_BATCH = 128, 4
+# A static quantisation learns the range of activations from this many training texts.
+_CALIBRATION_TEXTS = 128
+# All activations of a calibration batch are in memory at once.
+_CALIBRATION_BATCH = 4
 
 
 @exclusive
@@ -65,34 +66,38 @@ def export(run: RunDir) -> list[OnnxArtifact]:
 
     Raises:
         RunError: the run has no student yet.
-        ModelError: the student, or a variant that is to be kept, was changed since it was written;
-            or the execution provider of the recipe is absent.
+        ModelError: a file of the student or of an existing variant changed since it was written, or
+            the execution provider of the recipe is absent.
     """
     run.require(run.distill_report, command="distill")
     text_model.check_files(run.student)
     variants = run.recipe.export.variants
-    # In the order in which they are made from one another.
+    # A variant may be made from an earlier one of this order.
     return [_export(run, v) for v in sorted(variants, key=get_args(Variant).index)]
 
 
 def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
-    recipe, distilled = run.recipe, DistillReport.read(run.distill_report)
+    recipe = run.recipe
+    distilled = DistillReport.read(run.distill_report)
     tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
-    inputs, folder = _inputs(run, variant, tools), run.onnx(variant)
-    kept = _exported(folder)
-    if kept is not None and kept.inputs == inputs:
+    inputs = _inputs(run, variant, tools)
+    folder = run.onnx(variant)
+    existing = _existing_artifact(folder)
+    if existing is not None and existing.inputs == inputs:
         logger.info("%s is already exported: %s", variant, folder)
-        return kept
+        return existing
     with whole_folder(folder) as new:
         if variant == "fp32":
             export_fp32(run.student, new)
             student = text_model.load_model(run.student, distilled.labels, distilled.task)
             write_tokenizer(student.tokenizer, new)
-            settings, temperature = tokenisation(student.tokenizer), _temperature(run, student)
+            settings = tokenisation(student.tokenizer)
+            temperature = _temperature(run, student)
         else:
-            # The same for all variants, so that they read and answer alike.
+            # All variants share tokeniser and temperature, so that they read and answer alike.
             fp32 = read_artifact(run.onnx("fp32"))
-            settings, temperature = fp32.tokenisation, fp32.temperature
+            settings = fp32.tokenisation
+            temperature = fp32.temperature
             _copy_all_but_the_graph(fp32, run.onnx("fp32"), new)
         if variant == "int8":
             write_record(run.int8_search, _quantize(run, new / MODEL_FILE, inputs))
@@ -123,7 +128,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
                 "teacher": recipe.teacher.model,
                 "teacher_sha256": distilled.teacher_sha256,
                 "student_sha256": distilled.student_sha256,
-                **{f"{k}_sha256": facts.sha256 for k, facts in distilled.splits.items()},
+                **{f"{name}_sha256": split.sha256 for name, split in distilled.splits.items()},
                 **tools,
             },
         )
@@ -134,7 +139,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
 
 
 def _inputs(run: RunDir, variant: Variant, tools: dict[str, str]) -> str:
-    """Return the fingerprint of all that a variant depends on."""
+    """Return the fingerprint of everything that a variant depends on."""
     recipe = run.recipe
     parts = [
         __version__,
@@ -154,8 +159,8 @@ def _inputs(run: RunDir, variant: Variant, tools: dict[str, str]) -> str:
     return fingerprint(*parts)
 
 
-def _exported(folder: Path) -> OnnxArtifact | None:
-    """Return the manifest of an exported variant, or None if another version of ad2kit wrote it.
+def _existing_artifact(folder: Path) -> OnnxArtifact | None:
+    """Return the manifest of an exported variant; None if there is none that this version can read.
 
     Raises:
         ModelError: a file was changed since it was written.
@@ -170,7 +175,7 @@ def _exported(folder: Path) -> OnnxArtifact | None:
 
 
 def _temperature(run: RunDir, student: TextModel) -> float:
-    """Return what the student's logits are divided by: 1 unless the recipe wants it calibrated."""
+    """Return the temperature fitted on ``select``; 1 unless the recipe asks for a calibration."""
     recipe = run.recipe
     if not recipe.export.calibrate:
         return 1.0
@@ -181,23 +186,25 @@ def _temperature(run: RunDir, student: TextModel) -> float:
 
 
 def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
-    """Write the int8 graph that the search takes, and return what it tried."""
-    recipe, start = run.recipe, time.monotonic()
-    data, fp32 = splits.load_data(recipe.data, recipe.seed), run.onnx("fp32")
+    """Search for an int8 graph, write it to ``target``, and return the record of the search."""
+    start = time.monotonic()
+    recipe = run.recipe
+    data = splits.load_data(recipe.data, recipe.seed)
+    fp32 = run.onnx("fp32")
     with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
         scratch = Path(temporary)
-        plain = onnx.load(fp32 / MODEL_FILE)
-        read_first_token_only(plain)
-        onnx.save(plain, scratch / "plain.onnx")
+        plain_graph = onnx.load(fp32 / MODEL_FILE)
+        read_first_token_only(plain_graph)
+        onnx.save(plain_graph, scratch / "plain.onnx")
         graphs = {False: scratch / "plain.onnx"}
-        if "fused" in recipe.export.variants:  # and so proven by the gate
+        if "fused" in recipe.export.variants:  # the gate then tests its fidelity, too
             graphs[True] = run.onnx("fused") / MODEL_FILE
 
         def classifier_of(graph: Path) -> OnnxClassifier:
             return OnnxClassifier(fp32, threads=recipe.compute.threads, graph=graph)
 
         reference = classifier_of(graphs[False])
-        select, train = (
+        select_tokens, train_tokens = (
             reference.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
             for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
         )
@@ -205,10 +212,10 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
             graphs=graphs,
             reference=reference,
             classifier_of=classifier_of,
-            encodings=select,
+            encodings=select_tokens,
             rows=LabelledRows(data.task, recipe.data.judged_by, data.select.labels),
             thresholds=recipe.parity,
-            calibration=_calibration(reference, train),
+            calibration=_calibration(reference, train_tokens),
             scratch=scratch,
         )
         taken, trials = search.write(target, recipe.export.search_seconds)
@@ -224,7 +231,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
 def _calibration(
     classifier: OnnxClassifier, encodings: Sequence[Tokens]
 ) -> list[dict[str, NDArray[np.int64]]]:
-    """Return inputs of one shape, as calibration wants them; what fills no batch is left out."""
+    """Return batches of equal shape, as calibration needs them; an incomplete one is dropped."""
     size = min(_CALIBRATION_BATCH, len(encodings))
     width = max(len(encoding.ids) for encoding in encodings)
     feeds = [
@@ -235,9 +242,9 @@ def _calibration(
 
 
 def export_fp32(student: Path, folder: Path) -> None:
-    """Trace a saved model with optimum; whether the graph is faithful is the gate's question."""
+    """Trace a saved model with optimum; the gate tests whether the graph is faithful."""
     with warnings.catch_warnings(), quiet_transformers():
-        # Constants of the mask computation, which do not depend on the example input.
+        # The warnings are about constants of the mask, which do not depend on the example input.
         warnings.simplefilter("ignore", TracerWarning)
         # optimum 2.1 still passes an argument that torch and transformers have renamed.
         warnings.simplefilter("ignore", FutureWarning)
@@ -254,9 +261,9 @@ def export_fp32(student: Path, folder: Path) -> None:
 
 
 def _copy_all_but_the_graph(fp32: OnnxArtifact, source: Path, target: Path) -> None:
-    """Copy what belongs to the fp32 variant and is not of its graph.
+    """Copy the files of the fp32 manifest, except the graph and the golden answers.
 
-    Not all that lies there: the gate puts its verdict into the folders that it judged.
+    Other files in the folder are not copied, because the gate writes its verdict there.
     """
     for name in fp32.files:
         if not name.startswith(MODEL_FILE) and name != GOLDEN_FILE:

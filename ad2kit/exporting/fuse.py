@@ -1,12 +1,13 @@
-"""fp32 ONNX to the same graph with fewer, larger nodes, less of the last layer, and that to fp16.
+"""Conversion of an fp32 ONNX graph: fused nodes, a smaller last layer, and fp16.
 
-The head of most encoders takes the state of the first token and drops all others, yet a graph
-computes them all. Of the last layer only the keys and values of the other tokens are needed; the
-queries, the output projection and the feed-forward block, which are five sixths of its
-multiplications, are needed for one token. The results are the same numbers.
+The head of most encoders reads the state of the first token only, but a graph computes the states
+of all tokens. The last layer needs the keys and values of all tokens. It needs its queries, its
+output projection and its feed-forward block, which are five sixths of its multiplications, for the
+first token only. The results are the same numbers.
 
-It is an analysis of demand: from the outputs backwards, is a tensor needed whole, or only at the
-first position of an axis? Where all readers of a node agree on the latter, it computes no more.
+The method is an analysis of demand from the outputs backwards: is a tensor needed as a whole, or
+only at the first position of an axis? If all readers of a node need the first position only, the
+node computes no other position.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Shape = list[int | str]
 
 
-# What the fusions make, and no exporter writes (LayerNormalization alone comes from both).
+# The fusions make these nodes, and no exporter writes them, except for LayerNormalization.
 FUSED = (
     "Attention",
     "MultiHeadAttention",
@@ -46,21 +47,21 @@ FUSED = (
 def fuse(fp32: Path, fused: Path) -> None:
     """Write a copy of an fp32 graph with ONNX Runtime's transformer fusions.
 
-    Of the last layer it computes only what the first token needs, if that is all the head reads.
+    If the head reads the first token only, the copy computes the last layer for that token only.
 
-    The attention mask stays what it is. By default the fusions reduce it to a length per text,
-    which gives other logits where padding is on the left or a token in the middle is masked, and
-    no error.
+    The attention mask is kept as it is. By default the fusions reduce it to a length for each text.
+    Such a graph gives other logits, without an error, if padding is on the left or a token in the
+    middle is masked.
 
     Args:
-        fp32: the graph to read, of any family; heads and width are found in it.
+        fp32: the graph to read, of any family; the number of heads and the width are found in it.
         fused: the graph to write.
     """
     options = FusionOptions("bert")
     options.attention_mask_format = AttentionMaskFormat.AttentionMask
-    # opt_level 0: what a session optimises when it starts is left to the session, because a graph
-    # that went through it fits the machine that it was made on.
-    # Of pruned heads: the fusion says that they are narrower than the layer, and fuses them.
+    # With opt_level 0 the optimisations of a session are left to the session, because they would
+    # fit the graph to the machine that exports it.
+    # Pruned heads are narrower than the layer: the fusion warns about it, and fuses them.
     with without_message("fusion_attention", "Input hidden size"):
         model = optimize_model(
             str(fp32),
@@ -77,20 +78,21 @@ def fuse(fp32: Path, fused: Path) -> None:
 def to_fp16(fp32: Path, fp16: Path) -> None:
     """Write a copy of a graph with half the bytes; inputs and outputs keep their types.
 
-    What does not fit into float16 (such as the large negative number of a mask) becomes the largest
-    that does. Nothing is kept in float32: the kernels of softmax and LayerNormalization sum in
-    float32 themselves, and whether that is enough for a model is what the gate measures.
+    A number outside the range of float16 (such as the large negative number of a mask) becomes the
+    nearest number in the range. No node is kept in float32: the kernels of softmax and
+    LayerNormalization sum in float32 themselves. The gate measures whether that is enough.
     """
     onnx.save(convert_float_to_float16(onnx.load(fp32), keep_io_types=True), fp16)
 
 
 def node_counts(path: Path) -> dict[str, int]:
     """Return how many nodes of each fused kind a graph holds."""
-    found = Counter(node.op_type for node in onnx.load(path).graph.node)
-    return {name: found[name] for name in FUSED if found[name]}
+    counts = Counter(node.op_type for node in onnx.load(path).graph.node)
+    return {name: counts[name] for name in FUSED if counts[name]}
 
 
-# Each position of the output depends on that position of the inputs (of the last axis, on all).
+# Each position of the output depends on the same position of the inputs only, for all axes but the
+# last one.
 _POSITIONWISE = {
     "Add",
     "And",
@@ -115,29 +117,31 @@ _POSITIONWISE = {
     "Tanh",
     "Where",
 }
-_TOKENS = -2  # the axis of [texts, tokens, width]; axes are counted from the end throughout
+_TOKENS = -2  # the tokens of [texts, tokens, width]; all axes here are counted from the end
 
 
 def read_first_token_only(model: onnx.ModelProto) -> int:
-    """Narrow what only the first token is read of, in place; return how many nodes that are."""
-    shapes, graph = _shapes(model), model.graph
+    """Narrow the nodes that are read at the first token only, in place; return their number."""
+    graph = model.graph
+    shapes = _shapes(model)
     zeros = {name for name, value in _constants(graph).items() if value.ndim == 0 and value == 0}
-    # The axis of which a tensor's first position is enough; None if it is needed whole.
+    # For each tensor the axis whose first position is enough; None if the whole tensor is needed.
     demands: dict[str, int | None] = dict.fromkeys(output.name for output in graph.output)
-    # For each node that is to be narrow: which inputs it needs the first of, along which axis.
+    # For each node to narrow, by its index: the axis of each input that it needs the first
+    # position of, by the index of the input.
     narrow: dict[int, dict[int, int]] = {}
-    for place, node in reversed(list(enumerate(graph.node))):
+    for node_index, node in reversed(list(enumerate(graph.node))):
         if _takes_first_token(node, shapes, zeros):
-            wanted: dict[int, int] | None = {0: _TOKENS}
+            input_axes: dict[int, int] | None = {0: _TOKENS}
         else:
-            axis = _agreed(node, demands)
-            wanted = None if axis is None else _wanted(node, axis, shapes)
-        if wanted is not None:
-            narrow[place] = wanted
-        for position, name in enumerate(node.input):
-            axis = None if wanted is None else wanted.get(position)
+            axis = _demanded_axis(node, demands)
+            input_axes = None if axis is None else _input_axes(node, axis, shapes)
+        if input_axes is not None:
+            narrow[node_index] = input_axes
+        for input_index, name in enumerate(node.input):
+            axis = None if input_axes is None else input_axes.get(input_index)
             demands[name] = axis if demands.get(name, axis) == axis else None
-        demands |= dict.fromkeys(_captured(node))
+        demands |= dict.fromkeys(_names_read_inside(node))
     return _rewrite(graph, narrow, demands, shapes)
 
 
@@ -150,39 +154,44 @@ def _takes_first_token(node: onnx.NodeProto, shapes: dict[str, Shape], zeros: se
     )
 
 
-def _agreed(node: onnx.NodeProto, demands: dict[str, int | None]) -> int | None:
-    """Return the axis of which the first position of a node's only output is enough."""
-    read = [name for name in node.output if name in demands]
-    return demands[read[0]] if read == [node.output[0]] else None
+def _demanded_axis(node: onnx.NodeProto, demands: dict[str, int | None]) -> int | None:
+    """Return the axis whose first position of the node's only output is enough, if there is one."""
+    demanded_outputs = [name for name in node.output if name in demands]
+    if demanded_outputs != [node.output[0]]:
+        return None
+    return demands[node.output[0]]
 
 
-def _wanted(node: onnx.NodeProto, axis: int, shapes: dict[str, Shape]) -> dict[int, int] | None:
-    """Return which inputs a node then needs only the first of, and along which axis.
+def _input_axes(node: onnx.NodeProto, axis: int, shapes: dict[str, Shape]) -> dict[int, int] | None:
+    """Return the axis of each input that a narrow node needs the first position of.
 
-    None if it has to be computed whole, because nothing is known of its kind or of a shape.
+    ``axis`` is the axis of its output; the keys are the indices of the inputs. None if the whole
+    node has to be computed, because its kind or a shape is unknown.
     """
     attributes = _attributes(node)
     if any(name and name not in shapes for name in (*node.input, *node.output)):
         return None
-    out, inputs = shapes[node.output[0]], [shapes.get(name, []) for name in node.input]
+    output_shape = shapes[node.output[0]]
+    input_shapes = [shapes.get(name, []) for name in node.input]
     if node.op_type in _POSITIONWISE and axis < -1:
-        if attributes.get("axis", -1) not in (-1, len(out) - 1):
+        if attributes.get("axis", -1) not in (-1, len(output_shape) - 1):
             return None
-        # Inputs without this axis, or with one position of it, are the same for all positions.
+        # An input without this axis, or with one position of it, is the same for all positions.
         return {
-            place: axis
-            for place, shape in enumerate(inputs)
+            index: axis
+            for index, shape in enumerate(input_shapes)
             if len(shape) >= -axis and shape[axis] != 1
         }
     if node.op_type == "MatMul" and axis == -2:
         return {0: axis}
     if node.op_type == "Transpose":
-        return {0: attributes["perm"][axis] - len(out)}
+        return {0: attributes["perm"][axis] - len(output_shape)}
     if node.op_type == "Reshape" and not attributes.get("allowzero"):
-        # Heads are split off or joined behind the axis; the axes up to it stay.
-        stay = len(out) + axis + 1
-        if inputs[0][:stay] == out[:stay] and all(isinstance(size, int) for size in out[stay:]):
-            return {0: stay - 1 - len(inputs[0])}
+        # Heads are split or joined in the axes after this one; the axes up to it are unchanged.
+        unchanged = len(output_shape) + axis + 1
+        same_axes = input_shapes[0][:unchanged] == output_shape[:unchanged]
+        if same_axes and all(isinstance(size, int) for size in output_shape[unchanged:]):
+            return {0: unchanged - 1 - len(input_shapes[0])}
     return None
 
 
@@ -192,47 +201,55 @@ def _rewrite(
     demands: dict[str, int | None],
     shapes: dict[str, Shape],
 ) -> int:
-    """Cut the inputs of the narrow nodes, where they are not cut already; return their number."""
-    nodes, cut = list[onnx.NodeProto](), dict[tuple[str, int], str]()
-    axes = {name: demands[name] for place in narrow for name in graph.node[place].output}
+    """Slice the inputs of the narrow nodes, unless they are narrow; return the number of nodes."""
+    nodes: list[onnx.NodeProto] = []
+    slices: dict[tuple[str, int], str] = {}
+    axes = {name: demands[name] for index in narrow for name in graph.node[index].output}
 
     def constant(name: str, values: list[int]) -> str:
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
-    for place, node in enumerate(graph.node):
-        for position, axis in narrow.get(place, {}).items():
-            whole = node.input[position]
-            if axes.get(whole) is not None or axes[node.output[0]] is None:
-                continue  # made narrow, or about to lose the axis
-            if (whole, axis) not in cut:
-                name = f"{whole}/first_of_axis{axis}"
+    for node_index, node in enumerate(graph.node):
+        for input_index, axis in narrow.get(node_index, {}).items():
+            tensor = node.input[input_index]
+            if axes.get(tensor) is not None or axes[node.output[0]] is None:
+                continue  # the input is narrow already, or the node itself removes the axis
+            if (tensor, axis) not in slices:
+                name = f"{tensor}/first_of_axis{axis}"
                 limits = {"starts": 0, "ends": 1, "axes": axis}
                 bounds = [constant(f"{name}/{key}", [value]) for key, value in limits.items()]
-                nodes.append(helper.make_node("Slice", [whole, *bounds], [name], name=name))
-                cut[whole, axis] = name
-            node.input[position] = cut[whole, axis]
-        if node.op_type == "Reshape" and (along := axes.get(node.output[0])) is not None:
+                nodes.append(helper.make_node("Slice", [tensor, *bounds], [name], name=name))
+                slices[tensor, axis] = name
+            node.input[input_index] = slices[tensor, axis]
+        if node.op_type == "Reshape" and (output_axis := axes.get(node.output[0])) is not None:
             shape = shapes[node.output[0]]
-            # 0 copies the size of the input.
-            behind = [int(size) for size in shape[len(shape) + along + 1 :]]
-            sizes = [*[0] * (len(shape) + along), 1, *behind]
+            axes_before = len(shape) + output_axis
+            # In the shape of a Reshape, 0 copies the size of the input.
+            sizes_after = [int(size) for size in shape[axes_before + 1 :]]
+            sizes = [*[0] * axes_before, 1, *sizes_after]
             node.input[1] = constant(f"{node.output[0]}/first_shape", sizes)
         nodes.append(node)
-    # What computed the shapes of whole tensors has no reader any more.
-    live, kept = {output.name for output in graph.output}, list[onnx.NodeProto]()
-    for node in reversed(nodes):
-        if live.intersection(node.output):
-            live.update([*node.input, *_captured(node)])
-            kept.append(node)
+    live_nodes = _live_nodes(graph, nodes)
     del graph.node[:]
     del graph.value_info[:]
-    graph.node.extend(reversed(kept))
+    graph.node.extend(live_nodes)
     return sum(axis is not None for axis in axes.values())
 
 
+def _live_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Return the nodes that an output needs; those that computed old shapes are left out."""
+    live_names = {output.name for output in graph.output}
+    live_nodes = []
+    for node in reversed(nodes):
+        if live_names.intersection(node.output):
+            live_names.update([*node.input, *_names_read_inside(node)])
+            live_nodes.append(node)
+    return live_nodes[::-1]
+
+
 def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
-    """Return the shape of each tensor whose axes are all known; a size that varies has a name."""
+    """Return the shape of each tensor with known axes; an axis of variable size has a name."""
     graph = SymbolicShapeInference.infer_shapes(model, auto_merge=True).graph
     shapes: dict[str, Shape] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -246,21 +263,28 @@ def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
 
 def _constants(graph: onnx.GraphProto) -> dict[str, Any]:
     """Return the constant tensors of a graph by name."""
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and "value" in (values := _attributes(node)):
-            found[node.output[0]] = numpy_helper.to_array(values["value"])
-    return found
+        if node.op_type != "Constant":
+            continue
+        attributes = _attributes(node)
+        if "value" in attributes:
+            constants[node.output[0]] = numpy_helper.to_array(attributes["value"])
+    return constants
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """Return what the branches or the body of a node read, from inside or outside of them."""
-    bodies = [item.g for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
-    inner = [inner for body in bodies for inner in body.node]
-    return {name for node in inner for name in (*node.input, *_captured(node))} | {
-        output.name for body in bodies for output in body.output
-    }
+def _names_read_inside(node: onnx.NodeProto) -> set[str]:
+    """Return the names of all tensors that the branches or the body of a node read."""
+    bodies = [
+        attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH
+    ]
+    names = {output.name for body in bodies for output in body.output}
+    for body in bodies:
+        for inner in body.node:
+            names.update(inner.input)
+            names |= _names_read_inside(inner)
+    return names

@@ -1,6 +1,6 @@
-"""Golden answers: what an artefact says of a few texts, by which a server knows that it works.
+"""Golden answers: the answers of an artefact to a few texts, by which a server tests itself.
 
-They lie in the artefact as ``golden.json``, under the same sha256 as its graph.
+They are stored in the artefact as ``golden.json``, and the manifest holds their sha256.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ if TYPE_CHECKING:
     from ad2kit.exporting.classifier import Prediction, Text
 
 GOLDEN_FILE = "golden.json"
-# Of nobody's data, and of several lengths.
+# Texts of several lengths; none of them is from a user's data.
 TEXTS = (
     "Yes.",
     "What is the capital of the country that lies to the north of here?",
     "The first half was slow, but all that came after it, the music above all, was well made.",
 )
-# Golden answers were computed on another machine, and int8 kernels differ in rounding.
+# The golden answers come from another machine, and int8 kernels differ in rounding.
 MAX_GAP = 0.05
 
 
 def add_golden_answers(folder: Path) -> OnnxArtifact:
-    """Write what a variant answers to texts of our own beside it, and into its manifest."""
+    """Write a variant's answers to :data:`TEXTS` into its folder; return the new manifest."""
     artifact = read_artifact(folder)
-    texts: list[Text] = [(t, TEXTS[0]) if artifact.text_columns == 2 else t for t in TEXTS]
-    answers = OnnxClassifier(folder, threads=1).predict(texts, batch_size=1)
-    found = [
-        {"text": text, "answer": answer.as_dict()}
-        for text, answer in zip(texts, answers, strict=True)
+    texts: list[Text] = list(TEXTS)
+    if artifact.text_columns == 2:
+        texts = [(text, TEXTS[0]) for text in TEXTS]
+    predictions = OnnxClassifier(folder, threads=1).predict(texts, batch_size=1)
+    examples = [
+        {"text": text, "answer": prediction.as_dict()}
+        for text, prediction in zip(texts, predictions, strict=True)
     ]
-    write_text(folder / GOLDEN_FILE, json.dumps(found, indent=2))
+    write_text(folder / GOLDEN_FILE, json.dumps(examples, indent=2))
     files = artifact.files | {GOLDEN_FILE: sha256_of(folder / GOLDEN_FILE)}
     artifact = artifact.model_copy(update={"files": files})
     write_record(folder / OnnxArtifact.file_name, artifact)
@@ -46,32 +48,39 @@ def add_golden_answers(folder: Path) -> OnnxArtifact:
 
 
 def warm_up(classifier: OnnxClassifier) -> int:
-    """Compute once what no user should wait for, and compare it with the golden answers.
+    """Run a classifier once before the first request, and compare it with its golden answers.
 
     Returns:
-        How many answers were compared: none, if the artefact was made without them.
+        The number of compared answers; 0 if the artefact has no golden answers.
 
     Raises:
-        ModelError: this machine answers something else than the one that exported the artefact.
+        ModelError: this machine gives other answers than the one that exported the artefact.
     """
     classifier.predict(["warm up" if classifier.artifact.text_columns == 1 else ("warm", "up")])
-    golden = classifier.folder / GOLDEN_FILE
-    examples = json.loads(golden.read_text(encoding="utf-8")) if golden.is_file() else []
+    golden_file = classifier.folder / GOLDEN_FILE
+    examples = []
+    if golden_file.is_file():
+        examples = json.loads(golden_file.read_text(encoding="utf-8"))
     for example in examples:
         text = example["text"]
-        (found,) = classifier.predict([text if isinstance(text, str) else tuple(text)])
-        ours, theirs = _numbers(found), example["answer"]
-        expected = theirs.get("scores") or {"value": theirs["value"]}
-        # Of a probability, or as a share of a number that is larger.
-        gap = max(abs(ours[name] - expected[name]) / max(1, abs(expected[name])) for name in ours)
+        (prediction,) = classifier.predict([text if isinstance(text, str) else tuple(text)])
+        values = _values(prediction)
+        golden_answer = example["answer"]
+        expected = golden_answer.get("scores") or {"value": golden_answer["value"]}
+        # The gap is absolute for numbers up to 1, such as probabilities, and relative beyond.
+        gap = max(
+            abs(value - expected[name]) / max(1, abs(expected[name]))
+            for name, value in values.items()
+        )
         if not gap <= MAX_GAP:
             raise ModelError(
-                f"the golden text {text!r:.60} is answered {ours}, expected {expected}",
+                f"the golden text {text!r:.60} is answered {values}, expected {expected}",
                 hint="this machine computes something else than the one that exported the model: "
                 "compare `ad2kit doctor` on both",
             )
     return len(examples)
 
 
-def _numbers(prediction: Prediction) -> dict[str, Any]:
+def _values(prediction: Prediction) -> dict[str, Any]:
+    """Return the probabilities of the labels, or the value of a regression, by name."""
     return prediction.scores or {"value": prediction.value}

@@ -1,6 +1,6 @@
-"""Float ONNX to int8 ONNX: the ways to quantise, and the search for the fastest that passes.
+"""Quantisation of a float ONNX graph to int8: the ways, and the search for the fastest that passes.
 
-Each way is judged on ``select``.
+Each way is judged on the rows of ``select``.
 """
 
 from __future__ import annotations
@@ -57,17 +57,18 @@ _METHODS = {
     "entropy": CalibrationMethod.Entropy,
 }
 _8_BITS = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-# Lookups among them: the embedding table is most of a small student.
+# Lookups are quantised, too, because the embedding table is most of a small student.
 _QUANTISED = ("MatMul", "Gemm", "Attention", "Gather", "EmbedLayerNormalization")
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How to quantise.
+    """A way to quantise.
 
-    ``activations``: their range is found for each batch as it comes (``dynamic``), or once, from
-    real texts. ``weights`` is their type; ``per_channel`` gives each output its own scale.
-    ``fused`` starts from the fused graph. ``in_float`` names nodes that are left as they are.
+    ``activations`` says how the range of activations is found: for each batch (``dynamic``), or
+    once from training texts. ``weights`` is the type of the weights. ``per_channel`` gives each
+    output its own scale. ``fused`` starts from the fused graph. ``in_float`` names the nodes that
+    are not quantised.
     """
 
     activations: Activations = "dynamic"
@@ -89,7 +90,8 @@ class Way:
         return ", ".join(parts)
 
 
-# In the order in which they are worth trying: what keeps most, then what is seldom better.
+# The most promising ways come first: they keep most of the quality, and later ways are seldom
+# better.
 WAYS = tuple(
     Way(activations, weights, per_channel, fused)  # type: ignore[arg-type]
     for activations, weights, per_channel, fused in itertools.product(
@@ -104,17 +106,17 @@ WAYS = tuple(
 def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] = ()) -> None:
     """Write a quantised copy of a graph.
 
-    Weights of matrix products and the largest embedding table become 8-bit. The smaller tables
-    (positions, segments) are added to that one: a hundredth of its size, and their rounding errors
-    would come on top of its own; they stay in float where they can be told apart.
+    The weights of matrix products and the largest embedding table become 8-bit. The smaller tables
+    (positions, segments) stay in float if they can be identified: they have a hundredth of its
+    size, and their embeddings are added to its embeddings, so that the rounding errors would add.
 
     Args:
-        source: the float graph; the fused one if the way says so.
+        source: the float graph; the fused one if ``way.fused``.
         target: the graph to write.
-        way: how.
+        way: the way to quantise.
         calibration: inputs of equal shape, for a way that is not dynamic.
     """
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "op_types_to_quantize": list(_QUANTISED),
         # The quantiser splits a Gemm into a product and a sum first, and gives it another name.
         "nodes_to_exclude": [
@@ -124,62 +126,63 @@ def quantize(source: Path, target: Path, way: Way, calibration: Sequence[Feed] =
         ],
         "per_channel": way.per_channel,
         "weight_type": QuantType.QInt8 if way.weights == "int8" else QuantType.QUInt8,
-        # The tracer leaves some intermediate types out; all of them are float.
+        # The tracer omits some intermediate types; all of them are float.
         "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
     }
     # The root logger advises to preprocess, which changes nothing for these graphs.
     with without_message(None, "pre-processing before quantization"):
         if way.activations == "dynamic":
-            quantize_dynamic(source, target, **common)
+            quantize_dynamic(source, target, **options)
             return
-        # All activations of one input at a time, and not of all inputs at once.
-        common["extra_options"] |= {"CalibStridedMinMax": 1}
-        # Calibration sees only what has a type, and fused nodes have none until it is inferred.
-        shaped = SymbolicShapeInference.infer_shapes(onnx.load(source), auto_merge=True)
+        # Calibrate on one input at a time, which needs less memory than all inputs at once.
+        options["extra_options"] |= {"CalibStridedMinMax": 1}
+        # Calibration ignores tensors without a type, and fused nodes get one only by inference.
+        typed_model = SymbolicShapeInference.infer_shapes(onnx.load(source), auto_merge=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the calibrator prints as it goes
             quantize_static(
-                shaped,
+                typed_model,
                 target,
                 _Reader(calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
                 calibrate_method=_METHODS[way.activations],
-                **common,
+                **options,
             )
 
 
 def nodes_to_quantize(path: Path) -> list[str]:
     """Return the names of the nodes that :func:`quantize` would quantise."""
-    graph, small = onnx.load(path).graph, set(_small_tables(path))
+    graph = onnx.load(path).graph
+    small_tables = set(_small_tables(path))
     constants = {tensor.name for tensor in graph.initializer}
     return [
         node.name
         for node in graph.node
         if node.op_type in _QUANTISED
-        and node.name not in small
+        and node.name not in small_tables
         and any(name in constants for name in node.input)
     ]
 
 
 def weights_in_8_bits(path: Path) -> tuple[float, tuple[str, ...]]:
-    """Return the share of a graph's weights that are stored in 8 bits, and where the others are.
+    """Return the share of a graph's weights in 8 bits, and the names of the large float nodes.
 
-    Weights are matrices and tables; biases and the parameters of norms are left out. The nodes are
-    those that hold at least a hundredth of all weights in float, the largest first.
+    Weights are matrices and tables; biases and the parameters of norms do not count. A large float
+    node holds at least a hundredth of all weights in float. The largest node comes first.
     """
     graph = onnx.load(path).graph
     tensors = [tensor for tensor in graph.initializer if _is_weight(tensor)]
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in tensors}
     in_8_bits = {tensor.name for tensor in tensors if tensor.data_type in _8_BITS}
-    weights = sum(sizes.values())
-    in_float = {
+    weight_count = sum(sizes.values())
+    float_weights = {
         node.name: sum(sizes.get(name, 0) for name in node.input if name not in in_8_bits)
         for node in graph.node
     }
-    large = [name for name, size in in_float.items() if 100 * size >= weights]
-    large.sort(key=lambda name: -in_float[name])
-    share = sum(size for name, size in sizes.items() if name in in_8_bits) / weights
-    return share, tuple(large)
+    large_nodes = [name for name, size in float_weights.items() if 100 * size >= weight_count]
+    large_nodes.sort(key=lambda name: -float_weights[name])
+    share = sum(size for name, size in sizes.items() if name in in_8_bits) / weight_count
+    return share, tuple(large_nodes)
 
 
 def _is_weight(tensor: onnx.TensorProto) -> bool:
@@ -188,10 +191,11 @@ def _is_weight(tensor: onnx.TensorProto) -> bool:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """The inputs of a calibration; the quantiser asks for ranges of them."""
+    """The inputs of a calibration; the quantiser reads ranges of them."""
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
-        self._feeds, self._range = feeds, iter(feeds)
+        self._feeds = feeds
+        self._range = iter(feeds)
 
     def __len__(self) -> int:
         return len(self._feeds)
@@ -204,7 +208,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _small_tables(path: Path) -> list[str]:
-    """Return the names of the nodes that look something up in any table but the largest."""
+    """Return the names of the lookup nodes of all embedding tables but the largest."""
     graph = onnx.load(path).graph
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in sizes]
@@ -215,21 +219,23 @@ def _small_tables(path: Path) -> list[str]:
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
-# So many rows are read to find the nodes that lose most, and so many are timed.
+# The number of rows for the search of the nodes that cost most, and for the timing.
 _SAMPLE, _TIMED = 128, 64
 _ROUNDS = 3
-# Over the least error of those that pass. On the demo's 640 validation rows the four dynamic ways
-# by channel moved the logits by 0.12 to 0.15 and flipped 56 labels, in batches and one by one added
-# up; those by tensor moved them by 0.18 to 0.23 and flipped 84.
+# The greatest error of a candidate to take, as a multiple of the least error of those that pass.
+# On the demo's 640 validation rows the four dynamic ways by channel had errors of 0.12 to 0.15 and
+# flipped 56 labels (in batches and one by one, added up). The ways by tensor had errors of 0.18 to
+# 0.23 and flipped 84 labels.
 _MOST_ERROR = 1.25
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedGraph:
-    """A graph that was made in some way, what question 2 says of it, and its time over fp32's.
+    """A candidate: the graph of one way, its checks of question 2, its cost and its error.
 
-    ``cost`` is of a text in batches, and of a text alone; ``error`` is the root of the mean square
-    of what the logits differ from those of fp32, in batches or one by one, whichever is more.
+    ``cost`` is the ratio of its time to that of fp32, for a text in batches and for a text alone.
+    ``error`` is the root mean square of the differences of its logits from those of fp32: the
+    greater value of batches and of texts one by one.
     """
 
     way: Way
@@ -240,29 +246,47 @@ class QuantisedGraph:
 
     @property
     def passed(self) -> bool:
-        """Whether it keeps within all thresholds, as far as ``select`` can tell.
+        """Whether all values keep within their thresholds on ``select``, without their intervals.
 
-        Whether so many rows show it is for the gate to say, of the one that is taken.
+        The gate tests the intervals of the candidate that is taken.
         """
         return all(check.reached for check in self.checks)
 
     @property
     def agreement(self) -> float:
-        """Agreement with fp32: in batches or one by one, whichever is less."""
+        """The agreement with fp32: the lesser value of batches and of texts one by one."""
         return min(check.value for check in self.checks if "with fp32" in check.name)
+
+    def trial(self, batch_ms: float, alone_ms: float) -> QuantisationTrial:
+        """Return the record of this candidate.
+
+        Args:
+            batch_ms: the time of fp32 for a text in batches.
+            alone_ms: the time of fp32 for a text alone.
+        """
+        return QuantisationTrial(
+            way=str(self.way),
+            agreement=self.agreement,
+            rms_error=self.error,
+            points_lost=next(check.value for check in self.checks if check.name == POINTS_LOST),
+            failures=tuple(check.name for check in self.checks if not check.reached),
+            size_bytes=self.graph.stat().st_size,
+            batch_ms=self.cost[0] * batch_ms,
+            alone_ms=self.cost[1] * alone_ms,
+        )
 
 
 @dataclass(frozen=True)
 class Int8Search:
-    """What the candidates are made from and judged by.
+    """A search for the int8 graph, with the inputs that candidates are made from and judged by.
 
-    One candidate is open at a time, beside the ``reference``: an open graph holds its weights, and
-    the activations of the largest batch that it has seen.
+    Only one candidate is open at a time, beside the ``reference``, because an open graph keeps its
+    weights and the activations of its largest batch in memory.
 
-    ``graphs`` are the plain float graph (False) and the fused one, if there is one (True);
-    ``reference`` is the plain one, open; ``classifier_of`` opens any other;
-    ``encodings`` and ``rows`` are of ``select``; ``calibration`` are inputs made of training
-    texts; ``scratch`` is a folder for the candidates.
+    ``graphs`` holds the plain float graph (False) and the fused one, if there is one (True).
+    ``reference`` is the open plain graph, and ``classifier_of`` opens another graph. ``encodings``
+    and ``rows`` are those of ``select``. ``calibration`` holds inputs from training texts.
+    ``scratch`` is a folder for the candidates.
     """
 
     graphs: dict[bool, Path]
@@ -275,90 +299,86 @@ class Int8Search:
     scratch: Path
 
     def write(self, target: Path, seconds: float) -> tuple[str, tuple[QuantisationTrial, ...]]:
-        """Write the fastest graph that passes; return its way, and all that was tried.
+        """Write the fastest graph that passes; return its way, and all trials.
 
-        The fastest of many that pass on a few hundred rows has been lucky on them. So it must pass
-        by one standard error of its agreement, and move the logits little more than the best of
-        those that do: on so few rows there are too few flips to compare them, and what moves the
-        logits further flips more of the texts that were not seen. If none passes so, the one that
-        agrees most is written, and the gate will say whether that is enough.
+        Among many candidates, some pass on a few hundred rows by chance. So the graph must pass by
+        one standard error of its agreement. Its error of the logits must also be little more than
+        the least error of these candidates: a few hundred rows have too few flips to compare
+        candidates, and a graph with a greater error flips more labels of unseen texts. If no graph
+        passes in this way, the one with the greatest agreement is written, and the gate decides.
 
         Args:
-            target: of the graph.
-            seconds: when to stop trying. 0 stops at the first that passes, whenever that is, and
-                so finds the same graph each time.
+            target: the graph to write.
+            seconds: the time after which no further way is tried. 0 means no limit of time: the
+                search ends at the first graph that passes, so it finds the same graph each time.
 
         Raises:
-            ModelError: there is no way to quantise this graph at all.
+            ModelError: no way can quantise this graph.
         """
         deadline = time.monotonic() + seconds if seconds else math.inf
-        tried, impossible = list[QuantisedGraph](), list[QuantisationTrial]()
+        candidates: list[QuantisedGraph] = []
+        impossible: list[QuantisationTrial] = []
         fp32 = self.reference.run_sorted(self.encodings, _BATCH)
-        for way in self._ways(tried, fp32, deadline):
+        for way in self._ways(candidates, fp32, deadline):
             try:
-                last = self._try(way, fp32, f"{len(tried)}.onnx")
+                candidate = self._try(way, fp32, f"{len(candidates)}.onnx")
             except Exception as error:
-                # onnxruntime's quantiser and sessions share no class of exceptions. One way that
-                # does not fit a graph must not cost the others; the table tells of it.
+                # onnxruntime's quantiser and sessions share no class of exceptions. A way that does
+                # not fit a graph must not stop the others; the table of trials shows its error.
                 if no_room_left(error):
                     raise
                 logger.warning("int8, %s: impossible: %s", way, error)
                 impossible.append(_impossible(way, error))
                 continue
-            tried.append(last)
-            logger.info(
-                "int8, %s: agreement %.4f%s", way, last.agreement, "" if last.passed else ", failed"
-            )
-            if time.monotonic() > deadline or (not seconds and self._safe(last)):
+            candidates.append(candidate)
+            failed = "" if candidate.passed else ", failed"
+            logger.info("int8, %s: agreement %.4f%s", way, candidate.agreement, failed)
+            if time.monotonic() > deadline or (not seconds and self._safe(candidate)):
                 break
-        if not tried:
+        if not candidates:
             raise ModelError(
                 f"none of {len(impossible)} ways to quantise {self.graphs[False].name} worked; "
                 f"the first: {impossible[0].failures[0]}",
                 hint="leave int8 out of export.variants",
             )
-        safe = [candidate for candidate in tried if self._safe(candidate)]
-        least = min((candidate.error for candidate in safe), default=0.0)
-        exact = [candidate for candidate in safe if candidate.error <= _MOST_ERROR * least]
-        taken = (
-            min(exact, key=lambda candidate: math.prod(candidate.cost))
-            if exact
-            else max(tried, key=lambda candidate: (candidate.passed, candidate.agreement))
-        )
+        best = self._best(candidates)
         batch_ms, alone_ms = self._milliseconds()
-        trials = tuple(
-            QuantisationTrial(
-                way=str(candidate.way),
-                agreement=candidate.agreement,
-                rms_error=candidate.error,
-                points_lost=next(c.value for c in candidate.checks if c.name == POINTS_LOST),
-                failures=tuple(check.name for check in candidate.checks if not check.reached),
-                size_bytes=candidate.graph.stat().st_size,
-                batch_ms=candidate.cost[0] * batch_ms,
-                alone_ms=candidate.cost[1] * alone_ms,
-            )
-            for candidate in tried
-        )
-        trials = (*trials, *impossible)
-        shutil.move(taken.graph, target)
-        return str(taken.way), trials
+        trials = [candidate.trial(batch_ms, alone_ms) for candidate in candidates]
+        shutil.move(best.graph, target)
+        return str(best.way), (*trials, *impossible)
+
+    def _best(self, candidates: Sequence[QuantisedGraph]) -> QuantisedGraph:
+        """Return the candidate to take, as :meth:`write` says."""
+        safe = [candidate for candidate in candidates if self._safe(candidate)]
+        least_error = min((candidate.error for candidate in safe), default=0.0)
+        exact = [candidate for candidate in safe if candidate.error <= _MOST_ERROR * least_error]
+        if exact:
+            return min(exact, key=lambda candidate: math.prod(candidate.cost))
+        return max(candidates, key=lambda candidate: (candidate.passed, candidate.agreement))
 
     def _safe(self, candidate: QuantisedGraph) -> bool:
-        """Whether a candidate passes, and by a standard error where agreement is a share."""
-        share, error = candidate.agreement, 0.0
+        """Whether a candidate passes; if its agreement is a share, by one standard error."""
+        agreement = candidate.agreement
+        standard_error = 0.0
         if self.rows.task != "regression":
-            error = math.sqrt(share * (1 - share) / len(self.encodings))
-        return candidate.passed and share - error >= self.thresholds.min_agreement
+            standard_error = math.sqrt(agreement * (1 - agreement) / len(self.encodings))
+        return candidate.passed and agreement - standard_error >= self.thresholds.min_agreement
 
-    def _ways(self, tried: list[QuantisedGraph], fp32: Logits, deadline: float) -> Iterator[Way]:
-        """Yield what to try next: all that is dynamic, then less of the best, then the rest."""
+    def _ways(
+        self, candidates: list[QuantisedGraph], fp32: Logits, deadline: float
+    ) -> Iterator[Way]:
+        """Yield the ways to try; the caller adds each candidate to ``candidates``.
+
+        All dynamic ways come first. If none is safe, the best of them follows with more and more
+        nodes in float. The static ways come last.
+        """
         ways = [way for way in WAYS if way.fused in self.graphs]
         yield from (way for way in ways if way.activations == "dynamic")
-        if tried and not any(map(self._safe, tried)):
-            best = max(tried, key=lambda candidate: candidate.agreement).way
+        if candidates and not any(map(self._safe, candidates)):
+            best = max(candidates, key=lambda candidate: candidate.agreement).way
             worst_first = self._by_damage(best, fp32, deadline)
             for count in range(1, len(worst_first)):
-                if any(map(self._safe, tried)):
+                if any(map(self._safe, candidates)):
                     break
                 yield replace(best, in_float=tuple(worst_first[:count]))
         yield from (way for way in ways if way.activations != "dynamic")
@@ -370,15 +390,18 @@ class Int8Search:
         batched, alone = (classifier.run_sorted(self.encodings, size) for size in (_BATCH, 1))
         checks = conversion_cost(batched, alone, fp32, self.rows, self.thresholds)
         checks += (mostly_8_bits(weights_in_8_bits(graph)[0]),)
-        error = max(math.sqrt(np.square(each - fp32).mean()) for each in (batched, alone))
+        error = max(math.sqrt(np.square(logits - fp32).mean()) for logits in (batched, alone))
         return QuantisedGraph(way, graph, checks, self._cost(classifier), error)
 
     def _by_damage(self, way: Way, fp32: Logits, deadline: float) -> list[str]:
-        """Return the nodes that a way quantises, by how far each alone moves the logits.
+        """Return the nodes that a way quantises, by the damage of each node.
 
-        Those that the time did not suffice for come last.
+        The damage is the mean square error of the logits if only this node is quantised. The
+        greatest damage comes first. A node that was not tried by the deadline, or
+        cannot be quantised alone, comes last.
         """
-        nodes, graph = nodes_to_quantize(self.graphs[way.fused]), self.scratch / "one-node.onnx"
+        nodes = nodes_to_quantize(self.graphs[way.fused])
+        graph = self.scratch / "one-node.onnx"
         sample, expected = self.encodings[:_SAMPLE], fp32[:_SAMPLE]
         damage = {}
         for node in nodes:
@@ -397,25 +420,25 @@ class Int8Search:
         return sorted(nodes, key=lambda node: -damage.get(node, -math.inf))
 
     def _cost(self, classifier: OnnxClassifier) -> tuple[float, float]:
-        """Return the time of a text in batches and of a text alone, over that of fp32.
+        """Return the ratios of the times to those of fp32, for a text in batches and alone.
 
-        They take turns, so that a slow moment of the machine hits them alike. So candidates can be
-        compared that were never open together.
+        Both graphs take turns, so that a slow moment of the machine affects both. Because of the
+        ratios, candidates can be compared that were never open together.
         """
-        rounds = np.array(
-            [[self._seconds(each) for each in (classifier, self.reference)] for _ in range(_ROUNDS)]
-        )
+        pair = (classifier, self.reference)
+        rounds = np.array([[self._seconds(graph) for graph in pair] for _ in range(_ROUNDS)])
         ratios = np.median(rounds[:, 0] / rounds[:, 1], axis=0)
         return float(ratios[0]), float(ratios[1])
 
     def _milliseconds(self) -> tuple[float, float]:
-        """Return the milliseconds of fp32, of a text in batches and of a text alone."""
+        """Return the times of fp32 in ms, of a text in batches and of a text alone."""
         median = np.median([self._seconds(self.reference) for _ in range(_ROUNDS)], axis=0)
         return float(1e3 * median[0]), float(1e3 * median[1])
 
     def _seconds(self, classifier: OnnxClassifier) -> tuple[float, float]:
-        """Return the seconds of a text in batches, and of a text alone."""
-        sample, seconds = self.encodings[:_TIMED], list[float]()
+        """Return the times of a classifier in s, of a text in batches and of a text alone."""
+        sample = self.encodings[:_TIMED]
+        seconds: list[float] = []
         for size in (_BATCH, 1):
             start = time.perf_counter()
             classifier.run_sorted(sample, size)
@@ -424,14 +447,14 @@ class Int8Search:
 
 
 def _impossible(way: Way, error: Exception) -> QuantisationTrial:
-    nothing = math.nan
+    """Return the record of a way that could not quantise the graph."""
     return QuantisationTrial(
         way=str(way),
-        agreement=nothing,
-        rms_error=nothing,
-        points_lost=nothing,
+        agreement=math.nan,
+        rms_error=math.nan,
+        points_lost=math.nan,
         failures=(f"impossible: {error}",),
         size_bytes=0,
-        batch_ms=nothing,
-        alone_ms=nothing,
+        batch_ms=math.nan,
+        alone_ms=math.nan,
     )

@@ -1,4 +1,4 @@
-"""What an export writes to disk: a variant, its tokenisation, the search for int8, and checks."""
+"""The records of an export: a variant, its tokenisation, the search for int8, and checks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import Provider, Task
 
 Verdict = Literal["passed", "FAILED", "not shown"]
-"""Not shown: the validation rows are too few to say that it passed, or that it failed."""
+"""``not shown``: there are too few validation rows to say whether the check passed or failed."""
 
 
 class QuantisationTrial(Part):
-    """One way to quantise, tried on ``select``; all its figures are of those rows.
+    """One way to quantise, tried on the rows of ``select``.
 
-    ``agreement`` is with the labels of fp32 (a correlation for a regression), in batches or one by
-    one, whichever is less; ``rms_error`` is the root of the mean square of what the logits differ
-    by, whichever is more. ``batch_ms`` is of a text in batches of 32, ``alone_ms`` of one alone.
+    ``agreement`` is the share of labels that equal those of fp32 (a correlation for a regression):
+    the lesser value of batches and of texts one by one. ``rms_error`` is the root mean square of
+    the differences of the logits from those of fp32: the greater value of both. ``batch_ms`` is the
+    time of a text in batches of 32, ``alone_ms`` that of a text alone.
     """
 
     way: str
@@ -35,9 +36,9 @@ class QuantisationTrial(Part):
 
 
 class QuantisationSearch(Record):
-    """All that was tried for int8, in order, and what was taken."""
+    """The trials of the search for int8, in order, and the way that was taken."""
 
-    # 1 did not say how far the logits were moved.
+    # Version 1 had no error of the logits.
     schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     rows: int
@@ -47,9 +48,10 @@ class QuantisationSearch(Record):
 
 
 class RowsNeeded(Part):
-    """How many rows show a check, where there are ``present`` ones; no number does if null.
+    """The number of ``rows`` that show that a check passes; ``present`` is the number at hand.
 
-    Of samples of so many rows, four of five pass if the true value is ``truth``.
+    Four of five samples of ``rows`` rows pass if the true value is ``truth``. ``rows`` is null if
+    no number of rows is enough.
     """
 
     truth: float
@@ -58,25 +60,25 @@ class RowsNeeded(Part):
 
     @property
     def words(self) -> str:
-        """What more rows would do."""
+        """A sentence on the number of rows that would show the check."""
         if self.rows is None:
             return f"no number of validation rows would show a true value of {self.truth:.4g}"
-        show = f"about {self.rows:,} validation rows show a true value of {self.truth:.4g}"
+        need = f"about {self.rows:,} validation rows show a true value of {self.truth:.4g}"
         if self.rows > self.present:
-            return f"{show} (with 80 % power), and these are {self.present:,}"
+            return f"{need} (with 80 % power), and these are {self.present:,}"
         return (
-            f"{show} (with 80 % power), and these are {self.present:,}: more rows alone will "
+            f"{need} (with 80 % power), and these are {self.present:,}: more rows alone will "
             "hardly show it"
         )
 
 
 class Check(Part):
-    """One threshold of the gate beside the value that was measured, and what it may be due to.
+    """One threshold of the gate, the measured value, and a ``note`` on a possible cause.
 
-    An estimate from validation rows has a 95 % ``interval`` too. It is passed if the value keeps
-    within the threshold and the interval within the ``limit``; it has failed if the whole interval
-    misses the threshold; else so many rows do not show which, and ``needed`` says how many would.
-    What was not sampled has no interval, and is passed or has failed.
+    An estimate from validation rows also has a 95 % ``interval``. The check passes if the value
+    keeps within the threshold and the interval keeps within the ``limit``. It fails if the whole
+    interval misses the threshold. Otherwise the rows show neither, and ``needed`` says how many
+    rows would. A value that is no estimate has no interval, and passes or fails.
     """
 
     question: Literal["export fidelity", "conversion cost", "distillation quality"]
@@ -91,13 +93,13 @@ class Check(Part):
 
     @property
     def reached(self) -> bool:
-        """Whether the value keeps within its threshold, whatever its interval; NaN never does."""
+        """Whether the value keeps within its threshold, without its interval; NaN does not."""
         return self._within(self.value, self.threshold)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Verdict:
-        """What so many rows say."""
+        """Whether the rows show that the check passed, or that it failed, or neither."""
         if self.interval is None:
             return "passed" if self.reached else "FAILED"
         low, high = self.interval
@@ -125,7 +127,7 @@ class Check(Part):
 
     @property
     def expected(self) -> str:
-        """The threshold, and how far the interval may reach beyond it."""
+        """The threshold, and the limit of the interval if there is one."""
         words = f"{self.bound} {self.threshold:g}"
         if self.limit is None:
             return words
@@ -134,7 +136,7 @@ class Check(Part):
 
     @property
     def words(self) -> str:
-        """The check as a sentence: what was measured, what was expected, what would show it."""
+        """The check as a sentence: the measured and expected value, the rows needed, the note."""
         notes = [] if self.note is None else [self.note]
         if self.verdict == "not shown" and self.needed is not None:
             notes.insert(0, f"not shown: {self.needed.words}")
@@ -142,10 +144,10 @@ class Check(Part):
 
 
 class Tokenisation(Part):
-    """What makes ids of a text beside ``tokenizer.json``; see :mod:`ad2kit.exporting.tokenise`.
+    """The settings of tokenisation beside ``tokenizer.json``; see :mod:`ad2kit.exporting.tokenise`.
 
-    A text that is too long loses its end, or its beginning where ``truncation_side`` is "left".
-    The model is fed the segments of a pair if ``segment_ids``, else zeros.
+    A text that is too long loses its end, or its beginning if ``truncation_side`` is "left". The
+    model gets the segment ids of a pair if ``segment_ids``, else zeros.
     """
 
     truncation_side: Literal["left", "right"]
@@ -156,12 +158,12 @@ class Tokenisation(Part):
 
 
 class OnnxArtifact(Record):
-    """``manifest.json`` of one ONNX variant: what the folder holds and where it comes from.
+    """``manifest.json`` of one ONNX variant: the contents of the folder and their origin.
 
-    ``provider`` executes it unless told otherwise; ``nodes`` counts the fused kinds of nodes; the
-    logits are divided by ``temperature`` before they become probabilities. Of int8,
-    ``weights_in_8_bits`` is the share of its weights, and ``in_float`` names the nodes that keep
-    theirs in float.
+    ``provider`` is the default execution provider. ``nodes`` counts the nodes of each fused kind.
+    The logits are divided by ``temperature`` before they become probabilities. For int8,
+    ``weights_in_8_bits`` is the share of the weights in 8 bits, and ``in_float`` names the nodes
+    that keep a hundredth or more of all weights in float.
     """
 
     file_name: ClassVar[str] = "manifest.json"

@@ -1,15 +1,15 @@
-"""How a text becomes token ids: the one place that says it, for the gate and for serving.
+"""Tokenisation of texts, for the gate and for serving.
 
-``tokenizer.json`` does not say it alone. transformers keeps beside it on which side a text is cut,
-and whether the model is fed segment ids: :func:`tokenisation` reads that from the tokenizer that
-training used, the artefact carries it, and :class:`Tokenise` obeys it.
+``tokenizer.json`` does not hold all settings. transformers stores elsewhere on which side a text is
+cut, and whether the model gets segment ids. :func:`tokenisation` reads these settings from the
+tokenizer of the training, the artefact stores them, and :class:`Tokenise` applies them.
 
-A long text is not tokenised as a whole. The tokenizers library would keep a piece for every
-``max_length_tokens`` of it: 300 MB for a text of 1 MB. No fixed number of characters is right
-either, because a normaliser may drop any number of them. So a prefix is tokenised, and then one
-that is twice as dear, until it gives more tokens than the model reads. Its last words are not
-counted, because what follows may change them. Where the tokenizer cuts on the left it is a suffix,
-and its first words.
+A long text is not tokenised as a whole, because the tokenizers library would keep a piece for every
+``max_length_tokens`` of it: 300 MB for a text of 1 MB. A fixed number of characters is not enough,
+because a normaliser may drop any number of them. So a prefix is tokenised, and then one that needs
+twice the memory, until it has more tokens than the model reads. The last words of a prefix are not
+counted, because the following text may change them. If the tokenizer cuts on the left, a suffix is
+tokenised, and its first words are not counted.
 """
 
 from __future__ import annotations
@@ -39,21 +39,24 @@ if TYPE_CHECKING:
 CHUNK_CHARACTERS = 65_536
 """Short texts are tokenised together up to this many characters, on all cores."""
 
-# A word of English has some five characters a token; who has more is read in two steps.
+# English has about five characters per token. A text with more than eight needs a second step.
 _CHARACTERS_A_TOKEN = 8
-# To tokenise a character that may be a word of its own takes some 430 bytes, and a letter or space
-# less than an eighth. So a piece may grow by many spaces, and not by as many marks behind them.
+# A character that may be a word of its own (dear) takes about 430 bytes to tokenise; a letter, a
+# digit or a space (cheap) takes less than an eighth. So a piece may grow by many cheap characters,
+# but only by an eighth as many dear ones.
 _CHEAP = np.array([code < 33 or code == 127 or chr(code).isalnum() for code in range(128)])
 _DEAR = 8
-# Words of so many tokens are of no use in pieces: they are longer than any that WordPiece cuts.
+# If the uncounted words have more tokens than this on average, the text is read whole. WordPiece
+# cuts no word into so many tokens.
 _GIANT_TOKENS = 256
-# So many words at the end of a prefix are left out of the count, and besides as many as the longest
-# added token (or what a normaliser replaces) has characters: what follows may complete it. A letter
-# that is composed with its accents, or one grapheme of SentencePiece's normaliser (below 6 bytes),
-# is far shorter.
+# This many words at the end of a prefix are not counted. As many words more are not counted as the
+# longest added token (or pattern of a normaliser) has characters, because the following text may
+# complete it. A letter with its accents, or a grapheme of SentencePiece's normaliser (below 6
+# bytes), is far shorter.
 _OPEN_WORDS = 16
-# What a prefix says of the words before its end: these look no further than to the end of a run of
-# spaces, of marks or of characters of one kind. A text behind anything else is read whole.
+# These normalisers and pre-tokenizers look no further than to the end of a run of spaces, of marks
+# or of characters of one kind. So a prefix is enough for the words before its end. A text is read
+# whole if the tokenizer has any other component.
 _NORMALIZERS = frozenset(
     {
         "BertNormalizer",
@@ -87,7 +90,7 @@ _PROBE = "a 1 . 一"
 
 
 class Tokens(NamedTuple):
-    """One tokenised text or pair: what the model is fed, and whether it was cut to its length."""
+    """One tokenised text or pair: the inputs of the model, and whether the text was cut."""
 
     ids: list[int]
     type_ids: list[int]
@@ -95,7 +98,7 @@ class Tokens(NamedTuple):
 
 
 def tokenisation(tokenizer: PreTrainedTokenizerFast) -> Tokenisation:
-    """Return what transformers applies when it calls a tokenizer, beside its ``tokenizer.json``."""
+    """Return the settings that transformers applies to a tokenizer beside ``tokenizer.json``."""
     side = tokenizer.truncation_side.lower()
     return Tokenisation(
         truncation_side="left" if side == "left" else "right",
@@ -107,7 +110,7 @@ def tokenisation(tokenizer: PreTrainedTokenizerFast) -> Tokenisation:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write ``tokenizer.json`` as a model was trained with it; it cuts and pads nothing by itself.
+    """Write the tokenizer of the training as ``tokenizer.json``, without truncation and padding.
 
     transformers applies some settings of its other files (``do_lower_case``, ``add_prefix_space``,
     added tokens) only when it loads a tokenizer.
@@ -119,20 +122,21 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 class Tokenise:
-    """Turns texts into what a model is fed. Safe to call from several threads.
+    """Turns texts into the inputs of a model. Safe to call from several threads.
 
-    The ids, the segment ids and whether a text was cut are those that transformers gives with
-    ``truncation=True``, of texts of any length.
+    For texts of any length, the ids, the segment ids and the flag of a cut text equal those of
+    transformers with ``truncation=True``.
 
     Args:
-        tokenizer: of ``tokenizer.json``; it is taken over, and cuts and pads nothing any more.
-        settings: what transformers keeps beside it.
-        max_length_tokens: of one example, with its special tokens.
-        columns: how many texts an example has, 1 or 2.
+        tokenizer: the tokenizer of ``tokenizer.json``. This object changes it: its truncation and
+            its padding are switched off.
+        settings: the settings that ``tokenizer.json`` does not hold.
+        max_length_tokens: the maximum length of one example, with its special tokens.
+        columns: the number of texts of an example, 1 or 2.
 
     Raises:
-        ModelError: a post-processor that does more than to put special tokens around texts, or
-            leaves no room for them.
+        ModelError: the post-processor does more than put special tokens around texts, or its tokens
+            leave no room for a text.
     """
 
     def __init__(
@@ -141,13 +145,15 @@ class Tokenise:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = settings.split_special_tokens
-        self.tokenizer, self.settings = tokenizer, settings
+        self.tokenizer = tokenizer
+        self.settings = settings
         self._left = settings.truncation_side == "left"
-        self._columns, self._max_length_tokens = columns, max_length_tokens
+        self._columns = columns
+        self._max_length_tokens = max_length_tokens
         self._frame = _Frame.of(tokenizer, columns)
-        # Behind BERT's own post-processor this faster method gives both texts the same segment.
-        fast = tokenizer.encode_batch_fast([(_PROBE, _PROBE) if columns > 1 else _PROBE])[0]
-        self._knows_segments = fast.type_ids == self._frame.probe.type_ids
+        # With BERT's own post-processor encode_batch_fast gives both texts the same segment.
+        fast_probe = tokenizer.encode_batch_fast([(_PROBE, _PROBE) if columns > 1 else _PROBE])[0]
+        self._knows_segments = fast_probe.type_ids == self._frame.probe.type_ids
         self._room = max_length_tokens - self._frame.special
         if self._room < 1:
             raise ModelError(
@@ -159,81 +165,88 @@ class Tokenise:
         self.short_characters = _CHARACTERS_A_TOKEN * (max_length_tokens + self._open_words)
 
     def __call__(self, examples: Sequence[tuple[str, ...]]) -> list[Tokens]:
-        """Tokenise texts (one column each) or pairs (two)."""
-        found, short, characters = list[Tokens](), list[tuple[str, ...]](), 0
+        """Tokenise texts (one column each) or pairs (two columns), and cut them to the length."""
+        tokens: list[Tokens] = []
+        chunk: list[tuple[str, ...]] = []
+        chunk_size = 0
         for example in examples:
             size = sum(map(len, example))
-            long = size > self.short_characters
-            if short and (long or characters + size > CHUNK_CHARACTERS):
-                found += self._read_short(short)
-                short, characters = [], 0
-            if long:  # one by one: its memory is gone before the next is looked at
-                found.append(self._fit(self._read_enough(example)))
+            is_long = size > self.short_characters
+            if chunk and (is_long or chunk_size + size > CHUNK_CHARACTERS):
+                tokens += self._read_short(chunk)
+                chunk = []
+                chunk_size = 0
+            if is_long:  # alone, so that its memory is free before the next one is read
+                tokens.append(self._fit(self._read_enough(example)))
             else:
-                short.append(example)
-                characters += size
-        return found + self._read_short(short) if short else found
+                chunk.append(example)
+                chunk_size += size
+        if chunk:
+            tokens += self._read_short(chunk)
+        return tokens
 
     def bytes_at_once(self, examples: Sequence[tuple[str, ...]]) -> int:
-        """Return how many bytes of UTF-8 are tokenised at a time at most, before it is done.
+        """Return an upper bound of the bytes of UTF-8 that are tokenised at the same time.
 
-        Long texts may have to be read whole, but come one at a time; short ones come in chunks.
+        A long text may have to be read whole, but long texts are read one by one. Short texts are
+        read in chunks.
         """
-        short, long = 0, [0]
+        short_bytes = 0
+        long_bytes = [0]
         for example in examples:
-            # A caller may ask before it knows that these are texts at all.
+            # The texts may be unchecked yet, and hold lone surrogates.
             size = sum(len(text.encode(errors="replace")) for text in example)
             if sum(map(len, example)) > self.short_characters:
-                long.append(size)
+                long_bytes.append(size)
             else:
-                short += size
-        return max(min(short, 4 * CHUNK_CHARACTERS), *long)
+                short_bytes += size
+        return max(min(short_bytes, 4 * CHUNK_CHARACTERS), *long_bytes)
 
     def _read_short(self, examples: list[tuple[str, ...]]) -> list[Tokens]:
-        """Tokenise texts as a whole, on all cores."""
-        # The same ids as encode_batch, without the places of the tokens in the text.
+        """Tokenise whole texts, on all cores."""
+        # encode_batch_fast gives the same ids as encode_batch, without the offsets of the tokens.
         encodings = self.tokenizer.encode_batch_fast(
             examples if self._columns > 1 else [text for (text,) in examples]
         )
-        most, segments = self._max_length_tokens, self.settings.segment_ids
-        found = []
+        has_segments = self.settings.segment_ids
+        tokens = []
         for encoding in encodings:
             ids = encoding.ids
-            if len(ids) <= most and (self._knows_segments or not segments):
-                types = encoding.type_ids if segments else [0] * len(ids)
-                found.append(Tokens(ids, types, truncated=False))
+            fits = len(ids) <= self._max_length_tokens
+            if fits and (self._knows_segments or not has_segments):
+                type_ids = encoding.type_ids if has_segments else [0] * len(ids)
+                tokens.append(Tokens(ids, type_ids, truncated=False))
             else:
-                columns = encoding.sequence_ids
-                found.append(
-                    self._fit(
-                        [
-                            self._column(
-                                [i for i, c in zip(ids, columns, strict=True) if c == column],
-                                whole=True,
-                            )
-                            for column in range(self._columns)
-                        ]
-                    )
-                )
-        return found
+                tokens.append(self._fit(self._columns_of(encoding)))
+        return tokens
+
+    def _columns_of(self, encoding: Encoding) -> list[_Column]:
+        """Return the columns of an encoded example, without their special tokens."""
+        pairs = list(zip(encoding.ids, encoding.sequence_ids, strict=True))
+        return [
+            self._column([token for token, sequence in pairs if sequence == column], whole=True)
+            for column in range(self._columns)
+        ]
 
     def _read_enough(self, example: tuple[str, ...]) -> list[_Column]:
-        """Tokenise so much of each text as decides what is kept of all of them."""
+        """Tokenise as much of each text as decides which tokens of all texts are kept."""
         sizes = [self.short_characters] * len(example)
         columns = [self._read(text, size) for text, size in zip(example, sizes, strict=True)]
         while not _is_settled(columns, self._room):
-            part = min(
-                (place for place, column in enumerate(columns) if not column.whole),
-                key=lambda place: columns[place].count,
+            shortest = min(
+                (index for index, column in enumerate(columns) if not column.whole),
+                key=lambda index: columns[index].count,
             )
-            text = example[part]
-            giant = columns[part].open_tokens > _GIANT_TOKENS * self._open_words
-            sizes[part] = len(text) if giant else _twice(text, sizes[part], left=self._left)
-            columns[part] = self._read(text, sizes[part])
+            text = example[shortest]
+            if columns[shortest].open_tokens > _GIANT_TOKENS * self._open_words:
+                sizes[shortest] = len(text)
+            else:
+                sizes[shortest] = _twice(text, sizes[shortest], left=self._left)
+            columns[shortest] = self._read(text, sizes[shortest])
         return columns
 
     def _read(self, text: str, characters: int) -> _Column:
-        """Tokenise the part of a text that is kept for certain, of about so many characters."""
+        """Tokenise a piece of a text of ``characters``, and keep the tokens that are certain."""
         if len(text) <= characters or not self._local:
             (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return self._column(encoding.ids, whole=True)
@@ -242,7 +255,7 @@ class Tokenise:
         spans = encoding.offsets
         first, last = _closed(
             [-1 if word is None else word for word in encoding.word_ids],
-            lambda place: _is_blank(piece[slice(*spans[place])]),
+            lambda index: _is_blank(piece[slice(*spans[index])]),
             self._open_words,
             left=self._left,
         )
@@ -253,7 +266,7 @@ class Tokenise:
         return _Column(self._cut(ids, self._room), len(ids), whole, open_tokens)
 
     def _cut(self, ids: list[int], most: int) -> list[int]:
-        """Return the tokens of a text that are kept if it may have so many."""
+        """Return at most ``most`` tokens of a text; the truncation side says which are cut off."""
         if len(ids) <= most:
             return ids
         return ids[len(ids) - most :] if self._left else ids[:most]
@@ -261,20 +274,25 @@ class Tokenise:
     def _fit(self, columns: list[_Column]) -> Tokens:
         """Cut texts to the length of the model, and put the special tokens around them."""
         counts = [column.count for column in columns]
-        contents, truncated = [column.ids for column in columns], sum(counts) > self._room
+        contents = [column.ids for column in columns]
+        truncated = sum(counts) > self._room
         if truncated and len(columns) > 1:
-            kept = _longest_first(counts, self._room)
-            contents = [self._cut(ids, most) for ids, most in zip(contents, kept, strict=True)]
-        ids, types = self._frame.around(contents)
-        return Tokens(ids, types if self.settings.segment_ids else [0] * len(ids), truncated)
+            kept_counts = _longest_first(counts, self._room)
+            contents = [
+                self._cut(ids, count) for ids, count in zip(contents, kept_counts, strict=True)
+            ]
+        ids, type_ids = self._frame.around(contents)
+        if not self.settings.segment_ids:
+            type_ids = [0] * len(ids)
+        return Tokens(ids, type_ids, truncated)
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """The tokens of one text: the ids that may be kept, and how many tokens it has.
+    """The tokens of one text: the ids that may be kept, and the number of its tokens.
 
-    Unless it is ``whole`` it has at least ``count`` of them, and ``open_tokens`` were read besides
-    that may turn out otherwise.
+    If the text was read ``whole``, ``count`` is the number of its tokens. Otherwise it has at least
+    ``count`` tokens, and ``open_tokens`` more were read that the rest of the text may change.
     """
 
     ids: list[int]
@@ -285,7 +303,11 @@ class _Column:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What the post-processor puts around texts: ids with types, and None where a text goes."""
+    """The special tokens that the post-processor puts around texts.
+
+    Each part has ids, or None in the place of a text, and the segment id of the part. ``special``
+    is the number of special tokens, and ``probe`` the encoded probe with them.
+    """
 
     parts: tuple[tuple[list[int] | None, int], ...]
     special: int
@@ -293,22 +315,27 @@ class _Frame:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, columns: int) -> _Frame:
-        """Learn it from what the tokenizer makes of a text of some tokens."""
+        """Derive the frame from the encoding of a probe.
+
+        Raises:
+            ModelError: the post-processor changes the tokens of the texts.
+        """
         probe = tokenizer.encode(_PROBE, add_special_tokens=False).ids
         encoding = tokenizer.encode(*[_PROBE] * columns)
-        parts = list[tuple[list[int] | None, int]]()
-        contents, before = list[list[int]](), None
-        for token, kind, sequence in zip(
+        parts: list[tuple[list[int] | None, int]] = []
+        contents: list[list[int]] = []
+        previous_sequence = None
+        for token, type_id, sequence in zip(
             encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True
         ):
             if sequence is None:
-                parts.append(([token], kind))
-            elif sequence != before:
-                parts.append((None, kind))
+                parts.append(([token], type_id))
+            elif sequence != previous_sequence:
+                parts.append((None, type_id))
                 contents.append([token])
             else:
                 contents[-1].append(token)
-            before = sequence
+            previous_sequence = sequence
         if not probe or contents != [probe] * columns:
             raise ModelError(
                 f"tokenizer.json: expected a post-processor that puts special tokens around "
@@ -319,18 +346,23 @@ class _Frame:
 
     def around(self, contents: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return the ids and the segment ids of texts with their special tokens."""
-        ids, types, texts = list[int](), list[int](), iter(contents)
-        for special, kind in self.parts:
-            part = next(texts) if special is None else special
+        ids: list[int] = []
+        type_ids: list[int] = []
+        remaining = iter(contents)
+        for special, type_id in self.parts:
+            part = next(remaining) if special is None else special
             ids += part
-            types += [kind] * len(part)
-        return ids, types
+            type_ids += [type_id] * len(part)
+        return ids, type_ids
 
 
 def _longest_first(counts: Sequence[int], room: int) -> list[int]:
-    """Return how many tokens of two texts are kept, as ``longest_first`` of tokenizers says it."""
+    """Return the number of kept tokens of two texts, by the strategy ``longest_first``.
+
+    The rule is that of the tokenizers library.
+    """
     short, long = sorted(counts)
-    # Of two that are longer than the room the library looks at the shorter one alone.
+    # If both are longer than the room, the library considers the shorter one alone.
     long = short if short > room else max(short, room - short)
     if short + long > room:
         short, long = room // 2, room - room // 2
@@ -338,76 +370,78 @@ def _longest_first(counts: Sequence[int], room: int) -> list[int]:
 
 
 def _is_settled(columns: Sequence[_Column], room: int) -> bool:
-    """Tell whether the rest of texts that are not read whole changes nothing."""
-    parts = [column.count for column in columns if not column.whole]
-    if any(count <= room for count in parts):
+    """Tell whether the unread rest of the texts cannot change which tokens are kept."""
+    partial_counts = [column.count for column in columns if not column.whole]
+    if any(count <= room for count in partial_counts):
         return False
-    if not parts or len(columns) == 1 or room % 2 == 0:
+    if not partial_counts or len(columns) == 1 or room % 2 == 0:
         return True
-    # Two long texts share the room, and the longer one has the odd token: which is it?
-    whole = [column.count for column in columns if column.whole]
-    return bool(whole) and parts[0] > whole[0]
+    # Two long texts share the room, and the longer one gets the odd token. So the longer text has
+    # to be known.
+    whole_counts = [column.count for column in columns if column.whole]
+    return bool(whole_counts) and partial_counts[0] > whole_counts[0]
 
 
 def _twice(text: str, characters: int, *, left: bool) -> int:
-    """Return how long a piece of a text is that takes about twice the memory of a shorter one."""
+    """Return the length of a piece that takes about twice the memory of one of ``characters``."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")[:: -1 if left else 1]
-    cheap = (codes < len(_CHEAP)) & _CHEAP[codes % len(_CHEAP)]
-    costs = np.cumsum(np.where(cheap, 1, _DEAR))
+    is_cheap = (codes < len(_CHEAP)) & _CHEAP[codes % len(_CHEAP)]
+    costs = np.cumsum(np.where(is_cheap, 1, _DEAR))
     return int(np.searchsorted(costs, 2 * costs[characters - 1])) + 1
 
 
 def _closed(
     words: list[int], is_blank: Callable[[int], bool], open_words: int, *, left: bool
 ) -> tuple[int, int]:
-    """Return the range of the tokens of a piece of text that no text beside it can change.
+    """Return the range of the closed tokens of a piece: the rest of the text cannot change them.
 
-    The words nearest to the cut are open, then the blank ones next to them (an added token may take
-    the spaces before or behind it along), and one more that may begin or end with a space.
+    The words nearest to the cut are open. So are the blank words next to them, because an added
+    token may take the spaces around it, and one word more, which may begin or end with a space.
 
     Args:
-        words: the word of each token, ascending.
-        is_blank: whether there is nothing to see of the token at a place.
-        open_words: how many words at least are open.
-        left: the text goes on before the piece, and not behind it.
+        words: the number of the word of each token, in ascending order.
+        is_blank: tells whether the token at an index has no visible character.
+        open_words: the least number of open words.
+        left: whether the rest of the text is before the piece, and not after it.
     """
     count = len(words)
     if left:
         mirrored = [-word for word in reversed(words)]
         _, last = _closed(
-            mirrored, lambda place: is_blank(count - 1 - place), open_words, left=False
+            mirrored, lambda index: is_blank(count - 1 - index), open_words, left=False
         )
         return count - last, count
-    order = list(dict.fromkeys(words))
-    if len(order) <= open_words:
+    distinct_words = list(dict.fromkeys(words))
+    if len(distinct_words) <= open_words:
         return 0, 0
-    last = bisect_left(words, order[-open_words])
+    last = bisect_left(words, distinct_words[-open_words])
     while last and is_blank(last - 1):
         last -= 1
     return 0, bisect_left(words, words[last - 1]) if last else 0
 
 
 def _is_blank(text: str) -> bool:
-    """Tell whether a text is nothing but spaces, control characters and accents."""
+    """Tell whether a text has only spaces, control characters and accents."""
     return all(unicodedata.category(character)[0] in "CMZ" for character in text)
 
 
 def _components(component: Any, key: str) -> list[dict[str, Any]]:
-    """Return the parts that a normaliser or pre-tokenizer consists of; ``key`` of a sequence."""
+    """Return the parts of a normaliser or pre-tokenizer; a sequence holds its parts at ``key``."""
     if component is None:
         return []
-    waiting, found = [json.loads(component.__getstate__())], list[dict[str, Any]]()
-    while waiting:
-        part = waiting.pop()
+    stack = [json.loads(component.__getstate__())]
+    parts: list[dict[str, Any]] = []
+    while stack:
+        part = stack.pop()
         if part["type"] == "Sequence":
-            waiting += part[key]
+            stack += part[key]
         else:
-            found.append(part)
-    return found
+            parts.append(part)
+    return parts
 
 
-def _added(tokenizer: Tokenizer) -> set[str]:
-    """Return the added tokens, as they are written and as the normaliser makes them."""
+def _added_tokens(tokenizer: Tokenizer) -> set[str]:
+    """Return the added tokens, as they are written and in their normalised form."""
     contents = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if tokenizer.normalizer is not None:
         contents |= {tokenizer.normalizer.normalize_str(content) for content in contents}
@@ -415,34 +449,39 @@ def _added(tokenizer: Tokenizer) -> set[str]:
 
 
 def _locality(tokenizer: Tokenizer, *, left: bool) -> tuple[bool, int]:
-    """Tell whether the tokens of a piece of text are those of the text, but for its open words.
+    """Return whether pieces of a text have the tokens of the text, and the number of open words.
 
-    And return how many words are open.
+    The open words of a piece are excepted.
     """
-    contents, local = _added(tokenizer), True
+    patterns = _added_tokens(tokenizer)
+    is_local = True
     for part in _components(tokenizer.normalizer, "normalizers"):
         if part["type"] == "Replace":
             pattern = part["pattern"]
-            contents |= {pattern["String"]} if "String" in pattern else set()
-            local &= pattern.get("Regex", _SPACES) == _SPACES
+            if "String" in pattern:
+                patterns.add(pattern["String"])
+            is_local &= pattern.get("Regex", _SPACES) == _SPACES
         else:
-            local &= part["type"] in _NORMALIZERS
-    cuts = _components(tokenizer.pre_tokenizer, "pretokenizers")
-    local &= bool(cuts) and all(part["type"] in _PRE_TOKENIZERS for part in cuts)
-    # What is searched from left to right, and may overlap with itself, is found at other places by
-    # who begins later: `aa` in a row of an odd number of them.
-    local &= not (left and _overlap(contents))
-    return local, _OPEN_WORDS + max(map(len, contents), default=0)
+            is_local &= part["type"] in _NORMALIZERS
+    pre_tokenizers = _components(tokenizer.pre_tokenizer, "pretokenizers")
+    is_local &= bool(pre_tokenizers)
+    is_local &= all(part["type"] in _PRE_TOKENIZERS for part in pre_tokenizers)
+    # Patterns are searched from left to right. If a pattern may overlap with itself, a search that
+    # begins later finds other matches, such as `aa` in an odd number of `a`.
+    is_local &= not (left and _overlap(patterns))
+    return is_local, _OPEN_WORDS + max(map(len, patterns), default=0)
 
 
-def _overlap(contents: set[str]) -> bool:
-    """Tell whether one of these may begin inside of another; rows of spaces alone do no harm."""
-    seen = {content for content in contents if content.strip()}
+def _overlap(patterns: set[str]) -> bool:
+    """Tell whether a pattern may begin inside another; patterns of spaces alone do no harm."""
+    visible_patterns = {pattern for pattern in patterns if pattern.strip()}
 
-    def starts(of: set[str]) -> set[str]:
-        return {content[:end] for content in of for end in range(1, len(content))}
+    def starts(texts: set[str]) -> set[str]:
+        return {text[:end] for text in texts for end in range(1, len(text))}
 
-    def ends(of: set[str]) -> set[str]:
-        return {content[start:] for content in of for start in range(1, len(content))}
+    def ends(texts: set[str]) -> set[str]:
+        return {text[start:] for text in texts for start in range(1, len(text))}
 
-    return bool(starts(seen) & ends(contents) or ends(seen) & starts(contents))
+    return bool(
+        starts(visible_patterns) & ends(patterns) or ends(visible_patterns) & starts(patterns)
+    )
