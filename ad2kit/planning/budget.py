@@ -1,9 +1,9 @@
-"""`--max-minutes`: how much can be trained in a given time, decided before the first update.
+"""`--max-minutes`: plans a training that fits into a given time, before its first update.
 
-Some updates of teacher and student are timed; where the recipe asks for more than fits, it gets
-fewer epochs, and with one epoch each fewer rows. The plan is kept, so that the same command finds
-it again and the clock decides nothing later: what is trained depends on the planned recipe alone,
-and is never cut.
+Some updates of teacher and student are timed. A recipe that takes too long gets fewer epochs; if
+one epoch each is still too long, it gets fewer rows. The plan is kept, and the same command reads
+it again. So the clock decides nothing later: the training depends on the planned recipe alone and
+is never cut short.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ad2kit.data import splits
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RecipeError, RunError, UserError
 from ad2kit.run.files import fingerprint, write_record
-from ad2kit.run.machine import accelerator, available_cpus, environment, processes
+from ad2kit.run.machine import accelerator as make_accelerator
+from ad2kit.run.machine import available_cpus, environment, processes
 from ad2kit.run.recipe import from_data
 from ad2kit.run.sections import PlanRecipe
 from ad2kit.training import shared
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Updates that are timed, after one that warms up.
+# The number of updates to time, after one that warms up.
 _TIMED = 5
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of an update of each model that is trained, and of a text that the teacher reads."""
+    """Seconds of an update, by model, and seconds of the teacher's reading of one text."""
 
     seconds_per_update: dict[str, float]
     read_seconds: float
@@ -57,19 +58,19 @@ class Costs:
 def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
     """Return a recipe whose trainings take at most ``max_minutes`` on this machine.
 
-    The minutes are those of updates and evaluations of teacher and student, and of the teacher's
-    reading of the training texts; what comes after the distillation is not in them.
+    The minutes include updates and evaluations of teacher and student, and the teacher's reading
+    of the training texts. They do not include the stages after the distillation.
 
     Args:
-        recipe: as it was asked for.
-        max_minutes: for both trainings together.
-        runs_dir: where the plan is kept.
+        recipe: the recipe that the user asked for.
+        max_minutes: time for both trainings together.
+        runs_dir: the folder of the runs; the plan is kept in its ``.shared``.
 
     Raises:
         RecipeError: not even one epoch of a batch fits.
-        RunError: the plan that lies there is damaged.
-        UserError: several processes, each of which would time something else; or what
-            :func:`ad2kit.training.distill.open_models` refuses.
+        RunError: the kept plan is damaged.
+        UserError: there are several processes, each of which would measure other times; or
+            :func:`ad2kit.training.distill.open_models` refuses the recipe.
     """
     if not (max_minutes > 0 and math.isfinite(max_minutes)):
         raise UserError(
@@ -91,17 +92,18 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
     )
     path = shared.plan_file(runs_dir / ".shared", key)
     if path.is_file():
-        found = _read(path)
+        planned_recipe = _read(path)
     else:
-        found = fitted(recipe, data, measured_costs(recipe, data), max_minutes)
+        planned_recipe = fitted(recipe, data, measured_costs(recipe, data), max_minutes)
         with shared.writing(runs_dir / ".shared"):
             path.parent.mkdir(exist_ok=True)
-            write_record(path, found)
-    logger.info("%s", plan_words(recipe, found))
-    return found
+            write_record(path, planned_recipe)
+    logger.info("%s", plan_words(recipe, planned_recipe))
+    return planned_recipe
 
 
 def _read(path: Path) -> Recipe:
+    """Return the planned recipe in a file."""
     try:
         return from_data(json.loads(path.read_text(encoding="utf-8")), where=str(path))
     except (ValueError, RecipeError) as error:
@@ -110,9 +112,13 @@ def _read(path: Path) -> Recipe:
         ) from error
 
 
-def plan_words(asked: Recipe, found: Recipe) -> str:
-    """Return the plan in words, with what it has changed."""
-    plan = found.plan
+def plan_words(asked: Recipe, planned_recipe: Recipe) -> str:
+    """Return the plan in words, with its changes of the recipe that was asked for.
+
+    Raises:
+        ValueError: the planned recipe holds no plan.
+    """
+    plan = planned_recipe.plan
     if plan is None:
         raise ValueError("expected a recipe with a plan")
     updates = " and ".join(
@@ -121,29 +127,34 @@ def plan_words(asked: Recipe, found: Recipe) -> str:
     )
     text = f"plan: {plan.rows:,} rows, {updates}: {plan.minutes:.1f} of {plan.max_minutes:g} min"
     changes = []
-    if asked.teacher.finetune and found.teacher.finetune:
-        before, after = asked.teacher.finetune.epochs, found.teacher.finetune.epochs
-        changes += [f"teacher.finetune.epochs {before} to {after}"] * (before != after)
-    if asked.distill.epochs != found.distill.epochs:
-        changes.append(f"distill.epochs {asked.distill.epochs} to {found.distill.epochs}")
-    if asked.data.max_train_rows != found.data.max_train_rows:
-        changes.append(f"data.max_train_rows to {found.data.max_train_rows}")
+    if asked.teacher.finetune and planned_recipe.teacher.finetune:
+        before = asked.teacher.finetune.epochs
+        after = planned_recipe.teacher.finetune.epochs
+        if before != after:
+            changes.append(f"teacher.finetune.epochs {before} to {after}")
+    if asked.distill.epochs != planned_recipe.distill.epochs:
+        changes.append(f"distill.epochs {asked.distill.epochs} to {planned_recipe.distill.epochs}")
+    if asked.data.max_train_rows != planned_recipe.data.max_train_rows:
+        changes.append(f"data.max_train_rows to {planned_recipe.data.max_train_rows}")
     return f"{text}; {', '.join(changes) or 'the recipe fits as it is'}"
 
 
 def fitted(recipe: Recipe, data: Data, costs: Costs, max_minutes: float) -> Recipe:
-    """Return the recipe with as many epochs (and least updates), and then rows, as fit.
+    """Return the recipe with as many epochs (and minimum updates) as fit, then as many rows.
 
     Args:
-        recipe: as it was asked for.
-        data: of the recipe.
-        costs: of its updates, here.
-        max_minutes: for teacher and student together.
+        recipe: the recipe that the user asked for.
+        data: the data of the recipe.
+        costs: seconds of its updates on this machine.
+        max_minutes: time for teacher and student together.
+
+    Raises:
+        RecipeError: not even one epoch of a batch fits.
     """
     phases = _phases(recipe).values()
-    most = max(phase.epochs for phase in phases)
-    shares = [epochs / most for epochs in range(most, 0, -1)]
-    # Of one epoch each, the least updates may still be more than there is time for.
+    max_epochs = max(phase.epochs for phase in phases)
+    shares = [epochs / max_epochs for epochs in range(max_epochs, 0, -1)]
+    # With one epoch each, the minimum updates (`min_updates`) may still take too long.
     while any(phase.min_updates * shares[-1] >= 1 for phase in phases):
         shares.append(0.9 * shares[-1])
     rows = len(data.train)
@@ -151,29 +162,33 @@ def fitted(recipe: Recipe, data: Data, costs: Costs, max_minutes: float) -> Reci
         plan = _plan(recipe, data, costs, max_minutes, share, rows)
         if plan.minutes <= max_minutes:
             return _with(recipe, plan, share, None)
-    # Of the rows that a recipe may ask for, a part becomes `select`: so there are fewer than that.
+    # `data.train` is smaller than the rows that a recipe may ask for: a part becomes `select`.
     batch = max(phase.batch_size for phase in phases)
     while rows > batch:
         rows = max(batch, math.floor(0.95 * rows))
         plan = _plan(recipe, data, costs, max_minutes, shares[-1], rows)
         if plan.minutes <= max_minutes:
             return _with(recipe, plan, shares[-1], rows)
-    least = _plan(recipe, data, costs, max_minutes, shares[-1], min(rows, batch)).minutes
+    min_rows = min(rows, batch)
+    min_minutes = _plan(recipe, data, costs, max_minutes, shares[-1], min_rows).minutes
+    hint = f"give --max-minutes {math.ceil(10 * min_minutes) / 10:g} or more"
+    if len(data.unlabelled):
+        hint += ", or fewer texts in data.unlabelled"
     raise RecipeError(
-        f"one epoch of {min(rows, batch)} rows and {len(data.unlabelled):,} unlabelled texts takes "
-        f"{least:.2f} min here, more than --max-minutes {max_minutes:g}",
-        hint=f"give --max-minutes {math.ceil(10 * least) / 10:g} or more"
-        + (", or fewer texts in data.unlabelled" if len(data.unlabelled) else ""),
+        f"one epoch of {min_rows} rows and {len(data.unlabelled):,} unlabelled texts takes "
+        f"{min_minutes:.2f} min here, more than --max-minutes {max_minutes:g}",
+        hint=hint,
     )
 
 
 def _phases(recipe: Recipe) -> dict[str, TrainRecipe]:
-    found = {"teacher": recipe.teacher.finetune, "student": recipe.distill}
-    return {name: phase for name, phase in found.items() if phase is not None}
+    """Return the trainings of a recipe by model; a teacher without fine-tuning has none."""
+    phases = {"teacher": recipe.teacher.finetune, "student": recipe.distill}
+    return {name: phase for name, phase in phases.items() if phase is not None}
 
 
 def _shortened(phase: TrainRecipe, share: float) -> TrainRecipe:
-    """Return a training of a share of the epochs, one at least, and of its least updates."""
+    """Return a training with a share of its epochs, at least one, and of its minimum updates."""
     return phase.model_copy(
         update={
             "epochs": max(1, math.floor(phase.epochs * share + 1e-9)),
@@ -185,7 +200,7 @@ def _shortened(phase: TrainRecipe, share: float) -> TrainRecipe:
 def _plan(
     recipe: Recipe, data: Data, costs: Costs, max_minutes: float, share: float, rows: int
 ) -> PlanRecipe:
-    """Return what a share of the epochs on some of the rows takes."""
+    """Return the plan, with its minutes, for a share of the epochs on some of the rows."""
     reads = {"teacher": rows, "student": rows + len(data.unlabelled)}
     phases = _phases(recipe)
     schedules = {
@@ -193,8 +208,8 @@ def _plan(
         for name, phase in phases.items()
     }
     updates = {name: schedule.total for name, schedule in schedules.items()}
-    evaluations = sum(math.ceil(each.total / each.every) for each in schedules.values())
-    # The student is faster at `select` than the teacher, by whose time it is counted.
+    evaluations = sum(math.ceil(plan.total / plan.every) for plan in schedules.values())
+    # The student's evaluations on `select` are counted with the time of the slower teacher.
     texts = reads["student"] + (evaluations + 1) * len(data.select)
     seconds = sum(updates[name] * costs.seconds_per_update[name] for name in phases)
     return PlanRecipe(
@@ -208,77 +223,82 @@ def _plan(
 
 
 def _with(recipe: Recipe, plan: PlanRecipe, share: float, rows: int | None) -> Recipe:
-    """Return the recipe that a plan asks for."""
+    """Return the planned recipe; ``rows`` is None if all rows fit."""
     plain: dict[str, Any] = recipe.model_dump(mode="json")
     plain["plan"] = plan.model_dump(mode="json")
     phases = {"teacher": plain["teacher"]["finetune"], "student": plain["distill"]}
     for name, phase in _phases(recipe).items():
-        shorter = _shortened(phase, share)
-        phases[name] |= {"epochs": shorter.epochs, "min_updates": shorter.min_updates}
+        shortened = _shortened(phase, share)
+        phases[name] |= {"epochs": shortened.epochs, "min_updates": shortened.min_updates}
     if rows is not None:
         plain["data"]["max_train_rows"] = rows
     return from_data(plain, where="the planned recipe")
 
 
 def measured_costs(recipe: Recipe, data: Data) -> Costs:
-    """Time some updates of teacher and student, on copies that are thrown away.
+    """Time some updates of teacher and student, on copies of the models that are thrown away.
 
     A student that is narrower than its teacher is timed with all heads and neurons.
     """
-    ours = accelerator(recipe.compute)
-    model, length = open_models(recipe, data), recipe.data.max_length_tokens
+    accelerator = make_accelerator(recipe.compute)
+    teacher = open_models(recipe, data)
+    length = recipe.data.max_length_tokens
     logger.info("--max-minutes: timing some updates")
     seconds: dict[str, float] = {}
 
-    def timed(
+    def seconds_per_update(
         phase: Literal["teacher", "student"],
         settings: TrainRecipe,
-        trained: Any,
+        model: Any,
         encoded: Any,
         logits: Any,
         objective: Any,
     ) -> float:
-        prepare(trained, recipe.compute)
+        prepare(model, recipe.compute)
         short = {"epochs": 1, "min_updates": 0, "evaluations": 1, "patience": None}
-        settings = with_rate(settings, trained).model_copy(update=short)
+        settings = with_rate(settings, model).model_copy(update=short)
         records = train(
-            new_state(trained, settings, ours),
+            new_state(model, settings, accelerator),
             encoded,
             logits,
             objective,
             settings,
             lambda _: Evaluation(0.0, torch.zeros(0)),
-            ours,
+            accelerator,
             phase=phase,
             seed=recipe.seed,
         )
-        found = [record.seconds for record in records]
-        return float(np.mean(found[1:] or found))
+        times = [record.seconds for record in records]
+        return float(np.mean(times[1:] or times))
 
-    def some(settings: TrainRecipe) -> splits.Split:
-        reading, count = data.distillation(), (_TIMED + 1) * settings.batch_size
-        chosen = np.random.default_rng([recipe.seed, 3]).permutation(len(reading))[:count]
-        return reading.take(np.sort(chosen))
-
-    student, texts = before_training(model, recipe, data), some(recipe.distill)
-    model.module.to(ours.device)
-    read = splits.encode(texts, model.tokenizer, length)
-    predict_logits(model, read, ours.device)  # the first call warms up
+    student = before_training(teacher, recipe, data)
+    texts = _sample(data.distillation(), (_TIMED + 1) * recipe.distill.batch_size, recipe.seed)
+    teacher.module.to(accelerator.device)
+    teacher_inputs = splits.encode(texts, teacher.tokenizer, length)
+    predict_logits(teacher, teacher_inputs, accelerator.device)  # the first call warms up
     start = time.perf_counter()
-    logits = predict_logits(model, read, ours.device)
+    teacher_logits = predict_logits(teacher, teacher_inputs, accelerator.device)
     reading_seconds = time.perf_counter() - start
-    insides = comparison(model, student, recipe.distill.intermediate)
-    seconds["student"] = timed(
+    intermediate = comparison(teacher, student, recipe.distill.intermediate)
+    seconds["student"] = seconds_per_update(
         "student",
         recipe.distill,
         student,
         splits.encode(texts, student.tokenizer, length),
-        logits,
-        distillation(ours, recipe.distill, insides),
+        teacher_logits,
+        distillation(accelerator, recipe.distill, intermediate),
     )
     if recipe.teacher.finetune is not None:
         settings = recipe.teacher.finetune
         rows = data.train.take(np.arange(min(len(data.train), (_TIMED + 1) * settings.batch_size)))
-        encoded = splits.encode(rows, model.tokenizer, length)
-        seconds["teacher"] = timed("teacher", settings, model, encoded, None, finetuning(ours))
+        encoded = splits.encode(rows, teacher.tokenizer, length)
+        seconds["teacher"] = seconds_per_update(
+            "teacher", settings, teacher, encoded, None, finetuning(accelerator)
+        )
     return Costs(seconds, reading_seconds / len(texts))
+
+
+def _sample(split: splits.Split, count: int, seed: int) -> splits.Split:
+    """Return so many random rows of a split, in their order."""
+    rows = np.random.default_rng([seed, 3]).permutation(len(split))[:count]
+    return split.take(np.sort(rows))

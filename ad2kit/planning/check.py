@@ -1,7 +1,7 @@
-"""The check stage: what a recipe reads, what its gate can prove, and what it will cost.
+"""The check stage: describes a recipe's data, what its gate can prove, and what training costs.
 
-Nothing is trained and nothing is written. Data and models are opened as the distill stage opens
-them, so that what it refuses is refused here.
+Nothing is trained and nothing is written. Data and models are opened in the same way as in the
+distill stage, so that this stage refuses the same recipes.
 """
 
 from __future__ import annotations
@@ -26,28 +26,32 @@ if TYPE_CHECKING:
     from ad2kit.run.recipe import Recipe
     from ad2kit.run.sections import TrainRecipe
 
-# So many texts of a split are tokenised.
+# The number of texts of a split that are tokenised.
 _SAMPLE = 2_000
-# Of more texts in quotation marks, something is likely to have put them there.
+# Above this share of texts in quotation marks, a program has probably added the marks.
 _QUOTED = 0.2
-# So many labels are named.
+# The most labels that are named.
 _NAMED = 12
-# The share of texts on which student and teacher are assumed to differ in being right.
+# The share of texts on which either student or teacher is assumed to be right, but not both.
 _DIFFER = 0.1
-# Bytes of a parameter that is trained: itself, its gradient, and Adam's two moments, float32.
-_TRAINED_BYTES, _READ_BYTES = 16, 4
+# Bytes of a trained parameter: itself, its gradient, and Adam's two moments, all float32.
+_TRAINED_BYTES = 16
+# Bytes of a parameter that is only read, float32.
+_READ_BYTES = 4
+# Memory of PyTorch itself.
 _PYTORCH_BYTES = 600e6
+# Timed forward passes.
 _CALLS = 5
-# A backward pass costs two forward passes.
+# Forward passes that take as long as a forward and a backward pass together.
 _PASS = 3
 
 
 class SplitCheck(Part):
-    """What a split holds; lengths are of at most 2,000 of its texts, in tokens before cutting.
+    """Facts about a split; lengths are in tokens before cutting, of at most 2,000 of its texts.
 
-    ``duplicates`` and ``known`` are shares of its rows: texts that occur in it before, and
-    validation texts that are also training texts. ``quoted`` is the share of its texts that stand
-    in quotation marks, which belong to the text.
+    ``duplicates`` is the share of its rows whose text occurs in an earlier row, ``known`` the share
+    of validation rows whose text is also a training text. ``cut`` is the share of texts that are
+    too long. ``quoted`` is the share of texts in quotation marks, which belong to the text.
     """
 
     rows: int
@@ -63,16 +67,17 @@ class SplitCheck(Part):
 
 
 class CheckReport(Part):
-    """What `ad2kit check` says of a recipe.
+    """The result of `ad2kit check` for a recipe.
 
-    ``half_width`` is what the 95 % interval of "retained" will reach to either side, as a
-    fraction, and ``rows_to_pass`` how many validation rows show a student that is as good as its
-    teacher: both if teacher and student differ on one text of ten. ``rows_to_agree`` show that a
-    conversion which moves a label on half as many texts as ``parity.min_agreement`` allows agrees
-    enough. By :mod:`ad2kit.data.sample_size`, as in the gate; null is no number of rows.
-    ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows:
-    whether a student lost them cannot be tested. Memory and minutes are rough: from the number of
-    parameters, and from one forward pass on this machine.
+    ``half_width`` is half of the width of the 95 % interval of "retained", as a fraction.
+    ``rows_to_pass`` is the number of validation rows that can show a student as good as its
+    teacher. Both assume that teacher and student differ on one text of ten. ``rows_to_agree`` is
+    the number of rows that can show enough agreement of a conversion that moves a label on half as
+    many texts as ``parity.min_agreement`` allows. All are computed by
+    :mod:`ad2kit.data.sample_size`, as in the gate; null means that no number of rows is enough.
+    ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows,
+    for which it cannot be tested whether a student lost them. Memory and minutes are rough: they
+    come from the number of parameters, and from one forward pass on this machine.
     """
 
     task: str
@@ -93,18 +98,18 @@ class CheckReport(Part):
 
 
 def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
-    """Return what the data of a recipe are, what they can prove, and what the training costs.
+    """Describe the data of a recipe, what they can prove, and what the training costs.
 
     Args:
         recipe: the recipe.
-        data: of the recipe.
-        teacher: of the recipe, before its training.
+        data: the data of the recipe.
+        teacher: the teacher of the recipe, before its training.
     """
-    trained = {*data.train.texts, *data.unlabelled.texts}
+    training_texts = {*data.train.texts, *data.unlabelled.texts}
     if recipe.data.select_from == "train":
-        trained |= {*data.select.texts}
-    splits = {
-        name: _split(split, data, recipe, teacher, trained if name == "validation" else None)
+        training_texts |= {*data.select.texts}
+    split_checks = {
+        name: _split(split, data, recipe, teacher, training_texts if name == "validation" else None)
         for name, split in data.splits().items()
     }
     phases: dict[str, TrainRecipe | None] = {
@@ -121,46 +126,49 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         task=data.task,
         labels=data.labels,
         ordered=data.order_given,
-        splits=splits,
+        splits=split_checks,
         max_length_tokens=recipe.data.max_length_tokens,
         **_evidence(recipe, data),
         teacher=recipe.teacher.model,
         updates=updates,
-        memory_mb=_memory_bytes(recipe, teacher, splits["train"]) / 1e6,
+        memory_mb=_memory_bytes(recipe, teacher, split_checks["train"]) / 1e6,
         minutes=_minutes(recipe, data, teacher, updates),
     )
 
 
 def check_words(report: CheckReport) -> str:
-    """Return a report as one screen."""
+    """Return a report as text for one screen of the terminal."""
     head = ("", "rows", "tokens: median", "95 %", "longest", "cut", "repeated")
     table = [
         (
             name,
-            f"{found.rows:,}",
-            str(found.tokens_median),
-            str(found.tokens_p95),
-            str(found.tokens_longest),
-            f"{found.cut:.1%}",
-            f"{found.duplicates:.1%}",
+            f"{split.rows:,}",
+            str(split.tokens_median),
+            str(split.tokens_p95),
+            str(split.tokens_longest),
+            f"{split.cut:.1%}",
+            f"{split.duplicates:.1%}",
         )
-        for name, found in report.splits.items()
+        for name, split in report.splits.items()
     ]
-    widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
+    widths = [max(map(len, cells)) for cells in zip(head, *table, strict=True)]
     lines = [
         "  ".join(
-            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in (head, *table)
     ]
-    train, validation = report.splits["train"], report.splits["validation"]
+    train = report.splits["train"]
+    validation = report.splits["validation"]
     order = "in the order that was given" if report.ordered else "in the order of the alphabet"
     if not report.ordered and all(name.removeprefix("-").isdecimal() for name in report.labels):
         order = "in the order of numbers"
     names = ", ".join(report.labels[:_NAMED])
     more = f", and {len(report.labels) - _NAMED} more" if len(report.labels) > _NAMED else ""
-    updates = " and ".join(f"{n:,} updates of the {model}" for model, n in report.updates.items())
+    updates = " and ".join(
+        f"{count:,} updates of the {model}" for model, count in report.updates.items()
+    )
     if report.task != "regression":
         lines += [f"labels, {order}: {names}{more}", f"in train: {train.labels}"]
     if train.quoted > _QUOTED:
@@ -183,15 +191,17 @@ def check_words(report: CheckReport) -> str:
 
 
 def _evidence(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """Return what so many validation rows will show, by the functions of the gate."""
-    rows, thresholds, classes = len(data.validation), recipe.parity, len(data.labels)
-    found = counts(data.task, data.validation.labels, data.labels)
-    least = sample_size.least_rows_of_a_class(classes)
-    deviation, agreement = (
-        math.sqrt(_DIFFER),
-        (thresholds.min_agreement, thresholds.min_agreement_lower),
-    )
-    truth = sample_size.supposed(math.nan, agreement[0], 1.0)
+    """Return the fields of the report that say what the validation rows can show.
+
+    They are computed by the functions of the gate.
+    """
+    rows = len(data.validation)
+    thresholds = recipe.parity
+    rows_by_label = counts(data.task, data.validation.labels, data.labels)
+    min_rows = sample_size.least_rows_of_a_class(len(data.labels))
+    deviation = math.sqrt(_DIFFER)
+    agreement = (thresholds.min_agreement, thresholds.min_agreement_lower)
+    true_agreement = sample_size.supposed(math.nan, thresholds.min_agreement, 1.0)
     rows_for = (
         sample_size.rows_for_correlation
         if data.task == "regression"
@@ -202,37 +212,39 @@ def _evidence(recipe: Recipe, data: Data) -> dict[str, Any]:
         "rows_to_pass": sample_size.rows_for_mean(
             1.0, thresholds.min_retained, thresholds.min_retained_lower, deviation
         ),
-        "rows_to_agree": rows_for(truth, *agreement),
-        "rows_of_a_class": least,
-        "few_rows": tuple(name for name, n in found.items() if n < least),
+        "rows_to_agree": rows_for(true_agreement, *agreement),
+        "rows_of_a_class": min_rows,
+        "few_rows": tuple(name for name, count in rows_by_label.items() if count < min_rows),
         "min_retained": thresholds.min_retained,
     }
 
 
 def _gate_words(report: CheckReport, rows: int) -> list[str]:
-    """Return the lines that say what so many validation rows will show."""
+    """Return the lines that say what the validation rows can show."""
 
-    def shown(needed: int | None) -> str:
+    def rows_words(needed: int | None) -> str:
         return "by no number of rows" if needed is None else f"from about {needed:,} rows on"
 
-    first = (
+    interval_line = (
         f"the gate: with {rows:,} validation rows the interval of what is retained will be about "
         f"±{100 * report.half_width:.1f} points, if teacher and student differ on one text of ten; "
-        f"{report.min_retained:g} can be shown {shown(report.rows_to_pass)} for a student as good "
-        f"as its teacher, and the agreement of int8 or fp16 with fp32 {shown(report.rows_to_agree)}"
+        f"{report.min_retained:g} can be shown {rows_words(report.rows_to_pass)} for a student as "
+        f"good as its teacher, and the agreement of int8 or fp16 with fp32 "
+        f"{rows_words(report.rows_to_agree)}"
     )
     if not report.few_rows:
-        return [first]
-    named = ", ".join(report.few_rows[:_NAMED])
+        return [interval_line]
+    names = ", ".join(report.few_rows[:_NAMED])
     more = f" and {len(report.few_rows) - _NAMED} more" if len(report.few_rows) > _NAMED else ""
-    second = (
+    classes_line = (
         f"labels on fewer than {report.rows_of_a_class} validation rows, too few to test whether "
-        f"the student lost them: {named}{more}"
+        f"the student lost them: {names}{more}"
     )
-    return [first, second]
+    return [interval_line, classes_line]
 
 
 def _short(text: str, characters: int = 70) -> str:
+    """Return a text in quotation marks on one line, cut to some characters."""
     text = " ".join(text.split())
     return repr(text if len(text) <= characters else f"{text[:characters]}…")
 
@@ -242,46 +254,56 @@ def _split(
     data: Data,
     recipe: Recipe,
     teacher: TextModel,
-    trained: set[tuple[str, ...]] | None,
+    training_texts: set[tuple[str, ...]] | None,
 ) -> SplitCheck:
+    """Return the facts of a split; ``training_texts`` is given for the validation split alone."""
     sample = split.take(np.linspace(0, len(split) - 1, min(len(split), _SAMPLE)).astype(int))
     columns = [list(column) for column in zip(*sample.texts, strict=True)]
     lengths = np.array([len(ids) for ids in teacher.tokenizer(*columns)["input_ids"]])
-    unlabelled = split is data.unlabelled
+    labels = ""
+    if split is not data.unlabelled:
+        labels = balance(counts(data.task, split.labels, data.labels), len(split))
+    known = None
+    if training_texts is not None:
+        known = sum(texts in training_texts for texts in split.texts) / len(split)
+    quoted = sum(text[:1] == text[-1:] == '"' for column in columns for text in column)
     return SplitCheck(
         rows=len(split),
-        labels=""
-        if unlabelled
-        else balance(counts(data.task, split.labels, data.labels), len(split)),
+        labels=labels,
         tokens_median=int(np.median(lengths)),
         tokens_p95=int(np.quantile(lengths, 0.95)),
         tokens_longest=int(lengths.max()),
         cut=float((lengths > recipe.data.max_length_tokens).mean()),
         duplicates=1 - len(Counter(split.texts)) / len(split),
-        known=None if trained is None else sum(t in trained for t in split.texts) / len(split),
-        quoted=sum(text[:1] == text[-1:] == '"' for column in columns for text in column)
-        / sum(map(len, columns)),
+        known=known,
+        quoted=quoted / sum(map(len, columns)),
         example=split.texts[0],
     )
 
 
 def _memory_bytes(recipe: Recipe, teacher: TextModel, train: SplitCheck) -> float:
-    """Return the peak of a training: parameters, and the activations of a batch.
+    """Return the peak memory of a training in bytes: parameters, and the activations of a batch.
 
-    Activations of a layer in float32 are 2 s b h (34 + 5 a s / h) bytes (Korthikanti et al., 2022,
-    equation 2, for 16 bits) for s tokens, b texts, width h and a heads.
+    The activations of a layer in float32 take 2 s b h (34 + 5 a s / h) bytes for s tokens, b texts,
+    width h and a heads: twice the 16-bit formula of Korthikanti et al. (2022), equation 2.
     """
-    config, phase = teacher.module.config, recipe.teacher.finetune or recipe.distill
+    config = teacher.module.config
+    phase = recipe.teacher.finetune or recipe.distill
     tokens = min(train.tokens_longest, recipe.data.max_length_tokens)
     texts = phase.batch_size // phase.accumulation_steps
-    width, heads = config.hidden_size, config.num_attention_heads
-    layer = 2 * tokens * texts * width * (34 + 5 * heads * tokens / width)
-    trained = _TRAINED_BYTES if recipe.teacher.finetune else _READ_BYTES
-    return float(_PYTORCH_BYTES + trained * teacher.parameters() + layer * config.num_hidden_layers)
+    width = config.hidden_size
+    heads = config.num_attention_heads
+    layer_bytes = 2 * tokens * texts * width * (34 + 5 * heads * tokens / width)
+    parameter_bytes = _TRAINED_BYTES if recipe.teacher.finetune else _READ_BYTES
+    parameters_bytes = parameter_bytes * teacher.parameters()
+    return float(_PYTORCH_BYTES + parameters_bytes + layer_bytes * config.num_hidden_layers)
 
 
 def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, int]) -> float:
-    """Return how long the training takes: forward passes of a teacher's batch, and their time."""
+    """Return the minutes of the training: its forward passes times their measured time.
+
+    One teacher's forward pass of a batch is the unit; a student's pass costs its share of layers.
+    """
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     rows = data.train.take(np.arange(min(len(data.train), recipe.distill.batch_size)))
     encoded = splits.encode(rows, teacher.tokenizer, recipe.data.max_length_tokens)
@@ -290,18 +312,20 @@ def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, 
     teacher.module.eval()
     with torch.inference_mode():
         seconds = math.inf
-        for _ in range(_CALLS):  # the first ones warm up; the fastest is what it takes when idle
+        for _ in range(_CALLS):  # the first ones warm up; the fastest is the time when idle
             start = time.perf_counter()
             teacher.module(**inputs)
             seconds = min(seconds, time.perf_counter() - start)
     depth = teacher.module.config.num_hidden_layers
-    kept = len(recipe.student.layers) / depth if recipe.student.layers else 1.0
+    kept_share = len(recipe.student.layers) / depth if recipe.student.layers else 1.0
     settings = recipe.distill
     adversarial = settings.alpha > 0
-    # From a zero start the first ascent step comes free with the clean pass.
+    # With a zero start the clean pass gives the gradient of the first ascent step.
     ascents = (settings.adversary.steps - (settings.adversary.start == "zero")) * adversarial
-    passes = _PASS * (1 + adversarial) + 2 * ascents
+    student_passes = _PASS * (1 + adversarial) + 2 * ascents
     # The teacher reads the training texts once.
-    answers = math.ceil((len(data.train) + len(data.unlabelled)) / settings.batch_size)
-    forward = updates.get("teacher", 0) * _PASS + answers + updates["student"] * passes * kept
-    return seconds * forward / 60
+    reading_passes = math.ceil((len(data.train) + len(data.unlabelled)) / settings.batch_size)
+    teacher_passes = updates.get("teacher", 0) * _PASS
+    distillation_passes = updates["student"] * student_passes * kept_share
+    passes = teacher_passes + reading_passes + distillation_passes
+    return seconds * passes / 60

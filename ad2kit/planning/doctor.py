@@ -1,4 +1,4 @@
-"""What this machine offers ad2kit, and what to do about what is missing."""
+"""The doctor command: what this machine offers to ad2kit, and advice on what is missing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from ad2kit.run.machine import available_cpus, cpu_flags, dot_products, environment
 from ad2kit.run.records import Part
 
+# Facts of the environment that are not versions of packages.
 _NO_VERSIONS = {
     "python",
     "platform",
@@ -24,7 +25,7 @@ _NO_VERSIONS = {
 
 
 class Finding(Part):
-    """One thing that was looked at; ``advice`` is empty where nothing has to be done."""
+    """One result of the examination; ``advice`` is empty if there is nothing to do."""
 
     name: str
     value: str
@@ -32,20 +33,20 @@ class Finding(Part):
 
 
 def examine() -> list[Finding]:
-    """Look at versions, cores, disk, torch and ONNX Runtime; nothing is changed."""
+    """Examine versions, cores, disk, torch and ONNX Runtime, without changing anything."""
     facts = environment(threads=available_cpus())
     missing = [
         name for name in ("torch", "transformers", "optimum-onnx", "bentoml") if name not in facts
     ]
-    free = shutil.disk_usage(Path.cwd()).free
+    free_bytes = shutil.disk_usage(Path.cwd()).free
     return [
         Finding(name="python", value=f"{facts['python']} at {sys.executable}"),
         _cpu(facts["cpu"]),
         _eight_bit(cpu_flags()),
         Finding(
             name="disk",
-            value=f"{free / 1e9:.1f} GB free in {Path.cwd()}",
-            advice="a run of a base-size teacher takes about 3 GB" if free < 3e9 else "",
+            value=f"{free_bytes / 1e9:.1f} GB free in {Path.cwd()}",
+            advice="a run of a base-size teacher takes about 3 GB" if free_bytes < 3e9 else "",
         ),
         Finding(
             name="versions",
@@ -59,32 +60,39 @@ def examine() -> list[Finding]:
 
 def _cpu(name: str) -> Finding:
     """Compare the machine's cores with those that this process may use."""
-    machine, allowed = os.cpu_count() or 1, available_cpus()
+    machine_cores = os.cpu_count() or 1
+    allowed_cores = available_cpus()
+    advice = ""
+    if allowed_cores < machine_cores:
+        # Under a container's limit, a thread for each core of the machine only makes them wait.
+        advice = (
+            "other programs here may start as many threads as the machine has cores: set "
+            f"OMP_NUM_THREADS={allowed_cores} for them"
+        )
     return Finding(
         name="cpu",
-        value=f"{name}, {allowed} of {machine} cores for this process; ad2kit starts {allowed} "
-        "threads unless compute.threads says otherwise",
-        # A pool that is sized by the machine is what a container's limit turns into waiting.
-        advice="other programs here may start as many threads as the machine has cores: set "
-        f"OMP_NUM_THREADS={allowed} for them"
-        if allowed < machine
-        else "",
+        value=f"{name}, {allowed_cores} of {machine_cores} cores for this process; ad2kit starts "
+        f"{allowed_cores} threads unless compute.threads says otherwise",
+        advice=advice,
     )
 
 
 def _eight_bit(flags: frozenset[str] | None) -> Finding:
-    """Say whether the CPU multiplies 8-bit numbers faster than floats."""
+    """Tell whether the CPU has instructions that multiply 8-bit numbers faster than floats."""
     if flags is None:
         return Finding(name="int8", value="the features of this CPU are unknown")
-    found = dot_products(flags)
+    instructions = dot_products(flags)
+    if instructions:
+        return Finding(name="int8", value=f"the CPU has {', '.join(instructions)}")
     return Finding(
         name="int8",
-        value=f"the CPU has {', '.join(found)}" if found else "no 8-bit dot products in the CPU",
-        advice="" if found else "int8 may be no faster than fused here: look at `ad2kit bench`",
+        value="no 8-bit dot products in the CPU",
+        advice="int8 may be no faster than fused here: look at `ad2kit bench`",
     )
 
 
 def _torch() -> Finding:
+    """Tell which torch is installed, and whether it sees a CUDA device."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -111,10 +119,11 @@ def _torch() -> Finding:
 
 
 def _onnxruntime() -> list[Finding]:
-    owners = sorted(
+    """Tell which packages own the module onnxruntime, and try each of its providers."""
+    packages = sorted(
         {name.lower() for name in metadata.packages_distributions().get("onnxruntime", [])}
     )
-    if not owners:
+    if not packages:
         return [
             Finding(
                 name="onnxruntime",
@@ -122,46 +131,48 @@ def _onnxruntime() -> list[Finding]:
                 advice="pip install 'ad2kit[cpu]' or 'ad2kit[gpu]'",
             )
         ]
-    clash = len(owners) > 1
-    findings = [
-        Finding(
-            name="onnxruntime",
-            value=f"the module belongs to {' and '.join(owners)}",
-            advice=f"they overwrite each other: pip uninstall {' '.join(owners)}, then install one"
-            if clash
-            else "",
-        )
-    ]
+    advice = ""
+    if len(packages) > 1:
+        advice = f"they overwrite each other: pip uninstall {' '.join(packages)}, then install one"
+    owners = f"the module belongs to {' and '.join(packages)}"
     import onnxruntime
 
-    for provider in onnxruntime.get_available_providers():
-        reason = _why_no_session(provider)
-        findings.append(
-            Finding(
-                name=provider,
-                value="makes a session"
-                if reason == ""
-                else "is built in, but "
-                + ("was not tried: no onnx here" if reason is None else f"makes none: {reason}"),
-                advice="its libraries (CUDA, cuDNN, TensorRT) are missing or of another version "
-                "than this onnxruntime was built for; sessions that ask for it are refused"
-                if reason
-                else "",
-            )
-        )
-    return findings
+    return [
+        Finding(name="onnxruntime", value=owners, advice=advice),
+        *map(_provider, onnxruntime.get_available_providers()),
+    ]
+
+
+def _provider(name: str) -> Finding:
+    """Tell whether an execution provider of ONNX Runtime can open a session."""
+    reason = _why_no_session(name)
+    if reason is None:
+        return Finding(name=name, value="is built in, but was not tried: no onnx here")
+    if not reason:
+        return Finding(name=name, value="makes a session")
+    return Finding(
+        name=name,
+        value=f"is built in, but makes none: {reason}",
+        advice="its libraries (CUDA, cuDNN, TensorRT) are missing or of another version "
+        "than this onnxruntime was built for; sessions that ask for it are refused",
+    )
 
 
 def _why_no_session(provider: str) -> str | None:
-    """Try a provider on a graph of one node: "" if it works, else why not; None without onnx."""
+    """Open a session of a provider on a graph of one node.
+
+    Returns:
+        "" if it works, else the reason why not; None if onnx is not installed.
+    """
     import onnxruntime
 
     try:
         from onnx import TensorProto, helper
     except ModuleNotFoundError:
         return None
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "one", value[:1], value[1:])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "one", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -170,7 +181,7 @@ def _why_no_session(provider: str) -> str | None:
             model.SerializeToString(), options, providers=[provider]
         )
     except Exception as error:
-        # onnxruntime's exceptions share no base class of their own; the reason is told.
+        # Any exception, because onnxruntime's exceptions have no base class of their own.
         return str(error).partition("\n")[0] or type(error).__name__
-    found = session.get_providers()[0]
-    return "" if found == provider else f"the session runs on {found}"
+    used_provider = session.get_providers()[0]
+    return "" if used_provider == provider else f"the session runs on {used_provider}"

@@ -1,6 +1,6 @@
-"""The init stage: from a table of anybody's to an annotated recipe.
+"""The init stage: writes an annotated recipe for a user's own table.
 
-What the columns show is guessed, and what they do not show is asked for: a wrong column would cost
+It guesses what the columns show, and asks for what they do not show: a wrong column would cost
 hours of training. Each guess that could be wrong is a comment in the recipe.
 """
 
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from ad2kit.run.sections import Task
 
+# Names of validation tables, without their suffix.
 _VALIDATION = ("validation", "valid", "val", "dev")
-# What columns of labels are called; it decides where several columns could be one.
+# Usual names of label columns; they decide if several columns could hold the label.
 _LABEL_NAMES = (
     "label",
     "labels",
@@ -48,26 +49,31 @@ _LABEL_NAMES = (
     "tags",
     "topic",
 )
-# A column with more different values, or with longer ones on average, holds no classes.
-_MOST_CLASSES, _CLASS_CHARACTERS = 1_000, 50
-# A second column of texts with less than this part of the first one's length may be a title.
+# A column with more different values, or with longer values on average, does not hold classes.
+_MOST_CLASSES = 1_000
+_CLASS_CHARACTERS = 50
+# A second column of texts that is shorter than this share of the first may hold titles.
 _PAIR = 1 / 3
-_SAMPLE = 5_000  # texts that are measured
-# Of English in WordPiece, rounded up; and the two or three special tokens.
-_TOKENS_A_WORD, _SPECIAL = 1.4, 3
+# The number of texts whose tokens are counted.
+_SAMPLE = 5_000
+# WordPiece tokens of an English word, rounded up; and the two or three special tokens of a text.
+_TOKENS_A_WORD = 1.4
+_SPECIAL_TOKENS = 3
+# Bounds and multiple of the guessed maximum length, in tokens.
 _SHORTEST, _STEP, _LONGEST = 16, 8, 512
+# Parts of a table in the hint to hold rows out, as they stand in the names of their files.
 _PARTS = ("train", "held-out")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Guess:
-    """What a recipe for a table says, and what could be wrong with it.
+    """The guessed ``data`` section of a recipe, and comments on its keys.
 
     Attributes:
-        data: keys of the recipe's ``data`` section.
-        notes: comments for some of these keys; ``doubts`` are those that a person should look at.
-        doubts: see ``notes``.
+        data: values of the ``data`` section, by key.
+        notes: comments by key.
+        doubts: comments by key that a person should look at, because the guess could be wrong.
     """
 
     data: dict[str, Any]
@@ -97,11 +103,12 @@ def init(
         source: the training table, or a folder of train and validation tables.
         recipe: the .yaml file to write.
         validation: the validation table, if ``source`` has none.
-        text: the columns of the text, one or two; guessed if there are none.
-        label: the column of the label; guessed if None.
+        text: the one or two text columns; guessed if empty.
+        label: the label column; guessed if None.
 
     Raises:
-        RecipeError: ``recipe`` is there already, or cannot be the name of a recipe.
+        RecipeError: ``recipe`` exists already, its name is not a valid name of a recipe, or it
+            cannot be written.
         DataError: there is no validation table, a table cannot be read, or it does not show which
             columns hold text and label.
     """
@@ -135,7 +142,7 @@ def init(
 
 
 def guess_words(guess: Guess) -> str:
-    """Return what was guessed as lines for the terminal."""
+    """Return a guess as lines for the terminal: values, notes and doubts."""
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in guess.data.items()]
     lines += [f"{key}: {note}" for key, notes in guess.notes.items() for note in notes]
     lines += [f"unsure, {key}: {note}" for key, notes in guess.doubts.items() for note in notes]
@@ -143,17 +150,19 @@ def guess_words(guess: Guess) -> str:
 
 
 def recipe_name(source: Path) -> str:
-    """Return the name of the recipe for a table: of its file, or of the folder around it."""
+    """Return the name of the recipe for a table, from its file or from the folder around it."""
     path = source.resolve()
     stem = path.parent.name if path.is_file() and path.stem == "train" else path.stem
     return _slug(stem)
 
 
 def _slug(name: str) -> str:
+    """Return a valid name of a recipe: small letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "my-data"
 
 
 def _taken(recipe: Path) -> RecipeError:
+    """Return the error for a recipe that exists already."""
     return RecipeError(
         f"{recipe} exists already, and init overwrites no recipe",
         hint=f"give another name with --name {recipe.stem}-2, or delete {recipe}",
@@ -161,7 +170,11 @@ def _taken(recipe: Path) -> RecipeError:
 
 
 def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
-    """Return what a recipe says of the files, and the training table."""
+    """Return a guess that names the files, and the path of the training table.
+
+    Raises:
+        DataError: a table is missing, or there are several.
+    """
     if validation is not None and not validation.is_file():
         raise DataError(f"no file '{validation}'", hint="correct --validation")
     if not source.is_dir():
@@ -178,29 +191,34 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
             f"{source} holds no train.({'|'.join(FORMATS)})",
             hint="name the training table itself: ad2kit init FILE --validation FILE",
         )
-    found = [path for stem in _VALIDATION for path in _split(source, stem)]
-    if validation is None and len(found) == 1:
-        stem = None if found[0].stem == "validation" else found[0].stem
+    tables = [path for stem in _VALIDATION for path in _split(source, stem)]
+    if validation is None and len(tables) == 1:
+        stem = None if tables[0].stem == "validation" else tables[0].stem
         return Guess({"source": str(source), "train": None, "validation": stem}), train[0]
     if len(train) > 1 or validation is None:
-        names = ", ".join(path.name for path in (*train, *found))
+        names = ", ".join(path.name for path in (*train, *tables))
+        hint = "name the files: ad2kit init FILE --validation FILE"
+        if not tables:
+            hint += f"; to hold rows out:\n{_hold_out(train[0])}"
         raise DataError(
             f"{source}: expected one train.({'|'.join(FORMATS)}) and one "
             f"({'|'.join(_VALIDATION)}).(…), found {names}",
-            hint="name the files: ad2kit init FILE --validation FILE"
-            + ("" if found else f"; to hold rows out:\n{_hold_out(train[0])}"),
+            hint=hint,
         )
     paths = {"train": str(train[0]), "validation": str(validation)}
     return Guess({"source": None, **paths}), train[0]
 
 
 def _split(folder: Path, stem: str) -> list[Path]:
-    return [path for each in FORMATS if (path := folder / f"{stem}.{each}").is_file()]
+    """Return the tables of a name in a folder, in any format."""
+    paths = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
+    return [path for path in paths if path.is_file()]
 
 
 def _hold_out(path: Path) -> str:
-    """Return the commands that take a fifth of a table for validation."""
-    cells, to_csv = "dtype=str, keep_default_na=False", "to_csv({}, index=False)"
+    """Return the commands that hold a fifth of a table out for validation."""
+    cells = "dtype=str, keep_default_na=False"
+    to_csv = "to_csv({}, index=False)"
     to_json = 'to_json({}, orient="records", lines=True, force_ascii=False)'
     reader, writer, suffix = {
         ".tsv": (f'read_csv({{}}, sep="\\t", quoting=3, {cells})', to_csv, "csv"),
@@ -219,7 +237,7 @@ def _hold_out(path: Path) -> str:
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:
-    """Return the cells of each column of a table; what a JSON object lacks is None."""
+    """Return the cells of each column of a table; a key that a JSON object lacks gives None."""
     names: tuple[str, ...] = ()
     if path.suffix == ".parquet" and path.is_file():
         from ad2kit.data.parquet_files import open_parquet
@@ -236,7 +254,12 @@ def _columns(path: Path) -> dict[str, list[Any]]:
 def _label(
     columns: dict[str, list[Any]], text: Sequence[str], label: str | None, guess: Guess
 ) -> str:
-    """Return the column of the label, as it was named or guessed."""
+    """Return the label column, named by the user or guessed.
+
+    Raises:
+        DataError: named columns are missing or cannot hold text and label, or no column or several
+            columns look like the label.
+    """
     for name in (*text, *([] if label is None else [label])):
         if name not in columns:
             raise DataError(
@@ -254,32 +277,37 @@ def _label(
         )
     if label is not None:
         cells = columns[label]
-        different, numbers = len(set(map(str, cells))), _are_numbers(cells)
-        if label_task(cells) is None and not numbers and different > len(cells) / 2:
+        different = len(set(map(str, cells)))
+        are_numbers = _are_numbers(cells)
+        if label_task(cells) is None and not are_numbers and different > len(cells) / 2:
             raise DataError(
                 f"'{label}' holds {different} different values in {len(cells)} rows, which are no "
                 "classes",
                 hint=f"name another column with --label; the columns are\n{_table(columns)}",
             )
         return label
-    found = [name for name, cells in columns.items() if name not in text and label_task(cells)]
-    named = [name for name in found if name.lower() in _LABEL_NAMES]
-    if len(found) == 1:
-        return found[0]
-    if len(named) == 1:
-        others = ", ".join(name for name in found if name != named[0])
+    candidates = [name for name, cells in columns.items() if name not in text and label_task(cells)]
+    usual = [name for name in candidates if name.lower() in _LABEL_NAMES]
+    if len(candidates) == 1:
+        return candidates[0]
+    if len(usual) == 1:
+        others = ", ".join(name for name in candidates if name != usual[0])
         guess.doubt("label_column", f"Taken for its name; {others} could be labels too.")
-        return named[0]
-    raise DataError(
-        f"the label could be in {' or '.join(found)}" if found else "no column looks like a label",
-        hint=f"name it with --label; the columns are\n{_table(columns)}",
-    )
+        return usual[0]
+    fault = "no column looks like a label"
+    if candidates:
+        fault = f"the label could be in {' or '.join(candidates)}"
+    raise DataError(fault, hint=f"name it with --label; the columns are\n{_table(columns)}")
 
 
 def _texts(
     columns: dict[str, list[Any]], text: Sequence[str], label: str, guess: Guess
 ) -> list[str]:
-    """Return the columns of the text, as they were named or guessed."""
+    """Return the text columns, named by the user or guessed.
+
+    Raises:
+        DataError: no column holds sentences, or it is not clear which columns are the text.
+    """
     if text:
         return list(text)
     lengths = {
@@ -287,26 +315,29 @@ def _texts(
         for name, cells in columns.items()
         if name != label and _holds_sentences(cells)
     }
-    found = sorted(lengths, key=lambda name: -lengths[name])
-    if len(found) == 2 and lengths[found[1]] >= _PAIR * lengths[found[0]]:
-        pair = [name for name in columns if name in found]
+    candidates = sorted(lengths, key=lambda name: -lengths[name])
+    if len(candidates) == 2 and lengths[candidates[1]] >= _PAIR * lengths[candidates[0]]:
+        pair = [name for name in columns if name in candidates]
         guess.doubt(
             "text_columns",
             "Two columns hold sentences: they are read as a pair. If the "
             "label is a matter of one of them alone, delete the other.",
         )
         return pair
-    if len(found) == 1:
-        return found
+    if len(candidates) == 1:
+        return candidates
+    fault = "no column holds sentences"
+    if candidates:
+        fault = f"the text could be in {' or '.join(candidates)}"
     raise DataError(
-        f"the text could be in {' or '.join(found)}" if found else "no column holds sentences",
+        fault,
         hint="name one column with --text, or the two of a pair with --text A,B; the columns are\n"
         + _table(columns),
     )
 
 
 def _table(columns: dict[str, list[Any]]) -> str:
-    """Return a line for each column: its name, its number of values, and the first of them."""
+    """Return a line for each column: its name, its number of values, and its first value."""
     lines = []
     for name, cells in columns.items():
         first = next((str(cell) for cell in cells if cell is not None), "")
@@ -316,19 +347,19 @@ def _table(columns: dict[str, list[Any]]) -> str:
 
 
 def _holds_sentences(cells: Sequence[Any]) -> bool:
-    """Tell whether these cells are texts of several words, and mostly letters."""
+    """Tell whether all cells are texts, and most have several words and consist of letters."""
     if not all(map(is_text, cells)):
         return False
-    several = sum(len(cell.split()) > 1 for cell in cells)
+    sentences = sum(len(cell.split()) > 1 for cell in cells)
     letters = sum(sum(map(str.isalpha, cell)) for cell in cells)
-    return several >= len(cells) / 2 and letters >= sum(map(len, cells)) / 2
+    return sentences >= len(cells) / 2 and letters >= sum(map(len, cells)) / 2
 
 
 def label_task(cells: Sequence[Any]) -> Task | None:
-    """Return the task whose labels these cells may be; None if they look like something else.
+    """Return the task whose labels these cells may be; None if they do not look like labels.
 
-    Columns with gaps are none, nor are those with one value, with another one in each row, or with
-    so many whole numbers that they count something.
+    A column does not look like labels if it has gaps, if it has only one value or another value in
+    each row, or if it has so many whole numbers that they seem to count something.
     """
     if all(isinstance(cell, list) for cell in cells) or all(map(_is_json_list, cells)):
         return "multi_label"
@@ -338,8 +369,9 @@ def label_task(cells: Sequence[Any]) -> Task | None:
     different = len(set(texts))
     few = different <= min(_MOST_CLASSES, max(2, len(texts) // 2))
     if all(map(_NUMBER.fullmatch, texts)):
-        fractions = any(not float(text).is_integer() for text in texts)
-        return "regression" if fractions else "single_label" if few else None
+        if any(not float(text).is_integer() for text in texts):
+            return "regression"
+        return "single_label" if few else None
     if sum(map(len, texts)) > _CLASS_CHARACTERS * len(texts):
         return None
     if _is_several(texts):
@@ -361,47 +393,47 @@ def _is_json_list(cell: Any) -> bool:
 
 
 def _is_several(texts: Sequence[str]) -> bool:
-    """Tell whether commas separate labels here: most of what they separate comes in other cells."""
+    """Tell whether commas separate labels: most of the parts between them occur in other cells."""
     cells_of: dict[str, set[str]] = {}
     for text in set(texts):
         for part in text.split(","):
             cells_of.setdefault(part.strip(), set()).add(text)
     separated = [cells for cells in cells_of.values() if any("," in text for text in cells)]
-    # "New York" of "New York, NY" comes in this cell alone.
+    # The part "New York" of "New York, NY" occurs in this cell only.
     return sum(len(cells) > 1 for cells in separated) > len(separated) / 2
 
 
 def _task(cells: list[Any], guess: Guess) -> None:
-    """Add the task, and what is known of its labels."""
+    """Add the task to the guess, with notes and doubts about its labels."""
     task = label_task(cells)
     if task is None:
         task = "regression" if _are_numbers(cells) else "single_label"
     guess.data["task"] = task
-    numbers = task == "single_label" and _are_numbers(cells)
+    are_numbered = task == "single_label" and _are_numbers(cells)
     if task == "regression":
         values = [float(cell) for cell in cells]
         guess.note("task", f"Numbers from {min(values):g} to {max(values):g}.")
     elif task == "multi_label":
         _multi_label(cells, guess)
     else:
-        found = Counter(str(cell).strip() for cell in cells)
-        shares = balance(dict(sorted(found.items())), len(cells))
+        rows_by_label = Counter(str(cell).strip() for cell in cells)
+        shares = balance(dict(sorted(rows_by_label.items())), len(cells))
         guess.note("labels", f"In the training table: {shares}.")
         if "rare" in shares:
             guess.doubt("labels", "Accuracy hardly sees rare classes: metrics: [macro_f1] does.")
-        if len(found) == 1:
+        if len(rows_by_label) == 1:
             guess.doubt(
                 "labels",
                 "All rows have the same, and check will refuse that: name the "
                 "right column by --label.",
             )
-        if len(found) > 2 and numbers:
+        if len(rows_by_label) > 2 and are_numbered:
             guess.doubt(
                 "task",
-                f"{len(found)} whole numbers are taken for classes. If 3 is more "
+                f"{len(rows_by_label)} whole numbers are taken for classes. If 3 is more "
                 "than 2, set it to regression.",
             )
-    if numbers and not (Path(guess.data["source"] or "") / "labels.txt").is_file():
+    if are_numbered and not (Path(guess.data["source"] or "") / "labels.txt").is_file():
         guess.doubt(
             "labels",
             "Nothing says what the numbers are called: give the names in their "
@@ -409,15 +441,19 @@ def _task(cells: list[Any], guess: Guess) -> None:
         )
 
 
+def _labels_of(cell: Any) -> list[Any]:
+    """Return the labels of a multi-label cell: a list, a JSON list, or a text with commas."""
+    if isinstance(cell, list):
+        return cell
+    if _is_json_list(cell):
+        labels: list[Any] = json.loads(cell)
+        return labels
+    return [part.strip() for part in cell.split(",")]
+
+
 def _multi_label(cells: list[Any], guess: Guess) -> None:
-    rows: list[list[Any]] = [
-        cell
-        if isinstance(cell, list)
-        else json.loads(cell)
-        if _is_json_list(cell)
-        else [part.strip() for part in cell.split(",")]
-        for cell in cells
-    ]
+    """Add the labels of a multi-label column to the guess, with notes and doubts about them."""
+    rows = [_labels_of(cell) for cell in cells]
     width = len(rows[0])
     if width > 1 and all(
         len(row) == width
@@ -431,9 +467,9 @@ def _multi_label(cells: list[Any], guess: Guess) -> None:
             "are called: put their names here, in the order of the cells.",
         )
         return
-    found = Counter(str(name) for row in rows for name in row)
+    rows_by_label = Counter(str(name) for row in rows for name in row)
     guess.note("task", "Any number of labels a row.")
-    guess.note("labels", f"In the training table: {balance(dict(found), len(rows))}.")
+    guess.note("labels", f"In the training table: {balance(dict(rows_by_label), len(rows))}.")
     if any(isinstance(cell, str) and not _is_json_list(cell) for cell in cells):
         guess.doubt(
             "task",
@@ -443,37 +479,38 @@ def _multi_label(cells: list[Any], guess: Guess) -> None:
 
 
 def _length(columns: list[list[Any]], guess: Guess) -> None:
-    """Add the maximum length: that of 99 of 100 texts, at most what the packaged model reads."""
+    """Add a maximum length that cuts at most one text of 100 and that the packaged model reads."""
     rows = np.linspace(0, len(columns[0]) - 1, min(len(columns[0]), _SAMPLE)).astype(int)
     sample = [[str(column[row]) for row in rows] for column in columns]
     try:
         folder = find_model(_teacher())
         lengths = [len(ids) for ids in read_tokenizer(folder)(*sample)["input_ids"]]
-        most = min(_LONGEST, read_config(folder).max_position_embeddings)
-        how = f"by the tokenizer of {_teacher()}"
+        limit = min(_LONGEST, read_config(folder).max_position_embeddings)
+        method = f"by the tokenizer of {_teacher()}"
     except ModelError as error:
         words = [sum(len(text.split()) for text in row) for row in zip(*sample, strict=True)]
-        lengths, most = [math.ceil(_TOKENS_A_WORD * n) + _SPECIAL for n in words], _LONGEST
-        how = f"estimated from the words, because {error.message}"
-    longest = int(np.quantile(lengths, 0.99, method="higher"))
-    wanted = max(_SHORTEST, _STEP * math.ceil(longest / _STEP))
-    guess.data["max_length_tokens"] = min(wanted, most)
-    guess.note("max_length_tokens", f"99 of 100 texts have at most {longest} tokens, {how}.")
-    if wanted > most:
-        cut = sum(length > most for length in lengths) / len(lengths)
+        lengths = [math.ceil(_TOKENS_A_WORD * count) + _SPECIAL_TOKENS for count in words]
+        limit = _LONGEST
+        method = f"estimated from the words, because {error.message}"
+    p99 = int(np.quantile(lengths, 0.99, method="higher"))
+    max_length = max(_SHORTEST, _STEP * math.ceil(p99 / _STEP))
+    guess.data["max_length_tokens"] = min(max_length, limit)
+    guess.note("max_length_tokens", f"99 of 100 texts have at most {p99} tokens, {method}.")
+    if max_length > limit:
+        cut = sum(length > limit for length in lengths) / len(lengths)
         guess.doubt(
-            "max_length_tokens", f"The model reads {most} tokens: {cut:.0%} of the texts are cut."
+            "max_length_tokens", f"The model reads {limit} tokens: {cut:.0%} of the texts are cut."
         )
 
 
 def _teacher() -> str:
-    """Return the teacher of the recipe that is filled in."""
+    """Return the teacher in the shipped recipe for a user's own data."""
     data = parse_yaml((recipes_folder() / "custom.yaml").read_text(encoding="utf-8"))
     return str(data["teacher"]["model"])
 
 
 def _recipe(name: str, source: Path, guess: Guess) -> str:
-    """Return the shipped recipe for one's own data with the guesses filled in."""
+    """Return the text of the shipped recipe for a user's own data, with the guesses filled in."""
     lines = (recipes_folder() / "custom.yaml").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("seed:"))
     head = [
@@ -489,7 +526,7 @@ def _recipe(name: str, source: Path, guess: Guess) -> str:
 
 
 def _filled(lines: list[str], guess: Guess) -> Iterator[str]:
-    """Yield the lines of a recipe, with the keys of its data section as they were guessed."""
+    """Yield the lines of a recipe, with the guessed values and comments in its data section."""
     section = ""
     for line in lines:
         if line[:1].isalpha():
@@ -506,5 +543,6 @@ def _filled(lines: list[str], guess: Guess) -> Iterator[str]:
 
 
 def _comment(text: str, indent: str) -> list[str]:
+    """Return a text as lines of a YAML comment."""
     prefix = f"{indent}# "
     return textwrap.wrap(text, 100, initial_indent=prefix, subsequent_indent=prefix)
