@@ -4,8 +4,8 @@
     python bench/bag_of_words.py sst2-minilm data.source=../shared/data/sst2
 
 The bag of words that every teacher is compared with (see `ad2kit/models/baselines.py`), here
-trained on all of the recipe's train and select rows together, which is more than the teacher trains on, and
-judged on its validation rows. Ends with a line of JSON.
+trained on all of the recipe's train and select rows together, which is more than the teacher trains
+on, and judged on its validation rows. Ends with a line of JSON.
 """
 
 from __future__ import annotations
