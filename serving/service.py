@@ -113,7 +113,8 @@ async def metrics(_request: Request) -> Response:
     name="ad2kit-classifier",
     workers=WORKERS,
     traffic={"timeout": 60},
-    # With these on, the service answers over a quarter fewer requests: docs/measurements/serving.md.
+    # With these on, the service answers over a quarter fewer requests, see
+    # docs/measurements/serving.md.
     # An operator's BENTOML_CONFIG turns the log on again; BentoML's metrics would hide ours.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
