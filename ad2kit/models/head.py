@@ -1,9 +1,9 @@
-"""The last linear layer: what it reads of a text, and its start by a regression on that.
+"""The last linear layer: its input vectors for texts, and its start by a regression on them.
 
-A random head pulls the features of a pretrained encoder out of shape before it fits them; one that
-fits them already does not (linear probing, then fine-tuning: Kumar et al., *Fine-Tuning can Distort
+While a random head learns, it distorts the features of a pretrained encoder. A head that already
+fits the features does not (linear probing, then fine-tuning: Kumar et al., *Fine-Tuning can Distort
 Pretrained Features and Underperform Out-of-Distribution*, ICLR 2022). With many classes and few
-rows a random head also needs most of the updates to find its classes at all.
+rows a random head also needs most of the updates to separate its classes at all.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 5_000
-"""So many of the (shuffled) training rows are read: more rows cost time and change little."""
-# Of the squared weights of features whose mean square is 1.
+"""The most (shuffled) training rows that are read: more rows cost time and change little."""
+# The penalty on the squared weights of features whose mean square is 1.
 _PENALTY = 10.0
 _ITERATIONS = 200
 
@@ -43,17 +43,18 @@ _ITERATIONS = 200
 def start_head(
     model: TextModel, encoded: Encoded, targets: NDArray[Any], accelerator: Accelerator
 ) -> None:
-    """Fit the last linear layer of a model; all else stays as it is.
+    """Fit the last linear layer of a model in place; all other weights stay as they are.
 
-    Logistic regression, of each label against the rest for several labels, ridge regression for a
-    number; in float64 and on one thread, so that the same rows give the same bits. Classes that no
-    row has keep their weights. Every process calls it, and has what the first one found.
+    The fit is a logistic regression (one per label for several labels), or a ridge regression for a
+    number. It uses float64 and one thread, so that the same rows give the same bits. Classes
+    without rows keep their weights. Every process calls this function; the first one fits the
+    layer, and the others receive it.
 
     Args:
-        model: on its device.
+        model: the model, on its device.
         encoded: the training rows, shuffled; at most :data:`MOST_ROWS` are read.
-        targets: as the labels of ``encoded``; rows without a label are left out.
-        accelerator: of the training.
+        targets: targets in the form of the labels of ``encoded``; rows without one are left out.
+        accelerator: the accelerator of the training.
     """
     targets = targets[:MOST_ROWS]
     labelled = targets != NO_CLASS
@@ -62,10 +63,10 @@ def start_head(
     rows = np.flatnonzero(labelled)
     layer = last_linear(model.module)
     if accelerator.is_main_process and len(rows):
-        read = read_vectors(model, encoded, accelerator.device, rows)
-        found = fit_linear(model.task, read.head_inputs, targets[rows], len(model.labels))
+        vectors = read_vectors(model, encoded, accelerator.device, rows)
+        fit = fit_linear(model.task, vectors.head_inputs, targets[rows], len(model.labels))
         with torch.no_grad():
-            for index, weights, bias in zip(*found, strict=True):
+            for index, weights, bias in zip(*fit, strict=True):
                 layer.weight[index] = torch.from_numpy(weights).to(layer.weight)
                 if layer.bias is not None:
                     layer.bias[index] = float(bias)
@@ -75,58 +76,67 @@ def start_head(
 
 
 def fit_linear(
-    task: Task, read: Floats, targets: NDArray[Any], outputs: int
+    task: Task, features: Floats, targets: NDArray[Any], outputs: int
 ) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Fit the weights of a linear layer.
 
     Args:
-        task: decides the regression.
-        read: what the layer reads, shape [rows, width].
+        task: decides between logistic and ridge regression.
+        features: the inputs of the layer, shape [rows, width].
         targets: see :mod:`ad2kit.data.labels`.
-        outputs: of the layer.
+        outputs: number of outputs of the layer.
 
     Returns:
-        Which outputs were fitted, their weights [fitted, width] and biases [fitted].
+        The indices of the fitted outputs [fitted], their weights [fitted, width] and their
+        biases [fitted].
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
     from threadpoolctl import threadpool_limits
 
-    # Not by the deviation: dropout multiplies what is there, and would shake a feature that is
-    # large and hardly varies. A penalty on the size is what dropout itself comes to (Wager, Wang
-    # and Liang, *Dropout Training as Adaptive Regularization*, NeurIPS 2013).
-    size = np.sqrt((read**2).mean(axis=0))
-    size = np.where(size > 0, size, np.inf)  # a feature that is always 0 says nothing
-    scaled = read / size
+    # Scaled by the root mean square and not by the deviation: dropout multiplies a feature, and so
+    # disturbs one that is large and hardly varies. Dropout itself amounts to a penalty on the size
+    # (Wager, Wang and Liang, *Dropout Training as Adaptive Regularization*, NeurIPS 2013).
+    scale = np.sqrt((features**2).mean(axis=0))
+    scale = np.where(scale > 0, scale, np.inf)  # a feature that is always 0 gets the weight 0
+    scaled = features / scale
     logistic = LogisticRegression(C=1 / _PENALTY, max_iter=_ITERATIONS)
     with threadpool_limits(1), warnings.catch_warnings():
-        # It is a start, and good enough wherever it has come to.
+        # The fit is only a start, and good enough even if it has not converged.
         warnings.simplefilter("ignore", ConvergenceWarning)
         if task == "regression":
-            found = Ridge(alpha=_PENALTY).fit(scaled, targets)
-            index, weights, bias = [0], found.coef_[None], np.array([found.intercept_])
+            ridge = Ridge(alpha=_PENALTY).fit(scaled, targets)
+            indices = [0]
+            weights = ridge.coef_[None]
+            biases = np.array([ridge.intercept_])
         elif task == "multi_label":
-            index = [i for i in range(outputs) if len(np.unique(targets[:, i])) == 2]
-            weights, bias = np.zeros((len(index), read.shape[1])), np.zeros(len(index))
-            for place, label in enumerate(index):
-                found = logistic.fit(scaled, targets[:, label])
-                weights[place], bias[place] = found.coef_[0], found.intercept_[0]
+            indices = [label for label in range(outputs) if len(np.unique(targets[:, label])) == 2]
+            weights = np.zeros((len(indices), features.shape[1]))
+            biases = np.zeros(len(indices))
+            for row, label in enumerate(indices):
+                logistic.fit(scaled, targets[:, label])
+                weights[row] = logistic.coef_[0]
+                biases[row] = logistic.intercept_[0]
         elif len(np.unique(targets)) == 1:
-            return np.zeros(0, np.int64), np.zeros((0, read.shape[1])), np.zeros(0)
+            return np.zeros(0, np.int64), np.zeros((0, features.shape[1])), np.zeros(0)
         else:
-            found = logistic.fit(scaled, targets)
-            index, weights, bias = found.classes_.tolist(), found.coef_, found.intercept_
-            if len(index) == 2:  # one sigmoid, which is the softmax of its half on either side
-                weights, bias = weights * [[-0.5], [0.5]], bias * [-0.5, 0.5]
-    return np.array(index, np.int64), weights / size, bias
+            logistic.fit(scaled, targets)
+            indices = logistic.classes_.tolist()
+            weights = logistic.coef_
+            biases = logistic.intercept_
+            if len(indices) == 2:
+                # The sigmoid of z is the softmax of (-z/2, z/2).
+                weights = weights * [[-0.5], [0.5]]
+                biases = biases * [-0.5, 0.5]
+    return np.array(indices, np.int64), weights / scale, biases
 
 
 class Vectors(NamedTuple):
     """Two vectors of each text, float64.
 
-    ``head_inputs`` [rows, width] is what the last linear layer of the classifier reads.
-    ``token_means`` [rows, hidden size] is the mean of the encoder's last states over all tokens of
-    the text, special ones included.
+    ``head_inputs`` [rows, width] are the inputs of the classifier's last linear layer.
+    ``token_means`` [rows, hidden size] are the means of the encoder's last states over all tokens
+    of the text, special tokens included.
     """
 
     head_inputs: Floats
@@ -134,8 +144,8 @@ class Vectors(NamedTuple):
 
 
 def last_linear(module: torch.nn.Module) -> torch.nn.Linear:
-    """Return the layer that computes the logits: the last linear one of a classifier."""
-    return [part for part in module.modules() if isinstance(part, torch.nn.Linear)][-1]
+    """Return the last linear layer of a classifier, which computes the logits."""
+    return [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)][-1]
 
 
 @torch.inference_mode()
@@ -148,33 +158,37 @@ def read_vectors(
     """Return the vectors of rows, without dropout.
 
     Args:
-        model: lies on ``device``; it is in evaluation mode afterwards.
-        encoded: texts, by the model's own tokenizer.
-        device: where the model lies.
+        model: the model, on ``device``; it is in evaluation mode afterwards.
+        encoded: texts, encoded by the model's own tokenizer.
+        device: the device of the model.
         chosen: the rows to read; all if None.
     """
     module = model.module.eval()
-    heads: list[torch.Tensor] = []
-    states: list[torch.Tensor] = []
-    means: list[torch.Tensor] = []
+    head_inputs: list[torch.Tensor] = []
+    last_states: list[torch.Tensor] = []
+    token_means: list[torch.Tensor] = []
     hooks = (
-        last_linear(module).register_forward_pre_hook(lambda _, given: heads.append(given[0])),
-        module.base_model.register_forward_hook(lambda _, __, found: states.append(found[0])),
+        last_linear(module).register_forward_pre_hook(
+            lambda _, layer_inputs: head_inputs.append(layer_inputs[0])
+        ),
+        module.base_model.register_forward_hook(
+            lambda _, __, outputs: last_states.append(outputs[0])
+        ),
     )
-    every = np.arange(len(encoded)) if chosen is None else chosen
-    lengths = [len(encoded.input_ids[row]) for row in every]
+    row_indices = np.arange(len(encoded)) if chosen is None else chosen
+    lengths = [len(encoded.input_ids[row]) for row in row_indices]
     batches = splits.by_length(lengths, EVALUATION_BATCH)
     try:
-        for rows in batches:
-            inputs = padded(model, encoded, every[rows], device)
+        for batch in batches:
+            inputs = padded(model, encoded, row_indices[batch], device)
             module(**inputs)
             mask = inputs["attention_mask"].unsqueeze(-1).double()
-            means.append((states.pop().double() * mask).sum(dim=1) / mask.sum(dim=1))
+            token_means.append((last_states.pop().double() * mask).sum(dim=1) / mask.sum(dim=1))
     finally:
         for hook in hooks:
             hook.remove()
-    back = np.argsort(np.concatenate(batches))
-    head_inputs, token_means = (
-        torch.cat(found).double().cpu().numpy()[back] for found in (heads, means)
+    original_order = np.argsort(np.concatenate(batches))
+    return Vectors(
+        head_inputs=torch.cat(head_inputs).double().cpu().numpy()[original_order],
+        token_means=torch.cat(token_means).double().cpu().numpy()[original_order],
     )
-    return Vectors(head_inputs, token_means)

