@@ -112,13 +112,13 @@ def _points_lost(
     return sample_size.about_normal(lost, (low, high), float(differences.std()), rows, unit=100.0)
 
 
-def agrees(question: Question, name: str, found: Estimate, thresholds: ParityRecipe) -> Check:
-    """Return the check that enough answers stayed the same; ``found`` is their agreement."""
+def agrees(question: Question, name: str, estimate: Estimate, thresholds: ParityRecipe) -> Check:
+    """Return the check that enough answers stayed the same; ``estimate`` is their agreement."""
     return estimated(
         question,
         name,
         "at least",
-        found,
+        estimate,
         thresholds.min_agreement,
         thresholds.min_agreement_lower,
         best=1.0,
@@ -153,7 +153,7 @@ def estimated(
     question: Question,
     name: str,
     bound: Literal["at most", "at least"],
-    found: Estimate,
+    estimate: Estimate,
     threshold: float,
     limit: float | None,
     *,
@@ -165,26 +165,26 @@ def estimated(
         question: the question that the check belongs to.
         name: the name of the check.
         bound: the side of ``threshold`` on which the value has to be.
-        found: the estimate: the value, its interval, and the rows that other values need.
+        estimate: the estimate: the value, its interval, and the rows that other values need.
         threshold: the threshold for the value.
         limit: the limit for the interval; None means no limit.
         best: the value of a perfect model.
     """
     stricter = max if bound == "at least" else min
     target = threshold if limit is None else stricter(threshold, limit)
-    truth = sample_size.supposed(found.value, target, best)
+    truth = sample_size.supposed(estimate.value, target, best)
     # With this sign a larger value is better, for both bounds.
     sign = 1 if bound == "at least" else -1
     lower_limit = -np.inf if limit is None else sign * limit
-    rows = found.rows_for(sign * truth, sign * threshold, lower_limit)
-    needed = RowsNeeded(truth=truth, rows=rows, present=found.rows)
+    rows = estimate.rows_for(sign * truth, sign * threshold, lower_limit)
+    needed = RowsNeeded(truth=truth, rows=rows, present=estimate.rows)
     return Check(
         question=question,
         name=name,
-        value=found.value,
+        value=estimate.value,
         bound=bound,
         threshold=threshold,
-        interval=found.interval,
+        interval=estimate.interval,
         limit=limit,
         needed=needed,
     )

@@ -300,13 +300,15 @@ def retained(
     return sample_size.about_normal(value, interval, deviation, rows, unit=unit, error=error)
 
 
-def retained_check(names: tuple[Metric, ...], kept: Estimate, thresholds: ParityRecipe) -> Check:
+def retained_check(
+    names: tuple[Metric, ...], retention: Estimate, thresholds: ParityRecipe
+) -> Check:
     """Return the check of the ratio of :func:`retained`; ``names`` are the metrics of the score."""
     return estimated(
         "distillation quality",
         f"{' and '.join(names)} retained",
         "at least",
-        kept,
+        retention,
         thresholds.min_retained,
         thresholds.min_retained_lower,
         best=1.0,

@@ -1,1 +1,1 @@
-"""Tables of any size through a classifier."""
+"""Bulk scoring of tables of any size."""

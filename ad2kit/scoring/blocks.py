@@ -1,8 +1,8 @@
-"""Tables that lie anywhere fsspec reaches, cut into blocks of rows: the units of bulk scoring.
+"""Blocks of rows, the units of bulk scoring; tables may be at any fsspec address.
 
-A block is decided by the files and the rows per block alone, so that every process, today or after
-a restart, means the same rows by its number. ``text_blocks`` and ``parquet_blocks`` survey, read
-and write one family of formats each, with the same three functions.
+A block depends on the files and the number of rows per block only. So the number of a block means
+the same rows in every process, also after a restart. ``text_blocks`` and ``parquet_blocks`` survey,
+read and write one family of formats each, with the same three functions.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of one file, the first of them by number from 1.
+    """Consecutive rows of one file; ``first_row`` counts from 1.
 
-    Of a text file also the bytes that they take, and how many lines come before.
+    In a text file they take the bytes from ``first_byte`` to ``end_byte``, and ``lines_before`` is
+    the number of lines before them.
     """
 
     url: str
@@ -43,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns of a job: those of the files, those that are read, and those that are added."""
+    """The columns of a job: those of the files, those to read, and those to add."""
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
@@ -52,10 +53,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one file holds: its columns (of JSON lines those of the first row), and its blocks.
+    """The columns and the blocks of one file; JSON lines have the columns of their first row.
 
-    ``texts`` are the columns that can hold texts; ``kind`` is what two files must share to be
-    scored together.
+    ``texts`` holds the columns that can hold texts. Two files can be scored together only if they
+    have the same ``kind``.
     """
 
     columns: tuple[str, ...]
@@ -66,10 +67,11 @@ class Survey:
 
 @dataclass(slots=True)
 class Rows:
-    """A block as it was read: ``texts`` and ``places`` of its rows, and the ``bad`` ones.
+    """The rows of a block: their ``texts``, their ``places``, and the ``bad`` rows.
 
-    A place is the number of the row and, in a text file, its line. A text may still be anything
-    that a file can hold. ``kept`` is for the module that read the block, which writes it again.
+    A place is the number of the row and, in a text file, its line. The texts are not checked yet:
+    they may be any value of a file. ``kept`` belongs to the module that read the block, and holds
+    the rows for writing.
     """
 
     block: Block
@@ -79,7 +81,7 @@ class Rows:
     bad: list[BadRow] = field(default_factory=list)
 
     def refuse(self, place: tuple[int, int | None], reason: str) -> None:
-        """Note a row that gets no answer."""
+        """Add a bad row, which gets no answer."""
         row, line = place
         self.bad.append(BadRow(file=self.block.url, row=row, line=line, reason=reason))
 
@@ -88,16 +90,16 @@ def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of an address, and the path in it.
 
     Raises:
-        DataError: no such kind of address, or its driver is not installed.
+        DataError: the kind of address is unknown, or its driver is not installed.
     """
     try:
-        found, path = fsspec.core.url_to_fs(url)
+        store, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise DataError(
             f"cannot use the address '{url}': {error}",
             hint="give a path, file://..., or an address whose fsspec driver is installed",
         ) from error
-    return found, path
+    return store, path
 
 
 def address_of(store: Any, path: str) -> str:
@@ -111,29 +113,29 @@ def is_local(store: Any) -> bool:
 
 
 def find_inputs(reference: str) -> tuple[InputFile, ...]:
-    """Return the files of a file, folder or glob, by name; all of one format.
+    """Return the files of a path, folder or glob, sorted by name; all have one format.
 
-    In a folder, what begins with ``_`` or ``.`` is passed over, as other readers of tables do.
+    In a folder, names that begin with ``_`` or ``.`` are ignored, as in other readers of tables.
 
     Raises:
-        DataError: there are none, or they are of several formats or an unknown one.
+        DataError: there are no files, or they have several formats or an unknown one.
     """
     store, path = filesystem(reference)
     try:
-        found = _files(store, path)
-        for name in found:
+        names = _file_names(store, path)
+        for name in names:
             if is_local(store) and not store.exists(name):
                 raise DataError(f"{name} is a link to nothing", hint="remove it, or mend it")
     except OSError as error:
         raise DataError(
             f"cannot look for '{reference}': {error}", hint="correct INPUT, or its access rights"
         ) from error
-    if not found:
+    if not names:
         raise DataError(
             f"no file '{reference}'",
             hint="give a file, a folder, a quoted glob such as 'data/*.parquet', or a URL",
         )
-    by_format = {suffix_of(name): name for name in reversed(found)}
+    by_format = {suffix_of(name): name for name in reversed(names)}
     if len(by_format) > 1 or not by_format.keys() <= set(FORMATS):
         examples = ", ".join(PurePosixPath(name).name for name in sorted(by_format.values()))
         raise DataError(
@@ -141,27 +143,32 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
             f"found {examples}",
             hint="score the formats one after the other, by a glob such as 'data/*.csv'",
         )
-    return tuple(_describe(store, name) for name in sorted(found))
+    return tuple(_describe(store, name) for name in sorted(names))
 
 
 def suffix_of(name: str) -> str:
-    """Return the format that the name of a file ends in."""
+    """Return the suffix of a file name without its dot; it is the format of the file."""
     return PurePosixPath(name).suffix.lstrip(".")
 
 
 def layout_of(
     surveys: Mapping[str, Survey], text_columns: tuple[str, ...], added: tuple[str, ...]
 ) -> Layout:
-    """Return the layout of the files that hold rows, by their addresses.
+    """Return the common layout of the files with rows.
+
+    Args:
+        surveys: the survey of each file, by its address.
+        text_columns: the columns to read.
+        added: the columns to add.
 
     Raises:
-        DataError: there are no rows; a column is missing or would be there twice; files differ.
+        DataError: there are no rows; a column is missing or would occur twice; the files differ.
     """
-    holding = {url: survey for url, survey in surveys.items() if survey.blocks}
-    if not holding:
+    surveys_with_rows = {url: survey for url, survey in surveys.items() if survey.blocks}
+    if not surveys_with_rows:
         raise DataError(f"no rows in {', '.join(surveys)}", hint="give files that hold rows")
-    first_url, first = next(iter(holding.items()))
-    for url, survey in holding.items():
+    first_url, first = next(iter(surveys_with_rows.items()))
+    for url, survey in surveys_with_rows.items():
         if survey.kind != first.kind:
             raise DataError(
                 f"{url} has other columns than {first_url}: expected {first.kind}, "
@@ -193,14 +200,16 @@ def insist_on_partition_columns(reference: str, surveys: Mapping[str, Survey]) -
     """Refuse files below folders such as ``dt=2026-01-01``, whose column would be lost.
 
     Raises:
-        DataError: the name of a folder below ``reference`` holds a column that the file has not.
+        DataError: the name of a folder below ``reference`` holds a column that the file lacks.
     """
     store, root = filesystem(reference)
     if not store.exists(root) and glob.has_magic(root):
         root = re.split(r"[*?[]", root)[0].rpartition("/")[0]
     for url, survey in surveys.items():
+        if not survey.blocks:
+            continue
         inside = PurePosixPath(filesystem(url)[1].removeprefix(root).lstrip("/"))
-        for folder in inside.parents[:-1] if survey.blocks else ():
+        for folder in inside.parents[:-1]:
             column, equals, _ = folder.name.partition("=")
             if equals and column not in survey.columns:
                 first = address_of(store, f"{root.rstrip('/')}/{inside.parent}")
@@ -212,13 +221,14 @@ def insist_on_partition_columns(reference: str, surveys: Mapping[str, Survey]) -
                 )
 
 
-def _files(store: Any, path: str) -> list[str]:
+def _file_names(store: Any, path: str) -> list[str]:
     if store.isdir(path):
-        inside = {name: name.removeprefix(path.rstrip("/") + "/") for name in store.find(path)}
+        folder = path.rstrip("/") + "/"
+        relative_names = {name: name.removeprefix(folder) for name in store.find(path)}
         return [
             name
-            for name, rest in inside.items()
-            if not any(part.startswith(("_", ".")) for part in rest.split("/"))
+            for name, relative_name in relative_names.items()
+            if not any(part.startswith(("_", ".")) for part in relative_name.split("/"))
         ]
     if store.exists(path):
         return [path]

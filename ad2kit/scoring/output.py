@@ -1,11 +1,11 @@
 """The output folder of a scoring job: parts that are whole or absent, at any fsspec address.
 
-    _job.json                       what the parts depend on
-    part-00000000.parquet ...         one for each block, in order
-    _errors/part-00000003.jsonl       the bad rows of a block, where it has any
+    _job.json                       the settings and inputs that the parts depend on
+    part-00000000.parquet ...         one part for each block, in order
+    _errors/part-00000003.jsonl       the bad rows of a block, if it has any
 
-A part is written after the errors of its block: where it lies, its block is done. Names that begin
-with ``_`` or ``.`` are passed over by what reads the folder as one table.
+A part is written after the errors of its block. So a block is done if its part exists. Readers of
+the folder as one table ignore names that begin with ``_`` or ``.``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
     from ad2kit.scoring.records import BadRow
 
-_ERRORS, _TEMPORARY = "_errors", ".tmp-"
+_ERRORS = "_errors"
+_TEMPORARY = ".tmp-"
 
 
 def part_name(index: int, suffix: str) -> str:
-    """Return the name of a part; names sort as blocks do."""
+    """Return the name of the part of a block; names sort in the order of the blocks."""
     return f"part-{index:08}.{suffix}"
 
 
@@ -43,17 +44,18 @@ class OutputFolder:
     def __init__(self, url: str) -> None:
         self.store, path = filesystem(url)
         self.path = path.rstrip("/")
-        self.url, self.is_local = address_of(self.store, self.path), is_local(self.store)
+        self.url = address_of(self.store, self.path)
+        self.is_local = is_local(self.store)
 
     @contextmanager
     def claimed(self, job: ScoreJob) -> Iterator[None]:
-        """Hold the folder for ``job``, rid of what a killed process left half-written.
+        """Hold the folder for ``job``, without the temporary files of a killed process.
 
-        Only a local folder can be locked. Elsewhere nothing stops two processes from doing the same
-        job, and the first would miss the files that the second sweeps away.
+        Only a local folder can be locked. Elsewhere two processes may do the same job at once, and
+        the second deletes temporary files of the first.
 
         Raises:
-            RunError: it holds something else, or another process is at work in it.
+            RunError: the folder holds something else, or another process works in it.
         """
         self._insist_on(job)
         try:
@@ -65,22 +67,24 @@ class OutputFolder:
                 f"cannot write to {self.url}: {error}", hint="name a folder that can be written"
             ) from error
         with locked(Path(self.path)) if self.is_local else self._swept():
-            self._insist_on(job)  # another job may have begun here meanwhile
+            self._insist_on(job)  # another job may have begun here before the lock
             self.write(ScoreJob.file_name, job.model_dump_json(indent=2).encode() + b"\n")
             yield
 
     @contextmanager
     def _swept(self) -> Iterator[None]:
+        """Delete the temporary files of a folder that cannot be locked."""
         for path in self.store.find(self.path):
             if path.rsplit("/", 1)[-1].startswith(_TEMPORARY):
                 self.store.rm_file(path)
         yield
 
     def _insist_on(self, job: ScoreJob) -> None:
+        """Refuse a folder that holds the results of another job, or other files."""
         file = f"{self.path}/{ScoreJob.file_name}"
         if self.store.exists(file):
-            theirs = ScoreJob.parse(self.store.cat_file(file), f"{self.url}/{ScoreJob.file_name}")
-            if differences := job.differences(theirs):
+            previous = ScoreJob.parse(self.store.cat_file(file), f"{self.url}/{ScoreJob.file_name}")
+            if differences := job.differences(previous):
                 raise RunError(
                     f"{self.url} holds the results of another job:\n  " + "\n  ".join(differences),
                     hint="name another OUTPUT, or delete this one",
@@ -93,7 +97,7 @@ class OutputFolder:
             )
 
     def names(self) -> set[str]:
-        """Return the names of what lies in the folder, hidden files left out."""
+        """Return the names of the files and folders in the folder, without hidden ones."""
         if not self.store.isdir(self.path):
             return set()
         self.store.invalidate_cache(self.path)
@@ -102,22 +106,22 @@ class OutputFolder:
         return {name for name in names if not name.startswith(".")}
 
     def write_part(self, name: str, content: bytes, bad: Sequence[BadRow]) -> None:
-        """Write the part of a block, and its bad rows before."""
+        """Write the bad rows of a block, and then its part."""
         if bad:
             lines = "".join(row.model_dump_json() + "\n" for row in bad)
-            self.write(f"{_ERRORS}/{_errors_of(name)}", lines.encode())
+            self.write(f"{_ERRORS}/{_errors_name(name)}", lines.encode())
         self.write(name, content)
 
     def count_bad(self, parts: set[str]) -> int:
-        """Return how many bad rows the finished parts have."""
+        """Return the number of bad rows of finished parts, which are given by name."""
         folder = f"{self.path}/{_ERRORS}"
         if not self.store.isdir(folder):
             return 0
-        wanted = {_errors_of(name) for name in parts}
+        errors_names = {_errors_name(name) for name in parts}
         return sum(
             self.store.cat_file(path).count(b"\n")
             for path in self.store.ls(folder, detail=False)
-            if path.rsplit("/", 1)[-1] in wanted
+            if path.rsplit("/", 1)[-1] in errors_names
         )
 
     def write(self, name: str, content: bytes) -> None:
@@ -128,13 +132,14 @@ class OutputFolder:
             with whole_file(path) as new:
                 new.write_bytes(content)
             return
-        # Not every store puts a file whole; all that fsspec knows can move one.
-        folder, _, last = f"{self.path}/{name}".rpartition("/")
-        new_name = f"{folder}/{_TEMPORARY}{secrets.token_hex(4)}-{last}"
+        # Some stores may write half a file; all stores of fsspec can move a file.
+        folder, _, file_name = f"{self.path}/{name}".rpartition("/")
+        temporary_path = f"{folder}/{_TEMPORARY}{secrets.token_hex(4)}-{file_name}"
         self.store.makedirs(folder, exist_ok=True)
-        self.store.pipe_file(new_name, content)
-        self.store.mv(new_name, f"{folder}/{last}")
+        self.store.pipe_file(temporary_path, content)
+        self.store.mv(temporary_path, f"{folder}/{file_name}")
 
 
-def _errors_of(part: str) -> str:
+def _errors_name(part: str) -> str:
+    """Return the name of the file with the bad rows of a part."""
     return f"{part.rpartition('.')[0]}.jsonl"

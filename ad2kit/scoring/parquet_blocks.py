@@ -1,4 +1,4 @@
-"""Blocks of Parquet: found by the footers, read without what lies after them, kept as Arrow."""
+"""Blocks of Parquet files: located by the footers, read row group by row group, kept as Arrow."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from ad2kit.scoring.blocks import Layout
     from ad2kit.scoring.records import InputFile
 
-# Decoded at once, from the start of a row group on, whatever the size of the blocks: how Arrow
-# cuts a column into pieces decides the bytes of a part, and must not depend on which blocks a
-# worker has read before.
+# Arrow decodes this many rows at once, counted from the start of a row group, for any size of the
+# blocks. The bytes of a part depend on the pieces of an Arrow column, and these must not depend on
+# the blocks that a worker has read before.
 _BATCH_ROWS = 1024
-# Of the answers, by the kind of their array; a block without any has types too.
+# The types of the answer columns by the kind of their array, also for a block without answers.
 _TYPES = {
     "U": pa.string(),
     "O": pa.list_(pa.string()),
@@ -38,40 +38,42 @@ _TYPES = {
 
 
 def survey(file: InputFile, block_rows: int) -> Survey:
-    """Read the footer of a file and count its rows off.
+    """Read the footer of a file, and divide its rows into blocks.
 
     Raises:
         DataError: it is no Parquet file, or two of its columns have one name.
-        OSError: it cannot be read at all.
+        OSError: the file cannot be read.
     """
     store, path = filesystem(file.url)
     with store.open(path, "rb") as stream:
         footer = open_parquet(stream, file.url)
-        schema, rows = footer.schema_arrow, footer.metadata.num_rows
+        schema = footer.schema_arrow
+        rows = footer.metadata.num_rows
     blocks = [
         Block(file.url, first + 1, min(block_rows, rows - first))
         for first in range(0, rows, block_rows)
     ]
     kind = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    with_texts = tuple(field.name for field in schema if is_text_column(field.type))
-    return Survey(tuple(schema.names), with_texts, kind, blocks)
+    text_columns = tuple(field.name for field in schema if is_text_column(field.type))
+    return Survey(tuple(schema.names), text_columns, kind, blocks)
 
 
 class Reader:
     """Reads blocks of one file, which is open until :meth:`close`.
 
-    A row group can be decoded from its start alone. Blocks that are asked for in their order go on
-    where the one before ended, and pass over what lies between them: of the whole file each row is
+    A row group can be decoded only from its start. If the blocks are read in their order, each read
+    continues after the previous block and skips the rows between, so that each row of the file is
     decoded once at most.
 
     Raises:
         DataError: it is no Parquet file.
-        OSError: it cannot be read at all.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, url: str, layout: Layout) -> None:
         store, path = filesystem(url)
-        self._url, self._layout = url, layout
+        self._url = url
+        self._layout = layout
         self._stream = store.open(path, "rb")
         try:
             self._file = open_parquet(self._stream, url)
@@ -81,7 +83,8 @@ class Reader:
         footer = self._file.metadata
         sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         self._bounds = list(pairwise(accumulate(sizes, initial=0)))
-        self._group, self._first = -1, 0
+        self._group = -1
+        self._first = 0
         self._batches: Iterator[Any] = iter(())
         self._batch: Any = None
 
@@ -94,10 +97,11 @@ class Reader:
 
         Raises:
             DataError: a page is damaged.
-            OSError: it cannot be read at all.
+            OSError: the file cannot be read.
         """
-        found = list(self._slices(block.first_row - 1, block.first_row - 1 + block.rows))
-        table = pa.Table.from_batches(found, self._file.schema_arrow)
+        first = block.first_row - 1
+        batches = list(self._slices(first, first + block.rows))
+        table = pa.Table.from_batches(batches, self._file.schema_arrow)
         rows = Rows(block, table)
         rows.places = [(block.first_row + position, None) for position in range(table.num_rows)]
         columns = [texts(table.column(name)) for name in self._layout.text_columns]
@@ -105,7 +109,7 @@ class Reader:
         return rows
 
     def _slices(self, row: int, end: int) -> Iterator[Any]:
-        """Yield the rows from ``row`` to ``end``; fewer if the file has become shorter."""
+        """Yield the rows from ``row`` to ``end`` in pieces; fewer if the file was shortened."""
         for group, (start, stop) in enumerate(self._bounds):
             while start <= row < min(stop, end):
                 with readable(self._url):
@@ -117,7 +121,7 @@ class Reader:
                 yield piece
 
     def _batch_with(self, row: int, group: int, start: int) -> Any:
-        """Return the batch that holds a row of a row group, which begins at ``start``."""
+        """Return the batch with a row of a group that begins at ``start``; None after its end."""
         if group != self._group or row < self._first:
             self._group, self._first = group, start
             self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group])
@@ -131,8 +135,17 @@ class Reader:
 def write(
     rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
 ) -> bytes:
-    """Return the rows at the positions ``good`` with their answers, types and all."""
-    table = rows.kept if len(good) == rows.kept.num_rows else _only(rows.kept, good)
+    """Return the content of a Parquet file: the rows at ``good`` with their answers.
+
+    Args:
+        rows: the block as it was read; its columns keep their types.
+        good: the positions of the rows that have answers.
+        layout: the columns of the job.
+        answers: the answers to these rows, by the names of the added columns.
+    """
+    table = rows.kept
+    if len(good) != table.num_rows:
+        table = _rows_at(table, good)
     for name in layout.added:
         values = answers[name]
         table = table.append_column(name, pa.array(values.tolist(), _TYPES[values.dtype.kind]))
@@ -141,9 +154,11 @@ def write(
     return out.getvalue()
 
 
-def _only(table: Any, good: Sequence[int]) -> Any:
-    """Return some rows of a table in slices; ``take`` does not know every type."""
-    left_out = sorted(set(range(table.num_rows)).difference(good))
-    bounds = pairwise([-1, *left_out, table.num_rows])
+def _rows_at(table: Any, good: Sequence[int]) -> Any:
+    """Return the rows at some positions by slices, because ``take`` does not support every type."""
+    if not good:
+        return table.slice(0, 0)
+    dropped = sorted(set(range(table.num_rows)).difference(good))
+    bounds = pairwise([-1, *dropped, table.num_rows])
     pieces = [table.slice(before + 1, after - before - 1) for before, after in bounds]
-    return pa.concat_tables(piece for piece in pieces if len(piece)) if good else table.slice(0, 0)
+    return pa.concat_tables(piece for piece in pieces if len(piece))

@@ -1,4 +1,4 @@
-"""What bulk scoring writes to disk beside the parts, and what it tells at its end."""
+"""The records of bulk scoring: the job and the bad rows on disk, and the final report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ad2kit.run.records import Part, Record
 
 
 class InputFile(Part):
-    """One file of the input: its address, and how its store knows one version from another.
+    """One file of the input: its address, its size and its version.
 
-    ``version`` is an entity tag where the store has them, else the time of the last change.
+    ``version`` is an entity tag if the store has them, else the time of the last change.
     """
 
     url: str
@@ -21,11 +21,11 @@ class InputFile(Part):
 
 
 class ScoreJob(Record):
-    """``_job.json`` of an output folder: all that its parts depend on.
+    """``_job.json`` of an output folder: everything that its parts depend on.
 
-    Block and batch size belong to it, because a dynamic int8 graph quantises a batch together, so
-    that an answer depends a little on its company. ``form`` is how parts are written: 1 quoted the
-    cells of text files anew.
+    The sizes of blocks and batches belong to it: a dynamic int8 graph quantises a batch together,
+    so an answer depends a little on the other texts of its batch. ``form`` is the version of the
+    format of parts; version 1 quoted the cells of text files anew.
     """
 
     file_name: ClassVar[str] = "_job.json"
@@ -39,27 +39,29 @@ class ScoreJob(Record):
     versions: dict[str, str]
     inputs: tuple[InputFile, ...]
 
-    def differences(self, theirs: ScoreJob) -> list[str]:
-        """Return a line for each setting and each input file that another job has otherwise."""
-        found = []
+    def differences(self, previous: ScoreJob) -> list[str]:
+        """Return a line for each setting and each input file that differs from a previous job."""
+        lines = []
         for name in type(self).model_fields:
-            ours, other = getattr(self, name), getattr(theirs, name)
-            if name == "inputs" or ours == other:
+            value = getattr(self, name)
+            previous_value = getattr(previous, name)
+            if name == "inputs" or value == previous_value:
                 continue
-            found.append(f"{name}: {_plain(other)} there, {_plain(ours)} now")
-        ours, other = ({each.url: each for each in job.inputs} for job in (self, theirs))
-        for url in sorted(ours.keys() | other.keys()):
-            if url not in ours or url not in other:
-                found.append(f"{url} is an input only {'now' if url in ours else 'there'}")
-            elif ours[url] != other[url]:
-                found.append(f"{url} has changed since")
-        return found
+            lines.append(f"{name}: {_plain(previous_value)} there, {_plain(value)} now")
+        files = {file.url: file for file in self.inputs}
+        previous_files = {file.url: file for file in previous.inputs}
+        for url in sorted(files.keys() | previous_files.keys()):
+            if url not in files or url not in previous_files:
+                lines.append(f"{url} is an input only {'now' if url in files else 'there'}")
+            elif files[url] != previous_files[url]:
+                lines.append(f"{url} has changed since")
+        return lines
 
 
 class BadRow(Record):
-    """One line of ``_errors/<part>.jsonl``: a row that got no answer, and why.
+    """One line of ``_errors/<part>.jsonl``: a row without an answer, and the reason.
 
-    ``row`` counts the rows of its file from 1, a header left out; ``line`` is the first line of the
+    ``row`` counts the rows of its file from 1, without a header. ``line`` is the first line of the
     row in a text file.
     """
 
@@ -70,11 +72,11 @@ class BadRow(Record):
 
 
 class ScoreReport(Record):
-    """A finished job: all its rows, and the speed of those that this command scored itself.
+    """The report of a finished job: all its rows, and the speed of this command.
 
-    ``seconds`` begin when the workers are started and include what they need for that.
-    ``classifier_seconds`` are those that all workers together spent on tokenising and inference of
-    ``answered_here`` rows, which are all but the bad ones.
+    ``scored_here`` is the number of rows that this command scored, and ``answered_here`` the number
+    without the bad ones. ``seconds`` begin when the workers are started, and include their start.
+    ``classifier_seconds`` is the time of tokenising and inference, summed over all workers.
     """
 
     output: str
@@ -91,29 +93,25 @@ class ScoreReport(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def rows_per_s(self) -> float:
-        """Rows that this command read and scored, by second."""
+        """The rows that this command scored per second."""
         return self.scored_here / self.seconds if self.scored_here else 0.0
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def rows_per_s_per_core(self) -> float:
-        """The same by worker, each of which has one thread."""
+        """The rows that this command scored per second and worker; a worker has one thread."""
         return self.rows_per_s / self.workers
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def limit_rows_per_s_per_core(self) -> float:
-        """What a worker would do if it neither started, read nor wrote: its classifier alone."""
+        """The rows per second of the classifier of one worker, without starting and files."""
         return self.answered_here / self.classifier_seconds if self.answered_here else 0.0
 
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
-    return (
-        ",".join(value)
-        if isinstance(value, tuple)
-        else f"{value:.80}"
-        if isinstance(value, str)
-        else str(value)
-    )
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return f"{value:.80}" if isinstance(value, str) else str(value)

@@ -1,8 +1,8 @@
-"""The score stage: a table of any size through a classifier, part by part, to its end.
+"""The score stage: run a classifier over a table of any size, part by part.
 
 The input is cut into blocks of rows, and each block becomes one part of the output, which is
-written whole or not at all. A job that was stopped, however, goes on with the blocks that have no
-part; what it ends with has the same bytes whatever was killed, on one process, many, or a cluster.
+written whole or not at all. A job that was stopped in any way continues with the blocks without a
+part. The output has the same bytes after any interruption, on one process, many, or a cluster.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 
 Engine = Literal["process", "ray"]
 
-# Enough rows to sort by length, few enough to hold their tokens several times.
+# A block has enough rows to sort them by length, and few enough to hold their tokens several times.
 BLOCK_ROWS, BATCH_SIZE = 4096, 32
-# How parts are written; see ScoreJob.
+# The version of the format of parts; see ScoreJob.
 _FORM = 2
-# What the bytes of a part depend on beside the artefact.
+# The packages whose versions the bytes of a part depend on, beside the artefact.
 _VERSIONED = ("ad2kit", "numpy", "onnxruntime", "onnxruntime-gpu", "pyarrow", "tokenizers")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is: its rows, those that have their part, and those of them scored here."""
+    """The progress of a job: all its rows, the done and the bad ones, and those scored here."""
 
     rows: int
     done: int
@@ -79,41 +79,43 @@ def score(
     batch_size: int = BATCH_SIZE,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> ScoreReport:
-    """Add the answers of a model to every row of a table; return what was done.
+    """Add the answers of a model to every row of a table; return the report of the job.
 
-    Several workers are started anew, so that a script that calls this needs the usual
-    ``if __name__ == "__main__":`` around it.
+    Several workers are new processes that import the calling script. So the script needs the usual
+    ``if __name__ == "__main__":`` around the call.
 
     Args:
-        model: a run, of which the variant to ship is taken, or the folder of one variant.
+        model: a run, whose variant to ship is used, or the folder of one variant.
         input_url: a file, folder or glob of Parquet, CSV, TSV or JSON lines, at any fsspec address.
         output_url: a folder for parts of the same format, new or of the same job.
-        text_columns: what the model reads; what its run was trained on if None.
-        prefix: put before the names of the columns that are added.
+        text_columns: the columns that the model reads; if None, those that its run was trained on.
+        prefix: the prefix of the names of the added columns.
         engine: processes of this machine, or Ray Data.
-        address: of a Ray cluster; Ray is started on this machine if None.
-        workers: with one thread each; the cores of this machine if None.
-        block_rows: rows of a part, among which texts of similar length share a batch.
-        batch_size: texts that are computed at once.
+        address: the address of a Ray cluster; if None, Ray is started on this machine.
+        workers: the number of workers, with one thread each; if None, the cores of this machine.
+        block_rows: the rows of a part, among which texts of similar length share a batch.
+        batch_size: the number of texts that are computed at once.
         on_progress: called at the start and after each block.
 
     Raises:
-        ModelError, RunError: no model to use; or ``output_url`` holds something else.
-        DataError: an input or a column is missing, would be there twice, or cannot be read.
-        UserError: the engine cannot be used as asked.
+        ModelError, RunError: there is no model to use; or ``output_url`` holds something else.
+        DataError: an input or a column is missing, would occur twice, or cannot be read.
+        UserError: the engine cannot be used with these arguments.
     """
     folder = servable_artifact(model)
     artifact = read_artifact(folder)
-    _insist_apart(input_url, output := OutputFolder(output_url))
+    output = OutputFolder(output_url)
+    _insist_apart(input_url, output)
     files = find_inputs(input_url)
     for file in files:
         _insist_apart(file.url, output)
-    suffix, surveys = suffix_of(files[0].url), _survey(files, block_rows)
+    suffix = suffix_of(files[0].url)
+    surveys = _survey(files, block_rows)
     insist_on_partition_columns(input_url, surveys)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
     _insist_on_writable(suffix, (*added, *artifact.labels))
     layout = layout_of(surveys, _columns_to_read(folder, artifact, text_columns), added)
-    blocks = list(enumerate(block for each in surveys.values() for block in each.blocks))
+    blocks = list(enumerate(block for survey in surveys.values() for block in survey.blocks))
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
     job = ScoreJob(
         form=_FORM,
@@ -128,14 +130,16 @@ def score(
     work = Work(str(folder.resolve()), output.url, layout, batch_size)
     with output.claimed(job):
         finished = output.names() & {part_name(index, suffix) for index, _ in blocks}
-        left = [each for each in blocks if part_name(each[0], suffix) not in finished]
-        workers = min(workers, max(1, len(left)))
+        remaining = [
+            (index, block) for index, block in blocks if part_name(index, suffix) not in finished
+        ]
+        workers = min(workers, max(1, len(remaining)))
         rows = sum(block.rows for _, block in blocks)
-        done, bad = rows - sum(block.rows for _, block in left), output.count_bad(finished)
-        before = ScoreReport(
+        rows_done = rows - sum(block.rows for _, block in remaining)
+        initial_report = ScoreReport(
             output=output.url,
             rows=rows,
-            bad_rows=bad,
+            bad_rows=output.count_bad(finished),
             parts=len(blocks),
             engine=engine,
             workers=workers,
@@ -144,34 +148,39 @@ def score(
             answered_here=0,
             classifier_seconds=0.0,
         )
-        return _watched(_run(engine, work, left, workers, address), before, done, on_progress)
+        results = _run(engine, work, remaining, workers, address)
+        return _watched(results, initial_report, rows_done, on_progress)
 
 
 def _watched(
-    blocks: Iterable[Done],
-    before: ScoreReport,
-    done: int,
+    results: Iterable[Done],
+    initial_report: ScoreReport,
+    rows_done: int,
     on_progress: Callable[[Progress], None],
 ) -> ScoreReport:
-    """Add up what is said of each block, tell of it, and return the report of all.
+    """Add up the results of the blocks, report the progress, and return the final report.
 
     Args:
-        blocks: comes as they are done.
-        before: what is known without them.
-        done: rows that were scored earlier.
+        results: the result of each block, as soon as it is done.
+        initial_report: the report without these results.
+        rows_done: the number of rows that were scored earlier.
         on_progress: called at the start and after each block.
     """
-    rows, bad, start = before.rows, before.bad_rows, time.monotonic()
-    scored, answered, classifier_seconds = 0, 0, 0.0
-    on_progress(Progress(rows, done, bad, 0, 0.0))
-    for each in blocks:
-        scored, bad = scored + each.rows, bad + each.bad
-        answered += each.rows - each.bad
-        classifier_seconds += each.seconds
-        on_progress(Progress(rows, done + scored, bad, scored, time.monotonic() - start))
-    return before.model_copy(
+    start = time.monotonic()
+    rows, bad_rows = initial_report.rows, initial_report.bad_rows
+    scored = answered = 0
+    classifier_seconds = 0.0
+    on_progress(Progress(rows, rows_done, bad_rows, 0, 0.0))
+    for result in results:
+        scored += result.rows
+        bad_rows += result.bad
+        answered += result.rows - result.bad
+        classifier_seconds += result.seconds
+        seconds = time.monotonic() - start
+        on_progress(Progress(rows, rows_done + scored, bad_rows, scored, seconds))
+    return initial_report.model_copy(
         update={
-            "bad_rows": bad,
+            "bad_rows": bad_rows,
             "scored_here": scored,
             "answered_here": answered,
             "classifier_seconds": classifier_seconds,
@@ -181,39 +190,43 @@ def _watched(
 
 
 def _survey(files: tuple[InputFile, ...], block_rows: int) -> dict[str, Survey]:
-    tables, found = format_of(suffix_of(files[0].url)), {}
+    """Return the survey of each file, by its address."""
+    block_format = format_of(suffix_of(files[0].url))
+    surveys = {}
     for file in files:
         try:
-            found[file.url] = tables.survey(file, block_rows)
+            surveys[file.url] = block_format.survey(file, block_rows)
         except OSError as error:
             raise cannot_read(file.url, error) from error
-    return found
+    return surveys
 
 
 def _run(
-    engine: Engine, work: Work, left: list[Numbered], workers: int, address: str | None
+    engine: Engine, work: Work, blocks: list[Numbered], workers: int, address: str | None
 ) -> Iterator[Done]:
-    """Score the blocks that are left, if there are any."""
-    if not left:
+    """Score blocks by the engine; without blocks, start nothing."""
+    if not blocks:
         return iter(())
     if engine == "ray":
         from ad2kit.scoring.workers import score_on_ray
 
-        return score_on_ray(work, left, workers, address)
-    return score_in_processes(work, left, workers) if workers > 1 else score_here(work, left)
+        return score_on_ray(work, blocks, workers, address)
+    if workers > 1:
+        return score_in_processes(work, blocks, workers)
+    return score_here(work, blocks)
 
 
 def _columns_to_read(
-    folder: Path, artifact: OnnxArtifact, given: tuple[str, ...] | None
+    folder: Path, artifact: OnnxArtifact, text_columns: tuple[str, ...] | None
 ) -> tuple[str, ...]:
-    """Return the text columns that were named, or those that the run of a variant trained on."""
+    """Return ``text_columns``; if None, the text columns that the run of a variant trained on."""
     run = RunDir(folder.resolve().parent.parent)
-    if given is None and not run.recipe_file.is_file():
+    if text_columns is None and not run.recipe_file.is_file():
         raise DataError(
             f"{folder} is not part of a run, so that no recipe says which columns to read",
             hint="name them with --text-columns a or --text-columns a,b",
         )
-    columns = run.recipe.data.text_columns if given is None else given
+    columns = run.recipe.data.text_columns if text_columns is None else text_columns
     if len(columns) != artifact.text_columns:
         raise DataError(
             f"this model reads {artifact.text_columns} text column(s), found {len(columns)}: "
@@ -224,10 +237,11 @@ def _columns_to_read(
 
 
 def _insist_apart(input_url: str, output: OutputFolder) -> None:
-    """Refuse an output inside of an input folder, and a file inside of the output as input."""
+    """Refuse an output inside an input folder, and an input inside the output."""
     store, path = filesystem(input_url)
-    inside = f"{output.path}/".startswith(f"{path.rstrip('/')}/") and store.isdir(path)
-    if store.protocol == output.store.protocol and (inside or path.startswith(f"{output.path}/")):
+    output_inside = f"{output.path}/".startswith(f"{path.rstrip('/')}/") and store.isdir(path)
+    input_inside = path.startswith(f"{output.path}/")
+    if store.protocol == output.store.protocol and (output_inside or input_inside):
         raise DataError(
             f"{output.url} and the input {input_url} lie in one another: parts would be read as "
             "input",
@@ -237,8 +251,10 @@ def _insist_apart(input_url: str, output: OutputFolder) -> None:
 
 def _insist_on_writable(suffix: str, words: Iterable[str]) -> None:
     """Refuse names of labels or columns that TSV cannot hold."""
+    if suffix != "tsv":
+        return
     for word in words:
-        if suffix == "tsv" and any(each in word for each in "\t\r\n"):
+        if any(character in word for character in "\t\r\n"):
             raise DataError(
                 f"TSV has no quoting, and cannot hold {word!r}, which the answers need",
                 hint="convert INPUT to CSV, JSON lines or Parquet",
@@ -248,6 +264,7 @@ def _insist_on_writable(suffix: str, words: Iterable[str]) -> None:
 def _usable_workers(
     workers: int | None, engine: Engine, address: str | None, urls: tuple[str, str]
 ) -> int:
+    """Return the number of workers; None means all cores, and memory:// allows one only."""
     if address is not None and engine != "ray":
         raise UserError(
             f"found --address {address} without the engine that it is for",

@@ -1,4 +1,4 @@
-"""Blocks of CSV, TSV and JSON lines: found by one pass over the bytes, read by a seek."""
+"""Blocks of CSV, TSV and JSON lines: located by one pass over the bytes, read by a seek."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ if TYPE_CHECKING:
     from ad2kit.scoring.blocks import Layout
     from ad2kit.scoring.records import InputFile
 
-# A block ends here too, so that long rows do not fill the memory.
+# The size that ends a block before it has all its rows, so that long rows do not fill the memory.
 _BLOCK_BYTES = 32 * 2**20
 
 
 class _Lines:
-    """The lines of a stream, counted while they are taken."""
+    """The lines of a stream; ``byte`` and ``line`` count what was read so far."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.byte, self.line = stream, 0, 0
+        self.stream = stream
+        self.byte = 0
+        self.line = 0
 
     def raw(self) -> Iterator[bytes]:
+        """Yield the lines as bytes, without a byte order mark."""
         for raw in self.stream:
-            first = self.byte == 0
-            self.byte, self.line = self.byte + len(raw), self.line + 1
-            yield raw.removeprefix(BOM) if first else raw
+            is_first = self.byte == 0
+            self.byte += len(raw)
+            self.line += 1
+            yield raw.removeprefix(BOM) if is_first else raw
 
     def __iter__(self) -> Iterator[str]:
         for raw in self.raw():
@@ -42,19 +46,22 @@ class _Lines:
 
 
 def survey(file: InputFile, block_rows: int) -> Survey:
-    """Read a file once and cut it where rows end.
+    """Read a file once, and divide its rows into blocks.
 
     Raises:
         DataError: there is no header, or no row that shows the columns.
     """
-    suffix, blocks, rows = suffix_of(file.url), [], 0
+    suffix = suffix_of(file.url)
+    blocks: list[Block] = []
+    rows = 0
     with _open(file.url) as stream:
-        lines, columns = _Lines(stream), tuple[str, ...]()
+        lines = _Lines(stream)
+        columns: tuple[str, ...] = ()
         if suffix != "jsonl":
             columns, _ = text_files.header(lines, file.url, suffix)
         start = Block(file.url, first_row=1, rows=0, first_byte=lines.byte, lines_before=lines.line)
-        for found in _row_by_row(lines, suffix):
-            columns = columns or found
+        for keys in _row_by_row(lines, suffix):
+            columns = columns or keys
             rows += 1
             if rows == block_rows or lines.byte - start.first_byte >= _BLOCK_BYTES:
                 blocks.append(replace(start, rows=rows, end_byte=lines.byte))
@@ -72,13 +79,16 @@ def survey(file: InputFile, block_rows: int) -> Survey:
             f"{file.url}: none of its lines is a JSON object with a key",
             hint='write lines like {"text": "...", "id": 1}',
         )
-    # Objects may lack keys and order them at will; the rows of one table may not.
+    # JSON objects may lack keys and have them in any order; the rows of a table may not.
     kind = "JSON lines" if suffix == "jsonl" else ", ".join(columns)
     return Survey(columns, columns, kind, blocks)
 
 
 def _row_by_row(lines: _Lines, suffix: str) -> Iterator[tuple[str, ...]]:
-    """Yield once for each row, when its lines are counted: the keys of the first objects."""
+    """Yield once for each row, after its lines are counted: the keys of the first JSON object.
+
+    CSV and TSV have no such keys; their columns are those of the header.
+    """
     if suffix == "csv":
         for _ in text_files.frames(lines, suffix):
             yield ()
@@ -91,20 +101,22 @@ def _row_by_row(lines: _Lines, suffix: str) -> Iterator[tuple[str, ...]]:
 
 
 def _keys(raw: bytes) -> tuple[str, ...]:
+    """Return the keys of the JSON object in a line; none if the line is bad."""
     text, is_utf8 = text_files.decode(raw)
-    (found,) = text_files.checked_rows([text], "jsonl", (), is_utf8=is_utf8)
-    return tuple(found[2])
+    ((_, _, row, _),) = text_files.checked_rows([text], "jsonl", (), is_utf8=is_utf8)
+    return tuple(row)
 
 
 class Reader:
     """Reads blocks of one file, which is open until :meth:`close`.
 
     Raises:
-        OSError: it cannot be read at all.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, url: str, layout: Layout) -> None:
-        self._suffix, self._layout = suffix_of(url), layout
+        self._suffix = suffix_of(url)
+        self._layout = layout
         self._stream = _open(url)
 
     def close(self) -> None:
@@ -112,76 +124,92 @@ class Reader:
         self._stream.close()
 
     def read(self, block: Block) -> Rows:
-        """Read a block; a row that is not UTF-8, not JSON, or of another width is bad."""
-        suffix, layout, kept = self._suffix, self._layout, list[str]()
+        """Read a block; a row is bad if it is not UTF-8, not JSON, or has another width."""
+        suffix, layout = self._suffix, self._layout
         self._stream.seek(block.first_byte)
         raw = self._stream.read(block.end_byte - block.first_byte)
         text, is_utf8 = text_files.decode(raw if block.first_byte else raw.removeprefix(BOM))
-        lines, found = text_files.split_lines(text), Rows(block, kept)
-        columns = _columns_of(suffix, layout)
+        lines = text_files.split_lines(text)
+        kept_lines: list[str] = []
+        rows = Rows(block, kept_lines)
+        texts_of = _text_columns(suffix, layout)
         added = set(layout.added) if suffix == "jsonl" else set()
-        every = text_files.checked_rows(lines, suffix, layout.columns, is_utf8=is_utf8)
-        for number, (first, end, row, error) in enumerate(every, block.first_row):
-            place, wrong = (number, block.lines_before + first + 1), error
+        checked_rows = text_files.checked_rows(lines, suffix, layout.columns, is_utf8=is_utf8)
+        for number, (first, end, row, error) in enumerate(checked_rows, block.first_row):
+            place = (number, block.lines_before + first + 1)
+            reason = error
             if added and not added.isdisjoint(row):
-                wrong = f"has a '{min(added.intersection(row))}' already"
-            if wrong:
-                found.refuse(place, wrong)
+                reason = f"has a '{min(added.intersection(row))}' already"
+            if reason:
+                rows.refuse(place, reason)
                 continue
-            kept.append(lines[first] if end == first + 1 else "".join(lines[first:end]))
-            found.places.append(place)
-            found.texts.append(columns(row))
-        return found
+            kept_lines.append(lines[first] if end == first + 1 else "".join(lines[first:end]))
+            rows.places.append(place)
+            rows.texts.append(texts_of(row))
+        return rows
 
 
 def write(
     rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
 ) -> bytes:
-    """Return the rows at the positions ``good`` with their answers, in the format they came in.
+    """Return the rows at the positions ``good`` with their answers, in the format of the input.
 
-    A row goes out as it lay there: nothing of it is quoted, rounded or ordered anew.
+    The cells or keys of a row are copied: nothing of it is quoted, rounded or ordered anew.
+
+    Args:
+        rows: the block as it was read.
+        good: the positions of the rows that have answers.
+        layout: the columns of the job.
+        answers: the answers to these rows, by the names of the added columns.
     """
     suffix = suffix_of(rows.block.url)
-    old = [rows.kept[position].rstrip("\r\n") for position in good]
-    added = zip(*(_in_words(values, suffix) for values in answers.values()), strict=True)
+    input_rows = [rows.kept[position].rstrip("\r\n") for position in good]
+    added_cells = zip(*(_cells(values, suffix) for values in answers.values()), strict=True)
     if suffix == "jsonl":
         names = [json.dumps(name, ensure_ascii=False) for name in answers]
-        form = ", ".join(f"{name.replace('%', '%%')}: %s" for name in names) + "}\n"
-        # A \r between tokens would end the line for many.
-        heads = [row.rstrip().removesuffix("}").rstrip().replace("\r", " ") for row in old]
-        new = [f"{head}, {form % values}" for head, values in zip(heads, added, strict=True)]
-        return "".join(new).encode()
+        template = ", ".join(f"{name.replace('%', '%%')}: %s" for name in names) + "}\n"
+        # Many readers would end the line at a \r between tokens.
+        heads = [row.rstrip().removesuffix("}").rstrip().replace("\r", " ") for row in input_rows]
+        objects = [
+            f"{head}, {template % cells}" for head, cells in zip(heads, added_cells, strict=True)
+        ]
+        return "".join(objects).encode()
     separator = "," if suffix == "csv" else "\t"
     names = [*layout.columns, *answers]
-    new = [separator.join(map(text_files.csv_cell, names) if suffix == "csv" else names)]
-    new += [separator.join((row, *values)) for row, values in zip(old, added, strict=True)]
-    return "".join(f"{line}\n" for line in new).encode()
+    if suffix == "csv":
+        names = [text_files.csv_cell(name) for name in names]
+    lines = [separator.join(names)]
+    lines += [
+        separator.join((row, *cells)) for row, cells in zip(input_rows, added_cells, strict=True)
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _columns_of(suffix: str, layout: Layout) -> Callable[[Any], tuple[Any, ...]]:
-    """Return the function that takes the text columns out of a row."""
+def _text_columns(suffix: str, layout: Layout) -> Callable[[Any], tuple[Any, ...]]:
+    """Return the function that returns the values of the text columns of a row."""
     if suffix == "jsonl":
         return lambda row: tuple([row.get(name) for name in layout.text_columns])
-    places = [layout.columns.index(name) for name in layout.text_columns]
-    return lambda row: tuple([row[place] for place in places])
+    indices = [layout.columns.index(name) for name in layout.text_columns]
+    return lambda row: tuple([row[index] for index in indices])
 
 
-def _in_words(values: NDArray[Any], suffix: str) -> list[str]:
-    """Return a column of answers as it is written; all but labels of CSV and TSV as JSON."""
-    found, escaped = values.tolist(), suffix != "jsonl"
-    if values.dtype.kind == "f":
-        return [repr(value) if math.isfinite(value) else json.dumps(value) for value in found]
-    if values.dtype.kind == "U" and suffix == "tsv":
-        return list(found)
-    # What is not a number is the same in many rows.
-    keys = [tuple(value) for value in found] if values.dtype.kind == "O" else found
-    words = {key: json.dumps(key, ensure_ascii=escaped) for key in set(keys)}
+def _cells(column: NDArray[Any], suffix: str) -> list[str]:
+    """Return the cells of a column of answers: JSON, except for single labels in CSV and TSV."""
+    values = column.tolist()
+    if column.dtype.kind == "f":
+        return [repr(value) if math.isfinite(value) else json.dumps(value) for value in values]
+    if column.dtype.kind == "U" and suffix == "tsv":
+        return list(values)
+    # Labels and flags repeat in many rows, so each distinct value is converted once.
+    keys = [tuple(value) for value in values] if column.dtype.kind == "O" else values
+    cells = {key: json.dumps(key, ensure_ascii=suffix != "jsonl") for key in set(keys)}
     if suffix == "csv":
-        plain = values.dtype.kind == "U"
-        words = {key: text_files.csv_cell(key if plain else word) for key, word in words.items()}
-    return [words[key] for key in keys]
+        is_label = column.dtype.kind == "U"
+        cells = {key: text_files.csv_cell(key if is_label else cell) for key, cell in cells.items()}
+    return [cells[key] for key in keys]
 
 
 def _open(url: str) -> Any:
+    """Return a file opened for reading bytes."""
     store, path = filesystem(url)
     return store.open(path, "rb")

@@ -1,10 +1,10 @@
-"""One block of rows through a classifier and into its part, and the workers that do it.
+"""The scoring of one block of rows, and the workers that score blocks.
 
-A block knows nothing of how many workers there are: processes of this machine with one thread
-each, or actors of Ray Data. A block has the same rows and batches whoever scores it, so that its
-part has the same bytes. Ray hands out the blocks, starts the actors, and gives the blocks of one
-that died to another. On a cluster every machine has ad2kit installed, and reads input, output and
-artefact at one address.
+The workers are processes of this machine with one thread each, or actors of Ray Data. A block has
+the same rows and batches for any number and kind of workers, so its part has the same bytes. Ray
+assigns the blocks, starts the actors, and gives the blocks of a dead actor to another one. On a
+cluster every machine needs ad2kit, and the addresses of input, output and artefact must be valid on
+every machine.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ADDED: dict[Task, tuple[str, ...]] = {
 
 
 class BlockReader(Protocol):
-    """Reads blocks of one file, the faster the more they are in order."""
+    """Reads blocks of one file; reading them in order is fastest."""
 
     def read(self, block: Block) -> Rows:
         """Read a block."""
@@ -66,7 +66,7 @@ class BlockReader(Protocol):
 
 
 class BlockFormat(Protocol):
-    """What a module that reads and writes blocks of one family of formats has."""
+    """The functions of a module that reads and writes blocks of one family of formats."""
 
     def survey(self, file: InputFile, block_rows: int) -> Survey:
         """Cut a file into blocks."""
@@ -77,12 +77,12 @@ class BlockFormat(Protocol):
     def write(
         self, rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
     ) -> bytes:
-        """Return some rows of a block with their answers as the content of a file."""
+        """Return the content of a part: the rows at the positions ``good`` with their answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a worker has to know beside its blocks: plain values, to be sent anywhere."""
+    """The settings of a worker beside its blocks: plain values that can be sent to any machine."""
 
     artifact: str
     output: str
@@ -92,7 +92,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of one block; ``seconds`` are those of the classifier alone."""
+    """The result of one block; ``seconds`` is the time of the classifier alone."""
 
     rows: int
     bad: int
@@ -103,7 +103,7 @@ def format_of(suffix: str) -> BlockFormat:
     """Return the module that reads and writes a format.
 
     Raises:
-        MissingExtra: it needs pyarrow, which is not installed.
+        MissingExtra: the format needs pyarrow, which is not installed.
     """
     if suffix != "parquet":
         return text_blocks
@@ -113,7 +113,7 @@ def format_of(suffix: str) -> BlockFormat:
 
 
 def cannot_read(url: str, error: OSError) -> DataError:
-    """Return what to say of a file that was found and cannot be read."""
+    """Return the error for a file that exists but cannot be read."""
     return DataError(
         f"cannot read {url}: {error}",
         hint="put it back, or correct its access rights, then run the same command again",
@@ -124,11 +124,12 @@ class Scorer:
     """A loaded classifier that turns blocks into parts.
 
     Raises:
-        ModelError: the artefact is damaged or absent where the worker runs.
+        ModelError: the artefact is damaged or absent on the machine of the worker.
     """
 
     def __init__(self, work: Work) -> None:
-        self.work, self.output = work, OutputFolder(work.output)
+        self.work = work
+        self.output = OutputFolder(work.output)
         self.classifier = OnnxClassifier(work.artifact, threads=1)
         self._url = ""
         self._reader: BlockReader | None = None
@@ -139,19 +140,21 @@ class Scorer:
         Raises:
             DataError: the file is gone, or has changed since it was surveyed.
         """
-        suffix, layout = suffix_of(block.url), self.work.layout
-        tables = format_of(suffix)
-        rows = self._read(tables, block)
+        layout = self.work.layout
+        suffix = suffix_of(block.url)
+        block_format = format_of(suffix)
+        rows = self._read(block_format, block)
         good = []
         for position, (texts, place) in enumerate(zip(rows.texts, rows.places, strict=True)):
-            if wrong := _wrong(texts, layout.text_columns):
-                rows.refuse(place, wrong)
+            reason = _wrong(texts, layout.text_columns)
+            if reason:
+                rows.refuse(place, reason)
             else:
                 good.append(position)
         start = time.perf_counter()
-        found = self.answers([rows.texts[position] for position in good])
+        answer_columns = self.answers([rows.texts[position] for position in good])
         seconds = time.perf_counter() - start
-        content = tables.write(rows, good, layout, found)
+        content = block_format.write(rows, good, layout, answer_columns)
         bad = sorted(rows.bad, key=lambda row: row.row)
         self.output.write_part(part_name(index, suffix), content, bad)
         return Done(block.rows, len(bad), seconds)
@@ -160,27 +163,30 @@ class Scorer:
         """Close the file of the last block."""
         if self._reader is not None:
             self._reader.close()
-        self._url, self._reader = "", None
+        self._url = ""
+        self._reader = None
 
-    def _read(self, tables: BlockFormat, block: Block) -> Rows:
-        """Read a block, and insist that it is the one of the survey."""
+    def _read(self, block_format: BlockFormat, block: Block) -> Rows:
+        """Read a block, and check that it has as many rows as in the survey."""
         try:
             if self._reader is None or block.url != self._url:
                 self.close()
-                self._url, self._reader = block.url, tables.Reader(block.url, self.work.layout)
+                self._reader = block_format.Reader(block.url, self.work.layout)
+                self._url = block.url
             rows = self._reader.read(block)
         except OSError as error:
             raise cannot_read(block.url, error) from error
-        if (found := len(rows.places) + len(rows.bad)) != block.rows:
+        row_count = len(rows.places) + len(rows.bad)
+        if row_count != block.rows:
             raise DataError(
                 f"{block.url} has changed while it was scored: expected {block.rows} rows from row "
-                f"{block.first_row} on, found {found}",
+                f"{block.first_row} on, found {row_count}",
                 hint="score it into a new folder once it is complete",
             )
         return rows
 
     def answers(self, texts: Sequence[Any]) -> dict[str, NDArray[Any]]:
-        """Return the columns of the answers, by name, for texts that are texts."""
+        """Return the columns of the answers by name; the texts must be checked."""
         classifier = self.classifier
         encodings = classifier.encode(texts)
         logits = classifier.run_sorted(encodings, self.work.batch_size)
@@ -193,24 +199,26 @@ def columns(
 ) -> list[NDArray[Any]]:
     """Return the columns of :data:`ADDED` for logits of shape [rows, outputs].
 
-    They hold what :meth:`OnnxClassifier.predictions` says: str, float and bool, and of several
-    labels objects, which are lists.
+    The values are those of :meth:`OnnxClassifier.predictions`. The arrays have the types str, float
+    and bool; those of a multi-label model are objects, which are lists of labels.
     """
-    task, names = classifier.artifact.task, np.array(classifier.labels)
-    found = answers(task, logits)
-    cut = np.array([each.truncated for each in encodings], dtype=bool)
+    task = classifier.artifact.task
+    names = np.array(classifier.labels)
+    predictions = answers(task, logits)
+    truncated = np.array([encoding.truncated for encoding in encodings], dtype=bool)
     if task == "regression":
-        return [found.astype(np.float64), cut]
+        return [predictions.astype(np.float64), truncated]
     if task == "multi_label":
-        named = np.empty(len(found), dtype=object)
-        named[:] = [names[row.astype(bool)].tolist() for row in found]
-        return [named, cut]
+        label_lists = np.empty(len(predictions), dtype=object)
+        label_lists[:] = [names[row.astype(bool)].tolist() for row in predictions]
+        return [label_lists, truncated]
     probabilities = scores(task, logits / classifier.artifact.temperature)
-    taken = np.take_along_axis(probabilities, found[:, None], axis=1)[:, 0]
-    return [names[found], taken, cut]
+    label_scores = np.take_along_axis(probabilities, predictions[:, None], axis=1)[:, 0]
+    return [names[predictions], label_scores, truncated]
 
 
 def _wrong(texts: tuple[Any, ...], names: tuple[str, ...]) -> str:
+    """Return the reason to refuse the texts of a row; "" if they are good."""
     for name, text in zip(names, texts, strict=True):
         if not is_text(text):
             return f"'{name}': expected at least one visible character, found {text!r:.60}"
@@ -238,8 +246,8 @@ def score_in_processes(work: Work, blocks: list[Numbered], workers: int) -> Iter
         workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(work,)
     )
     try:
-        for done in as_completed([pool.submit(_score, *block) for block in blocks]):
-            yield done.result()
+        for future in as_completed([pool.submit(_score, *block) for block in blocks]):
+            yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a scoring process ended before its time: it was killed, or the machine is out of "
@@ -251,14 +259,14 @@ def score_in_processes(work: Work, blocks: list[Numbered], workers: int) -> Iter
 
 
 def single_threaded() -> None:
-    """Keep this process to one thread; the tokenizer would take all cores otherwise."""
+    """Limit the tokenizer of this process to one thread; by default it uses all cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _start(work: Work) -> None:
-    global _work  # noqa: PLW0603  (what an initializer leaves for its process has no other place)
+    global _work  # noqa: PLW0603  (an initializer can pass values to its process only so)
     single_threaded()
-    # The parent alone hears Ctrl-C; and when it is gone, nobody waits for what is scored here.
+    # Only the parent handles Ctrl-C. If the parent ends, this process ends, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _work = work
@@ -273,26 +281,26 @@ def _end_with_the_parent() -> None:
 
 def _score(index: int, block: Block) -> Done:
     global _scorer  # noqa: PLW0603
-    if _scorer is None:  # and not in the initializer, whose errors do not reach the caller
+    if _scorer is None:  # the errors of an initializer would not reach the caller
         _scorer = Scorer(_work)
     return _scorer(index, block)
 
 
-# One block under way and one that waits: no worker idles, and none hoards the last ones.
+# One block in work and one that waits: no worker is idle, and the last blocks are shared evenly.
 _BLOCKS_IN_FLIGHT = 2
 
 
 class RayScorer:
-    """A :class:`~ad2kit.scoring.workers.Scorer` that takes and gives rows of a Ray data set."""
+    """A :class:`~ad2kit.scoring.workers.Scorer` whose inputs and results are rows of Ray Data."""
 
     def __init__(self, work: Work) -> None:
         single_threaded()
         self.work = work
-        # Not yet loaded: Ray would start an actor that fails here again and again.
+        # The model is loaded later, because Ray restarts an actor without end if this fails.
         self.scorer: Scorer | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Score the block that a row names."""
+        """Score the block that a row describes."""
         self.scorer = self.scorer or Scorer(self.work)
         block = Block(**{field.name: row[field.name] for field in dataclasses.fields(Block)})
         return dataclasses.asdict(self.scorer(row["index"], block))
@@ -304,13 +312,13 @@ def score_on_ray(
     """Score blocks by actors with one core each, in no order.
 
     Raises:
-        UserError: there is no cluster at the address, or it has too few cores.
+        UserError: there is no cluster at the address, or the cluster has too few cores.
         MissingExtra: Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtra("ray", extra="scale")
     with ray_cluster(address):
-        # Only now: Ray reads its settings from the environment when it is imported.
+        # Ray reads its settings from the environment at import, so it is imported here.
         import ray
         from ray import data
 
@@ -323,7 +331,7 @@ def score_on_ray(
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         context.raise_original_map_exception = True
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, and told once
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised instead
         rows = [{"index": index, **dataclasses.asdict(block)} for index, block in blocks]
         pool = data.ActorPoolStrategy(
             size=min(workers, len(rows)), max_tasks_in_flight_per_actor=_BLOCKS_IN_FLIGHT
