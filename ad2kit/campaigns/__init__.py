@@ -1,1 +1,1 @@
-"""Many stages or many runs: run, compare, fit, sweep."""
+"""Commands that drive several stages or several runs: run, compare, fit, sweep."""

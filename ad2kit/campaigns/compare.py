@@ -1,14 +1,14 @@
-"""Several methods against each other: same teacher, same data, several seeds, one table.
+"""Compares several methods with the same teacher, the same data and several seeds, in one table.
 
-Every student is a run of its own beside the others, so that a comparison goes on where it was
-stopped, and what one has trained serves the next.
+Every student is a run of its own beside the others. So a stopped comparison can go on, and a later
+comparison uses the runs that are there.
 
-How sure a difference is:
+The uncertainty of a difference has two measures:
 
 - *Interval*: bootstrap over seeds and over validation rows, paired in both.
 - *p*: approximate randomisation (Yeh, *More accurate tests for the statistical significance of
-  result differences*, COLING 2000): the answers of the two methods are swapped row by row, for all
-  seeds at once; two-sided. It asks whether these rows can tell the methods apart.
+  result differences*, COLING 2000), two-sided. It swaps the answers of the two methods row by row,
+  for all seeds at once. It tests whether these rows can tell the methods apart.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NO_INSIDES = {"pkd": 0.0, "hidden_states": 0.0, "attentions": 0.0, "value_relations": 0.0}
-_KD = {"kd_weight": 1.0, "alpha": 0.0, "hard_label_weight": 0.0, "intermediate": _NO_INSIDES}
-# What a method changes in the distill section of the recipe; the rest, budget and learning rate
-# included, is the recipe's for all.
+_NO_INTERMEDIATE = {"pkd": 0.0, "hidden_states": 0.0, "attentions": 0.0, "value_relations": 0.0}
+_KD = {"kd_weight": 1.0, "alpha": 0.0, "hard_label_weight": 0.0, "intermediate": _NO_INTERMEDIATE}
+# The changes of each method in the recipe's distill section. All methods share the rest of the
+# recipe, with its budget and learning rate.
 METHODS: dict[str, dict[str, Any]] = {
     "finetune": _KD | {"kd_weight": 0.0, "hard_label_weight": 1.0},
     "kd": _KD,
-    "pkd": _KD | {"intermediate": _NO_INSIDES | {"pkd": 1.0}},
-    "tinybert": _KD | {"intermediate": _NO_INSIDES | {"hidden_states": 1.0, "attentions": 1.0}},
-    "minilm": _KD | {"intermediate": _NO_INSIDES | {"value_relations": 1.0}},
-    # The recipe without its adversary: what of `ad2` is due to its other terms.
+    "pkd": _KD | {"intermediate": _NO_INTERMEDIATE | {"pkd": 1.0}},
+    "tinybert": _KD
+    | {"intermediate": _NO_INTERMEDIATE | {"hidden_states": 1.0, "attentions": 1.0}},
+    "minilm": _KD | {"intermediate": _NO_INTERMEDIATE | {"value_relations": 1.0}},
+    # The recipe without its adversary: it shows the effect of the other terms of `ad2`.
     "clean": {"alpha": 0.0},
     "ad2": {},
 }
@@ -75,29 +76,32 @@ def compare(
 ) -> tuple[CompareReport, Path]:
     """Train every method from the same teacher with each seed, judge them, write the report.
 
-    What is trained already is not trained again.
+    Students that are trained already are not trained again.
 
     Args:
-        recipe: data, teacher, student and budget of all; its distill section is the method `ad2`.
-        methods: of :data:`METHODS`; the last is compared with each of the others.
-        seeds: how many; they draw order and dropout of the students' training.
-        runs_dir: where the runs lie.
+        recipe: data, teacher, student and budget of all methods; its distill section is the method
+            `ad2`.
+        methods: names in :data:`METHODS`; the last is compared with each of the others.
+        seeds: number of seeds, which determine order and dropout of the students' training.
+        runs_dir: the folder of the runs.
         on_step: called after each update.
         allow_inexact: see :func:`ad2kit.training.distill.distill`.
 
     Returns:
-        The report, and the folder that it was written to, with a table and a plot.
+        The report, and its folder, which also holds a table and a plot.
 
     Raises:
-        RecipeError: an unknown method, or `ad2` of a recipe without an adversary.
+        RecipeError: an unknown method, or `ad2` with a recipe without an adversary.
         UserError, GateFailed: see :func:`ad2kit.training.distill.distill`.
     """
     variants = {method: _variant(recipe, method) for method in methods}
     data = splits.load_data(recipe.data, recipe.seed)
     validation = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
-    found: dict[str, list[Answers]] = {method: [] for method in variants}
-    teacher, simpler, environment = 0.0, dict[str, float](), dict[str, str]()
+    answers: dict[str, list[Answers]] = {method: [] for method in variants}
+    teacher_score = 0.0
+    baselines = dict[str, float]()
+    environment = dict[str, str]()
     for seed in range(recipe.seed, recipe.seed + seeds):
         for method, variant in variants.items():
             run = open_run(
@@ -107,21 +111,22 @@ def compare(
             )
             logger.info("%s, seed %d: %s", method, seed, run.path)
             distilled = distill(run, on_step=on_step, allow_inexact=allow_inexact)
-            found[method].append(validation.answers(run.student))
-            teacher = validation.score(validation.answers(run.teacher))
-            simpler, environment = baseline_scores(run), distilled.environment
-            score = validation.score(found[method][-1])
+            answers[method].append(validation.answers(run.student))
+            teacher_score = validation.score(validation.answers(run.teacher))
+            baselines = baseline_scores(run)
+            environment = distilled.environment
+            score = validation.score(answers[method][-1])
             students.append(_result(method, seed, run, distilled, score))
     report = CompareReport(
         recipe=recipe.name,
         inputs=fingerprint(recipe.model_dump(mode="json"), list(variants), seeds),
         metrics=recipe.data.judged_by,
         rows=len(data.validation),
-        teacher_score=teacher,
-        baselines=simpler,
+        teacher_score=teacher_score,
+        baselines=baselines,
         students=tuple(students),
-        methods=tuple(_summary(method, students, teacher) for method in variants),
-        differences=validation.differences(found),
+        methods=tuple(_summary(method, students, teacher_score) for method in variants),
+        differences=validation.differences(answers),
         environment=environment,
     )
     folder = runs_dir / f"compare-{recipe.name}-{report.inputs[:8]}"
@@ -137,6 +142,7 @@ def compare(
 def _result(
     method: str, seed: int, run: RunDir, distilled: DistillReport, score: float
 ) -> StudentResult:
+    """Return the result of one student from its run and its score on the validation rows."""
     return StudentResult(
         method=method,
         seed=seed,
@@ -152,33 +158,41 @@ def _result(
 
 
 class _Comparison(ValidationScores):
-    """A judge that also says how sure the differences of students are."""
+    """Validation scores that also measure the uncertainty of the students' differences."""
 
-    def differences(self, found: dict[str, list[Answers]]) -> tuple[Difference, ...]:
-        """Compare the last method with each of the others."""
-        *baselines, ours = found
-        samples, seed = self.recipe.parity.bootstrap_samples, self.recipe.seed
-        count = len(found[ours])
-        flat = [answer for method in found for answer in found[method]]
+    def differences(self, answers: dict[str, list[Answers]]) -> tuple[Difference, ...]:
+        """Compare the last method with each of the others.
+
+        Args:
+            answers: of each method, the answers of its students, in the same order of seeds.
+        """
+        *baselines, method = answers
+        samples = self.recipe.parity.bootstrap_samples
+        seed = self.recipe.seed
+        students = len(answers[method])
+        flat = [student for name in answers for student in answers[name]]
         draws = metrics.paired_bootstrap(self.metrics, flat, self.labels, samples, seed)
-        # Rows were drawn; now, in every draw, the seeds, which the methods have in common.
-        chosen = np.random.default_rng([seed, 1]).integers(count, size=(samples, 1, count))
-        drawn = np.take_along_axis(draws.reshape(samples, len(found), count), chosen, axis=2)
-        means = dict(zip(found, drawn.mean(axis=2).T, strict=True))
+        # `draws` are over rows. Each draw now also draws seeds, the same for all methods.
+        seeds = np.random.default_rng([seed, 1]).integers(students, size=(samples, 1, students))
+        scores = np.take_along_axis(draws.reshape(samples, len(answers), students), seeds, axis=2)
+        mean_draws = dict(zip(answers, scores.mean(axis=2).T, strict=True))
 
         def difference(baseline: str) -> Difference:
-            low, high = np.percentile(means[ours] - means[baseline], [2.5, 97.5])
-            mean = {name: np.mean([self.score(a) for a in found[name]]) for name in found}
+            low, high = np.percentile(mean_draws[method] - mean_draws[baseline], [2.5, 97.5])
+            means = {
+                name: np.mean([self.score(student) for student in answers[name]])
+                for name in answers
+            }
             return Difference(
-                method=ours,
+                method=method,
                 baseline=baseline,
-                difference=float(mean[ours] - mean[baseline]),
+                difference=float(means[method] - means[baseline]),
                 interval=(float(low), float(high)),
                 p=metrics.randomisation_p(
-                    self.metrics, found[ours], found[baseline], self.labels, samples, seed
+                    self.metrics, answers[method], answers[baseline], self.labels, samples, seed
                 ),
                 smallest_detectable_difference=metrics.smallest_detectable_difference(
-                    np.stack([means[ours], means[baseline]], axis=1), len(self.labels)
+                    np.stack([mean_draws[method], mean_draws[baseline]], axis=1), len(self.labels)
                 ),
             )
 
@@ -186,7 +200,11 @@ class _Comparison(ValidationScores):
 
 
 def _variant(recipe: Recipe, method: str) -> Recipe:
-    """Return the recipe of a method: its distill section changed as :data:`METHODS` says."""
+    """Return the recipe of a method: its distill section with the changes in :data:`METHODS`.
+
+    Raises:
+        RecipeError: an unknown method, or `ad2` with a recipe without an adversary.
+    """
     if method not in METHODS:
         raise RecipeError(
             f"no method '{method}'{nearest(method, METHODS)}; methods: {', '.join(METHODS)}",
@@ -203,19 +221,21 @@ def _variant(recipe: Recipe, method: str) -> Recipe:
 
 
 def _with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """Return the recipe with another seed of its distillation."""
     return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"seed": seed})})
 
 
-def _summary(method: str, students: Sequence[StudentResult], teacher: float) -> MethodResult:
-    mine = [student for student in students if student.method == method]
-    scores = [student.score for student in mine]
+def _summary(method: str, students: Sequence[StudentResult], teacher_score: float) -> MethodResult:
+    """Return the result of one method over its students."""
+    results = [student for student in students if student.method == method]
+    scores = [student.score for student in results]
     median = float(np.median(scores))
     return MethodResult(
         method=method,
         median=median,
         lowest=min(scores),
         highest=max(scores),
-        retained=median / teacher if teacher > 0 else 0.0,
-        train_seconds=float(np.median([student.train_seconds for student in mine])),
-        examples_per_s=float(np.median([student.examples_per_s for student in mine])),
+        retained=median / teacher_score if teacher_score > 0 else 0.0,
+        train_seconds=float(np.median([student.train_seconds for student in results])),
+        examples_per_s=float(np.median([student.examples_per_s for student in results])),
     )

@@ -1,4 +1,4 @@
-"""What a comparison of methods found: as a record, as tables, and as a plot."""
+"""The result of a comparison of methods: as a record, as tables, and as a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class StudentResult(Part):
     """One student of a comparison; ``run`` is the name of its folder.
 
-    ``constant`` says that it gives all rows of ``select`` the same answer, as all its updates did.
+    ``constant`` means that it gives all rows of ``select`` the same answer, after every update.
     """
 
     method: str
@@ -34,7 +34,7 @@ class StudentResult(Part):
 
 
 class MethodResult(Part):
-    """The students of one method: scores over the seeds, and the cost of training one."""
+    """The students of one method: scores over the seeds, and the cost of training a student."""
 
     method: str
     median: float
@@ -46,7 +46,7 @@ class MethodResult(Part):
 
 
 class Difference(Part):
-    """How much ``method`` is above ``baseline``: means over the seeds, as a fraction."""
+    """Mean score of ``method`` over the seeds minus that of ``baseline``, as a fraction."""
 
     method: str
     baseline: str
@@ -79,38 +79,42 @@ DIFFERENCES = ("points", "difference", "95 % interval", "p", "detectable")
 
 
 def tables(report: CompareReport) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Return the rows under :data:`HEADER` and those under :data:`DIFFERENCES`, as text."""
-    before = {**report.baselines, "teacher": report.teacher_score}
-    results = [(name, f"{score:.4f}", *[""] * 5) for name, score in before.items()]
+    """Return the rows under :data:`HEADER` and the rows under :data:`DIFFERENCES`, as text."""
+    references = {**report.baselines, "teacher": report.teacher_score}
+    results = [(name, f"{score:.4f}", *[""] * 5) for name, score in references.items()]
     results += [
         (
-            each.method,
-            f"{each.median:.4f}",
-            f"{each.lowest:.4f}",
-            f"{each.highest:.4f}",
-            f"{each.retained:.2%}",
-            f"{each.train_seconds:.0f}",
-            f"{each.examples_per_s:.0f}",
+            method.method,
+            f"{method.median:.4f}",
+            f"{method.lowest:.4f}",
+            f"{method.highest:.4f}",
+            f"{method.retained:.2%}",
+            f"{method.train_seconds:.0f}",
+            f"{method.examples_per_s:.0f}",
         )
-        for each in report.methods
+        for method in report.methods
     ]
     differences: list[tuple[str, ...]] = [
         (
-            f"{each.method} - {each.baseline}",
-            f"{100 * each.difference:+.2f}",
-            f"{100 * each.interval[0]:+.2f} to {100 * each.interval[1]:+.2f}",
-            f"{each.p:.3f}",
-            f"{100 * each.smallest_detectable_difference:.2f}",
+            f"{row.method} - {row.baseline}",
+            f"{100 * row.difference:+.2f}",
+            f"{100 * row.interval[0]:+.2f} to {100 * row.interval[1]:+.2f}",
+            f"{row.p:.3f}",
+            f"{100 * row.smallest_detectable_difference:.2f}",
         )
-        for each in report.differences
+        for row in report.differences
     ]
     return results, differences
 
 
 def caption(report: CompareReport) -> str:
-    """Return in words what the tables show."""
+    """Return the caption of the tables, with warnings about idle and constant students."""
     seeds = len({student.seed for student in report.students})
-    idle = [s for s in report.students if s.verdict.startswith("the adversary was idle")]
+    idle = [
+        student
+        for student in report.students
+        if student.verdict.startswith("the adversary was idle")
+    ]
     text = (
         f"{' and '.join(report.metrics)} on {report.rows} validation rows, {seeds} seed(s), one "
         "teacher. Differences are of means, in points, with a bootstrap interval over rows and "
@@ -140,12 +144,12 @@ def plot(report: CompareReport, path: Path) -> None:
 
     figure = Figure(figsize=(6, 0.6 * len(report.methods) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for row, each in enumerate(report.methods):
-        scores = [s.score for s in report.students if s.method == each.method]
+    for row, method in enumerate(report.methods):
+        scores = [student.score for student in report.students if student.method == method.method]
         axes.plot(scores, [row] * len(scores), "o", alpha=0.6)
-        axes.plot([each.median] * 2, [row - 0.25, row + 0.25], color="black")
+        axes.plot([method.median] * 2, [row - 0.25, row + 0.25], color="black")
     axes.axvline(report.teacher_score, linestyle="--", color="gray", label="teacher")
-    axes.set_yticks(range(len(report.methods)), [each.method for each in report.methods])
+    axes.set_yticks(range(len(report.methods)), [method.method for method in report.methods])
     axes.invert_yaxis()
     axes.set_xlabel(" and ".join(report.metrics))
     axes.legend()

@@ -1,7 +1,7 @@
-"""All stages in order, each skipped where its result for the same inputs lies there already.
+"""Runs all stages in order, and skips each stage whose result for the same inputs exists.
 
-The teacher itself can be a run too, so that it is exported and timed as its students are, and a
-service can compare its student with it in the background.
+The teacher itself can be a run too. It is then exported and timed like its students, and a service
+can compare its student with it in the background.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def run_all(
 ) -> BentoRecord:
     """Take a run from its recipe to a published Bento.
 
-    The verdict comes first: only what passed is measured and packaged. The report is written even
-    where nothing passed.
+    The verdict comes before the measurements: only a run that passed is measured and packaged. The
+    report is written even if no variant passed.
+
+    Args:
+        run: the run; stages that are done already are skipped.
+        on_step: called after each update of a training.
+        allow_inexact: see :func:`ad2kit.training.distill.distill`.
 
     Raises:
         GateFailed: the teacher is not worth imitating, no variant passed, or the service differs
@@ -60,8 +65,8 @@ def run_all(
         export(held)
         verdict = judge(held)
         report(held)
-        looked = teacher_report(held)
-        insist_passed(verdict, run.path, report=run.parity_report, teacher=looked)
+        teacher = teacher_report(held)
+        insist_passed(verdict, run.path, report=run.parity_report, teacher=teacher)
         measure(held, again=False)
         record = package(held)
         report(held)
@@ -69,13 +74,13 @@ def run_all(
 
 
 def export_teacher(run: RunDir) -> RunDir:
-    """Export the teacher of a distilled run, and judge its variants as those of a student.
+    """Export the teacher of a distilled run, and judge its variants like a student's.
 
     Args:
         run: a run with a student.
 
     Returns:
-        A run of its own inside of ``run``, whose student is the teacher.
+        A run inside of ``run``, whose student is the teacher.
 
     Raises:
         RunError: ``run`` has no student yet.
@@ -94,17 +99,18 @@ def export_teacher(run: RunDir) -> RunDir:
 
 
 def fill_with_teacher(run: RunDir, student: RunDir) -> None:
-    """Make the teacher of a distilled run the student of another: its own, with nothing to learn.
+    """Fill a run with the teacher of a distilled run, as both its teacher and its student.
 
     Args:
-        run: to fill, locked; its recipe has all layers of the teacher, uncut. Kept if it is filled
-            already.
-        student: a run that is distilled.
+        run: the run to fill, locked; its recipe has all layers of the teacher, uncut. A run that is
+            filled already is kept.
+        student: the distilled run.
     """
     distilled = DistillReport.read(student.distill_report)
-    known = DistillReport.read(run.distill_report) if run.distill_report.is_file() else None
-    if known is not None and known.teacher_sha256 == distilled.teacher_sha256:
-        return
+    if run.distill_report.is_file():
+        previous = DistillReport.read(run.distill_report)
+        if previous.teacher_sha256 == distilled.teacher_sha256:
+            return
     for copy in (run.teacher, run.student):
         shared.link_folder(student.teacher, copy)
     untrained = {

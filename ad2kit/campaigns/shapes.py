@@ -1,4 +1,4 @@
-"""The shapes that a student can have: how many of the teacher's layers, and how wide they are."""
+"""The shapes of students: which of the teacher's layers they have, and how wide these are."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.sections import Variant
 
-# Of the teacher's layers, heads and neurons, unless the user names numbers.
+# Shares of the teacher's layers, and of its heads and neurons, unless the user names numbers.
 _DEPTHS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
 _WIDTHS = (1, 1 / 2)
 
 
 class Shape(Part):
-    """Some layers of the teacher, and of each so many heads and feed-forward neurons."""
+    """Layers of the teacher, and the number of heads and feed-forward neurons of each layer."""
 
     layers: tuple[int, ...]
     attention_heads: int
@@ -37,7 +37,7 @@ class Shape(Part):
 
 
 class Grid(Part):
-    """Which numbers of layers, heads and feed-forward neurons to combine; empty: the usual."""
+    """Numbers of layers, heads and feed-forward neurons to combine; empty means the defaults."""
 
     layers: tuple[int, ...] = ()
     attention_heads: tuple[int, ...] = ()
@@ -52,13 +52,13 @@ def whole(teacher: TextModel) -> Shape:
 
 
 def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]:
-    """Return the shapes of a grid that the teacher's layers can take.
+    """Return the shapes of a grid that can be cut from the teacher, without its own shape.
 
-    Of so many layers they have the recipe's if it names that many, else the lowest: upper layers
-    have turned to the teacher's own task of pre-training.
+    A shape of n layers has the recipe's layers if the recipe names n, else the n lowest: the upper
+    layers are specialised in the teacher's own task of pre-training.
 
     Raises:
-        RecipeError: the recipe's student is no part of the teacher.
+        RecipeError: the recipe's student is not cut from the teacher, or no shape is left.
         ModelError: the teacher has fewer layers, heads or neurons, or they cannot be cut.
     """
     if recipe.model is not None:
@@ -68,15 +68,16 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
             hint="leave student.model out, and give student.layers",
         )
     full = whole(teacher)
-    depth, usual = len(full.layers), recipe.layers or ()
-    for option, asked, most in (
+    depth = len(full.layers)
+    recipe_layers = recipe.layers or ()
+    for option, numbers, most in (
         ("--layers", grid.layers, depth),
         ("--heads", grid.attention_heads, full.attention_heads),
         ("--feed-forward", grid.feed_forward, full.feed_forward),
     ):
-        if max(asked, default=0) > most:
+        if max(numbers, default=0) > most:
             raise ModelError(
-                f"{option}: expected at most the teacher's {most}, found {max(asked)}",
+                f"{option}: expected at most the teacher's {most}, found {max(numbers)}",
                 hint=f"choose from 1 to {most}",
             )
 
@@ -86,12 +87,12 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
     names = students.FAMILIES.get(teacher.module.config.model_type)
     cuttable = {"attention_heads": names and names.heads_out, "feed_forward": names}
     widths = {
-        key: getattr(grid, key) or parts(getattr(full, key), _WIDTHS if can else (1,))
-        for key, can in cuttable.items()
+        key: getattr(grid, key) or parts(getattr(full, key), _WIDTHS if can_be_cut else (1,))
+        for key, can_be_cut in cuttable.items()
     }
-    found = [
+    candidates = [
         Shape(
-            layers=usual if len(usual) == count else tuple(range(count)),
+            layers=recipe_layers if len(recipe_layers) == count else tuple(range(count)),
             attention_heads=heads,
             feed_forward=neurons,
         )
@@ -99,20 +100,20 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
         for heads in widths["attention_heads"]
         for neurons in widths["feed_forward"]
     ]
-    for shape in found:
+    for shape in candidates:
         check_layers(teacher, shape.layers)
         students.check_widths(teacher, section(shape, full))
-    found = [shape for shape in dict.fromkeys(found) if shape != full]
-    if not found:
+    candidates = [shape for shape in dict.fromkeys(candidates) if shape != full]
+    if not candidates:
         raise RecipeError(
             f"the only shape to try is the teacher's own ({full})",
             hint="give fewer --layers, --heads or --feed-forward",
         )
-    return found
+    return candidates
 
 
 def section(shape: Shape, full: Shape) -> StudentRecipe:
-    """Return the student section of a recipe for a shape: what is not cut stays null."""
+    """Return the student section of a recipe for a shape; a width that is not cut is null."""
 
     def cut(key: str) -> int | None:
         width: int = getattr(shape, key)
@@ -126,8 +127,9 @@ def section(shape: Shape, full: Shape) -> StudentRecipe:
 
 
 def untrained(teacher: TextModel, shape: Shape) -> TextModel:
-    """Return a student of a shape that is as fast as a trained one: its first units are kept."""
-    student, full = build_student(teacher, shape.layers), whole(teacher)
+    """Return an untrained student of a shape, as fast as a trained one; it has the first units."""
+    student = build_student(teacher, shape.layers)
+    full = whole(teacher)
     layers = len(students.layers_of(student))
     if shape.attention_heads < full.attention_heads:
         students.keep_heads(student, [range(shape.attention_heads)] * layers)
@@ -137,23 +139,26 @@ def untrained(teacher: TextModel, shape: Shape) -> TextModel:
 
 
 def graphs(fp32: Path, variants: Sequence[Variant]) -> dict[str, Path]:
-    """Write the variants of a graph beside it; int8 in one fixed way, not the best for its weights.
+    """Write the variants of a graph beside it; int8 in a fixed way, without a search for the best.
 
     Args:
-        fp32: the graph as it was exported.
-        variants: of the recipe.
+        fp32: the exported graph.
+        variants: the variants of the recipe.
+
+    Returns:
+        The file of each variant, with fp32.
     """
-    found: dict[str, Path] = {"fp32": fp32}
-    make: dict[str, Any] = {
+    paths: dict[str, Path] = {"fp32": fp32}
+    writers: dict[str, Any] = {
         "fused": lambda target: fuse(fp32, target),
-        "fp16": lambda target: to_fp16(found["fused"], target),
+        "fp16": lambda target: to_fp16(paths["fused"], target),
         "int8": lambda target: quantize(
-            found.get("fused", fp32), target, Way(fused="fused" in found)
+            paths.get("fused", fp32), target, Way(fused="fused" in paths)
         ),
     }
-    for variant, write in make.items():  # in the order in which they are made from one another
+    for variant, write in writers.items():  # each after the variants that it is made from
         if variant in variants:
             target = fp32.with_name(f"{variant}.onnx")
             write(target)
-            found[variant] = target
-    return found
+            paths[variant] = target
+    return paths

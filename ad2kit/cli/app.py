@@ -1,4 +1,4 @@
-"""The command line: its root, and the order of its commands."""
+"""The root of the command line, and the order of its commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     "ad2kit package, bentoml serve.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # plain help: starting rich would double the time that it takes
+    rich_markup_mode=None,  # plain help: with rich, help would take twice the time
     pretty_exceptions_enable=False,
 )
 

@@ -1,4 +1,4 @@
-"""The commands that drive several stages: options translated. Heavy imports sit inside."""
+"""The commands that drive several stages. They translate options; heavy imports sit inside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(
 ) -> None:
     """Take a recipe all the way to a Bento.
 
-    distill, export, parity, bench and package, each skipped where it is done.
+    The stages are distill, export, parity, bench and package; a stage that is done is skipped.
     """
     from ad2kit.campaigns.run import run_all
     from ad2kit.cli.show import next_steps, print_result, print_table, start_run, training_progress
@@ -44,7 +44,8 @@ def compare(
     from ad2kit.run.recipe import load_recipe
 
     show_messages()
-    recipe, names = load_recipe(recipe_name, overrides or ()), methods.replace(" ", "").split(",")
+    recipe = load_recipe(recipe_name, overrides or ())
+    names = methods.replace(" ", "").split(",")
     with training_progress() as on_step:
         report, folder = campaign.compare(
             recipe, names, seeds, runs_dir, on_step=on_step, allow_inexact=allow_inexact
@@ -97,8 +98,8 @@ def fit(
 ) -> None:
     """Find the cheapest student that meets a target on this machine.
 
-    Shapes are measured untrained; those that can meet it are distilled, cheapest first, until one
-    passes the gate. Exit code 1 if none does.
+    All shapes are measured untrained. The shapes that can meet the target are distilled, cheapest
+    first, until one passes the gate. Exit code 1 if none does.
     """
     from ad2kit.campaigns.fit import fit as campaign
     from ad2kit.campaigns.fit.records import Target, insist_found
@@ -109,10 +110,10 @@ def fit(
     show_messages()
     provider = [] if device is None else [f"export.provider={device}"]
     recipe = load_recipe(recipe_name, [*(overrides or ()), *provider])
-    usual = recipe.parity.min_retained - recipe.parity.min_retained_lower
+    recipe_margin = recipe.parity.min_retained - recipe.parity.min_retained_lower
     target = Target(
         retain=retain,
-        margin=max(0.0, usual) if margin is None else margin,
+        margin=max(0.0, recipe_margin) if margin is None else margin,
         p99_ms=p99_ms,
         max_mb=max_mb,
         speedup=speedup,

@@ -36,7 +36,7 @@ MaxMinutes = Annotated[
 ]
 RUNS = Path("runs")
 
-# Of `init`.
+# Options of `init`.
 Table = Annotated[
     Path,
     typer.Argument(
@@ -60,7 +60,7 @@ NewName = Annotated[
     str | None, typer.Option("--name", help="Of the recipe; default: after the table.")
 ]
 
-# Of `parity`, which judges a run or any ONNX folder.
+# Options of `parity`, which judges a run or any ONNX folder.
 RunOrOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RUN | KEY.PATH=VALUE ...]", help="A run; or changes of --recipe."),
@@ -109,7 +109,7 @@ Price = Annotated[
     float | None, typer.Option(min=0.0, help="Of this machine, for the cost of a million texts.")
 ]
 
-# Of `score`.
+# Options of `score`.
 Input = Annotated[
     str,
     typer.Argument(
@@ -133,7 +133,7 @@ Workers = Annotated[
 BlockRows = Annotated[int, typer.Option(min=1, help="Rows of a part; sorted by length in it.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts that are computed at once.")]
 
-# Of `sweep`, and the address of `score` too.
+# Options of `sweep`; `score` has the address too.
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, instead of this machine.")
 ]
@@ -142,7 +142,7 @@ Storage = Annotated[
     typer.Option(metavar="URL", help="For workers without this disk: where finished runs go."),
 ]
 
-# Of `fit`.
+# Options of `fit`.
 Retain = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Of the teacher's score, for example 0.97.")
 ]
@@ -171,10 +171,10 @@ FeedForward = Annotated[str | None, typer.Option(metavar="N,N", help="Neurons to
 
 
 def numbers(option: str, text: str | None) -> tuple[int, ...]:
-    """Return the whole numbers of a list with commas; none if it was left out.
+    """Return the whole numbers in a list with commas; no numbers if the option was left out.
 
     Raises:
-        UserError: something else stands there.
+        UserError: a part of the list is not a whole number above 0.
     """
     parts = [] if text is None else text.replace(" ", "").split(",")
     for part in parts:

@@ -1,7 +1,7 @@
-"""What people see and type: progress, the table, log lines, and texts that are read in.
+"""Output and input of the commands: progress, tables, messages, and the texts that users type.
 
-Progress and messages go to stderr, a bar on a terminal and plain lines elsewhere; results alone
-go to stdout.
+Progress and messages go to stderr: a bar on a terminal, plain lines elsewhere. Only results go to
+stdout.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ if TYPE_CHECKING:
     from ad2kit.training.records import StepRecord
 
 _SECONDS_BETWEEN_LINES = 15.0
+# Lines of texts that are classified together.
 _LINES_AT_ONCE = 256
-# Of a text that is shown in a command.
+# The most characters of the text in an example command.
 _EXAMPLE_CHARACTERS = 80
-# So many lines are named.
+# The most lines that a message names.
 _NAMED = 10
 
 
@@ -71,7 +72,8 @@ def training_progress() -> Iterator[Callable[[StepRecord], None]]:
         console=console,
     )
     tasks: dict[str, TaskID] = {}
-    pace, metric = _Pace(), ""
+    pace = _Pace()
+    metric = ""
 
     def show(record: StepRecord) -> None:
         nonlocal metric
@@ -92,9 +94,9 @@ def training_progress() -> Iterator[Callable[[StepRecord], None]]:
 
 
 def show_messages() -> None:
-    """Send ad2kit's own messages to stderr as plain lines; vendors' telemetry is off.
+    """Send ad2kit's own messages to stderr as plain lines, and turn vendors' telemetry off.
 
-    Of several processes (`accelerate launch`) the first alone speaks.
+    Of several processes (`accelerate launch`) only the first prints.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("ad2kit").setLevel(logging.INFO if is_first_process() else logging.ERROR)
@@ -111,7 +113,10 @@ def start_run(
     folder: Path | None,
     max_minutes: float | None = None,
 ) -> RunDir:
-    """Create the run of a recipe, planned if need be, or find it again, and say where it lies."""
+    """Create or find the run of a recipe, and print its folder.
+
+    With ``max_minutes`` the recipe is planned first.
+    """
     show_messages()
     recipe = load_recipe(recipe_name, overrides or ())
     if max_minutes is not None:
@@ -124,7 +129,11 @@ def start_run(
 
 
 def use_run(runs_dir: Path, folder: Path | None) -> RunDir:
-    """Return the run that was named, or the most recent one, and say which that is."""
+    """Return the named run, or the most recent run, whose folder is then printed.
+
+    Raises:
+        UserError: a setting was given in place of a run.
+    """
     show_messages()
     if folder is not None and "=" in folder.name and not folder.exists():
         raise UserError(
@@ -139,7 +148,7 @@ def use_run(runs_dir: Path, folder: Path | None) -> RunDir:
 
 
 def use_servable(runs_dir: Path, folder: Path | None) -> Path:
-    """Return the run or variant that was named, or the run that passed last, and say which."""
+    """Return the named run or variant, or the last run that passed, which is then printed."""
     if folder is not None:
         return named_folder(runs_dir, folder)
     run = latest_passed_run(runs_dir)
@@ -162,11 +171,11 @@ def print_json(value: Any) -> None:
 
 def _note(text: str) -> None:
     if is_first_process():
-        print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)
+        print(text, file=sys.stderr)  # noqa: T201  (this module prints for the user)
 
 
 def print_table(folder: RunDir) -> None:
-    """Print the table of a run on stdout, and where its report lies."""
+    """Print the table of a run on stdout, and the path of its report."""
     table = Table(*HEADER, box=box.SIMPLE_HEAD)
     for row in model_rows(folder):
         table.add_row(*row)
@@ -178,7 +187,7 @@ def print_table(folder: RunDir) -> None:
 
 
 def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> None:
-    """Print a comparison on stdout: as JSON, or its tables and where its files lie."""
+    """Print a comparison on stdout: as JSON, or its tables and the path of its report."""
     from ad2kit.campaigns.compare_report import DIFFERENCES, HEADER, caption, tables
 
     parts = dict(zip((HEADER, DIFFERENCES), tables(report), strict=True))
@@ -186,7 +195,7 @@ def print_comparison(report: CompareReport, folder: Path, *, as_json: bool) -> N
 
 
 def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
-    """Print what `fit` found on stdout: as JSON, or its tables and what to type next."""
+    """Print the result of `fit` on stdout: as JSON, or its tables and the next command."""
     from ad2kit.campaigns.fit.report import caption, tables
 
     page = folder / "fit.md"
@@ -197,7 +206,7 @@ def print_fit(report: FitReport, folder: Path, *, as_json: bool) -> None:
 
 
 def print_sweep(report: SweepReport, folder: Path, *, as_json: bool) -> None:
-    """Print a sweep on stdout: as JSON, or its tables and where its files lie."""
+    """Print a sweep on stdout: as JSON, or its tables and the path of its report."""
     from ad2kit.campaigns.sweep.report import HEADER, SELECTED, caption, tables
 
     parts = dict(zip((HEADER, SELECTED), tables(report), strict=True))
@@ -212,6 +221,7 @@ def _print_report(
     *,
     as_json: bool,
 ) -> None:
+    """Print a report on stdout: as JSON, or its tables by header, its caption and its path."""
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
@@ -226,30 +236,33 @@ def _print_report(
 
 
 def next_steps(tag: str, folder: RunDir) -> str:
-    """Return the commands to type after the Bento of a run was published."""
+    """Return the commands to type after the Bento of a run is published."""
     texts = _example(folder)
     body = json.dumps({"texts": [texts[0] if len(texts) == 1 else texts]}, ensure_ascii=False)
-    asked = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
-    key = "-H 'Authorization: Bearer KEY' " if asked else ""
+    key_variables = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
+    key_header = "-H 'Authorization: Bearer KEY' " if key_variables else ""
     curl = (
-        f"curl -s localhost:3000/classify {key}-H 'Content-Type: application/json' "
+        f"curl -s localhost:3000/classify {key_header}-H 'Content-Type: application/json' "
         f"-d {shlex.quote(body)}"
     )
-    # `make` does not activate the environment, so that its programs may not be on the path.
-    here = Path(sys.executable).with_name("bentoml")
-    bentoml = "bentoml" if shutil.which("bentoml") or not here.is_file() else str(here)
+    # `make` does not activate the environment, so its programs may not be on the path.
+    program = Path(sys.executable).with_name("bentoml")
+    on_path = shutil.which("bentoml")
+    bentoml = "bentoml" if on_path or not program.is_file() else str(program)
     return f"next:\n  {bentoml} serve {tag}\n  {curl}"
 
 
 def _example(folder: RunDir) -> tuple[str, ...]:
-    """Return the first validation text that fits into a line; the shortest if none does."""
+    """Return the first validation text that fits into a line; if none does, the shortest."""
     rows = [RowAnswers.model_validate_json(line).texts for line in files.read_lines(folder.answers)]
     short = [texts for texts in rows if sum(map(len, texts)) <= _EXAMPLE_CHARACTERS]
     return short[0] if short else min(rows, key=lambda texts: sum(map(len, texts)))
 
 
 def typed_texts(file: Path | None) -> Iterator[str]:
-    """Yield the texts of a file, or of stdin, one a line; those that show nothing are counted.
+    """Yield the texts of a file or of stdin, one a line.
+
+    Lines without a visible character are left out, and a message at the end names them.
 
     Raises:
         UserError: no such file, or a line that is not UTF-8.
@@ -271,7 +284,7 @@ def typed_texts(file: Path | None) -> Iterator[str]:
 
 
 def answer_lines(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
-    """Yield one line of JSON for each text; the two texts of a pair are separated by a tab."""
+    """Yield one line of JSON for each line, which is a text, or a pair separated by a tab."""
     pair = classifier.artifact.text_columns == 2
     while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
         items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
@@ -281,23 +294,28 @@ def answer_lines(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[s
 
 
 class _Pace:
-    """How fast a training goes, its first update left out.
+    """The speed of a training, without its first update.
 
-    `compare` and `fit` train one student after the other: an update that does not come after the
-    last one begins another training.
+    `compare` and `fit` train one student after the other. An update that does not follow the last
+    one begins another training.
     """
 
     def __init__(self) -> None:
         self.last: tuple[str, int, int] | None = None
-        self.start, self.first_step, self.examples = 0.0, 0, 0
+        self.start = 0.0  # time of the first update
+        self.first_step = 0
+        self.examples = 0  # since the first update
 
     def begins(self, record: StepRecord) -> bool:
         """Count an update; tell whether it begins a training."""
-        last, self.last = self.last, (record.phase, record.total_steps, record.step)
-        if last is not None and last[:2] == self.last[:2] and last[2] < record.step:
+        previous = self.last
+        self.last = (record.phase, record.total_steps, record.step)
+        if previous is not None and previous[:2] == self.last[:2] and previous[2] < record.step:
             self.examples += record.examples
             return False
-        self.start, self.first_step, self.examples = time.monotonic(), record.step, 0
+        self.start = time.monotonic()
+        self.first_step = record.step
+        self.examples = 0
         return True
 
     @property
@@ -310,17 +328,19 @@ class _Pace:
 
 
 class _Lines:
-    """A line after each evaluation, and now and then between."""
+    """Prints a line after each evaluation, and every few seconds between evaluations."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.pace, self.last = console, _Pace(), time.monotonic()
+        self.console = console
+        self.pace = _Pace()
+        self.last_s = time.monotonic()
 
     def __call__(self, record: StepRecord) -> None:
         self.pace.begins(record)
         now = time.monotonic()
-        if record.select_score is None and now - self.last < _SECONDS_BETWEEN_LINES:
+        if record.select_score is None and now - self.last_s < _SECONDS_BETWEEN_LINES:
             return
-        self.last = now
+        self.last_s = now
         metric = "" if record.select_score is None else f"  select {record.select_score:.4f}"
         self.console.print(
             f"{record.phase} {record.step}/{record.total_steps}  loss {record.loss:.4f}  "

@@ -1,4 +1,4 @@
-"""`ad2kit parity`: what is judged, and how the verdict is said."""
+"""`ad2kit parity`: chooses what to judge, and prints the verdict."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
     else:
         print_table(run)
     insist_passed(verdict, run.path, report=run.parity_report, teacher=teacher_report(run))
-    choose_variant(run, None)  # a campaign may have refused what the gate has passed
+    choose_variant(run, None)  # raises if a campaign has refused all variants that passed the gate
     shipped, *others = (folder.name for folder in passed_variants(run))
     more = f" (or --variant {' or '.join(others)})" if others else ""
-    # What a campaign has made is served only by its name.
+    # A run that a campaign has made is served only by its name.
     serve = "" if run.campaign_record.is_file() else ", or serve it now: bentoml serve"
     _say(f"parity: passed; {shipped} can be shipped; next: ad2kit package {run.path}{more}{serve}")
 
@@ -47,13 +47,19 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
 def judge_service(run: RunDir, address: str, api_keys_file: Path | None, *, as_json: bool) -> None:
     """Compare a running service with its run, print the result, and stop if they differ."""
     key = client_key(api_keys_file, os.environ)
-    found = check.judge_service(run, address.rstrip("/"), key)
+    comparison = check.judge_service(run, address.rstrip("/"), key)
     if as_json:
-        print_json({"texts": found.texts, "label_flips": found.flips, "score_gap": found.gap})
-    found.insist_same(f"it is at {address}")
+        print_json(
+            {
+                "texts": comparison.texts,
+                "label_flips": comparison.flips,
+                "score_gap": comparison.gap,
+            }
+        )
+    comparison.insist_same(f"it is at {address}")
     _say(
-        f"service: {found.texts} answers equal the artefact's, score gap {found.gap:.1e}, "
-        f"expected at most {check.MAX_SCORE_GAP:.0e}"
+        f"service: {comparison.texts} answers equal the artefact's, score gap "
+        f"{comparison.gap:.1e}, expected at most {check.MAX_SCORE_GAP:.0e}"
     )
 
 
@@ -66,7 +72,12 @@ def judge_model(
     *,
     as_json: bool,
 ) -> None:
-    """Judge an ONNX folder that anyone made, print every check, and stop if one did not pass."""
+    """Judge an ONNX folder of any origin, print every check, and stop if a check did not pass.
+
+    Raises:
+        UserError: the teacher or the data are missing.
+        GateFailed: a check did not pass.
+    """
     if teacher is None or data is None:
         raise UserError(
             f"expected --teacher and --data beside --model, found --teacher {teacher} and --data "
@@ -84,14 +95,14 @@ def one_run(arguments: Sequence[str] | None, only_for_a_model: Mapping[str, obje
     """Return the run that `ad2kit parity` was given, if any.
 
     Raises:
-        UserError: what only makes sense with --model.
+        UserError: there are arguments or options that only --model reads.
     """
     given = list(arguments or ())
-    lost = [name for name, value in only_for_a_model.items() if value is not None]
-    lost += [argument for argument in given if "=" in argument or len(given) > 1]
-    if lost:
+    unread = [name for name, value in only_for_a_model.items() if value is not None]
+    unread += [argument for argument in given if "=" in argument or len(given) > 1]
+    if unread:
         raise UserError(
-            f"expected at most one run folder, found {' '.join(lost)}, which only --model reads",
+            f"expected at most one run folder, found {' '.join(unread)}, which only --model reads",
             hint="to judge another model: ad2kit parity --model DIR --teacher DIR --data FILE",
         )
     return Path(given[0]) if given else None
@@ -104,8 +115,8 @@ def _print(report: ParityReport, *, as_json: bool) -> None:
         return
     table = Table("question", "check", "value", "expected", "verdict", box=box.SIMPLE_HEAD)
     for verdict in report.variants:
-        for one in verdict.checks:
-            table.add_row(one.question, one.name, escape(one.measured), one.expected, one.verdict)
+        for row in verdict.checks:
+            table.add_row(row.question, row.name, escape(row.measured), row.expected, row.verdict)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     (verdict,) = report.variants
@@ -119,4 +130,4 @@ def _print(report: ParityReport, *, as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201  (this module is what people see)
+    print(text, file=sys.stderr)  # noqa: T201  (this module prints for the user)

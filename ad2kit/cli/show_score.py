@@ -1,4 +1,4 @@
-"""What `ad2kit score` shows: rows done, their speed, the time that is left, and the end."""
+"""The output of `ad2kit score`: finished rows, their speed, the time left, and a summary."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def scoring_progress() -> Iterator[Callable[[score.Progress], None]]:
     bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
     task = bar.add_task("")
     with bar:
-        yield lambda now: bar.update(
-            task, total=now.rows, completed=now.done, description=_facts(now)
+        yield lambda progress: bar.update(
+            task, total=progress.rows, completed=progress.done, description=_facts(progress)
         )
 
 
 def summary(report: ScoreReport) -> str:
-    """Return a finished job in words."""
+    """Return a summary of a finished job in words."""
     text = f"{report.rows:,} rows in {report.parts} parts in {report.output}"
     if not report.scored_here:
         return f"{text}; all of them were there already"
-    already = report.rows - report.scored_here
-    before = f", {already:,} rows were there already" if already else ""
+    rows_before = report.rows - report.scored_here
+    before_words = f", {rows_before:,} rows were there already" if rows_before else ""
     limit = report.limit_rows_per_s_per_core
-    alone = f", of {limit:,.0f} that the classifier alone does" if limit else ""
+    limit_words = f", of {limit:,.0f} that the classifier alone does" if limit else ""
     return (
-        f"{text}{before}\n{report.scored_here:,} rows in {report.seconds:.1f} s by "
+        f"{text}{before_words}\n{report.scored_here:,} rows in {report.seconds:.1f} s by "
         f"{report.workers} worker(s): {report.rows_per_s:,.0f} rows/s, "
-        f"{report.rows_per_s_per_core:,.0f} rows/s per core{alone}"
+        f"{report.rows_per_s_per_core:,.0f} rows/s per core{limit_words}"
     )
 
 
@@ -55,7 +55,7 @@ def insist_on_all_rows(report: ScoreReport) -> None:
     """Stop with an error if rows were left out.
 
     Raises:
-        DataError: names how many, and where their reasons are.
+        DataError: tells the number of these rows, and where their reasons are.
     """
     if report.bad_rows:
         raise DataError(
@@ -64,22 +64,24 @@ def insist_on_all_rows(report: ScoreReport) -> None:
         )
 
 
-def _facts(now: score.Progress) -> str:
-    rate = now.scored_here / now.seconds if now.seconds else 0.0
-    left = f"{(now.rows - now.done) / rate:,.0f} s left" if rate else ""
-    bad = f"  {now.bad:,} bad" if now.bad else ""
-    return f"{now.done:,}/{now.rows:,} rows  {rate:,.0f} rows/s  {left}{bad}"
+def _facts(progress: score.Progress) -> str:
+    """Return a progress as one line."""
+    rate = progress.scored_here / progress.seconds if progress.seconds else 0.0
+    left = f"{(progress.rows - progress.done) / rate:,.0f} s left" if rate else ""
+    bad = f"  {progress.bad:,} bad" if progress.bad else ""
+    return f"{progress.done:,}/{progress.rows:,} rows  {rate:,.0f} rows/s  {left}{bad}"
 
 
 def _lines(console: Console) -> Callable[[score.Progress], None]:
-    """A line now and then, and one at the end."""
-    last = float("-inf")
+    """Return a function that prints a line every few seconds, and one at the end."""
+    last_s = float("-inf")
 
-    def show(now: score.Progress) -> None:
-        nonlocal last
-        if now.done < now.rows and time.monotonic() - last < _SECONDS_BETWEEN_LINES:
+    def show(progress: score.Progress) -> None:
+        nonlocal last_s
+        incomplete = progress.done < progress.rows
+        if incomplete and time.monotonic() - last_s < _SECONDS_BETWEEN_LINES:
             return
-        last = time.monotonic()
-        console.print(_facts(now), highlight=False)
+        last_s = time.monotonic()
+        console.print(_facts(progress), highlight=False)
 
     return show

@@ -1,4 +1,7 @@
-"""The commands that look, and one for each stage: options translated. Heavy imports sit inside."""
+"""The commands of the single stages, and those that only look: recipes, check, doctor.
+
+They translate options. Heavy imports sit inside.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ def recipes(as_json: options.Json = False) -> None:
     from ad2kit.cli.show import print_json
     from ad2kit.run.recipe import load_recipe, recipe_names
 
-    found = [load_recipe(name) for name in recipe_names()]
+    shipped = [load_recipe(name) for name in recipe_names()]
     if as_json:
-        print_json({recipe.name: recipe.description for recipe in found})
+        print_json({recipe.name: recipe.description for recipe in shipped})
         return
-    width = max(len(recipe.name) for recipe in found)
-    for recipe in found:
+    width = max(len(recipe.name) for recipe in shipped)
+    for recipe in shipped:
         typer.echo(f"{recipe.name:<{width}}  {recipe.description}")
 
 
@@ -33,7 +36,10 @@ def check(
     verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a recipe, its data and its models: what they hold, prove and cost; train nothing."""
+    """Check a recipe, its data and its models, without training.
+
+    Shows what the data hold, what the gate can prove with them, and what the training will cost.
+    """
     from ad2kit.cli.show import print_json
     from ad2kit.data.splits import load_data
     from ad2kit.planning import check as planning
@@ -60,10 +66,10 @@ def init(
     name: options.NewName = None,
     as_json: options.Json = False,
 ) -> None:
-    """Look at a table and write an annotated recipe for it: NAME.yaml, here.
+    """Look at a table and write an annotated recipe for it: NAME.yaml in this folder.
 
-    Text, label, task and lengths are guessed from the training rows; what does not show there has
-    to be given. No recipe is overwritten.
+    Text, label, task and lengths are guessed from the training rows. Columns that cannot be guessed
+    have to be given. No recipe is overwritten.
     """
     from ad2kit.cli.show import print_json
     from ad2kit.planning import init as planning
@@ -71,7 +77,7 @@ def init(
     recipe = Path(f"{name or planning.recipe_name(table)}.yaml")
     columns = tuple(map(str.strip, text.split(","))) if text else ()
     guess = planning.init(table, recipe, validation=validation, text=columns, label=label)
-    following = f"ad2kit check {recipe}"
+    next_command = f"ad2kit check {recipe}"
     if as_json:
         print_json(
             {
@@ -79,16 +85,16 @@ def init(
                 "data": guess.data,
                 "notes": guess.notes,
                 "doubts": guess.doubts,
-                "next": following,
+                "next": next_command,
             }
         )
         return
     typer.echo(planning.guess_words(guess))
-    typer.echo(f"written: {recipe}\nnext: {following}")
+    typer.echo(f"written: {recipe}\nnext: {next_command}")
 
 
 def doctor(as_json: options.Json = False) -> None:
-    """Say what this machine offers and what it lacks."""
+    """Show what this machine offers and what it lacks."""
     from ad2kit.cli.show import print_json
     from ad2kit.planning.doctor import examine
 
@@ -111,7 +117,7 @@ def distill(
     allow_inexact: options.Inexact = False,
     as_json: options.Json = False,
 ) -> None:
-    """Fine-tune the teacher if need be; distil the student."""
+    """Fine-tune the teacher if the recipe asks for it; distil the student."""
     import ad2kit
     from ad2kit.cli.show import print_result, start_run, training_progress
     from ad2kit.gate.summary import teacher_report
@@ -119,17 +125,18 @@ def distill(
     folder = start_run(recipe_name, overrides, runs_dir, run, max_minutes)
     with training_progress() as on_step:
         report = ad2kit.distill(folder, on_step=on_step, allow_inexact=allow_inexact)
-    # The others of several processes may come here before the files are written.
-    looked = teacher_report(folder) if is_first_process() else None
-    simpler = (
-        "".join(f"{b.name} {b.select_score:.4f}, " for b in looked.baselines) if looked else ""
+    # Of several processes, the others may be here before the first has written the files.
+    teacher = teacher_report(folder) if is_first_process() else None
+    baselines = "".join(
+        f"{baseline.name} {baseline.select_score:.4f}, "
+        for baseline in (teacher.baselines if teacher else ())
     )
+    reason = f"\n{report.selection.reason}" if report.selection else ""
     print_result(
         report,
-        f"select {' and '.join(report.metrics)}: {simpler}teacher "
-        f"{report.teacher_select_score:.4f}, student {report.student_select_score:.4f}"
-        + (f"\n{report.selection.reason}" if report.selection else "")
-        + "\nnext: ad2kit export",
+        f"select {' and '.join(report.metrics)}: {baselines}teacher "
+        f"{report.teacher_select_score:.4f}, student {report.student_select_score:.4f}{reason}"
+        "\nnext: ad2kit export",
         as_json=as_json,
     )
 
@@ -141,7 +148,7 @@ def export(
     teacher: options.OfTeacher = False,
     as_json: options.Json = False,
 ) -> None:
-    """Export the student to ONNX, then ask the parity gate."""
+    """Export the student to ONNX, then judge it by the parity gate."""
     import ad2kit
     from ad2kit.cli.show import print_json, use_run
     from ad2kit.cli.show_parity import judge_run
@@ -177,8 +184,9 @@ def parity(
 ) -> None:
     """Judge the variants of a run, or any ONNX model with --model; exit code 1 if none passes.
 
-    A variant passed, FAILED, or is not shown to be good enough by so few validation rows. What is
-    not shown does not ship either; the verdict says how many rows would show it.
+    The verdict on a variant is passed, FAILED, or not shown: there are too few validation rows to
+    show that it is good enough. A variant that is not shown does not ship either; the verdict says
+    how many rows would show it.
     """
     from ad2kit.cli.show import use_run
     from ad2kit.cli.show_parity import judge_model, judge_run, judge_service, one_run
@@ -191,8 +199,13 @@ def parity(
     if model is not None and against_service is None:
         judge_model(model, teacher, data, recipe_name, arguments or (), as_json=as_json)
         return
-    lost = {"--model": model, "--teacher": teacher, "--data": data, "--recipe": recipe_name}
-    folder = use_run(runs_dir, one_run(arguments, lost))
+    only_for_a_model = {
+        "--model": model,
+        "--teacher": teacher,
+        "--data": data,
+        "--recipe": recipe_name,
+    }
+    folder = use_run(runs_dir, one_run(arguments, only_for_a_model))
     if against_service is not None:
         judge_service(folder, against_service, api_keys_file, as_json=as_json)
         return
@@ -208,7 +221,7 @@ def bench(
 ) -> None:
     """Measure latency, throughput, capacity and cost of all models.
 
-    Anew each time, whatever the run holds already.
+    They are measured again each time, also if the run holds measurements already.
     """
     import ad2kit
     from ad2kit.cli.show import print_result, use_run
@@ -227,7 +240,7 @@ def package(
     allow_failed_parity: options.Forced = False,
     as_json: options.Json = False,
 ) -> None:
-    """Build a Bento, try it over HTTP, publish its tag.
+    """Build a Bento, test it over HTTP, publish its tag.
 
     The tag is published only if the service answers what the artefact computes.
     """
@@ -246,7 +259,7 @@ def push(
     variant: options.VariantName = None,
     private: options.Private = False,
 ) -> None:
-    """Upload what a run ships to the hub, with a model card; only if it passed its gate."""
+    """Upload a run's variant to the hub, with a model card; only if it passed its gate."""
     from ad2kit.cli.show import use_run
     from ad2kit.gate import hub
 
@@ -270,7 +283,7 @@ def predict(
     runs_dir: options.RunsDir = options.RUNS,
     file: options.TextFile = None,
 ) -> None:
-    """Classify texts: one JSON line each.
+    """Classify texts, and print a JSON line for each.
 
     The two texts of a pair are separated by a tab.
     """

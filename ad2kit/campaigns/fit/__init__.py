@@ -1,1 +1,1 @@
-"""The cheapest student that meets a target."""
+"""Finds the cheapest student that meets a target."""

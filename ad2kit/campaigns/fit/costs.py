@@ -1,4 +1,4 @@
-"""What systems cost on this machine: measured once, side by side, and kept."""
+"""The costs of systems on this machine: measured once, in turns, and kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often systems are measured while others use the machine.
+# How many times systems are measured if other programs use the machine.
 _TRIES = 3
 
 Call = Callable[["NDArray[np.int64]"], object]
@@ -34,12 +34,12 @@ System = tuple[Call, int]
 
 
 class Stopwatch:
-    """Measures systems beside each other, and remembers what it has measured.
+    """Measures systems in turns, and keeps the measurements in a file.
 
     Args:
-        recipe: threads, seed, and the seconds for a system.
-        target: the number of texts and their length.
-        file: of the measurements, in the store of what runs share.
+        recipe: gives threads, seed, and the seconds for a system.
+        target: gives the number of texts and their length.
+        file: the file of the measurements, in the folder that runs share.
         clock: times calls, see :func:`ad2kit.gate.latency.time_rounds`.
         vocabulary: number of token ids to draw from.
     """
@@ -54,11 +54,13 @@ class Stopwatch:
     ) -> None:
         self.threads = recipe.compute.threads or available_cpus()
         self.surroundings = environment(self.threads)
-        self._seconds, self._clock, self._file = recipe.bench.seconds_per_cell, clock, file
+        self._seconds = recipe.bench.seconds_per_cell
+        self._clock = clock
+        self._file = file
         self._ids = np.random.default_rng(recipe.seed).integers(
             vocabulary, size=(target.batch_size, target.length_tokens), dtype=np.int64
         )
-        self._known = self._read()
+        self._costs = self._read()
         self._conditions = [
             self.surroundings,
             self._ids.shape,
@@ -69,61 +71,65 @@ class Stopwatch:
     def measure(
         self, what: Any, make: Callable[[], dict[str, System]], baselines: Sequence[str] = ()
     ) -> tuple[Cost, ...]:
-        """Return what each of some systems costs, as it was measured the first time.
+        """Return the cost of each of some systems, from their first measurement.
 
         A measurement on a busy machine is tried again, and the calmest one counts. It is kept even
-        if it is not calm, so that a search that goes on decides as before; reports say so.
+        if it is not calm, so that a search that goes on decides as before; reports mention it.
 
         Args:
             what: plain data that identifies the systems.
-            make: returns the systems by name, if they have to be measured.
-            baselines: the fastest of these has the speed 1; of all if empty.
+            make: returns the systems by name; called only if they have to be measured.
+            baselines: names of systems, the fastest of which has the speed 1; all if empty.
         """
         key = fingerprint(what, list(baselines), self._conditions)
-        if key not in self._known:
+        if key not in self._costs:
             systems = make()
             calls = {name: call for name, (call, _) in systems.items()}
             sizes = {name: size for name, (_, size) in systems.items()}
             tries = list[tuple[Cost, ...]]()
             while len(tries) < _TRIES and not any(map(calm, tries)):
                 tries.append(costs(self._clock(calls, self._ids, self._seconds), sizes, baselines))
-            best = min(tries, key=lambda found: max(cost.spread for cost in found))
-            if not calm(best):
+            calmest = min(tries, key=lambda trial: max(cost.spread for cost in trial))
+            if not calm(calmest):
                 logger.warning(
                     "others use this machine: what was measured may be wrong; delete %s to measure "
                     "again when it is idle",
                     self._file,
                 )
-            self._keep(key, best)
-        return self._known[key]
+            self._keep(key, calmest)
+        return self._costs[key]
 
-    def _keep(self, key: str, found: tuple[Cost, ...]) -> None:
+    def _keep(self, key: str, measured: tuple[Cost, ...]) -> None:
+        """Add a measurement to the file, unless another process has added it meanwhile."""
         with writing(self._file.parent):
-            # What it has measured first counts for both.
-            self._known = {key: found, **self._read()}
-            write_record(self._file, Measurements(costs=self._known))
+            # The measurement that is in the file first counts for both processes.
+            self._costs = {key: measured, **self._read()}
+            write_record(self._file, Measurements(costs=self._costs))
 
     def _read(self) -> dict[str, tuple[Cost, ...]]:
+        """Return the measurements in the file."""
         return Measurements.read(self._file).costs if self._file.is_file() else {}
 
 
 def costs(
     seconds: dict[str, list[list[float]]], sizes: dict[str, int], baselines: Sequence[str] = ()
 ) -> tuple[Cost, ...]:
-    """Return what systems cost; ratios are taken round by round, in which they took turns.
+    """Return the costs of systems that took turns; speeds are ratios within the same round.
 
     Args:
-        seconds: of each call of each system, round by round.
-        sizes: of the models in bytes.
-        baselines: the fastest of these has the speed 1; of all if empty.
+        seconds: times of the calls of each system, by round.
+        sizes: sizes of the models in bytes.
+        baselines: names of systems, the fastest of which has the speed 1; all if empty.
     """
-    medians = {name: np.array([np.median(r) for r in rounds]) for name, rounds in seconds.items()}
+    medians = {
+        name: np.array([np.median(calls) for calls in rounds]) for name, rounds in seconds.items()
+    }
     fastest = min(baselines or medians, key=lambda name: float(np.median(medians[name])))
-    found = []
+    system_costs = []
     for name, rounds in seconds.items():
         ratios = medians[fastest] / medians[name]
         p50, p99 = np.percentile(1e3 * np.concatenate(rounds), [50, 99]).tolist()
-        found.append(
+        system_costs.append(
             Cost(
                 variant=name,
                 size_bytes=sizes[name],
@@ -135,9 +141,9 @@ def costs(
                 spread=float(medians[name].max() / medians[name].min()),
             )
         )
-    return tuple(found)
+    return tuple(system_costs)
 
 
-def calm(found: tuple[Cost, ...]) -> bool:
-    """Tell whether the rounds of each system are alike, so that nobody else used the machine."""
-    return all(cost.spread <= BUSY_SPREAD for cost in found)
+def calm(measured: tuple[Cost, ...]) -> bool:
+    """Tell whether the rounds of each system are alike, so that no other program was busy."""
+    return all(cost.spread <= BUSY_SPREAD for cost in measured)

@@ -1,12 +1,12 @@
-"""The cheapest student that meets a target on this machine.
+"""Finds the cheapest student that meets a target on this machine.
 
-1. What every shape costs is measured on untrained students, beside the teacher's fastest variant.
-2. The shapes that can meet the target are distilled, cheapest first; one that becomes hopeless on
-   ``select`` is given up (:mod:`ad2kit.campaigns.fit.looks`), one that ends too low there goes no
-   further.
-3. What is left is exported, measured as it would be shipped against the teacher's own variants, and
-   judged on the validation rows, with an interval that widens with each look. The first that passes
-   is the answer.
+1. The cost of every shape is measured on untrained students, beside the teacher's fastest variant.
+2. The shapes that can meet the target are distilled, cheapest first. A candidate that becomes
+   hopeless on ``select`` is given up (:mod:`ad2kit.campaigns.fit.looks`). A candidate that ends too
+   low on ``select`` is not judged.
+3. The other candidates are exported, measured like a shipped model against the teacher's own
+   variants, and judged on the validation rows. The interval widens with each look at these rows.
+   The first candidate that passes is the answer.
 
 Every candidate is a run, so that the same command goes on where it was stopped.
 """
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 class _GivenUp(Exception):
-    """A candidate in training has become hopeless."""
+    """Raised when a candidate in training has become hopeless."""
 
 
 def fit(
@@ -75,21 +75,22 @@ def fit(
 ) -> tuple[FitReport, Path]:
     """Find the cheapest student that meets a target, and write the report.
 
-    What is trained, judged or measured already on this machine is not done again.
+    Trainings, verdicts and measurements that exist on this machine are used again.
 
     Args:
         recipe: data, teacher and budget of every candidate.
-        target: what to keep, and what it may cost.
+        target: the score to retain, and the bounds on the costs.
         grid: the shapes to try.
-        runs_dir: where the runs lie.
+        runs_dir: the folder of the runs.
         on_step: called after each update.
         allow_inexact: see :func:`ad2kit.training.distill.distill`.
 
     Returns:
-        The report, whether or not there is such a student, and its folder, with table and plot.
+        The report, whether or not there is such a student, and its folder, which also holds a
+        table and a plot.
 
     Raises:
-        RecipeError: a target that means nothing, or a student that is not made from the teacher.
+        RecipeError: a target without a bound, or a student that is not cut from the teacher.
         UserError: see the stages.
     """
     if processes() > 1:
@@ -99,14 +100,7 @@ def fit(
         )
     recipe = target.applied_to(recipe)
     data = splits.load_data(recipe.data, recipe.seed)
-    teacher = text_model.load_reference(
-        recipe.teacher.model,
-        data,
-        seed=recipe.seed,
-        finished=recipe.teacher.finetune is None,
-        key="teacher.model",
-    )
-    text_model.check_length(teacher, target.length_tokens, key="--length")
+    teacher = _open_teacher(recipe, data, target)
     inputs = fingerprint(
         recipe.model_dump(mode="json"), target.model_dump(mode="json"), grid.model_dump(mode="json")
     )
@@ -151,9 +145,22 @@ def fit(
     return report, folder
 
 
+def _open_teacher(recipe: Recipe, data: Data, target: Target) -> TextModel:
+    """Open the teacher before its fine-tuning, and check that it reads the target's length."""
+    teacher = text_model.load_reference(
+        recipe.teacher.model,
+        data,
+        seed=recipe.seed,
+        finished=recipe.teacher.finetune is None,
+        key="teacher.model",
+    )
+    text_model.check_length(teacher, target.length_tokens, key="--length")
+    return teacher
+
+
 @dataclass
 class _ShapeSearch:
-    """What the steps of the search share, and what it has found so far."""
+    """The search: the inputs that its steps share, and its results so far."""
 
     recipe: Recipe
     target: Target
@@ -171,29 +178,30 @@ class _ShapeSearch:
 
     @property
     def rule(self) -> CampaignRecord:
-        """What is written into each candidate: it passes this target, or is not shipped."""
+        """The record in each candidate's run: it is shipped only if it passes this target."""
         return CampaignRecord(command="ad2kit fit", rule=str(self.target))
 
-    def search(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
+    def search(self, grid_shapes: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
         """Measure all shapes; try those that are cheap enough until one passes.
 
         Returns:
-            What the teacher's variants cost untrained, and what became of each candidate.
+            The costs of the untrained teacher's variants, and the candidates with their outcomes.
         """
-        untrained_teacher, candidates = self.measure(wanted)
+        untrained_teacher, candidates = self.measure(grid_shapes)
         for place, candidate in enumerate(candidates):
             if candidate.outcome != "too costly" and self.package is None:
                 candidates[place] = self.trial(candidate)
                 logger.info("%s: %s", candidate.shape, candidates[place].outcome)
         return untrained_teacher, candidates
 
-    def measure(self, wanted: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
-        """Return what the untrained teacher costs, and what each shape does, the cheapest first.
+    def measure(self, grid_shapes: Sequence[Shape]) -> tuple[tuple[Cost, ...], list[Candidate]]:
+        """Return the costs of the untrained teacher, and of each shape, the cheapest first.
 
         The teacher's fastest variant is measured again beside each shape, because a machine is not
         equally fast all the time.
         """
-        full, found = shapes.whole(self.teacher), list[Candidate]()
+        full = shapes.whole(self.teacher)
+        candidates = list[Candidate]()
         kind = [self.teacher.module.config.to_json_string(), self.recipe.export.variants]
         with tempfile.TemporaryDirectory(prefix="ad2kit-fit-") as scratch:
             teachers = functools.cache(lambda: self._untrained(full, Path(scratch) / "teacher"))
@@ -205,45 +213,48 @@ class _ShapeSearch:
                     shape, Path(scratch) / "student"
                 )
 
-            for number, shape in enumerate(wanted, start=1):
+            for number, shape in enumerate(grid_shapes, start=1):
                 make = functools.partial(beside, shape)
                 _, *costs = self.stopwatch.measure([*kind, str(shape)], make, ("teacher",))
-                found.append(Candidate.measured(shape, tuple(costs), self.target))
-                best = found[-1].best(self.target)
+                candidates.append(Candidate.measured(shape, tuple(costs), self.target))
+                best = candidates[-1].best(self.target)
                 logger.info(
                     "%d of %d, %s: %s takes %.2f ms, %.2f times the teacher's speed",
                     number,
-                    len(wanted),
+                    len(grid_shapes),
                     shape,
                     best.variant,
                     best.p50_ms,
                     best.speedup,
                 )
-        return teacher, sorted(found, key=lambda each: each.best(self.target).p50_ms)
+        candidates.sort(key=lambda candidate: candidate.best(self.target).p50_ms)
+        return teacher, candidates
 
     def _untrained(self, shape: Shape, folder: Path) -> dict[str, System]:
-        """Return the variants of an untrained student."""
+        """Return the variants of an untrained student as systems, by name."""
         text_model.save(shapes.untrained(self.teacher, shape), folder / "model", inputs="")
         shutil.rmtree(folder / "onnx", ignore_errors=True)
         export_fp32(folder / "model", folder / "onnx")
         graphs = shapes.graphs(folder / "onnx" / MODEL_FILE, self.recipe.export.variants)
-        threads, provider = self.stopwatch.threads, self.recipe.export.provider
+        threads = self.stopwatch.threads
+        provider = self.recipe.export.provider
         return {
             name: (latency.session_call(open_session(path, threads, provider)), path.stat().st_size)
             for name, path in graphs.items()
         }
 
     def trial(self, candidate: Candidate) -> Candidate:
-        """Distil a candidate, judge it, each as far as it is worth it; say what became of it."""
-        # Of this target's own: its gate must not take the place of another run's.
+        """Distil and judge a candidate, as far as it is promising; return it with its outcome."""
+        # A folder of this target's own: its gate must not replace the gate of another run.
         folder = Path(f"{self.folder}-{fingerprint(str(candidate.shape))[:8]}")
         recipe = self._recipe_for(candidate.shape)
         with open_run(recipe, self.runs_dir, folder, campaign=self.rule).locked() as run:
-            write_record(run.campaign_record, self.rule)  # what an earlier search said is void
+            write_record(run.campaign_record, self.rule)  # verdicts of an earlier search are void
             logger.info("%s: %s", candidate.shape, run.path)
             return self._trial(candidate.model_copy(update={"run": run.path.name}), run)
 
     def _trial(self, candidate: Candidate, run: RunDir) -> Candidate:
+        """Distil, measure and judge a candidate in its run, which is locked."""
         try:
             distilled = self._distill(run)
         except _GivenUp:
@@ -256,7 +267,7 @@ class _ShapeSearch:
         except DivergedError as error:
             return candidate.ended("diverged", error.message)
         score = distilled.student_select_score
-        needed = self.looks.needed() * _something(distilled.teacher_select_score)
+        needed = self.looks.needed() * _positive_score(distilled.teacher_select_score)
         facts: dict[str, Any] = {
             "select_score": score,
             "train_seconds": distilled.train_seconds,
@@ -268,26 +279,30 @@ class _ShapeSearch:
         costs = self._trained_costs(run)
         affordable = [cost for cost in costs if not shortfalls(cost, self.target)]
         if not affordable:
-            missed = Candidate.measured(candidate.shape, costs, self.target).reason
-            return candidate.ended("missed when trained", missed, **facts)
-        able = [c for c in affordable if score - lost_on_select(run, c.variant) >= needed]
-        if not able:
+            reason = Candidate.measured(candidate.shape, costs, self.target).reason
+            return candidate.ended("missed when trained", reason, **facts)
+        promising = [
+            cost for cost in affordable if score - lost_on_select(run, cost.variant) >= needed
+        ]
+        if not promising:
             reason = f"{score:.4f} on select less what int8 lost there, needed {needed:.4f}"
             return candidate.ended("below on select", reason, **facts)
-        judged = self._gate(candidate, run, able, facts)
+        judged = self._gate(candidate, run, promising, facts)
         self.looks.learn(score / distilled.teacher_select_score, judged.retained or 0.0)
         return judged
 
     def _gate(
-        self, candidate: Candidate, run: RunDir, able: list[Cost], facts: dict[str, Any]
+        self, candidate: Candidate, run: RunDir, promising: list[Cost], facts: dict[str, Any]
     ) -> Candidate:
-        """Judge the variants that are worth it, fastest first, on the validation rows.
+        """Judge the promising variants, fastest first, on the validation rows.
 
-        The verdicts are written into the run, of which nothing else may be shipped.
+        The verdicts are written into the run, which may ship no other variants.
         """
-        report, failures, outcomes = judge(run), list[str](), set[Outcome]()
+        report = judge(run)
+        failures = list[str]()
+        outcomes = set[Outcome]()
         record = self.rule
-        for cost in sorted(able, key=lambda cost: cost.p50_ms):
+        for cost in sorted(promising, key=lambda cost: cost.p50_ms):
             look = self.looks.look(run, report, cost.variant)
             verdicts = (*record.verdicts, look.record())
             record = record.model_copy(update={"verdicts": verdicts})
@@ -300,22 +315,27 @@ class _ShapeSearch:
             failures += look.failures
             outcomes.add("not shown" if look.verdict == "not shown" else "failed the gate")
             if look.weak:
-                break  # another variant would be a second throw of the same dice
-        # What is not shown may be good enough: that is the nearest to an answer.
+                break  # another variant would only repeat the same chance
+        # A variant that is not shown may be good enough, so this outcome is nearer to an answer.
         outcome: Outcome = "not shown" if "not shown" in outcomes else "failed the gate"
         return candidate.ended(outcome, "; ".join(failures), **facts)
 
     def _recipe_for(self, shape: Shape) -> Recipe:
+        """Return the recipe of a student of a shape."""
         student = shapes.section(shape, shapes.whole(self.teacher))
         return self.recipe.model_copy(update={"student": student})
 
     def _distill(self, run: RunDir) -> DistillReport:
-        """Distil a candidate, unless and until it is hopeless."""
+        """Distil a candidate until it is finished or hopeless.
+
+        Raises:
+            _GivenUp: it is hopeless.
+        """
 
         def watch(record: StepRecord) -> None:
             self.on_step(record)
-            judged = record.phase == "student" and record.select_score is not None
-            if judged and self._hopeless(run):
+            is_evaluation = record.phase == "student" and record.select_score is not None
+            if is_evaluation and self._hopeless(run):
                 raise _GivenUp
 
         if not run.distill_report.is_file() and self._hopeless(run):
@@ -328,8 +348,9 @@ class _ShapeSearch:
             raise
 
     def _hopeless(self, run: RunDir) -> bool:
+        """Tell whether the evaluations of a training so far show that it is hopeless."""
         select = self.data.select
-        # The last update is not judged here: the weights that are kept may be others.
+        # The last update is left out, because the kept weights may be those of another update.
         evaluated = [
             record
             for record in read_curve(run.curve("student"))
@@ -345,39 +366,48 @@ class _ShapeSearch:
             teacher = text_model.load_model(run.teacher, self.data.labels, self.data.task)
             encoded = splits.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
             logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
-            found = answers(self.data.task, logits)
-            self.teacher_score = _something(
-                mean_metric(self.recipe.data.judged_by, found, select.labels)
+            teacher_answers = answers(self.data.task, logits)
+            self.teacher_score = _positive_score(
+                mean_metric(self.recipe.data.judged_by, teacher_answers, select.labels)
             )
         return hopeless(scores, len(select), self.looks.needed() * self.teacher_score)
 
     def _trained_costs(self, run: RunDir) -> tuple[Cost, ...]:
-        """Return the costs of a run's variants, beside those of its trained teacher.
+        """Return the costs of a run's variants, measured beside its trained teacher's variants.
 
-        The teacher's int8 was chosen on ``select`` as a student's is. It is what a speed is over
-        even if it would not pass the gate: the gain of a student is not to be overstated.
+        The teacher's int8 variant is chosen on ``select`` like a student's. It counts as the
+        teacher's speed even if it would not pass the gate, so that the gain of a student is not
+        overstated.
         """
-        whole = self._recipe_for(shapes.whole(self.teacher))
-        with open_run(whole, self.runs_dir, self.folder / "teacher").locked() as teacher:
+        teacher_recipe = self._recipe_for(shapes.whole(self.teacher))
+        with open_run(teacher_recipe, self.runs_dir, self.folder / "teacher").locked() as teacher:
             fill_with_teacher(teacher, run)
             export(teacher)
-        variants, threads = self.recipe.export.variants, self.stopwatch.threads
+        variants = self.recipe.export.variants
+        threads = self.stopwatch.threads
         folders = {f"teacher {variant}": teacher.onnx(variant) for variant in variants}
         folders |= {variant: run.onnx(variant) for variant in variants}
 
         def make() -> dict[str, System]:
-            found = {name: OnnxClassifier(path, threads=threads) for name, path in folders.items()}
+            classifiers = {
+                name: OnnxClassifier(path, threads=threads) for name, path in folders.items()
+            }
             return {
-                name: (latency.onnx_call(c), c.artifact.model_bytes) for name, c in found.items()
+                name: (latency.onnx_call(classifier), classifier.artifact.model_bytes)
+                for name, classifier in classifiers.items()
             }
 
-        what = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
-        self.trained = self.stopwatch.measure(what, make, list(folders)[: len(variants)])
+        hashes = [sha256_of(path / OnnxArtifact.file_name) for path in folders.values()]
+        self.trained = self.stopwatch.measure(hashes, make, list(folders)[: len(variants)])
         return self.trained[len(variants) :]
 
 
-def _something(teacher_score: float) -> float:
-    """Return the score of a teacher on ``select`` if it has one, of which a share can be kept."""
+def _positive_score(teacher_score: float) -> float:
+    """Return the score of a teacher on ``select`` if it is above 0, so that a share has a meaning.
+
+    Raises:
+        UserError: the score is 0 or less.
+    """
     if teacher_score <= 0:
         raise UserError(
             f"the teacher scores {teacher_score:.4f} on `select`: there is nothing that a student "

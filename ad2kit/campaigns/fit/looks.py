@@ -1,6 +1,6 @@
-"""Whether a student can become good enough, and how sure it is that it has.
+"""Decides whether a student can still become good enough, and whether it has become so.
 
-The one is asked of ``select`` while it trains, the other of the validation rows at the end.
+The first decision uses ``select`` during the training, the second the validation rows at the end.
 """
 
 from __future__ import annotations
@@ -29,38 +29,40 @@ if TYPE_CHECKING:
     from ad2kit.gate.records import ParityReport
     from ad2kit.run.folder import RunDir
 
+# Chance of error of the first interval, for both of its sides together.
 _ERROR = 0.05
-# A candidate is given up where it would be wrong once in forty times, if nothing else were.
+# With two standard errors, giving a candidate up is wrong once in forty times, by sampling alone.
 _STANDARD_ERRORS = 2.0
+# The number of decisions during a training.
 _LOOKS_AT_A_CURVE = 6
 
 
 def thinned(scores: Sequence[float], planned: int) -> Sequence[float]:
     """Return the scores at about six equal distances of a training.
 
-    From one of many evaluations to the next little happens, and chance decides what: it would make
-    a training hopeless that has only begun.
+    If there are many evaluations, the difference of two neighbours is mostly chance. It would make
+    a training look hopeless that has only begun.
 
     Args:
-        scores: on ``select``, of the evaluations so far.
-        planned: how many evaluations the whole training has.
+        scores: scores on ``select`` of the evaluations so far.
+        planned: number of evaluations of the whole training.
     """
-    apart = math.ceil(planned / _LOOKS_AT_A_CURVE)
-    return scores[apart - 1 :: apart]
+    step = math.ceil(planned / _LOOKS_AT_A_CURVE)
+    return scores[step - 1 :: step]
 
 
 def hopeless(scores: Sequence[float], rows: int, needed: float) -> bool:
-    """Tell whether a training is not worth the rest of its updates.
+    """Tell whether a training cannot be expected to reach the score that it needs.
 
-    Learning curves flatten: if a part brings at most half of what the one before brought, all
-    that are to come bring at most what the last did. A training is hopeless if its last score, with
-    the last gain once more, lies below ``needed`` by more than two standard errors of a share of so
-    many rows. Nothing is said of a single score.
+    Learning curves flatten: if each part of a training gains at most half as much as the part
+    before, all later parts together gain at most as much as the last one. A training is hopeless if
+    its last score plus its last gain is below ``needed`` by more than two standard errors of a
+    share of so many rows. A single score is never hopeless.
 
     Args:
-        scores: on ``select``, at equal distances so far, some six in a training.
-        rows: of ``select``.
-        needed: the score that it has to reach.
+        scores: scores on ``select`` so far, at equal distances, about six in a training.
+        rows: number of rows of ``select``.
+        needed: the score that the training has to reach.
     """
     if len(scores) < 2:
         return False
@@ -70,23 +72,24 @@ def hopeless(scores: Sequence[float], rows: int, needed: float) -> bool:
 
 
 def error_of(look: int) -> float:
-    """Return the chance of error that the interval of the ``look``-th candidate has.
+    """Return the chance of error of the interval at the ``look``-th look, counted from 1.
 
-    The first to be judged on the validation rows has the 5 % of an ordinary run: its lower bound
-    is too high once in forty times. As much again is shared out among all later ones, halved from
-    each to the next, so that the chance that any lower bound is too high stays below 5 % however
-    many there are (Bonferroni's inequality).
+    The first look at the validation rows has the 5 % of an ordinary run: its lower bound is too
+    high once in forty times. Each later look has half of the error of the look before, and all
+    later looks together as much as the first. So the chance that any lower bound is too high stays
+    below 5 %, however many looks there are (Bonferroni's inequality).
     """
     return _ERROR / 2.0 ** (look - 1)
 
 
 class Look(NamedTuple):
-    """What the validation rows say of a variant; it has passed if nothing speaks against it.
+    """The verdict of the validation rows on a variant; it has passed if ``failures`` is empty.
 
-    ``verdict`` is that of the gate, with the wider interval where the gate has passed it.
-    ``number`` counts the looks at these rows; the interval is as wide as that demands. With
-    ``weak`` only what it retains speaks against it, of which ``select`` had promised enough: the
-    answers of the student's other variants are nearly the same.
+    ``verdict`` is the verdict of the gate; where the gate has passed, it is the verdict with the
+    wider interval. ``number`` counts the looks at these rows and determines the width of
+    ``interval``. ``weak`` means that the variant fails only by what it retains, although it
+    retained enough on ``select``. The student's other variants would fail too, because their
+    answers are nearly the same.
     """
 
     number: int
@@ -99,7 +102,7 @@ class Look(NamedTuple):
     weak: bool
 
     def facts(self) -> dict[str, Any]:
-        """Return what is noted of the candidate."""
+        """Return the fields of the :class:`Candidate` that this look determines."""
         return {
             "look": self.number,
             "variant": self.variant,
@@ -108,7 +111,7 @@ class Look(NamedTuple):
         }
 
     def record(self) -> CampaignVerdict:
-        """Return what is written into the run."""
+        """Return the record of this look that is written into the run."""
         return CampaignVerdict(
             variant=self.variant,
             manifest_sha256=self.manifest_sha256,
@@ -120,23 +123,27 @@ class Look(NamedTuple):
 
 
 def lost_on_select(run: RunDir, variant: str) -> float:
-    """Return what a variant of a run lost of its student's score on ``select`` by its conversion.
+    """Return the loss of a variant's score on ``select`` by its conversion, as a fraction.
 
-    It is known of int8, which was chosen there; the others may differ from fp32 by rounding alone.
+    It is known for int8, which is chosen on ``select``. It is 0 for the others, which may differ
+    from fp32 by rounding only.
     """
     if variant != "int8":
         return 0.0
     search = QuantisationSearch.read(run.int8_search)
-    return next(t.points_lost for t in search.trials if t.way == search.taken) / 100
+    taken = next(trial for trial in search.trials if trial.way == search.taken)
+    return taken.points_lost / 100
 
 
 @dataclass
 class Looks:
-    """Decides who is judged on the validation rows, counts the looks at them, and learns from them.
+    """The looks at the validation rows: who needs one, their number, and what they teach.
 
     Args:
-        retain: what a student has to keep of its teacher's score.
-        labels: of the validation rows.
+        retain: the fraction of its teacher's score that a student has to keep.
+        labels: labels of the validation rows.
+        looks: number of looks so far.
+        falls: of each judged candidate, retained on ``select`` minus retained on validation.
     """
 
     retain: float
@@ -145,49 +152,56 @@ class Looks:
     falls: list[float] = field(default_factory=list)
 
     def needed(self) -> float:
-        """Return what a candidate has to retain on ``select`` to be judged.
+        """Return the fraction that a candidate has to retain on ``select`` to be judged.
 
-        If those before it have lost on the way to the validation rows, it has to bring a part of
-        that loss: the rows may differ in kind, and the rest was luck. Of one that is half, of n
-        n / (n + 1) of the mean, which is what to expect if kind and luck differ equally. It saves
-        looks, each of which makes the next one harder to pass.
+        If earlier candidates retained less on the validation rows than on ``select``, the next one
+        has to exceed ``retain`` by a part of that loss. One part of the loss is a difference of the
+        rows, the rest is chance. After n candidates the part is n / (n + 1) of the mean loss, the
+        expected difference of the rows if both vary equally. This saves looks, each of which makes
+        the next one harder to pass.
         """
         return self.retain + max(0.0, sum(self.falls) / (len(self.falls) + 1))
 
     def learn(self, on_select: float, on_validation: float) -> None:
-        """Take note of what a judged candidate retains on the one and on the other."""
+        """Record what a judged candidate retains on ``select`` and on the validation rows."""
         self.falls.append(on_select - on_validation)
 
     def look(self, run: RunDir, report: ParityReport, variant: str) -> Look:
-        """Return the verdict on a variant of a run, which counts as a look.
+        """Look at the validation rows: return the verdict on a variant of a run.
 
         Args:
-            run: its parity has been judged.
-            report: what was found.
-            variant: one of its variants.
+            run: a run whose parity has been judged.
+            report: the parity report of the run.
+            variant: one of the variants of the run.
         """
         self.looks += 1
         recipe = run.recipe
         rows = [RowAnswers.model_validate_json(line) for line in read_lines(run.answers)]
-        found = [
+        both_answers = [
             answers(recipe.data.task, np.array([row.logits[name] for row in rows], np.float32))
             for name in (variant, "teacher")
         ]
         draws = paired_bootstrap(
-            recipe.data.judged_by, found, self.labels, recipe.parity.bootstrap_samples, recipe.seed
+            recipe.data.judged_by,
+            both_answers,
+            self.labels,
+            recipe.parity.bootstrap_samples,
+            recipe.seed,
         )
         score, teacher_score = (
-            score_of(recipe.data.judged_by, each, self.labels) for each in found
+            score_of(recipe.data.judged_by, model_answers, self.labels)
+            for model_answers in both_answers
         )
         kept = retained(score, teacher_score, draws, len(self.labels), error_of(self.looks))
         check = retained_check(recipe.data.judged_by, kept, recipe.parity)
-        (judged,) = (each for each in report.variants if each.variant == variant)
-        failures, verdict = report.failures(variant), judged.verdict
+        (judged,) = (result for result in report.variants if result.variant == variant)
+        failures = report.failures(variant)
+        verdict = judged.verdict
         if judged.passed and not check.passed:
-            failures, verdict = [f"{variant}, at look {self.looks}: {check.words}"], check.verdict
-        weak = bool(failures) and {
-            check.question for check in judged.checks if not check.passed
-        } <= {"distillation quality"}
+            failures = [f"{variant}, at look {self.looks}: {check.words}"]
+            verdict = check.verdict
+        failed_questions = {check.question for check in judged.checks if not check.passed}
+        weak = bool(failures) and failed_questions <= {"distillation quality"}
         return Look(
             self.looks,
             variant,

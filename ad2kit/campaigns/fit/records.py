@@ -1,4 +1,4 @@
-"""A target for a student, what candidates cost and what became of them, as written to disk."""
+"""Records of a search: the target of a student, the costs and outcomes of the candidates."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ Outcome = Literal[
 
 
 class Target(Part):
-    """What a student has to keep, and what it may cost; a bound that is null is none.
+    """The score that a student has to retain, and the bounds on its costs; null is no bound.
 
-    ``retain`` is a fraction of the teacher's score, and ``margin`` how far below it the interval
-    may reach. ``speedup`` is over the fastest variant of the teacher, in medians of the same
-    measurement. Latency is of the forward pass of ``batch_size`` texts of ``length_tokens`` tokens.
+    ``retain`` is a fraction of the teacher's score; the interval may reach below it by ``margin``.
+    ``speedup`` is relative to the fastest variant of the teacher, by medians of the same
+    measurement. Latency is that of a forward pass of ``batch_size`` texts of ``length_tokens``
+    tokens.
     """
 
     retain: float
@@ -49,14 +50,15 @@ class Target(Part):
             "at least {:g} times the teacher's speed": self.speedup,
         }
         words = [text.format(value) for text, value in bounds.items() if value is not None]
-        kept = f"retain {self.retain:.2%}, its interval above {self.retain - self.margin:.2%}"
-        return "; ".join([kept, *words])
+        quality = f"retain {self.retain:.2%}, its interval above {self.retain - self.margin:.2%}"
+        return "; ".join([quality, *words])
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with what to retain as the gate's threshold, and the bench's shape.
+        """Return the recipe with the target's thresholds in its gate and its shape in the bench.
 
         Raises:
-            RecipeError: there is no bound on latency, size or speed, or nothing to choose on.
+            RecipeError: there is no bound on latency, size or speed; the recipe has no rows to
+                choose students on; or the length is above ``data.max_length_tokens``.
         """
         if (self.p99_ms, self.max_mb, self.speedup) == (None, None, None):
             raise RecipeError(
@@ -88,11 +90,11 @@ class Target(Part):
 
 
 class Cost(Part):
-    """What a variant takes; ``speedup`` is over the fastest one of the teacher beside it.
+    """Latency and size of a variant, with its speed relative to the teacher's fastest variant.
 
-    The systems took turns in rounds: ``speedup`` is the median of the ratios of their rounds,
-    ``speedup_range`` encloses them all, and ``spread`` is the slowest round over the fastest.
-    Files of 0.1.0 do not know these two.
+    The systems took turns in rounds. ``speedup`` is the median of the ratios of their rounds, and
+    ``speedup_range`` encloses all ratios. ``spread`` is the time of the slowest round over that of
+    the fastest. Files of version 0.1.0 do not have the last two.
     """
 
     variant: str
@@ -106,7 +108,7 @@ class Cost(Part):
 
 
 class Shortfall(NamedTuple):
-    """A bound that is missed, in words, and by what part of it."""
+    """A bound that is missed, in words, and by which share of the bound."""
 
     words: str
     share: float
@@ -114,7 +116,7 @@ class Shortfall(NamedTuple):
 
 def shortfalls(cost: Cost, target: Target) -> list[Shortfall]:
     """Return the bounds of a target that a variant misses."""
-    found = []
+    missed = []
     megabytes = cost.size_bytes / 1e6
     for name, unit, value, most in (
         ("p99", " ms", cost.p99_ms, target.p99_ms),
@@ -122,20 +124,20 @@ def shortfalls(cost: Cost, target: Target) -> list[Shortfall]:
     ):
         if most is not None and value > most:
             words = f"{name} {value:.2f}{unit}, {value - most:.2f}{unit} above {most:g}{unit}"
-            found.append(Shortfall(words, value / most - 1))
+            missed.append(Shortfall(words, value / most - 1))
     least = target.speedup
     if least is not None and cost.speedup < least:
         words = f"{cost.speedup:.2f} times the teacher's speed, {least - cost.speedup:.2f} below "
-        found.append(Shortfall(f"{words}{least:g}", least / cost.speedup - 1))
-    return found
+        missed.append(Shortfall(f"{words}{least:g}", least / cost.speedup - 1))
+    return missed
 
 
 class Candidate(Part):
-    """A shape, what it costs untrained, and what became of it.
+    """A shape, its costs untrained, and its outcome.
 
-    ``select_score`` is of its last evaluation. ``look`` counts the variants of candidates that were
-    judged on the validation rows, the last of this one included; ``retained_interval`` is widened
-    accordingly.
+    ``select_score`` is the score of its last evaluation. ``look`` is the number of variants that
+    had been judged on the validation rows, the last one of this candidate included;
+    ``retained_interval`` is widened accordingly.
     """
 
     shape: Shape
@@ -152,30 +154,31 @@ class Candidate(Part):
 
     @classmethod
     def measured(cls, shape: Shape, costs: tuple[Cost, ...], target: Target) -> Self:
-        """Return a candidate that has been measured, and may be too costly."""
+        """Return a candidate with its costs, which may be too high for the target."""
         candidate = cls(shape=shape, costs=costs)
         best = candidate.best(target)
-        if not (missed := shortfalls(best, target)):
+        missed = shortfalls(best, target)
+        if not missed:
             return candidate
         words = ", ".join(shortfall.words for shortfall in missed)
         return candidate.ended("too costly", f"{best.variant}: {words}")
 
     def ended(self, outcome: Outcome, reason: str, **facts: Any) -> Self:
-        """Return the candidate with what became of it, and why."""
+        """Return the candidate with its outcome, the reason, and other fields."""
         return self.model_copy(update={"outcome": outcome, "reason": reason, **facts})
 
     def best(self, target: Target) -> Cost:
-        """Return the fastest variant that meets the target; the nearest to it if none does."""
+        """Return the fastest variant that meets the target; if none does, the nearest to it."""
         return min(self.costs, key=lambda cost: (miss(cost, target), cost.p50_ms))
 
 
 def miss(cost: Cost, target: Target) -> float:
-    """Return by what part of it the bound that is missed most is missed; 0 if none is."""
+    """Return the largest shortfall, as a share of its bound; 0 if no bound is missed."""
     return max((shortfall.share for shortfall in shortfalls(cost, target)), default=0.0)
 
 
 class Measurements(Record):
-    """What was measured on this machine, by the fingerprint of what it depends on."""
+    """The costs that were measured on this machine, by the fingerprint of their conditions."""
 
     costs: dict[str, tuple[Cost, ...]]
 
@@ -183,9 +186,8 @@ class Measurements(Record):
 class FitReport(Record):
     """The search for the cheapest student that meets a target, judged on so many ``rows``.
 
-    ``trained`` holds the costs of the teacher's variants and of those of the candidate that came
-    last, both trained and exported, measured together. ``package`` is what to ship: the name of a
-    run and one of its variants.
+    ``trained`` holds the costs of the trained teacher's variants and of the last candidate's
+    variants, measured together. ``package`` names the run and the variant to ship.
     """
 
     recipe: str
@@ -202,33 +204,36 @@ class FitReport(Record):
 
     @property
     def looks(self) -> int:
-        """How many variants of candidates were judged on the validation rows."""
-        return max((each.look or 0 for each in self.candidates), default=0)
+        """The number of variants that were judged on the validation rows."""
+        return max((candidate.look or 0 for candidate in self.candidates), default=0)
 
 
 def insist_found(report: FitReport, folder: Path) -> None:
-    """Stop where no student meets the target.
+    """Stop if no student meets the target.
 
     Raises:
-        GateFailed: says which bound fails by how much, and which candidate is the nearest.
+        GateFailed: names the nearest candidate, and the bound that it misses by how much.
     """
     if report.package:
         return
     target = report.target
-    cheap = [each for each in report.candidates if each.outcome != "too costly"]
-    outcomes = {each.outcome for each in cheap}
+    candidates = report.candidates
+    cheap = [candidate for candidate in candidates if candidate.outcome != "too costly"]
+    outcomes = {candidate.outcome for candidate in cheap}
     if cheap:
-        nearest = max(cheap, key=lambda each: (each.retained or 0.0, each.select_score or 0.0))
+        nearest = max(
+            cheap,
+            key=lambda candidate: (candidate.retained or 0.0, candidate.select_score or 0.0),
+        )
         shown = "shown to be " if "not shown" in outcomes else ""
         words = f"{len(cheap)} shapes are cheap enough and none is {shown}good enough"
     else:
-        nearest = min(report.candidates, key=lambda each: miss(each.best(target), target))
-        words = f"none of {len(report.candidates)} shapes is cheap enough, so none was distilled"
+        nearest = min(candidates, key=lambda candidate: miss(candidate.best(target), target))
+        words = f"none of {len(candidates)} shapes is cheap enough, so none was distilled"
+    more_rows = "give more labelled validation rows, " if "not shown" in outcomes else ""
     raise GateFailed(
         f"no student meets the target ({target}): {words}\n"
         f"  nearest: {nearest.shape}: {nearest.outcome}: {nearest.reason}",
-        hint=f"all are in {folder / 'fit.md'}; "
-        + ("give more labelled validation rows, " if "not shown" in outcomes else "")
-        + "ask for less, allow more data or epochs, or name other shapes with --layers, --heads "
-        "and --feed-forward",
+        hint=f"all are in {folder / 'fit.md'}; {more_rows}ask for less, allow more data or epochs, "
+        "or name other shapes with --layers, --heads and --feed-forward",
     )

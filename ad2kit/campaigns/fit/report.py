@@ -1,4 +1,4 @@
-"""What the search for a student that meets a target found: as tables, and as a plot."""
+"""The result of the search for a student that meets a target: as tables, and as a plot."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def rows(report: FitReport) -> list[tuple[str, ...]]:
         return "" if value is None else format(value, form)
 
     best = min(report.untrained_teacher, key=lambda cost: cost.p50_ms)
-    found = [("teacher", *_figures(best), "", "", "", "")]
-    for each in report.candidates:
-        low, high = each.retained_interval or (None, None)
+    lines = [("teacher", *_figures(best), "", "", "", "")]
+    for candidate in report.candidates:
+        low, high = candidate.retained_interval or (None, None)
         interval = "" if low is None else f"{low:.2%} to {high:.2%}"
-        found.append(
+        lines.append(
             (
-                str(each.shape),
-                *_figures(each.best(report.target)),
-                share(each.select_score, ".4f"),
-                share(each.retained, ".2%"),
+                str(candidate.shape),
+                *_figures(candidate.best(report.target)),
+                share(candidate.select_score, ".4f"),
+                share(candidate.retained, ".2%"),
                 interval,
-                each.outcome,
+                candidate.outcome,
             )
         )
-    return found
+    return lines
 
 
 def trained_rows(report: FitReport) -> list[tuple[str, ...]]:
@@ -57,6 +57,7 @@ def trained_rows(report: FitReport) -> list[tuple[str, ...]]:
 
 
 def _figures(cost: Cost) -> tuple[str, ...]:
+    """Return variant, size, latency and speed of a cost, as text."""
     low, high = cost.speedup_range or (None, None)
     speed = f"{cost.speedup:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
     return (
@@ -72,13 +73,13 @@ TRAINED_HEADER = HEADER[1:6]
 
 
 def tables(report: FitReport) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the rows of each table that has any, by its header."""
-    found = {HEADER: rows(report), TRAINED_HEADER: trained_rows(report)}
-    return {header: lines for header, lines in found.items() if lines}
+    """Return the rows of each table that has any rows, by its header."""
+    all_tables = {HEADER: rows(report), TRAINED_HEADER: trained_rows(report)}
+    return {header: lines for header, lines in all_tables.items() if lines}
 
 
 def caption(report: FitReport) -> str:
-    """Return in words what the tables show."""
+    """Return the caption of the tables, with warnings about the measurement and the interval."""
     target = report.target
     text = (
         f"Target: {target}. Retained: {' and '.join(report.metrics)} on {report.rows} validation "
@@ -87,14 +88,16 @@ def caption(report: FitReport) -> str:
         f"threads of {report.environment['cpu']}; speed against the teacher's fastest variant, "
         "with the range of the rounds."
     )
-    costs = [cost for each in report.candidates for cost in each.costs]
+    costs = [cost for candidate in report.candidates for cost in candidate.costs]
     spread = max(cost.spread for cost in [*report.untrained_teacher, *costs, *report.trained])
     if spread > BUSY_SPREAD:
         text += (
             f" The machine was busy: rounds of the same calls differ by up to {spread:.1f} times. "
             "Delete .shared/measured.json beside the runs, and search again when it is idle."
         )
-    answer = next((each for each in report.candidates if each.outcome == "found"), None)
+    answer = next(
+        (candidate for candidate in report.candidates if candidate.outcome == "found"), None
+    )
     if answer is not None and (answer.retained_interval or (0.0,))[0] < target.retain:
         text += (
             f" The interval of the answer reaches below {target.retain:.2%}; --margin 0 asks for "
@@ -112,18 +115,18 @@ def caption(report: FitReport) -> str:
 def markdown(report: FitReport) -> str:
     """Return the report as a page of Markdown."""
     lines = [f"# {report.recipe}"]
-    for header, found in tables(report).items():
-        lines += ["", *table(header, found)]
+    for header, cells in tables(report).items():
+        lines += ["", *table(header, cells)]
     notes = [
-        f"- {each.shape}: {each.outcome}: {each.reason}"
-        for each in report.candidates
-        if each.reason
+        f"- {candidate.shape}: {candidate.outcome}: {candidate.reason}"
+        for candidate in report.candidates
+        if candidate.reason
     ]
     return "\n".join([*lines, "", caption(report), "", *notes, ""])
 
 
 def plot(report: FitReport, path: Path) -> None:
-    """Draw what each candidate takes and retains, with the teacher and the target."""
+    """Draw latency and retained score of each candidate, with the teacher and the target."""
     from matplotlib.figure import Figure
 
     target = report.target
@@ -142,25 +145,35 @@ def plot(report: FitReport, path: Path) -> None:
         axes.axvline(target.p99_ms, linestyle="--", color="#0072B2")
     elif target.speedup:
         axes.axvline(teacher.p50_ms / target.speedup, linestyle="--", color="#0072B2")
-    for each in report.candidates:
-        if each.retained is not None and each.retained_interval is not None:
-            at = ms(each.best(target))
-            axes.plot([at, at], each.retained_interval, color="#888888", zorder=1)
+    for candidate in report.candidates:
+        if candidate.retained is not None and candidate.retained_interval is not None:
+            x = ms(candidate.best(target))
+            axes.plot([x, x], candidate.retained_interval, color="#888888", zorder=1)
             axes.annotate(
-                str(each.shape),
-                (at, each.retained),
+                str(candidate.shape),
+                (x, candidate.retained),
                 xytext=(7, 5),
                 textcoords="offset points",
                 fontsize=7,
             )
-    # What was not judged on the validation rows has no place on this axis but its foot.
+    # Candidates that were not judged on the validation rows stand at the foot of the axis.
     foot, _ = axes.get_ylim()
     for name, (marker, colour, outcomes) in _GROUPS.items():
-        members = [each for each in report.candidates if each.outcome in outcomes]
-        x = [ms(each.best(target)) for each in members]
-        y = [foot if each.retained is None else each.retained for each in members]
-        if members:
-            axes.plot(x, y, marker, color=colour, label=name, markersize=9, linestyle="none")
+        group = [candidate for candidate in report.candidates if candidate.outcome in outcomes]
+        latencies = [ms(candidate.best(target)) for candidate in group]
+        heights = [
+            foot if candidate.retained is None else candidate.retained for candidate in group
+        ]
+        if group:
+            axes.plot(
+                latencies,
+                heights,
+                marker,
+                color=colour,
+                label=name,
+                markersize=9,
+                linestyle="none",
+            )
     axes.set_xlim(left=0.0)
     axes.set_xlabel(f"{key[:3]} of {target.batch_size} x {target.length_tokens} tokens, ms")
     axes.set_ylabel("retained of the teacher's score")

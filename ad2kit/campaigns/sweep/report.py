@@ -1,4 +1,4 @@
-"""What a sweep found: its trials, one a line, and its report as a record, tables and a plot."""
+"""The result of a sweep: its trials, one a line, and its report as a record, tables and a plot."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Key = tuple[Configuration, int]
 
+# Bootstrap draws for the standard error of a paired difference.
 _DRAWS = 200
 
 HEADER = ("batch", "lr", "radius", "alpha", "finished", "median", "lowest", "highest", "distance")
@@ -33,11 +34,11 @@ SELECTED = ("on validation", "median", "lowest", "highest", "retained")
 
 
 class Trial(Record):
-    """One student of a sweep, and how it ended; a line of ``trials.jsonl``.
+    """One student of a sweep, and its state; a line of ``trials.jsonl``.
 
-    ``run`` is the name of its folder. Score and distance on `select` are those of the update that
-    was kept, or of the best so far; ``criterion`` is the score, the least there is for one that was
-    lost.
+    ``run`` is the name of its folder. Score and distance on `select` are those of the kept update,
+    or of the best update so far. ``criterion`` is the score; it is minus infinity for a trial that
+    was lost.
     """
 
     configuration: Configuration
@@ -52,12 +53,12 @@ class Trial(Record):
 
     @property
     def key(self) -> Key:
-        """What tells it from the other trials of its sweep."""
+        """The configuration and seed, which identify the trial in its sweep."""
         return self.configuration, self.seed
 
     @property
     def ended(self) -> bool:
-        """Whether there is nothing left to do: what failed is tried again, the rest is not."""
+        """Whether the trial is not to be run again; a failed trial is run again."""
         return self.state in ("finished", "stopped", "diverged")
 
 
@@ -75,7 +76,7 @@ class Spread(Part):
 
 
 class ConfigurationResult(Part):
-    """The trials of one configuration, on `select`; None where none was evaluated."""
+    """The trials of one configuration, on `select`; None if no trial was evaluated."""
 
     configuration: Configuration
     trials: int
@@ -95,7 +96,7 @@ class SelectedStudent(Part):
 
 
 class SweepReport(Record):
-    """Every configuration on `select`, and the best of them on the validation set."""
+    """Every configuration on `select`, and the best configuration on the validation set."""
 
     recipe: str
     inputs: str
@@ -118,40 +119,41 @@ class SweepReport(Record):
 
 
 class Ledger:
-    """``trials.jsonl``: what became of each trial, appended as it happens; the last line counts."""
+    """``trials.jsonl``: the states of the trials, each appended as it changes; the last counts."""
 
     def __init__(self, path: Path) -> None:
-        whole = [
+        states = [
             Trial.parse(line.encode(), f"{path}, line {number}")
             for number, line in enumerate(read_lines(path) if path.is_file() else [], start=1)
         ]
         self.path = path
-        self.trials = {trial.key: trial for trial in whole}
+        self.trials = {trial.key: trial for trial in states}
         write_text(path, "".join(f"{trial.model_dump_json()}\n" for trial in self.trials.values()))
 
     def add(self, trial: Trial) -> None:
-        """Write down how a trial stands."""
+        """Append the state of a trial."""
         self.trials[trial.key] = trial
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(f"{trial.model_dump_json()}\n")
 
 
 def by_configuration(trials: Iterable[Trial]) -> list[ConfigurationResult]:
-    """Return the trials of each configuration summed up, the best configuration first.
+    """Return a summary of the trials of each configuration, the best configuration first.
 
-    The best has the highest median criterion over its seeds. One that was stopped counts with what
-    it had reached, one that was lost as the worst.
+    The best has the highest median criterion over its seeds. A stopped trial counts with the score
+    that it had reached, a lost trial as the worst.
     """
     groups: dict[Configuration, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.configuration, []).append(trial)
-    found = [_summary(configuration, group) for configuration, group in groups.items()]
-    return sorted(found, key=lambda each: -each.criterion)
+    results = [_summary(configuration, group) for configuration, group in groups.items()]
+    return sorted(results, key=lambda result: -result.criterion)
 
 
 def _summary(configuration: Configuration, trials: Sequence[Trial]) -> ConfigurationResult:
-    scores = [t.select_score for t in trials if t.select_score is not None]
-    distances = [t.select_distance for t in trials if t.select_distance is not None]
+    """Return the summary of the trials of one configuration."""
+    scores = [trial.select_score for trial in trials if trial.select_score is not None]
+    distances = [trial.select_distance for trial in trials if trial.select_distance is not None]
     return ConfigurationResult(
         configuration=configuration,
         trials=len(trials),
@@ -170,46 +172,51 @@ def select(
 ) -> ConfigurationResult:
     """Return the best configuration by the rule of :mod:`ad2kit.training.selection`.
 
-    Of those whose median score over the seeds is within one standard error of the best (of the
-    paired difference, by 200 bootstrap draws) it is the nearest to the teacher.
+    Candidates are the configurations whose median score over the seeds is within one standard error
+    of the best (the error of the paired difference, from 200 bootstrap draws). The candidate
+    nearest to the teacher is returned.
 
     Args:
-        known: the best first.
-        found: the answers on ``select`` of the finished students of each; of one that was stopped
-            early nothing but the score is known, and it is taken only if that is the best.
-        labels: of ``select``.
-        metrics: their mean is the score.
+        known: the configurations, the best first.
+        found: for each configuration, the answers on ``select`` of its finished students. Of a
+            configuration that was stopped early only the score is known; it is returned only if
+            this score is the best.
+        labels: labels of ``select``.
+        metrics: the metrics whose mean is the score.
     """
-    able = [each for each in known if found[each.configuration]]
-    if known[0] not in able or known[0].select_distance is None:
-        return known[0]
-    models = [model for each in able for model in found[each.configuration]]
+    best = known[0]
+    finished = [result for result in known if found[result.configuration]]
+    if best not in finished or best.select_distance is None:
+        return best
+    models = [model for result in finished for model in found[result.configuration]]
     draws = paired_bootstrap(metrics, models, labels, _DRAWS, seed=0)
-    ends = np.cumsum([len(found[each.configuration]) for each in able])
+    ends = np.cumsum([len(found[result.configuration]) for result in finished])
     medians = [np.median(part, axis=1) for part in np.split(draws, ends[:-1], axis=1)]
     errors = np.array([(median - medians[0]).std() for median in medians])
-    enough = good_enough(np.array([each.criterion for each in able]), errors)
-    near = [each for each, good in zip(able, enough, strict=True) if good]
-    return min(
-        near, key=lambda each: math.inf if each.select_distance is None else each.select_distance
-    )
+    flags = good_enough(np.array([result.criterion for result in finished]), errors)
+    candidates = [result for result, good in zip(finished, flags, strict=True) if good]
+
+    def distance(result: ConfigurationResult) -> float:
+        return math.inf if result.select_distance is None else result.select_distance
+
+    return min(candidates, key=distance)
 
 
 def tables(
     report: SweepReport,
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Return the rows under ``HEADER`` and under ``SELECTED``."""
+    """Return the rows under ``HEADER`` and the rows under ``SELECTED``, as text."""
     configurations: list[tuple[str, ...]] = [
         (
-            f"{each.configuration.batch_size}",
-            f"{each.configuration.lr:.3g}",
-            f"{each.configuration.radius:.3g}",
-            f"{each.configuration.alpha:.3g}",
-            f"{each.finished} of {each.trials}",
-            *_numbers(each.select_score),
-            "" if each.select_distance is None else f"{each.select_distance:.4g}",
+            f"{result.configuration.batch_size}",
+            f"{result.configuration.lr:.3g}",
+            f"{result.configuration.radius:.3g}",
+            f"{result.configuration.alpha:.3g}",
+            f"{result.finished} of {result.trials}",
+            *_numbers(result.select_score),
+            "" if result.select_distance is None else f"{result.select_distance:.4g}",
         )
-        for each in report.configurations
+        for result in report.configurations
     ]
     return configurations, [
         *((name, f"{score:.4f}", "", "", "") for name, score in report.baselines.items()),
@@ -219,17 +226,18 @@ def tables(
 
 
 def _numbers(spread: Spread | None) -> tuple[str, str, str]:
+    """Return median, lowest and highest value as text, empty without a spread."""
     if spread is None:
         return "", "", ""
     return f"{spread.median:.4f}", f"{spread.lowest:.4f}", f"{spread.highest:.4f}"
 
 
 def caption(report: SweepReport) -> str:
-    """Return in words what the tables show, and each trial that was lost."""
+    """Return the caption of the tables, with a line for each lost trial."""
     origin = f"{report.select_rows} rows that were taken from the training data"
     if report.select_from == "validation":
         origin = "the validation rows, as in the paper, which flatters their scores"
-    words = (
+    text = (
         f"{' and '.join(report.metrics)}. Configurations are compared on `select`, here {origin}: "
         "by the median of their score over the seeds; of those within one standard error of the "
         "best (of the paired difference, by bootstrap) the nearest to the teacher is taken: "
@@ -238,7 +246,8 @@ def caption(report: SweepReport) -> str:
         f"teacher's score {report.teacher_score:.4f}."
     )
     counts = {state: sum(trial.state == state for trial in report.trials) for state in _STATES}
-    lines = [words, f"Trials: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}."]
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [text, f"Trials: {states}."]
     lines += [
         f"Lost: {trial.configuration}, seed {trial.seed} ({trial.run}) {trial.state}: "
         f"{trial.message}"
@@ -265,17 +274,17 @@ def plot(report: SweepReport, path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     groups: dict[str, list[tuple[float, Spread]]] = {}
-    for each in report.configurations:
-        point = each.configuration
+    for result in report.configurations:
+        point = result.configuration
         label = f"batch {point.batch_size}, radius {point.radius:.3g}, alpha {point.alpha:.3g}"
         if report.search == "optuna":
             label = f"batch {point.batch_size}"
-        if each.select_score is not None:
-            groups.setdefault(label, []).append((point.lr, each.select_score))
-        if each.select_score is not None and point == report.selected:
+        if result.select_score is not None:
+            groups.setdefault(label, []).append((point.lr, result.select_score))
+        if result.select_score is not None and point == report.selected:
             axes.plot(
                 point.lr,
-                each.select_score.median,
+                result.select_score.median,
                 "*",
                 color="black",
                 markersize=14,
@@ -284,13 +293,14 @@ def plot(report: SweepReport, path: Path) -> None:
             )
     for label, points in sorted(groups.items()):
         points.sort(key=lambda pair: pair[0])
-        middles = [spread.median for _, spread in points]
-        reach = [
+        medians = [spread.median for _, spread in points]
+        distances = [
             [spread.median - spread.lowest for _, spread in points],
             [spread.highest - spread.median for _, spread in points],
         ]
-        line = "o-" if report.search == "grid" else "o"
-        axes.errorbar([lr for lr, _ in points], middles, reach, fmt=line, capsize=3, label=label)
+        style = "o-" if report.search == "grid" else "o"
+        rates = [lr for lr, _ in points]
+        axes.errorbar(rates, medians, distances, fmt=style, capsize=3, label=label)
     axes.axhline(report.teacher_select_score, linestyle="--", color="gray", label="teacher")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")

@@ -1,8 +1,8 @@
-"""Folders kept at an fsspec address as well: ``file://``, ``s3://``, ``gs://``, ``memory://``, ...
+"""Copies of folders at an fsspec address: ``file://``, ``s3://``, ``gs://``, ``memory://``, ...
 
-For trials on machines that share no disk. An object store has no rename of folders, so one file,
-named by the caller, is written last: a folder without it is not there yet. What comes back takes
-its name at the end, and is checked by whoever loads it (each model has its sha256).
+Trials on machines without a shared disk need them. An object store cannot rename folders, so one
+file, named by the caller, is written last: a folder without this file is not complete. A folder
+that is copied back gets its name at the end. Its reader checks it (each model has its sha256).
 """
 
 from __future__ import annotations
@@ -40,7 +40,15 @@ class Mirror:
             ) from error
 
     def send(self, folder: Path, name: str, *, last: str) -> None:
-        """Copy the files of ``folder`` there, ``last`` after all others; hidden ones stay."""
+        """Copy the files of ``folder`` to the address, ``last`` after all others.
+
+        Hidden files are not copied.
+
+        Args:
+            folder: the folder to copy.
+            name: its name at the address.
+            last: the file in it that marks a complete copy.
+        """
         system, root = self._open()
         files = [
             path.relative_to(folder).as_posix()
@@ -50,12 +58,16 @@ class Mirror:
         for file in sorted(files, key=lambda file: file == last):
             target = f"{root}/{name}/{file}"
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            # Under another name first, for stores that write in place.
+            # Under another name first, because some stores write in place.
             system.put_file(str(folder / file), f"{target}.new")
             system.mv(f"{target}.new", target)
 
     def take(self, folder: Path, name: str, *, last: str) -> bool:
-        """Put what was sent as ``name`` at ``folder``, in place of an older one; False if none."""
+        """Copy the folder that was sent as ``name`` to ``folder``, which it replaces.
+
+        Returns:
+            Whether there is a complete copy, that is one with the file ``last``.
+        """
         system, root = self._open()
         base = f"{root}/{name}/"
         if not system.isfile(f"{base}{last}"):
@@ -68,5 +80,6 @@ class Mirror:
         return True
 
     def _open(self) -> tuple[Any, str]:
+        """Return the file system of the address, and the path in it."""
         system, root = fsspec.core.url_to_fs(self.url)
         return system, root.rstrip("/")

@@ -1,11 +1,11 @@
 """Many configurations of one recipe, on Ray Tune: a run folder each, one table at the end.
 
-A trial is an ordinary run, so that what one command has trained serves the next, and a trial whose
-worker died goes on from its own checkpoint: Tune only decides what runs where and, with early
-stopping, what no longer runs. It keeps no state that a restart would need: the run folders and
-``trials.jsonl`` say what is left to do.
+A trial is an ordinary run. So a later command uses the trained students again, and a trial whose
+worker died goes on from its own checkpoint. Tune only decides where a trial runs and, with early
+stopping, when it stops. Tune keeps no state that a restart would need: the run folders and
+``trials.jsonl`` show what is left to do.
 
-Which configuration wins is decided on `select`; the validation set judges the winner alone.
+`select` decides which configuration wins; only the winner is judged on the validation set.
 """
 
 from __future__ import annotations
@@ -64,21 +64,22 @@ def sweep(
 ) -> tuple[SweepReport, Path]:
     """Search the space of the recipe's sweep section, judge the best, write the report.
 
-    Trials that have ended are not repeated; those that had begun go on where they stopped.
+    Trials that have ended are not repeated; trials that have begun go on where they stopped.
 
     Args:
-        recipe: the run of a trial but for batch size, learning rate, radius, alpha and seed.
-        runs_dir: where the runs lie.
+        recipe: the recipe of all trials, which differ in batch size, learning rate, radius, alpha
+            and seed.
+        runs_dir: the folder of the runs.
         address: HOST:PORT of a Ray cluster; this machine's cores and GPUs if None.
-        storage: an fsspec address that finished runs are copied to, for workers whose
-            ``runs_dir`` is not this one.
+        storage: an fsspec address to which finished runs are copied, for workers that have another
+            disk for ``runs_dir``.
         allow_inexact: see :func:`ad2kit.training.distill.distill`.
 
     Returns:
-        The report, and the folder that it was written to, with a table and a plot.
+        The report, and its folder, which also holds a table and a plot.
 
     Raises:
-        RecipeError: a configuration is no valid recipe.
+        RecipeError: a configuration is not a valid recipe.
         RunError: another process works on this sweep.
         UserError: no cluster at the address, no such storage, or no trial finished.
         GateFailed: the teacher is not worth imitating; see :func:`ad2kit.training.distill.distill`.
@@ -95,7 +96,7 @@ def sweep(
     inputs = fingerprint(recipe.model_dump(mode="json"))
     folder = runs_dir / f"sweep-{recipe.name}-{inputs[:8]}"
     for configuration in recipe.sweep.grid(recipe.distill):
-        job.recipe_of(configuration, recipe.seed)  # all are checked before the first is trained
+        job.recipe_of(configuration, recipe.seed)  # checks all before the first is trained
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), ExitStack() as stack:
         search = _Sweep(job, Ledger(folder / "trials.jsonl"), address, stack)
@@ -110,28 +111,34 @@ def sweep(
 
 
 class _Sweep:
-    """The trials of a sweep; Ray is started when the first of them has to run."""
+    """The trials of a sweep; Ray is started when the first trial has to run."""
 
     def __init__(self, job: Job, ledger: Ledger, address: str | None, stack: ExitStack) -> None:
-        self.job, self.ledger, self.address, self.stack = job, ledger, address, stack
+        self.job = job
+        self.ledger = ledger
+        self.address = address
+        self.stack = stack
         self.started: Tuning | None = None
 
     def trials(self) -> list[Trial]:
         return list(self.ledger.trials.values())
 
     def explore(self) -> list[Trial]:
-        """Train what the recipe asks for; return the trials that decide on a configuration."""
-        distill, space, seeds = self.job.recipe.distill, self.job.recipe.sweep, self.job.seeds()
+        """Train the recipe's configurations; return the trials that decide between them."""
+        distill = self.job.recipe.distill
+        space = self.job.recipe.sweep
+        seeds = self.job.seeds()
         early_stopping = space.early_stopping
         if space.search == "grid":
             points = space.grid(distill)
-            self.train(((p, s) for s in seeds for p in points), early_stopping=early_stopping)
+            keys = ((point, seed) for seed in seeds for point in points)
+            self.train(keys, early_stopping=early_stopping)
             return self.trials()
 
         def drawn() -> list[Trial]:
             return [trial for trial in self.trials() if trial.seed == seeds[0]]
 
-        # First those that a search before this one had drawn.
+        # The trials that an earlier search has drawn come first.
         self.train([trial.key for trial in drawn()], early_stopping=early_stopping)
         left = space.trials - len(drawn())
         if left > 0:
@@ -140,15 +147,16 @@ class _Sweep:
         return drawn()
 
     def train(self, keys: Iterable[Key], *, early_stopping: bool = False) -> None:
-        """Train the students of some configurations and seeds, but those that have ended.
+        """Train the students of some configurations and seeds, without those that have ended.
 
-        One that was stopped early goes on if nothing is to be stopped now.
+        A trial that was stopped early goes on if ``early_stopping`` is off.
         """
         left = [key for key in keys if not self._has_ended(key, early_stopping)]
         if left:
             self._tuning().train(left, early_stopping=early_stopping)
 
     def _has_ended(self, key: Key, early_stopping: bool) -> bool:
+        """Tell whether a trial need not run again; a finished one must still have its files."""
         trial = self.ledger.trials.get(key)
         if trial is None or trial.state in ("begun", "failed"):
             return False
@@ -158,12 +166,12 @@ class _Sweep:
         return trial.state == "diverged" or early_stopping
 
     def _tuning(self) -> Tuning:
-        """Connect to Ray and make the teacher of all students, once."""
+        """Return the connection to Ray; the first call connects and makes the teacher."""
         if self.started is None:
             job = self.job
             self.stack.enter_context(ray_cluster(self.address))
             resources = trial_resources(job.recipe.compute)
-            # No trial has begun before the teacher was there for all.
+            # If there are trials, the teacher was made before the first of them began.
             if not (self.ledger.trials and job.has_teacher()):
                 _teach(job, resources)
             self.started = Tuning(
@@ -177,7 +185,11 @@ class _Sweep:
 
 
 def _teach(job: Job, resources: dict[str, float]) -> None:
-    """Make the teacher in one worker, before all of them would."""
+    """Make the teacher of all students in one worker, before the trials start.
+
+    Raises:
+        UserError, GateFailed: the worker's error, or the worker died too often.
+    """
     task = ray.remote(make_teacher).options(
         num_cpus=resources["cpu"], num_gpus=resources["gpu"], max_retries=RESTARTS
     )
@@ -195,25 +207,31 @@ def _teach(job: Job, resources: dict[str, float]) -> None:
 
 
 def _best(job: Job, data: Data, trials: list[Trial]) -> Configuration:
-    """Return the best configuration; see :func:`ad2kit.campaigns.sweep.report.select`."""
-    known = [each for each in by_configuration(trials) if each.criterion > -math.inf]
-    if not known:
+    """Return the best configuration; see :func:`ad2kit.campaigns.sweep.report.select`.
+
+    Raises:
+        UserError: no configuration has students for most of its seeds.
+    """
+    results = [result for result in by_configuration(trials) if result.criterion > -math.inf]
+    if not results:
         raise _all_lost("no configuration has students for most of its seeds", trials)
-    found = {
-        each.configuration: [
+    select_answers = {
+        result.configuration: [
             answers(data.task, shared.read_logits(job.run(*trial.key).select_logits).numpy())
             for trial in trials
-            if trial.configuration == each.configuration and trial.state == "finished"
+            if trial.configuration == result.configuration and trial.state == "finished"
         ]
-        for each in known
+        for result in results
     }
-    return select(known, found, data.select.labels, job.recipe.data.judged_by).configuration
+    best = select(results, select_answers, data.select.labels, job.recipe.data.judged_by)
+    return best.configuration
 
 
-def _all_lost(what: str, trials: list[Trial]) -> UserError:
+def _all_lost(fault: str, trials: list[Trial]) -> UserError:
+    """Return an error that names a fault of the sweep and the first lost trial."""
     lost = next(trial for trial in trials if trial.state in ("diverged", "failed"))
     return UserError(
-        f"{what}; the first that was lost, {lost.run} ({lost.configuration}), {lost.state}: "
+        f"{fault}; the first that was lost, {lost.run} ({lost.configuration}), {lost.state}: "
         f"{lost.message}",
         hint="mend that, or search elsewhere, for example with sweep.lrs=[1e-5,5e-5]",
     )
@@ -222,17 +240,23 @@ def _all_lost(what: str, trials: list[Trial]) -> UserError:
 def _report(
     job: Job, data: Data, inputs: str, trials: list[Trial], best: Configuration
 ) -> SweepReport:
-    """Judge the finished students of the best configuration on the validation set."""
+    """Judge the finished students of the best configuration on the validation set.
+
+    Raises:
+        UserError: none has finished.
+    """
     recipe = job.recipe
     validation = ValidationScores(recipe, data, job.runs_dir)
-    students, distilled, teacher = list[SelectedStudent](), list[DistillReport](), 0.0
-    simpler = dict[str, float]()
+    students = list[SelectedStudent]()
+    distilled = list[DistillReport]()
+    teacher_score = 0.0
+    baselines = dict[str, float]()
     for trial in trials:
         if trial.configuration == best and trial.state == "finished":
             run = job.run(*trial.key)
             distilled.append(DistillReport.read(run.distill_report))
-            teacher = validation.score(validation.answers(run.teacher))
-            simpler = baseline_scores(run)
+            teacher_score = validation.score(validation.answers(run.teacher))
+            baselines = baseline_scores(run)
             students.append(
                 SelectedStudent(
                     seed=trial.seed,
@@ -254,13 +278,13 @@ def _report(
         rows=len(data.validation),
         teacher_sha256=distilled[0].teacher_sha256,
         teacher_select_score=distilled[0].teacher_select_score,
-        teacher_score=teacher,
-        baselines=simpler,
+        teacher_score=teacher_score,
+        baselines=baselines,
         trials=tuple(trials),
         configurations=tuple(by_configuration(trials)),
         selected=best,
         students=tuple(students),
         score=score,
-        retained=score.median / teacher if teacher > 0 else 0.0,
+        retained=score.median / teacher_score if teacher_score > 0 else 0.0,
         environment=distilled[0].environment,
     )

@@ -1,4 +1,4 @@
-"""One student of a sweep, in a worker: an ordinary run, that reports to Ray Tune as it goes."""
+"""One student of a sweep, in a worker: an ordinary run that reports to Ray Tune as it trains."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from ad2kit.training.records import StepRecord
 
 _CAMPAIGN = CampaignRecord(command="ad2kit sweep")
-# A worker whose driver was killed may live on for a moment.
+# A worker whose driver was killed may live on for so long.
 _SECONDS_TO_DIE = 60.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to know beside the configuration of its trial."""
+    """The inputs of a worker that all trials of a sweep share."""
 
     recipe: Recipe
     runs_dir: Path
@@ -61,7 +61,7 @@ class Job:
         return run_folder(self.recipe_of(*key), self.runs_dir).name
 
     def run(self, configuration: Configuration, seed: int) -> RunDir:
-        """Return the run of one trial, taken back from the storage if it is finished there."""
+        """Return the run of one trial; it is copied from the storage if it is finished there."""
         recipe = self.recipe_of(configuration, seed)
         run = open_run(recipe, self.runs_dir, campaign=_CAMPAIGN)
         if self.mirror and not run.distill_report.is_file():
@@ -71,9 +71,12 @@ class Job:
         return run
 
     def enter(self, configuration: Configuration, seed: int) -> RunDir:
-        """Return the run of one trial in a worker: where the driver is, and with its teacher."""
+        """Return the run of one trial in a worker.
+
+        The worker takes the driver's working directory, and the run the teacher of the storage.
+        """
         if self.working_dir.is_dir():
-            os.chdir(self.working_dir)  # relative paths of the recipe are meant from there
+            os.chdir(self.working_dir)  # relative paths of the recipe start there
         run = self.run(configuration, seed)
         run.wait_until_free(_SECONDS_TO_DIE)
         if self.mirror and not (run.teacher / text_model.MANIFEST).is_file():
@@ -82,27 +85,27 @@ class Job:
         return run
 
     def first(self) -> Key:
-        """Return the trial in whose run the teacher is made."""
+        """Return the key of the trial in whose run the teacher is made."""
         return self.recipe.sweep.grid(self.recipe.distill)[0], self.recipe.seed
 
     def has_teacher(self) -> bool:
-        """Whether the teacher lies in that run, on this machine."""
+        """Tell whether the teacher is in that run, on this machine."""
         return (self.run(*self.first()).teacher / text_model.MANIFEST).is_file()
 
     def teacher_name(self) -> str:
-        """Return what the teacher is called in the storage."""
+        """Return the name of the teacher in the storage, from all that determines its weights."""
         sections = {"seed", "data", "teacher"}
         not_weights = {"teacher": {"accept"}}
-        shared = self.recipe.model_dump(mode="json", include=sections, exclude=not_weights)
-        return f"teacher-{fingerprint(shared, self.recipe.compute.precision)[:16]}"
+        inputs = self.recipe.model_dump(mode="json", include=sections, exclude=not_weights)
+        return f"teacher-{fingerprint(inputs, self.recipe.compute.precision)[:16]}"
 
 
 def make_teacher(job: Job) -> tuple[type[UserError | GateFailed], str, str] | None:
     """Make the teacher in the run of the first trial, and send it to the storage.
 
     Returns:
-        Kind, message and hint where the user has to do something: an error of ours would not reach
-        the other process whole.
+        Type, message and hint of an error that the user has to handle, else None. The exception
+        itself would lose its fields on the way to the other process.
     """
     try:
         run = job.enter(*job.first())
@@ -121,58 +124,60 @@ def make_teacher(job: Job) -> tuple[type[UserError | GateFailed], str, str] | No
 
 
 def run_trial(job: Job, point: dict[str, Any]) -> dict[str, Any]:
-    """Train one student in a worker, from wherever its run folder stands.
+    """Train one student in a worker, from the state of its run folder.
 
-    The evaluations that the folder has on record are reported first, so that the scheduler can
-    compare them after a restart. The last is not reported but returned: no scheduler may stop a
-    student that is trained and not saved yet.
+    The recorded evaluations of the folder are reported first, so that the scheduler can compare
+    them after a restart. The last evaluation is not reported but returned: the scheduler must not
+    stop a student that is trained but not saved yet.
 
     Returns:
-        The fields of its :class:`~ad2kit.campaigns.sweep.report.Trial`, and how far it has come.
+        The fields of its :class:`~ad2kit.campaigns.sweep.report.Trial`, and its ``progress``.
     """
     point = dict(point)
     seed = point.pop("seed")
-    told: dict[str, Any] = {"progress": 0, "evaluations": 0, "criterion": -math.inf}
+    facts: dict[str, Any] = {"progress": 0, "evaluations": 0, "criterion": -math.inf}
 
-    def tell(record: StepRecord) -> None:
+    def report_evaluation(record: StepRecord) -> None:
         if record.phase != "student" or record.select_score is None:
             return
         progress = -(-record.step * job.recipe.distill.parts // record.total_steps)
-        if progress <= told["progress"]:
+        if progress <= facts["progress"]:
             return
-        told.update(progress=progress, evaluations=told["evaluations"] + 1)
-        if record.select_score >= told["criterion"]:
-            told.update(
+        facts.update(progress=progress, evaluations=facts["evaluations"] + 1)
+        if record.select_score >= facts["criterion"]:
+            facts.update(
                 criterion=record.select_score,
                 select_score=record.select_score,
                 select_distance=record.select_distance,
             )
         if record.step < record.total_steps:
-            tune.report(dict(told))
+            tune.report(dict(facts))
 
     try:
         run = job.enter(Configuration.model_validate(point), seed)
         for record in read_curve(run.curve("student")):
-            tell(record)
-        report = distill(run, on_step=tell, allow_inexact=job.allow_inexact)
+            report_evaluation(record)
+        report = distill(run, on_step=report_evaluation, allow_inexact=job.allow_inexact)
         if job.mirror:
             job.mirror.send(run.path, run.path.name, last=run.distill_report.name)
     except DivergedError as error:
-        return told | {"state": "diverged", "message": error.message, "criterion": -math.inf}
-    except Exception as error:  # it is in the report, and ends this trial alone
-        return told | {"state": "failed", "message": _explain(error), "criterion": -math.inf}
-    score, selection = report.student_select_score, report.selection
-    told |= {"criterion": score, "select_score": score}
-    return told | {
+        return facts | {"state": "diverged", "message": error.message, "criterion": -math.inf}
+    except Exception as error:  # it goes into the report, and ends only this trial
+        return facts | {"state": "failed", "message": _explain(error), "criterion": -math.inf}
+    score = report.student_select_score
+    selection = report.selection
+    facts |= {"criterion": score, "select_score": score}
+    return facts | {
         "state": "finished",
         "select_distance": selection.kept.distance if selection else None,
     }
 
 
 def _explain(error: Exception) -> str:
+    """Return the message of an error; of an unexpected one also its type and place."""
     if isinstance(error, UserError):
         return error.message
     if no_room_left(error):
         return f"the disk is full, or a file is larger than allowed: {error}"
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"

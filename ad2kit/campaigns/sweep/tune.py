@@ -1,9 +1,9 @@
-"""Ray Tune, as far as a sweep uses it: which trial runs where, and which stops early.
+"""The part of Ray Tune that a sweep uses: where trials run, and which trials stop early.
 
 The trainable is called with the ``trial`` of a config: the fields of a configuration, and a seed.
-It reports ``progress``, of as many parts as it has, and the fields of
-:class:`ad2kit.campaigns.sweep.report.Trial` that it knows, and returns them with a ``state`` at its
-end; what it raises counts as the death of its worker.
+It reports ``progress``, the number of its parts that are done, and the fields of
+:class:`ad2kit.campaigns.sweep.report.Trial` that it knows. At its end it returns these with a
+``state``. An exception counts as the death of its worker.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often a trial goes on after its worker died.
+# How many times a trial goes on after its worker died.
 RESTARTS = 3
+# ASHA continues one of so many trials at each of its decisions.
 _REDUCTION = 3
 
 
 def trial_resources(compute: ComputeRecipe) -> dict[str, float]:
-    """Return what one trial takes of the connected cluster: cores, and a GPU where there is one.
+    """Return the resources of one trial in the connected cluster: cores, and a GPU if it has one.
 
-    Without ``compute.threads`` a trial takes all cores of a node, as training does anywhere else,
-    or the cores' share of one of its GPUs.
+    Without ``compute.threads`` a trial takes all cores of a node, like any training; on a node with
+    several GPUs it takes one GPU's share of the cores.
 
     Raises:
-        UserError: no node has so many cores, or no node a GPU that the recipe insists on.
+        UserError: no node has so many cores, or the recipe requires a GPU and no node has one.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    node = max(nodes, key=lambda each: (each.get("GPU", 0), each.get("CPU", 0)))
+    node = max(nodes, key=lambda resources: (resources.get("GPU", 0), resources.get("CPU", 0)))
     gpus = 0.0 if compute.device == "cpu" else node.get("GPU", 0.0)
     if compute.device == "cuda" and not gpus:
         raise UserError(
@@ -52,26 +53,26 @@ def trial_resources(compute: ComputeRecipe) -> dict[str, float]:
             hint="set compute.device=cpu, or see `ray status`",
         )
     cores = node.get("CPU", 0.0)
-    wanted = compute.threads or max(1, int(cores // max(gpus, 1)))
-    if wanted > cores:
+    trial_cores = compute.threads or max(1, int(cores // max(gpus, 1)))
+    if trial_cores > cores:
         raise UserError(
-            f"a trial takes {wanted} cores (compute.threads), but the largest node of the Ray "
+            f"a trial takes {trial_cores} cores (compute.threads), but the largest node of the Ray "
             f"cluster has {cores:.0f}",
             hint=f"set compute.threads={max(1, int(cores))}",
         )
-    return {"cpu": float(wanted), "gpu": min(gpus, 1.0)}
+    return {"cpu": float(trial_cores), "gpu": min(gpus, 1.0)}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Runs trials on the connected cluster and writes into the ledger how each stands.
+    """Runs trials on the connected cluster, and writes their states into the ledger.
 
     Args:
-        trainable: runs one trial in a worker; see the module.
-        ledger: takes the trials.
+        trainable: runs one trial in a worker; see the docstring of the module.
+        ledger: receives the states of the trials.
         run_name: returns the name of the run folder of a trial.
-        resources: of one trial; see :func:`trial_resources`.
-        parts: of one trial, which its ``progress`` counts.
+        resources: resources of one trial; see :func:`trial_resources`.
+        parts: number of parts of one trial, which its ``progress`` counts.
     """
 
     trainable: Callable[[dict[str, Any]], dict[str, Any]]
@@ -94,22 +95,25 @@ class Tuning:
         *,
         early_stopping: bool,
     ) -> None:
-        """Run trials of configurations that Optuna draws, given those that it was told of.
+        """Run trials of configurations that Optuna draws, given the results of earlier trials.
 
         Args:
-            values: of each field of a configuration; see :class:`ad2kit.run.sections.SweepRecipe`.
+            values: values of each field of a configuration; see
+                :class:`ad2kit.run.sections.SweepRecipe`.
             told: earlier trials.
-            trials: how many to draw.
-            seed: of the draws, and of the trials.
-            early_stopping: whether ASHA may stop some.
+            trials: number of configurations to draw.
+            seed: seed of the draws, and of the trials.
+            early_stopping: whether ASHA may stop trials.
         """
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space, free = dict[str, Any](seed=seed), list[str]()
+        space = dict[str, Any](seed=seed)
+        free = list[str]()  # fields with more than one value
         for name, choices in values.items():
-            low, high = min(choices), max(choices)
+            low = min(choices)
+            high = max(choices)
             if low == high:
                 space[name] = low
                 continue
@@ -121,7 +125,7 @@ class Tuning:
         points = [
             {f"trial/{name}": getattr(trial.configuration, name) for name in free} for trial in told
         ]
-        # Another seed after a restart, or the first draws would be those of the first start.
+        # Another seed after a restart, or the first draws of the first start would come again.
         sampler = OptunaSearch(
             metric="criterion",
             mode="max",
@@ -132,6 +136,7 @@ class Tuning:
         self._fit({"trial": space}, early_stopping, num_samples=trials, search_alg=sampler)
 
     def _fit(self, space: dict[str, Any], early_stopping: bool, **settings: Any) -> None:
+        """Run the trials of a search space, with more settings of Tune."""
         if early_stopping and self.parts > 1:
             settings["scheduler"] = ASHAScheduler(
                 time_attr="progress",
@@ -146,7 +151,7 @@ class Tuning:
         def unpacked(config: dict[str, Any]) -> dict[str, Any]:
             return trainable(config["trial"])
 
-        # What Tune writes for a restart of its own is not needed: the ledger and the runs are.
+        # Tune's own files for a restart are not needed, because the ledger and the runs are kept.
         with tempfile.TemporaryDirectory(prefix="ad2kit-sweep-") as scratch:
             tune.Tuner(
                 tune.with_resources(unpacked, self.resources),
@@ -162,17 +167,18 @@ class Tuning:
 
 
 class _Watch(tune.Callback):
-    """Writes the ledger, and says what happens."""
+    """Writes the states of trials into the ledger and the log."""
 
     def __init__(self, ledger: Ledger, run_name: Callable[[Key], str]) -> None:
-        self.ledger, self.run_name = ledger, run_name
+        self.ledger = ledger
+        self.run_name = run_name
 
     def on_trial_start(self, *, trial: Any, **_: Any) -> None:
         self.ledger.add(self._record(trial, {}))
 
     def on_trial_result(self, *, trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "state" not in result:
-            _say(self._record(trial, result))
+            _log(self._record(trial, result))
 
     def on_trial_recover(self, *, trial: Any, **_: Any) -> None:
         record = self._record(trial, {})
@@ -186,26 +192,30 @@ class _Watch(tune.Callback):
         self._end(self._record(trial, {"state": "failed", "message": message}))
 
     def _record(self, trial: Any, result: Mapping[str, Any]) -> Trial:
+        """Return the record of one of Tune's trials with the fields of a result."""
         point = dict(trial.config["trial"])
-        key = (
-            Configuration(**{name: point[name] for name in Configuration.model_fields}),
-            point["seed"],
-        )
-        known = {name: result[name] for name in Trial.model_fields if name in result}
-        return Trial(configuration=key[0], seed=key[1], run=self.run_name(key), **known)
+        fields = {name: point[name] for name in Configuration.model_fields}
+        configuration = Configuration(**fields)
+        seed = point["seed"]
+        run = self.run_name((configuration, seed))
+        facts = {name: result[name] for name in Trial.model_fields if name in result}
+        return Trial(configuration=configuration, seed=seed, run=run, **facts)
 
     def _end(self, record: Trial) -> None:
+        """Write the final state of a trial into the ledger and the log."""
         self.ledger.add(record)
-        _say(record)
+        _log(record)
 
 
-def _say(record: Trial) -> None:
+def _log(record: Trial) -> None:
+    """Log the state of a trial and its score in one line."""
     state = "" if record.state == "begun" else f" {record.state}"
     score = "" if record.select_score is None else f", select {record.select_score:.4f}"
-    why = f": {record.message}" if record.message else ""
-    at = f" evaluation {record.evaluations}"
-    logger.info("%s:%s%s%s%s", _name(record), state, at, score, why)
+    reason = f": {record.message}" if record.message else ""
+    evaluation = f" evaluation {record.evaluations}"
+    logger.info("%s:%s%s%s%s", _name(record), state, evaluation, score, reason)
 
 
 def _name(record: Trial) -> str:
+    """Return configuration and seed of a trial, as the log names it."""
     return f"{record.configuration}, seed {record.seed}"
