@@ -4,11 +4,11 @@
 
 The sentences were written before the embedded grammar (`ad2kit/data/demo_reviews.py`) got the
 templates that it has now, and none of them is one of its texts: they ask what carries over from the
-grammar to English. Mistakes of two teachers here said which kinds of sentences the grammar lacked
-(plural subjects, plain verbs that are negated, warnings, disappointed hopes); it got them in other words.
-Each was labelled by hand; 30 are negative, 30 positive. RUN is a run on the embedded opinions, by
-default that of `make demo`; the variant that it ships answers. Prints what was answered wrong, and
-how many are right. Exit code 1 if these are fewer than 52.
+grammar to English. Mistakes of two teachers here said which kinds of sentences the grammar
+lacked (plural subjects, plain verbs that are negated, warnings, disappointed hopes); it got them in
+other words. Each was labelled by hand; 30 are negative, 30 positive. RUN is a run on the embedded
+opinions, by default that of `make demo`; the variant that it ships answers. Prints what was
+answered wrong, and how many are right. Exit code 1 if these are fewer than 52.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.exporting.fuse import fuse, to_fp16
 from ad2kit.exporting.int8 import Way, quantize
 from ad2kit.run.errors import ModelError, RecipeError
-from ad2kit.run.records import Part
 from ad2kit.run.sections import StudentRecipe
 from ad2kit.training import students
 from ad2kit.training.students import build_student, check_layers
@@ -22,26 +22,6 @@ if TYPE_CHECKING:
 # Shares of the teacher's layers, and of its heads and neurons, unless the user names numbers.
 _DEPTHS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
 _WIDTHS = (1, 1 / 2)
-
-
-class Shape(Part):
-    """Layers of the teacher, and the number of heads and feed-forward neurons of each layer."""
-
-    layers: tuple[int, ...]
-    attention_heads: int
-    feed_forward: int
-
-    def __str__(self) -> str:
-        layers = f"{len(self.layers)} layer" + "s" * (len(self.layers) > 1)
-        return f"{layers}, {self.attention_heads} heads, feed-forward {self.feed_forward}"
-
-
-class Grid(Part):
-    """Numbers of layers, heads and feed-forward neurons to combine; empty means the defaults."""
-
-    layers: tuple[int, ...] = ()
-    attention_heads: tuple[int, ...] = ()
-    feed_forward: tuple[int, ...] = ()
 
 
 def whole(teacher: TextModel) -> Shape:

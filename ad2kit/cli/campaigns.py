@@ -103,7 +103,7 @@ def fit(
     """
     from ad2kit.campaigns.fit import fit as campaign
     from ad2kit.campaigns.fit.records import Target, insist_found
-    from ad2kit.campaigns.shapes import Grid
+    from ad2kit.campaigns.records import Grid
     from ad2kit.cli.show import print_fit, show_messages, training_progress
     from ad2kit.run.recipe import load_recipe
 

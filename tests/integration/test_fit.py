@@ -12,7 +12,7 @@ import pytest
 from ad2kit.campaigns.fit.fit import fit
 from ad2kit.campaigns.fit.looks import Looks, lost_on_select
 from ad2kit.campaigns.fit.records import FitReport, Target, insist_found
-from ad2kit.campaigns.shapes import Grid
+from ad2kit.campaigns.records import Grid
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.records import QuantisationSearch
 from ad2kit.gate.records import LatencyReport, ParityReport, RowAnswers

@@ -19,7 +19,7 @@ from ad2kit.campaigns.fit.records import (
     shortfalls,
 )
 from ad2kit.campaigns.fit.report import caption, markdown, plot, rows
-from ad2kit.campaigns.shapes import Grid, Shape
+from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.cli.options import numbers
 from ad2kit.data.metrics import retained_interval
 from ad2kit.run.errors import GateFailed, ModelError, RecipeError, UserError
@@ -353,7 +353,7 @@ def test_what_was_measured_is_not_measured_again_and_the_baseline_has_speed_one(
 
     def stopwatch(**changes: float | None) -> Stopwatch:
         aim = target(**changes)
-        return Stopwatch(recipe, aim, tmp_path / "shared" / "m.json", clock, vocabulary=50)
+        return Stopwatch(recipe, aim, tmp_path / "shared" / "m.json", 50, clock=clock)
 
     first = stopwatch().measure("a shape", systems, ["fused"])
     assert [each.p50_ms for each in first] == pytest.approx([1.0, 2.0])
@@ -380,17 +380,17 @@ def test_a_busy_machine_is_measured_again_and_called_so(
         return {"teacher": (lambda _ids: None, 4), "int8": (lambda _ids: None, 2)}
 
     file = tmp_path / "shared" / "m.json"
-    busy = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
+    busy = Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock)
     found = busy.measure("a shape", systems, ["teacher"])
     assert [each.spread for each in found] == [2, 2]  # the calmest of the three
     assert [each.speedup for each in found] == [1, 1]  # they took turns
     assert "others use this machine" in caplog.text
     # A search that goes on decides as before, unless it is told to measure again.
-    again = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
+    again = Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock)
     assert again.measure("a shape", systems, ["teacher"]) == found
     assert f"delete {file}" in caplog.text
     file.unlink()
-    idle = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
+    idle = Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock)
     assert [each.spread for each in idle.measure("a shape", systems, ["teacher"])] == [1, 1]
     text = caption(report(target()).model_copy(update={"untrained_teacher": found}))
     assert "The machine was busy: rounds of the same calls differ by up to 2.0 times" in text
@@ -411,13 +411,13 @@ def test_two_searches_at_once_keep_what_the_other_has_measured(tmp_path: Path) -
         return {"fused": (lambda _ids: None, 2)}
 
     ours, theirs, third = (
-        Stopwatch(load_recipe("smoke"), target(), file, clock, 50) for _ in range(3)
+        Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock) for _ in range(3)
     )
     ours.measure("one shape", systems)
     theirs.measure("another", systems)
     third.measure("a third", systems)
     assert len(measured) == 3
-    last = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
+    last = Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock)
     for shape_name in ("one shape", "another", "a third"):
         last.measure(shape_name, systems)
     assert len(measured) == 3
@@ -437,10 +437,12 @@ def test_what_was_measured_first_counts_for_all(tmp_path: Path) -> None:
     def systems() -> dict[str, System]:
         return {"fused": (lambda _ids: None, 2)}
 
-    ours, theirs = (Stopwatch(load_recipe("smoke"), target(), file, clock, 50) for _ in range(2))
+    ours, theirs = (
+        Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock) for _ in range(2)
+    )
     first = ours.measure("one shape", systems)
     assert theirs.measure("one shape", systems) == first  # though it has measured something else
-    again = Stopwatch(load_recipe("smoke"), target(), file, clock, 50)
+    again = Stopwatch(load_recipe("smoke"), target(), file, 50, clock=clock)
     assert again.measure("one shape", systems) == first
 
 

@@ -81,8 +81,9 @@ def test_the_control_sees_torch() -> None:
     [
         "import ad2kit",
         "import ad2kit.service.batcher, ad2kit.exporting.classifier",
+        "import ad2kit.campaigns.fit.records, ad2kit.campaigns.sweep.report",
         "import ad2kit.scoring.score, ad2kit.scoring.parquet_blocks, ray.data",
-        "import ad2kit.run.recipe; ad2kit.run.recipe.load('demo')",
+        "import ad2kit.run.recipe; ad2kit.run.recipe.load_recipe('demo')",
     ],
 )
 def test_the_serving_path_imports_no_training_library(code: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.campaigns.fit.records import Cost, Measurements
+from ad2kit.gate.latency import time_rounds
 from ad2kit.gate.records import BUSY_SPREAD
 from ad2kit.run.files import fingerprint, write_record
 from ad2kit.run.machine import available_cpus, environment
@@ -40,8 +41,8 @@ class Stopwatch:
         recipe: gives threads, seed, and the seconds for a system.
         target: gives the number of texts and their length.
         file: the file of the measurements, in the folder that runs share.
-        clock: times calls, see :func:`ad2kit.gate.latency.time_rounds`.
         vocabulary: number of token ids to draw from.
+        clock: times calls.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class Stopwatch:
         recipe: Recipe,
         target: Target,
         file: Path,
-        clock: Callable[[dict[str, Call], NDArray[np.int64], float], dict[str, list[list[float]]]],
         vocabulary: int,
+        *,
+        clock: Callable[
+            [dict[str, Call], NDArray[np.int64], float], dict[str, list[list[float]]]
+        ] = time_rounds,
     ) -> None:
         self.threads = recipe.compute.threads or available_cpus()
         self.surroundings = environment(self.threads)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ad2kit.campaigns.fit.costs import System
-    from ad2kit.campaigns.shapes import Grid, Shape
+    from ad2kit.campaigns.records import Grid, Shape
     from ad2kit.data.splits import Data
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.recipe import Recipe
@@ -110,8 +110,7 @@ def fit(
         recipe,
         target,
         runs_dir / ".shared" / "measured.json",
-        latency.time_rounds,
-        vocabulary=teacher.module.config.vocab_size,
+        teacher.module.config.vocab_size,
     )
     search = _ShapeSearch(
         recipe,

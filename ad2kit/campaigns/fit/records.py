@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from ad2kit.campaigns.shapes import Grid, Shape
+from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.run.errors import GateFailed, RecipeError
 from ad2kit.run.recipe import Recipe, from_data
 from ad2kit.run.records import Part, Record
