@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ad2kit.service.bento import package
     from ad2kit.training.distill import distill
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "__version__",
