@@ -219,7 +219,7 @@ def keys_of(path: Path) -> list[str]:
 
 
 def _strip(text: str) -> str:
-    """Return a text without blanks at its ends; other white space is not valid in a key."""
+    """Return a text without the spaces, tabs and line ends around it."""
     return text.strip(" \t\r\n")
 
 
