@@ -1,1 +1,1 @@
-"""What is typed, and what is seen."""
+"""The command line: commands, their options, and their output."""

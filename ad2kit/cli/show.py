@@ -278,9 +278,9 @@ def typed_texts(file: Path | None) -> Iterator[str]:
             else:
                 empty.append(number)
     if empty:
-        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        rest = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
         lines = ", ".join(map(str, empty[:_NAMED]))
-        _note(f"{name}: left out {len(empty)} empty lines: {lines}{more}")
+        _note(f"{name}: left out {len(empty)} empty lines: {lines}{rest}")
 
 
 def answer_lines(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:

@@ -38,10 +38,12 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
     insist_passed(verdict, run.path, report=run.parity_report, teacher=teacher_report(run))
     choose_variant(run, None)  # raises if a campaign has refused all variants that passed the gate
     shipped, *others = (folder.name for folder in passed_variants(run))
-    more = f" (or --variant {' or '.join(others)})" if others else ""
+    choice = f" (or --variant {' or '.join(others)})" if others else ""
     # A run that a campaign has made is served only by its name.
     serve = "" if run.campaign_record.is_file() else ", or serve it now: bentoml serve"
-    _say(f"parity: passed; {shipped} can be shipped; next: ad2kit package {run.path}{more}{serve}")
+    _say(
+        f"parity: passed; {shipped} can be shipped; next: ad2kit package {run.path}{choice}{serve}"
+    )
 
 
 def judge_service(run: RunDir, address: str, api_keys_file: Path | None, *, as_json: bool) -> None:
@@ -97,15 +99,15 @@ def one_run(arguments: Sequence[str] | None, only_for_a_model: Mapping[str, obje
     Raises:
         UserError: there are arguments or options that only --model reads.
     """
-    given = list(arguments or ())
+    positional = list(arguments or ())
     unread = [name for name, value in only_for_a_model.items() if value is not None]
-    unread += [argument for argument in given if "=" in argument or len(given) > 1]
+    unread += [argument for argument in positional if "=" in argument or len(positional) > 1]
     if unread:
         raise UserError(
             f"expected at most one run folder, found {' '.join(unread)}, which only --model reads",
             hint="to judge another model: ad2kit parity --model DIR --teacher DIR --data FILE",
         )
-    return Path(given[0]) if given else None
+    return Path(positional[0]) if positional else None
 
 
 def _print(report: ParityReport, *, as_json: bool) -> None:

@@ -1,1 +1,1 @@
-"""Before a run: a recipe from a table, what a recipe reads and costs, what the machine offers."""
+"""Stages before a run: init, check, doctor, and the plan of `--max-minutes`."""

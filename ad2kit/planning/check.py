@@ -165,12 +165,12 @@ def check_words(report: CheckReport) -> str:
     if not report.ordered and all(name.removeprefix("-").isdecimal() for name in report.labels):
         order = "in the order of numbers"
     names = ", ".join(report.labels[:_NAMED])
-    more = f", and {len(report.labels) - _NAMED} more" if len(report.labels) > _NAMED else ""
+    rest = f", and {len(report.labels) - _NAMED} more" if len(report.labels) > _NAMED else ""
     updates = " and ".join(
         f"{count:,} updates of the {model}" for model, count in report.updates.items()
     )
     if report.task != "regression":
-        lines += [f"labels, {order}: {names}{more}", f"in train: {train.labels}"]
+        lines += [f"labels, {order}: {names}{rest}", f"in train: {train.labels}"]
     if train.quoted > _QUOTED:
         lines.append(
             f"{train.quoted:.0%} of the training texts stand in quotation marks, which belong to "
@@ -235,10 +235,10 @@ def _gate_words(report: CheckReport, rows: int) -> list[str]:
     if not report.few_rows:
         return [interval_line]
     names = ", ".join(report.few_rows[:_NAMED])
-    more = f" and {len(report.few_rows) - _NAMED} more" if len(report.few_rows) > _NAMED else ""
+    rest = f" and {len(report.few_rows) - _NAMED} more" if len(report.few_rows) > _NAMED else ""
     classes_line = (
         f"labels on fewer than {report.rows_of_a_class} validation rows, too few to test whether "
-        f"the student lost them: {names}{more}"
+        f"the student lost them: {names}{rest}"
     )
     return [interval_line, classes_line]
 
@@ -263,9 +263,9 @@ def _split(
     labels = ""
     if split is not data.unlabelled:
         labels = balance(counts(data.task, split.labels, data.labels), len(split))
-    known = None
+    known_share = None
     if training_texts is not None:
-        known = sum(texts in training_texts for texts in split.texts) / len(split)
+        known_share = sum(texts in training_texts for texts in split.texts) / len(split)
     quoted = sum(text[:1] == text[-1:] == '"' for column in columns for text in column)
     return SplitCheck(
         rows=len(split),
@@ -275,7 +275,7 @@ def _split(
         tokens_longest=int(lengths.max()),
         cut=float((lengths > recipe.data.max_length_tokens).mean()),
         duplicates=1 - len(Counter(split.texts)) / len(split),
-        known=known,
+        known=known_share,
         quoted=quoted / sum(map(len, columns)),
         example=split.texts[0],
     )

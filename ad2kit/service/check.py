@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ad2kit.run.folder import RunDir
 
 TEXTS = 100
-# What no connection, an error status, an invalid URL, or an invalid JSON body raises.
+# Raised for no connection, an error status, an invalid URL, or an invalid JSON body.
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError)
 # Scores are sent as float64 JSON of float32 logits; the graph and the batch size are the same.
 MAX_SCORE_GAP = 1e-5

@@ -74,8 +74,8 @@ class Bounded(HttpToolsProtocol):
     tidied: ClassVar[float] = 0.0  # loop time of the last such call
     looking: ClassVar[bool] = False  # whether the search for late connections is scheduled
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         # A WebSocket would be another protocol, without bounds; nothing here speaks it.
         self.ws_protocol_class = None
         self._due = math.inf  # loop time at which the client is late with what it has to send

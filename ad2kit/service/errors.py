@@ -171,8 +171,8 @@ class ErrorContract:
     """ASGI middleware: bounds the body while it is read, and gives every error one shape.
 
     BentoML answers 400 for each kind of invalid body, in several shapes and partly as a list.
-    Clients get ``{"error": {"type", "message", "hint"}}`` instead, and only this class sends it.
-    Errors 4xx keep the text of the application; errors 5xx say nothing about its internals.
+    Clients get ``{"error": {"type", "message", "hint"}}`` instead, for every error of the wrapped
+    application. Errors 4xx keep the application's text; errors 5xx say nothing about its internals.
 
     Args:
         app: the application to wrap.

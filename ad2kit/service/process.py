@@ -144,7 +144,7 @@ def _chosen(settings: Settings, checkout: Path) -> Path:
 
 
 def _sha256(settings: Settings, artifact: Path, shadow: Path | None) -> dict[str, str]:
-    """Return the hashes of the artefacts' manifests and of the keys, by what they are of."""
+    """Return the hashes of the artefacts' manifests and of the keys, by subject in words."""
     hashes = {
         f"the artefact in {folder}": sha256_of(folder / OnnxArtifact.file_name)
         for folder in (artifact, shadow)

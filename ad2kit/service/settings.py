@@ -147,18 +147,18 @@ def read_settings(
         UserError: a setting was dropped by BentoML, is unknown, has a wrong value, or was given
             twice.
     """
-    given = {name: str(value) for name, value in arguments.items()}
-    _insist_that_nothing_is_lost(given, command, packed=packed)
+    arg_values = {name: str(value) for name, value in arguments.items()}
+    _insist_that_nothing_is_lost(arg_values, command, packed=packed)
     variables = _variables(environment)
     values = dict[str, Any]()
     for name in Settings.model_fields:
-        if name in given:
-            values[name] = _value(name, given[name], f"--arg {name}")
+        if name in arg_values:
+            values[name] = _value(name, arg_values[name], f"--arg {name}")
         if name in variables:
             value = _value(name, variables[name], _variable(name))
             if values.setdefault(name, value) != value:
                 raise UserError(
-                    f"{name} was given twice, as {given[name]!r} by --arg and as "
+                    f"{name} was given twice, as {arg_values[name]!r} by --arg and as "
                     f"{variables[name]!r} by {_variable(name)}",
                     hint=f"leave one of them out: `unset {_variable(name)}`, or no --arg {name}",
                 )
@@ -219,7 +219,7 @@ def keys_of(path: Path) -> list[str]:
 
 
 def _strip(text: str) -> str:
-    """Return a text without blanks at its ends; other white space is not valid in a key."""
+    """Return a text without the spaces, tabs and line ends around it."""
     return text.strip(" \t\r\n")
 
 
@@ -315,7 +315,7 @@ def _absolute(name: str, path: str, *, packed: bool) -> Path:
 
 
 def _insist_that_nothing_is_lost(
-    given: Mapping[str, str], command: Sequence[str], *, packed: bool
+    arg_values: Mapping[str, str], command: Sequence[str], *, packed: bool
 ) -> None:
     """Refuse arguments that differ from the command line, are unknown, or are secret.
 
@@ -328,15 +328,17 @@ def _insist_that_nothing_is_lost(
                 f"`{option} {value}` was given, and BentoML drops it when it serves a Bento",
                 hint=f"set {PREFIX}NAME=VALUE in the environment for each of its lines",
             )
-        if name and name in Settings.model_fields and given.get(name) != value:
-            result = f"BentoML hands on {given[name]!r}" if name in given else "BentoML drops it"
+        if name and name in Settings.model_fields and arg_values.get(name) != value:
+            result = "BentoML drops it"
+            if name in arg_values:
+                result = f"BentoML hands on {arg_values[name]!r}"
             reason = " when it serves a Bento" if packed else ": it was given twice"
             raise UserError(
                 f"`{option} {name}=` was given, and {result}{reason}",
                 hint=_way_to_set(name, value, packed=packed),
             )
-    typed = [name for _, name, _ in _typed(command) if name]
-    for name in (*typed, *given):
+    typed_names = [name for _, name, _ in _typed(command) if name]
+    for name in (*typed_names, *arg_values):
         if name not in Settings.model_fields:
             raise UserError(
                 f"there is no argument {name!r}{nearest(name, Settings.model_fields)}",

@@ -165,8 +165,8 @@ def _summary(configuration: Configuration, trials: Sequence[Trial]) -> Configura
 
 
 def select(
-    known: Sequence[ConfigurationResult],
-    found: Mapping[Configuration, Sequence[Array]],
+    results: Sequence[ConfigurationResult],
+    answers: Mapping[Configuration, Sequence[Array]],
     labels: Array,
     metrics: Sequence[Metric],
 ) -> ConfigurationResult:
@@ -177,20 +177,20 @@ def select(
     nearest to the teacher is returned.
 
     Args:
-        known: the configurations, the best first.
-        found: for each configuration, the answers on ``select`` of its finished students. Of a
+        results: the results of the configurations, the best first.
+        answers: for each configuration, the answers on ``select`` of its finished students. Of a
             configuration that was stopped early only the score is known; it is returned only if
             this score is the best.
         labels: labels of ``select``.
         metrics: the metrics whose mean is the score.
     """
-    best = known[0]
-    finished = [result for result in known if found[result.configuration]]
+    best = results[0]
+    finished = [result for result in results if answers[result.configuration]]
     if best not in finished or best.select_distance is None:
         return best
-    models = [model for result in finished for model in found[result.configuration]]
+    models = [model for result in finished for model in answers[result.configuration]]
     draws = paired_bootstrap(metrics, models, labels, _DRAWS, seed=0)
-    ends = np.cumsum([len(found[result.configuration]) for result in finished])
+    ends = np.cumsum([len(answers[result.configuration]) for result in finished])
     medians = [np.median(part, axis=1) for part in np.split(draws, ends[:-1], axis=1)]
     errors = np.array([(median - medians[0]).std() for median in medians])
     flags = good_enough(np.array([result.criterion for result in finished]), errors)

@@ -140,10 +140,10 @@ class _Sweep:
 
         # The trials that an earlier search has drawn come first.
         self.train([trial.key for trial in drawn()], early_stopping=early_stopping)
-        left = space.trials - len(drawn())
-        if left > 0:
+        missing = space.trials - len(drawn())
+        if missing > 0:
             values = space.values(distill)
-            self._tuning().search(values, drawn(), left, seeds[0], early_stopping=early_stopping)
+            self._tuning().search(values, drawn(), missing, seeds[0], early_stopping=early_stopping)
         return drawn()
 
     def train(self, keys: Iterable[Key], *, early_stopping: bool = False) -> None:
@@ -151,9 +151,9 @@ class _Sweep:
 
         A trial that was stopped early goes on if ``early_stopping`` is off.
         """
-        left = [key for key in keys if not self._has_ended(key, early_stopping)]
-        if left:
-            self._tuning().train(left, early_stopping=early_stopping)
+        pending = [key for key in keys if not self._has_ended(key, early_stopping)]
+        if pending:
+            self._tuning().train(pending, early_stopping=early_stopping)
 
     def _has_ended(self, key: Key, early_stopping: bool) -> bool:
         """Tell whether a trial need not run again; a finished one must still have its files."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ad2kit.training.records import StepRecord
 
 _CAMPAIGN = CampaignRecord(command="ad2kit sweep")
-# A worker whose driver was killed may live on for so long.
+# How long a worker may live on after its driver was killed.
 _SECONDS_TO_DIE = 60.0
 
 

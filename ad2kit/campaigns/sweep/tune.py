@@ -89,7 +89,7 @@ class Tuning:
     def search(
         self,
         values: Mapping[str, Sequence[float]],
-        told: Sequence[Trial],
+        earlier: Sequence[Trial],
         trials: int,
         seed: int,
         *,
@@ -100,7 +100,7 @@ class Tuning:
         Args:
             values: values of each field of a configuration; see
                 :class:`ad2kit.run.sections.SweepRecipe`.
-            told: earlier trials.
+            earlier: the trials whose results Optuna knows from the start.
             trials: number of configurations to draw.
             seed: seed of the draws, and of the trials.
             early_stopping: whether ASHA may stop trials.
@@ -123,15 +123,16 @@ class Tuning:
             else:
                 space[name] = tune.loguniform(low, high) if low else tune.uniform(low, high)
         points = [
-            {f"trial/{name}": getattr(trial.configuration, name) for name in free} for trial in told
+            {f"trial/{name}": getattr(trial.configuration, name) for name in free}
+            for trial in earlier
         ]
         # Another seed after a restart, or the first draws of the first start would come again.
         sampler = OptunaSearch(
             metric="criterion",
             mode="max",
-            seed=seed + len(told),
+            seed=seed + len(earlier),
             points_to_evaluate=points,
-            evaluated_rewards=[trial.criterion for trial in told],
+            evaluated_rewards=[trial.criterion for trial in earlier],
         )
         self._fit({"trial": space}, early_stopping, num_samples=trials, search_alg=sampler)
 
