@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
@@ -14,11 +14,12 @@ from ad2kit.campaigns.fit.records import (
     Candidate,
     Cost,
     FitReport,
+    Outcome,
     Target,
     insist_found,
     shortfalls,
 )
-from ad2kit.campaigns.fit.report import caption, markdown, plot, rows
+from ad2kit.campaigns.fit.report import _GROUPS, caption, markdown, plot, rows
 from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.cli.options import numbers
 from ad2kit.data.metrics import retained_interval
@@ -453,3 +454,8 @@ def test_lists_of_numbers() -> None:
         with pytest.raises(UserError, match="--layers: expected whole numbers above 0") as caught:
             numbers("--layers", wrong)
         assert caught.value.exit_code == 2
+
+
+def test_every_outcome_has_its_place_in_the_plot() -> None:
+    drawn = [outcome for _, _, outcomes in _GROUPS.values() for outcome in outcomes]
+    assert sorted(drawn) == sorted(get_args(Outcome))

@@ -11,7 +11,7 @@ from ad2kit.run.markdown import table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.campaigns.fit.records import Cost, FitReport
+    from ad2kit.campaigns.fit.records import Cost, FitReport, Outcome
 
 HEADER = (
     "shape",
@@ -182,16 +182,15 @@ def plot(report: FitReport, path: Path) -> None:
         figure.savefig(new, format="svg", metadata={"Date": None})
 
 
-_NOT_JUDGED = ("diverged", "given up", "below on select", "missed when trained")
-# Marker, colour and outcomes of each kind of candidate.
-_GROUPS = {
+# Marker, colour and outcomes of each kind of candidate: each outcome has its place.
+_GROUPS: dict[str, tuple[str, str, tuple[Outcome, ...]]] = {
     "found": ("o", "#009E73", ("found",)),
     "distilled, failed the gate": ("X", "#D55E00", ("failed the gate",)),
     "distilled, not shown to be good enough": ("D", "#CC79A7", ("not shown",)),
     "distilled, not judged": (
         "|",
         "#E69F00",
-        ("given up", "below on select", "missed when trained"),
+        ("diverged", "given up", "below on select", "missed when trained"),
     ),
     "cheap enough, not needed": ("|", "#56B4E9", ("not needed",)),
     "too costly": ("|", "#BBBBBB", ("too costly",)),
