@@ -1,20 +1,21 @@
-"""AD2 and its baselines: what a training minimises, and the perturbation of AD2.
+"""AD2 and its baselines: the objective of a training, and the perturbation of AD2.
 
     L(θ) = w_kd·D(x) + α·D(x + δ*) + w_hard·S(x) + Σ w·intermediate terms
 
-D is the distance between the student's and the teacher's answers (t²·KL; MSE for a regression),
-S the task's own loss with hard labels. With w_kd = 1 and the last two left out this is AD2, after
-Zhang, Uma Naresh and He, *Adversarial Data Augmentation for Task-Specific Knowledge Distillation of
-Pre-trained Transformers*, AAAI 2022, doi 10.1609/aaai.v36i10.21423; with α = 0 it is plain
-distillation. The perturbation δ* of the student's word embeddings is the one it imitates worst:
+D is the distance of the student's answers from the teacher's (t²·KL; MSE for a regression). S is
+the task's own loss with hard labels. With w_kd = 1 and without the last two terms this is AD2,
+after Zhang, Uma Naresh and He, *Adversarial Data Augmentation for Task-Specific Knowledge
+Distillation of Pre-trained Transformers*, AAAI 2022, doi 10.1609/aaai.v36i10.21423. With α = 0 it
+is plain distillation. δ* is the perturbation of the student's word embeddings that maximises the
+distance:
 
     δ* ≈ argmax_{‖δ‖≤ε} KL(p_T(x) ‖ p_S(e(x) + δ))    by K steps    δ ← Π_ε(δ + η · g / ‖g‖)
 
-The paper's description leaves open the norm, the start, the dropout of the adversarial pass and
-where e(x) is taken. Our reading: e(x) is the output of the word-embedding module, before position
-embeddings and LayerNorm; δ is zero on padding;
-``g / ‖g‖`` is ``sign(g)`` for the ℓ∞ ball and g over its Euclidean norm over the real tokens of one
-example for the ℓ2 ball; each pass draws dropout of its own.
+The paper does not specify the norm, the start, the dropout of the adversarial pass, and the place
+of e(x). Our reading is as follows. e(x) is the output of the word-embedding module, before position
+embeddings and LayerNorm. δ is zero on padding. ``g / ‖g‖`` is ``sign(g)`` for the ℓ∞ ball; for the
+ℓ2 ball it is g over its Euclidean norm over the real tokens of one example. Each pass draws its own
+dropout masks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 class Batch:
     """Padded tensors of some rows, their labels, and the teacher's logits.
 
-    Where there is no teacher, its logits have shape [rows, 0].
+    Without a teacher the logits have shape [rows, 0].
     """
 
     inputs: dict[str, torch.Tensor]
@@ -52,7 +53,7 @@ class Batch:
 
 @dataclass
 class StepLosses:
-    """What one (micro-)batch contributed: the loss, and its terms before their weights."""
+    """The losses of one (micro-)batch: the weighted sum, and the terms before their weights."""
 
     loss: float
     terms: dict[str, float]
@@ -67,8 +68,8 @@ def finetuning(accelerator: Accelerator, weights: torch.Tensor | None = None) ->
     """Return the objective of plain fine-tuning: the task's own loss.
 
     Args:
-        accelerator: precision and backward pass.
-        weights: of the classes; see :func:`ad2kit.training.losses.balanced_weights`.
+        accelerator: gives the precision and the backward pass.
+        weights: weights of the classes; see :func:`ad2kit.training.losses.balanced_weights`.
     """
 
     def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
@@ -84,51 +85,60 @@ def finetuning(accelerator: Accelerator, weights: torch.Tensor | None = None) ->
 def distillation(
     accelerator: Accelerator,
     settings: DistillRecipe,
-    insides: Comparison | None = None,
+    comparison: Comparison | None = None,
     weights: torch.Tensor | None = None,
 ) -> Objective:
     """Return the objective of a distillation; a term of weight 0 costs nothing.
 
-    ``weights`` of the classes are those of the hard labels; see :func:`finetuning`.
-
     With an adversary the clean pass runs with a zero δ that records its gradient, so that the
-    first ascent step from a zero start needs no pass of its own. Each adversarial pass draws
-    dropout of its own, or replays the masks of the clean one (``adversary.dropout``). The published
-    description does not say which; with masks of its own the student came out better.
+    first ascent step from a zero start needs no pass of its own. Each adversarial pass draws its
+    own dropout masks, or replays the masks of the clean pass (``adversary.dropout``). The paper
+    does not specify this; the student was better with its own masks.
+
+    Args:
+        accelerator: gives the precision and the backward pass.
+        settings: weights, temperature and adversary.
+        comparison: the comparison for the intermediate terms; None if there are none.
+        weights: weights of the classes in the loss of the hard labels; see :func:`finetuning`.
     """
 
     def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
-        mask, attack = batch.inputs["attention_mask"], settings.adversary
-        clean_masks = _rng_state(mask.device)
+        attention_mask = batch.inputs["attention_mask"]
+        adversary = settings.adversary
+        clean_rng_state = _rng_state(attention_mask.device)
         delta = None
         if settings.alpha:
-            delta = no_perturbation(mask, model.word_embeddings.embedding_dim)
-        weighted = _clean_terms(model, batch, delta, accelerator, settings, insides, weights)
-        kd = weighted["kd"][1]
-        parts = {name: weight * term for name, (weight, term) in weighted.items() if weight}
+            delta = no_perturbation(attention_mask, model.word_embeddings.embedding_dim)
+        weighted_terms = _clean_terms(
+            model, batch, delta, accelerator, settings, comparison, weights
+        )
+        kd = weighted_terms["kd"][1]
+        summands = {
+            name: weight * term for name, (weight, term) in weighted_terms.items() if weight
+        }
         gradient = None
-        if delta is not None and attack.start == "zero" and list(parts) != ["kd"]:
-            # The inner objective is KD alone; another term's gradient must not leak into δ's.
+        if delta is not None and adversary.start == "zero" and list(summands) != ["kd"]:
+            # The inner objective is KD alone: no other term may contribute to the gradient of δ.
             (gradient,) = torch.autograd.grad(
-                _scaled(kd, accelerator), delta, retain_graph=bool(parts)
+                _scaled(kd, accelerator), delta, retain_graph=bool(summands)
             )
         loss = 0.0
-        if parts:
-            clean = torch.stack(list(parts.values())).sum()
-            accelerator.backward(clean * share)
-            loss = clean.item()
-        terms = {name: term.item() for name, (_, term) in weighted.items()}
+        if summands:
+            clean_loss = torch.stack(list(summands.values())).sum()
+            accelerator.backward(clean_loss * share)
+            loss = clean_loss.item()
+        terms = {name: term.item() for name, (_, term) in weighted_terms.items()}
         if delta is None:
             return StepLosses(loss, terms)
         if gradient is None:
             gradient = delta.grad
 
-        masks = clean_masks if attack.dropout == "replayed" else None
-        inner = _inner_loss(model, batch, accelerator, settings, masks)
-        if attack.start == "random":
+        rng_state = clean_rng_state if adversary.dropout == "replayed" else None
+        inner_loss = _inner_loss(model, batch, accelerator, settings, rng_state)
+        if adversary.start == "random":
             gradient = None
-        delta = _most_different(inner, batch, model, attack, accelerator, gradient)
-        adversarial = inner(delta)
+        delta = _worst_delta(inner_loss, batch, model, adversary, accelerator, gradient)
+        adversarial = inner_loss(delta)
         accelerator.backward(settings.alpha * adversarial * share)
         terms["adversarial"] = adversarial.item()
         return StepLosses(loss + settings.alpha * adversarial.item(), terms)
@@ -141,17 +151,19 @@ def inner_losses(
 ) -> tuple[float, float]:
     """Return the distance from the teacher before and after the ascent, without dropout.
 
-    It is what the adversary does to the network that is served, and not to one draw of dropout. No
-    gradient is left behind, and no random number is taken from the training.
+    This measures the effect of the adversary on the network that is served, not on one draw of
+    dropout. The parameters get no gradient, and the state of the random generator is restored. The
+    model is in evaluation mode afterwards.
     """
     device = batch.inputs["attention_mask"].device
-    state = _rng_state(device)
+    rng_state = _rng_state(device)
     model.module.eval()
-    inner = _inner_loss(model, batch, accelerator, settings, None)
-    delta = _most_different(inner, batch, model, settings.adversary, accelerator, None)
+    inner_loss = _inner_loss(model, batch, accelerator, settings, None)
+    delta = _worst_delta(inner_loss, batch, model, settings.adversary, accelerator, None)
     with torch.no_grad():
-        before, after = inner(torch.zeros_like(delta)).item(), inner(delta).item()
-    _set_rng_state(device, state)
+        before = inner_loss(torch.zeros_like(delta)).item()
+        after = inner_loss(delta).item()
+    _set_rng_state(device, rng_state)
     return before, after
 
 
@@ -161,25 +173,27 @@ def _clean_terms(
     delta: torch.Tensor | None,
     accelerator: Accelerator,
     settings: DistillRecipe,
-    insides: Comparison | None,
+    comparison: Comparison | None,
     weights: torch.Tensor | None,
 ) -> dict[str, tuple[float, torch.Tensor]]:
-    """Run the clean pass; return the weight and the value of each term, ``kd`` always."""
+    """Run the clean pass; return the weight and the value of each term, always with ``kd``."""
+    student_states = None
     with perturbed(model.word_embeddings, delta), accelerator.autocast():
-        if insides is None:
-            logits, inner = model.module(**batch.inputs).logits, None
+        if comparison is None:
+            logits = model.module(**batch.inputs).logits
         else:
-            logits, inner = insides.read(model, batch.inputs)
+            logits, student_states = comparison.read(model, batch.inputs)
     kd = soft_targets(model.task, logits, batch.teacher_logits, settings.temperature)
-    weighted = {"kd": (settings.kd_weight, kd)}
+    weighted_terms = {"kd": (settings.kd_weight, kd)}
     if settings.hard_label_weight:
-        hard = supervised(model.task, logits, batch.labels, weights)
-        weighted["supervised"] = (settings.hard_label_weight, hard)
-    if insides is not None and inner is not None:
+        hard_label_loss = supervised(model.task, logits, batch.labels, weights)
+        weighted_terms["supervised"] = (settings.hard_label_weight, hard_label_loss)
+    if comparison is not None and student_states is not None:
         with torch.no_grad(), accelerator.autocast():
-            _, theirs = insides.read(insides.teacher, batch.inputs)
-        weighted |= insides.terms(inner, theirs, batch.inputs["attention_mask"])
-    return weighted
+            _, teacher_states = comparison.read(comparison.teacher, batch.inputs)
+        mask = batch.inputs["attention_mask"]
+        weighted_terms |= comparison.terms(student_states, teacher_states, mask)
+    return weighted_terms
 
 
 def _inner_loss(
@@ -187,63 +201,66 @@ def _inner_loss(
     batch: Batch,
     accelerator: Accelerator,
     settings: DistillRecipe,
-    masks: torch.Tensor | None,
+    rng_state: torch.Tensor | None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the distance from the teacher as a function of δ.
 
-    ``masks`` is the state of the generator to draw the same dropout from each time; with None each
-    call draws its own.
+    ``rng_state`` is the generator state from which each call draws the same dropout masks; with
+    None each call draws its own masks.
     """
     teacher_logits = batch.teacher_logits
 
-    def inner(delta: torch.Tensor) -> torch.Tensor:
-        drawn = _rng_state(delta.device)
-        if masks is not None:
-            _set_rng_state(delta.device, masks)
+    def inner_loss(delta: torch.Tensor) -> torch.Tensor:
+        current_state = _rng_state(delta.device)
+        if rng_state is not None:
+            _set_rng_state(delta.device, rng_state)
         with perturbed(model.word_embeddings, delta), accelerator.autocast():
             logits = model.module(**batch.inputs).logits
-        if masks is not None:  # the next update must not draw this one's noise again
-            _set_rng_state(delta.device, drawn)
+        if rng_state is not None:  # else the next update would draw the same masks again
+            _set_rng_state(delta.device, current_state)
         return soft_targets(model.task, logits, teacher_logits, settings.temperature)
 
-    return inner
+    return inner_loss
 
 
-def _most_different(
-    inner: Callable[[torch.Tensor], torch.Tensor],
+def _worst_delta(
+    inner_loss: Callable[[torch.Tensor], torch.Tensor],
     batch: Batch,
     model: TextModel,
-    attack: AdversaryRecipe,
+    adversary: AdversaryRecipe,
     accelerator: Accelerator,
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return δ*, by the ascent that the recipe says.
+    """Return δ*, by projected gradient ascent with the settings of ``adversary``.
 
-    ``gradient`` is that of the inner loss at a start from zero, where it is known already.
+    ``gradient`` is the gradient of the inner loss at a zero start, if it is already known.
     """
-    mask, width = batch.inputs["attention_mask"], model.word_embeddings.embedding_dim
-    if attack.start == "random":
-        delta = random_start(mask, width, attack)
+    mask = batch.inputs["attention_mask"]
+    width = model.word_embeddings.embedding_dim
+    if adversary.start == "random":
+        delta = random_start(mask, width, adversary)
     else:
         delta = no_perturbation(mask, width)
-    for _ in range(attack.steps):
+    for _ in range(adversary.steps):
         if gradient is None:
-            _, gradient = inner_gradient(inner, delta, lambda loss: _scaled(loss, accelerator))
-        delta = ascend(delta, gradient, mask, attack)
+            _, gradient = inner_gradient(inner_loss, delta, lambda loss: _scaled(loss, accelerator))
+        delta = ascend(delta, gradient, mask, adversary)
         gradient = None
     return delta
 
 
 def _scaled(loss: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Keep an inner gradient within the range of fp16; an ascent step ignores its scale."""
+    """Scale a loss so that its gradient fits into fp16; an ascent step ignores the scale."""
     return loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
 
 
 def _rng_state(device: torch.device) -> torch.Tensor:
+    """Return the state of the generator that draws dropout masks on a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
+    """Set the state of the generator that draws dropout masks on a device."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -254,9 +271,9 @@ def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
 def perturbed(word_embeddings: torch.nn.Module, delta: torch.Tensor | None) -> Iterator[None]:
     """Add ``delta`` to the output of the word-embedding module inside the block; None adds nothing.
 
-    A hook and not ``inputs_embeds``: several families compute position ids from the token ids,
-    and go wrong without them under left padding. The sum is kept in float32, where a radius of
-    1e-5 beside an embedding of 0.05 still exists; in half precision it would be rounded away.
+    This uses a hook and not ``inputs_embeds``, because several families compute position ids from
+    the token ids, and go wrong without them under left padding. The sum is kept in float32: half
+    precision would round a radius of 1e-5 away beside an embedding of 0.05.
 
     Args:
         word_embeddings: the module that looks up token ids.
@@ -287,18 +304,18 @@ def no_perturbation(attention_mask: torch.Tensor, width: int) -> torch.Tensor:
 def project(
     delta: torch.Tensor, attention_mask: torch.Tensor, adversary: AdversaryRecipe
 ) -> torch.Tensor:
-    """Π_ε: the nearest point of the ball of ``adversary.radius``, zero on padding.
+    """Return Π_ε(δ): the nearest point of the ball of ``adversary.radius``, zero on padding.
 
     Args:
         delta: shape [batch, tokens, width].
         attention_mask: 1 for real tokens, 0 for padding; shape [batch, tokens].
-        adversary: its norm and radius.
+        adversary: gives norm and radius.
     """
     delta = delta * attention_mask.unsqueeze(-1)
     if adversary.norm == "linf":
         return delta.clamp(-adversary.radius, adversary.radius)
     norms = delta.flatten(1).norm(dim=1)
-    # Divided only where it is outside, so that an interior point is returned unchanged.
+    # Only a point outside the ball is divided, so that an interior point is returned unchanged.
     scale = torch.where(norms > adversary.radius, adversary.radius / norms, torch.ones_like(norms))
     return delta * scale[:, None, None]
 
@@ -309,13 +326,14 @@ def ascend(
     attention_mask: torch.Tensor,
     adversary: AdversaryRecipe,
 ) -> torch.Tensor:
-    """One step ``Π_ε(δ + η · g / ‖g‖)``; an example whose gradient is zero stays where it is.
+    """Return ``Π_ε(δ + η · g / ‖g‖)``, one ascent step; an example with zero gradient stays.
 
     Args:
         delta: the current perturbation, shape [batch, tokens, width].
-        gradient: of the inner loss with respect to ``delta``; same shape. Its scale is irrelevant.
+        gradient: gradient of the inner loss with respect to ``delta``; same shape. Its scale is
+            irrelevant.
         attention_mask: shape [batch, tokens].
-        adversary: norm, radius and step size.
+        adversary: gives norm, radius and step size.
     """
     gradient = gradient.float() * attention_mask.unsqueeze(-1)
     if adversary.norm == "linf":
@@ -331,17 +349,17 @@ def ascend(
 def random_start(
     attention_mask: torch.Tensor, width: int, adversary: AdversaryRecipe
 ) -> torch.Tensor:
-    """Return a random point: uniform in the box for ℓ∞, uniform in direction for ℓ2.
+    """Return a random δ [batch, tokens, width]: uniform in the box for ℓ∞, in direction for ℓ2.
 
-    The ℓ2 point has a uniform radius, not a uniform volume: in hundreds of dimensions the latter
-    would always lie on the sphere.
+    The radius of the ℓ2 point is uniform. A point that is uniform in volume would almost always lie
+    on the sphere in hundreds of dimensions.
     """
     noise = torch.rand((*attention_mask.shape, width), device=attention_mask.device) * 2 - 1
     if adversary.norm == "linf":
         return project(noise * adversary.radius, attention_mask, adversary)
     noise = torch.randn_like(noise) * attention_mask.unsqueeze(-1)
-    lengths = torch.rand(len(noise), device=noise.device) * adversary.radius
-    scale: torch.Tensor = lengths / noise.flatten(1).norm(dim=1)
+    radii = torch.rand(len(noise), device=noise.device) * adversary.radius
+    scale: torch.Tensor = radii / noise.flatten(1).norm(dim=1)
     return noise * scale[:, None, None]
 
 
@@ -353,7 +371,8 @@ def inner_gradient(
     """Return the inner loss at ``delta`` and its gradient there.
 
     The gradient is taken with respect to δ alone: nothing accumulates on the parameters.
-    ``scaled`` multiplies the loss before it, for half precision; :func:`ascend` does not mind.
+    ``scaled`` multiplies the loss before the backward pass, for half precision; the scale of the
+    gradient has no effect on :func:`ascend`.
     """
     delta = delta.detach().requires_grad_(True)
     loss = inner_loss(delta)

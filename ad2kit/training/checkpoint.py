@@ -1,13 +1,13 @@
-"""The state of an unfinished training on disk, and its evaluated weights until one is kept.
+"""The checkpoint of an unfinished training, and snapshots of its evaluated weights.
 
 Both are exact, whole or absent, and without pickle.
 
-    snapshots/00000088/snapshot.json        what `select` said, and what the files are
-                       logits.safetensors   the answers on `select`
-                       weights.safetensors  gone once another update has beaten this one
+    snapshots/00000088/snapshot.json        the evaluation on `select`, and sha256 of the files
+                       logits.safetensors   the logits on `select`
+                       weights.safetensors  removed once another update has beaten this one
 
-A checkpoint names the snapshots that were there when it was written. A training that goes on from
-it removes later ones, and writes them again with the same bits.
+A checkpoint names the snapshots that existed when it was written. A training that resumes from it
+removes later snapshots, and writes them again with the same bits.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ Weights = dict[str, torch.Tensor]
 
 
 class CheckpointFacts(Record):
-    """``checkpoint.json``: where the training stood, and what a resume must share with it.
+    """``checkpoint.json``: the position of a training, and the conditions for an exact resume.
 
     ``points`` are the updates evaluated so far; :class:`Snapshots` has their weights.
-    ``decay_from`` is the update after which patience has begun the last part of the training.
+    ``decay_from`` is the update after which patience made the learning rate fall.
     ``scaler`` is the state of the loss scaler of fp16; empty in other precisions.
     """
 
     cure: ClassVar[str] = "delete the folder that it lies in, and its training begins again"
 
-    # 1 held the best weights itself.
+    # Version 1 held the best weights itself.
     schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     step: int
@@ -62,10 +62,10 @@ class CheckpointFacts(Record):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on the ``select`` split: its score, and its distance from its teacher if it has one.
+    """The evaluation of a model on ``select``: its score, and its distance from a teacher, if any.
 
-    ``logits`` are its answers, float32 [rows, outputs]; ``constant`` says that all are the same.
-    ``inner_losses`` are those of :func:`ad2kit.training.ad2.inner_losses`; None without an
+    ``logits`` have shape [rows, outputs], float32. ``constant`` says that all answers are the same.
+    ``inner_losses`` come from :func:`ad2kit.training.ad2.inner_losses`; (None, None) without an
     adversary.
     """
 
@@ -76,13 +76,13 @@ class Evaluation:
     inner_losses: tuple[float, float] | tuple[None, None] = (None, None)
 
     def point(self, step: int) -> SelectPoint:
-        """Return what stays in memory of it."""
+        """Return the part of the evaluation that stays in memory."""
         return SelectPoint(
             step=step, score=self.score, distance=self.distance, constant=self.constant
         )
 
     def recorded(self) -> dict[str, float | None]:
-        """Return what stands of it in the :class:`StepRecord` of its update."""
+        """Return the fields of the evaluation in the :class:`StepRecord` of its update."""
         before, after = self.inner_losses
         return {
             "select_score": self.score,
@@ -94,9 +94,9 @@ class Evaluation:
 
 @dataclass
 class TrainState:
-    """A training under way; it lives as long as the loop that advances it.
+    """A training in progress; it lives as long as the loop that advances it.
 
-    ``evaluation`` is that of the present update, None if there was none after it.
+    ``evaluation`` belongs to the last update; None if that update was not evaluated.
     """
 
     model: TextModel
@@ -114,9 +114,9 @@ def save_checkpoint(
     environment: dict[str, str],
     accelerator: Accelerator,
 ) -> None:
-    """Write weights, optimiser moments and generator states, atomically.
+    """Write weights, optimiser moments and generator states, whole or not at all.
 
-    Every process calls it, and the first one writes.
+    Every process calls this function, and the first one writes.
     """
     tensors = {f"model.{key}": value for key, value in state.model.module.state_dict().items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
@@ -124,10 +124,10 @@ def save_checkpoint(
     tensors |= _generators(accelerator)
     if not accelerator.is_main_process:
         return
-    with whole_folder(folder) as new:
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, new / "state.safetensors"
-        )
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    with whole_folder(folder) as temporary:
+        state_file = temporary / "state.safetensors"
+        save_file(contiguous, state_file)
         facts = CheckpointFacts(
             inputs=inputs,
             step=state.step,
@@ -135,9 +135,9 @@ def save_checkpoint(
             decay_from=state.decay_from,
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else {},
             environment=environment,
-            sha256=sha256_of(new / "state.safetensors"),
+            sha256=sha256_of(state_file),
         )
-        write_record(new / "checkpoint.json", facts)
+        write_record(temporary / "checkpoint.json", facts)
 
 
 def restore_checkpoint(
@@ -149,74 +149,94 @@ def restore_checkpoint(
     *,
     allow_inexact: bool,
 ) -> None:
-    """Put ``state``, and torch's generators, back to where the checkpoint was written.
+    """Restore ``state``, and torch's generators, from a checkpoint.
 
     Raises:
         RunError: the checkpoint is damaged, belongs to other inputs, or was written under another
             number of threads, device or versions (unless ``allow_inexact``), which would change
-            the result in its last bits.
+            the last bits of the result.
     """
     facts = CheckpointFacts.read(folder / "checkpoint.json")
-    again = f"delete {folder} to train from the start"
     path = folder / "state.safetensors"
-    found = sha256_of(path) if path.is_file() else "no file"
-    if found != facts.sha256:
-        raise RunError(
-            f"{path} is damaged: sha256 expected {facts.sha256[:12]}…, found {found[:12]}",
-            hint=again,
-        )
-    if facts.inputs != inputs:
-        raise RunError(
-            f"{folder} was written for other data, model or settings than this run has now",
-            hint=again,
-        )
-    ours = {key: environment.get(key) for key in facts.environment}
-    changed = [
-        f"{key}: {theirs} then, {ours[key]} now"
-        for key, theirs in facts.environment.items()
-        if key in DECIDE_BITS and theirs != ours[key]
-    ]
-    if changed and not allow_inexact:
-        raise RunError(
-            f"{folder} cannot be resumed exactly; changed since: {'; '.join(changed)}",
-            hint=f"restore them, or accept another result with --allow-inexact, or {again}",
-        )
+    _check_resumable(folder, facts, inputs, environment, allow_inexact=allow_inexact)
     tensors = load_file(path)
 
     def part(name: str) -> Weights:
         prefix = f"{name}."
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
 
     state.model.module.load_state_dict(part("model"), strict=True)
     moments: dict[int, Weights] = {}
-    for key, value in part("optimizer").items():
+    for key, tensor in part("optimizer").items():
         index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = value
+        moments.setdefault(int(index), {})[name] = tensor
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.step, state.points = facts.step, list(facts.points)
+    state.step = facts.step
+    state.points = list(facts.points)
     state.decay_from = facts.decay_from
     if accelerator.scaler and facts.scaler:
         accelerator.scaler.load_state_dict(facts.scaler)
-    generators = part("rng")
-    # Under another number of processes (--allow-inexact) some have no state of their own to resume.
-    mine = f"{min(accelerator.process_index, len(generators) - 1)}"
+    rng_states = part("rng")
+    # With --allow-inexact there may be more processes now; the new ones take the last state.
+    rank = min(accelerator.process_index, len(rng_states) - 1)
+    rng_state = rng_states[f"{rank}"]
     if accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(generators[mine], accelerator.device)
+        torch.cuda.set_rng_state(rng_state, accelerator.device)
     else:
-        torch.set_rng_state(generators[mine])
+        torch.set_rng_state(rng_state)
+
+
+def _check_resumable(
+    folder: Path,
+    facts: CheckpointFacts,
+    inputs: str,
+    environment: dict[str, str],
+    *,
+    allow_inexact: bool,
+) -> None:
+    """Refuse a checkpoint that cannot be resumed; see :func:`restore_checkpoint`."""
+    hint = f"delete {folder} to train from the start"
+    path = folder / "state.safetensors"
+    sha256 = sha256_of(path) if path.is_file() else "no file"
+    if sha256 != facts.sha256:
+        raise RunError(
+            f"{path} is damaged: sha256 expected {facts.sha256[:12]}…, found {sha256[:12]}",
+            hint=hint,
+        )
+    if facts.inputs != inputs:
+        raise RunError(
+            f"{folder} was written for other data, model or settings than this run has now",
+            hint=hint,
+        )
+    changes = [
+        f"{key}: {value} then, {environment.get(key)} now"
+        for key, value in facts.environment.items()
+        if key in DECIDE_BITS and value != environment.get(key)
+    ]
+    if changes and not allow_inexact:
+        raise RunError(
+            f"{folder} cannot be resumed exactly; changed since: {'; '.join(changes)}",
+            hint=f"restore them, or accept another result with --allow-inexact, or {hint}",
+        )
 
 
 def _generators(accelerator: Accelerator) -> Weights:
-    """Return the state of each process's generator: the one that draws dropout on its device."""
-    cuda = accelerator.device.type == "cuda"
-    mine = torch.cuda.get_rng_state(accelerator.device) if cuda else torch.get_rng_state()
-    # Collected as wide integers: not every backend sends bytes.
-    states = accelerator.gather(mine.to(accelerator.device, torch.int64)[None])
-    return {f"rng.{rank}": state.to("cpu", torch.uint8) for rank, state in enumerate(states)}
+    """Return the state of each process's generator, which draws dropout on its device."""
+    on_cuda = accelerator.device.type == "cuda"
+    rng_state = torch.cuda.get_rng_state(accelerator.device) if on_cuda else torch.get_rng_state()
+    # Gathered as wide integers, because not every backend can send bytes.
+    rng_states = accelerator.gather(rng_state.to(accelerator.device, torch.int64)[None])
+    return {f"rng.{rank}": state.to("cpu", torch.uint8) for rank, state in enumerate(rng_states)}
 
 
-_FACTS, _LOGITS, _WEIGHTS = "snapshot.json", "logits.safetensors", "weights.safetensors"
+_FACTS = "snapshot.json"
+_LOGITS = "logits.safetensors"
+_WEIGHTS = "weights.safetensors"
 
 
 class SnapshotFacts(Record):
@@ -232,9 +252,9 @@ class Snapshots:
     """The snapshots of one training.
 
     Args:
-        folder: holds them.
-        inputs: fingerprint of all that the training depends on.
-        cure: what to do about one that is damaged, for messages.
+        folder: the folder that holds the snapshots.
+        inputs: fingerprint of everything that the training depends on.
+        cure: the remedy for a damaged snapshot, for messages.
     """
 
     folder: Path
@@ -245,28 +265,30 @@ class Snapshots:
         """Write a snapshot, whole or not at all.
 
         Args:
-            point: what ``select`` said.
-            logits: on ``select``, shape [rows, outputs].
+            point: the evaluation on ``select``.
+            logits: logits on ``select``, shape [rows, outputs].
             weights: the state dict of the model.
         """
-        with whole_folder(self._of(point.step)) as new:
-            save_file({"logits": logits.contiguous()}, new / _LOGITS)
+        with whole_folder(self._of(point.step)) as temporary:
+            save_file({"logits": logits.contiguous()}, temporary / _LOGITS)
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in weights.items()},
-                new / _WEIGHTS,
+                temporary / _WEIGHTS,
             )
-            files = {name: sha256_of(new / name) for name in (_LOGITS, _WEIGHTS)}
-            write_record(new / _FACTS, SnapshotFacts(inputs=self.inputs, point=point, files=files))
+            files = {name: sha256_of(temporary / name) for name in (_LOGITS, _WEIGHTS)}
+            facts = SnapshotFacts(inputs=self.inputs, point=point, files=files)
+            write_record(temporary / _FACTS, facts)
 
     def restore(self, points: Sequence[SelectPoint]) -> None:
-        """Remove all snapshots but those of ``points``, and insist on these.
+        """Remove all snapshots except those of ``points``, and insist on these.
 
         Raises:
-            RunError: one is missing, or is of another training.
+            RunError: a snapshot of ``points`` is missing, or belongs to another training.
         """
-        wanted = {self._of(point.step).name for point in points}
-        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
-            if folder.name not in wanted:
+        kept_names = {self._of(point.step).name for point in points}
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        for folder in folders:
+            if folder.name not in kept_names:
                 shutil.rmtree(folder)
         for point in points:
             facts = self._facts(point.step)
@@ -274,19 +296,19 @@ class Snapshots:
                 raise self._damaged(self._of(point.step), "it belongs to another training")
 
     def prune(self, points: Sequence[SelectPoint]) -> None:
-        """Remove the weights that cannot be kept any more; their answers still count.
+        """Remove the weights that cannot be kept any more; their logits are still needed.
 
-        Only what a checkpoint names may be in ``points``: what comes after it may be lost.
+        A checkpoint must name all of ``points``, because later points may be lost.
         """
         for step in beaten(points):
             (self._of(step) / _WEIGHTS).unlink(missing_ok=True)
 
     def logits(self, step: int) -> torch.Tensor:
-        """Return the answers of an update on ``select``, shape [rows, outputs]."""
+        """Return the logits of an update on ``select``, shape [rows, outputs]."""
         return self._load(step, _LOGITS)["logits"]
 
     def weights(self, step: int) -> Weights:
-        """Return the weights of an update that was not beaten."""
+        """Return the weights of an update that no other update has beaten."""
         return self._load(step, _WEIGHTS)
 
     def _load(self, step: int, name: str) -> Weights:
@@ -297,9 +319,9 @@ class Snapshots:
         """
         path = self._of(step) / name
         expected = self._facts(step).files[name]
-        found = sha256_of(path) if path.is_file() else "no file"
-        if found != expected:
-            raise self._damaged(path, f"sha256 expected {expected[:12]}…, found {found[:12]}")
+        actual = sha256_of(path) if path.is_file() else "no file"
+        if actual != expected:
+            raise self._damaged(path, f"sha256 expected {expected[:12]}…, found {actual[:12]}")
         return load_file(path)
 
     def _facts(self, step: int) -> SnapshotFacts:
@@ -311,5 +333,5 @@ class Snapshots:
     def _of(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
-    def _damaged(self, path: Path, why: str) -> RunError:
-        return RunError(f"{path} is damaged: {why}", hint=self.cure)
+    def _damaged(self, path: Path, reason: str) -> RunError:
+        return RunError(f"{path} is damaged: {reason}", hint=self.cure)

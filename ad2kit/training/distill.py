@@ -1,4 +1,4 @@
-"""The distill stage: a teacher, fine-tuned where the recipe says so, and its student."""
+"""The distill stage: a teacher, fine-tuned if the recipe says so, and its student."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows of `select` that show what the adversary does; a batch.
+# The rows of `select` on which the effect of the adversary is measured; one batch.
 _ATTACKED_ROWS = 32
 
 Training = TypeVar("Training", bound=TrainRecipe)
@@ -71,24 +71,26 @@ def distill(
     on_step: Callable[[StepRecord], None] = lambda _record: None,
     allow_inexact: bool = False,
 ) -> DistillReport:
-    """The distill stage: teacher (fine-tuned if the recipe says so) and student of a run.
+    """Run the distill stage: make the teacher (fine-tuned if the recipe says so) and the student.
 
-    Done work is kept: a finished teacher is loaded, one that another run beside this one has
-    fine-tuned on the same data is taken over, an unfinished training goes on from its checkpoint,
-    and a finished student is returned as it is. Under `accelerate launch` every process calls it.
+    Finished work is kept. A finished teacher is loaded, or taken over from another run in the same
+    place that fine-tuned it on the same data. An unfinished training resumes from its checkpoint. A
+    finished student is not trained again. Under `accelerate launch` every process calls this
+    function.
 
     Args:
         run: the run folder, with its recipe.
         on_step: called after each update.
-        allow_inexact: resume under other threads or versions than the checkpoint was made with.
+        allow_inexact: also resume a checkpoint from another number of threads or other versions.
 
     Raises:
         DataError, ModelError, RunError, DivergedError: see the functions that this one calls.
         GateFailed: a simpler model is far better than the teacher, and the recipe does not accept
-            that.
+            this.
     """
     stage = _Stage.of(run, on_step, allow_inexact)
-    recipe, data = stage.recipe, stage.data
+    recipe = stage.recipe
+    data = stage.data
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(),
@@ -96,11 +98,11 @@ def distill(
         data.unlabelled.sha256(),
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
     )
-    if (done := stage.finished(inputs)) is not None:
-        return done
+    if (finished_report := stage.finished(inputs)) is not None:
+        return finished_report
 
-    teacher_select = stage.select_logits(teacher)
-    stage.look_at(teacher, teacher_select)
+    teacher_logits = stage.select_logits(teacher)
+    stage.look_at(teacher, teacher_logits)
     student = stage.student(teacher)
     settings = with_rate(recipe.distill, student)
     logger.info(
@@ -109,36 +111,37 @@ def distill(
         student.parameters() / 1e6,
         settings.rate,
     )
-    select, encoded = (stage.encode(student, each) for each in (data.select, data.distillation()))
-    steps, kept = stage.train_student(
-        teacher, student, settings, encoded, select, teacher_select, inputs=inputs
+    select = stage.encode(student, data.select)
+    train = stage.encode(student, data.distillation())
+    steps, student_selection = stage.train_student(
+        teacher, student, settings, train, select, teacher_logits, inputs=inputs
     )
     validation = splits.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
     report = stage.report(
         teacher,
         student,
         settings,
-        kept,
+        student_selection,
         inputs=inputs,
         steps=steps,
-        splits=splits.facts(data, train=encoded, select=select, validation=validation),
-        teacher_score=stage.score(teacher_select, select),
+        splits=splits.facts(data, train=train, select=select, validation=validation),
+        teacher_score=stage.score(teacher_logits, select),
     )
     if stage.accelerator.is_main_process:
         write_record(run.distill_report, report)
     stage.trainer.clean_up("student")
     logger.info("%s", report.verdict)
-    if late := overrun(run, recipe.plan):
-        logger.warning("%s", late)
+    if overrun_words := overrun(run, recipe.plan):
+        logger.warning("%s", overrun_words)
     return report
 
 
 @exclusive
 def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
-    """Do the part of :func:`distill` that the students of one teacher share, before any of them.
+    """Do the part of :func:`distill` that all students of one teacher share.
 
-    The teacher of the run is made, and its logits on what the students read; the runs beside this
-    one take both from the store. Arguments and errors are those of :func:`distill`.
+    It makes the teacher of the run, and its logits on the students' training texts. Other runs in
+    the same place take both from the store. Arguments and errors are those of :func:`distill`.
     """
     stage = _Stage.of(run, lambda _record: None, allow_inexact)
     teacher = stage.teacher()
@@ -147,28 +150,31 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
 
 
 def open_models(recipe: Recipe, data: Data) -> TextModel:
-    """Open the models of a recipe, and refuse what cannot be distilled; nothing is trained.
+    """Open the models of a recipe, and refuse a pair that cannot be distilled; train nothing.
 
-    `ad2kit check` and the stage itself call it, so that they agree.
+    Both `ad2kit check` and the stage call this function, so that they agree.
 
     Returns:
         The teacher, before its fine-tuning if there is any.
 
     Raises:
-        ModelError: a model that cannot be read or served, other labels than the data's, a length
-            beyond its positions, layers or widths that it lacks, a term that teacher and student
-            cannot have, or what ``compute`` asks for and the family lacks.
+        ModelError: a model cannot be read or served, its labels differ from the data's, it has too
+            few positions, layers or widths, the pair cannot have a loss term, or the family does
+            not support a setting of ``compute``.
     """
-    finished, seed = recipe.teacher.finetune is None, recipe.seed
     teacher = text_model.load_reference(
-        recipe.teacher.model, data, seed=seed, finished=finished, key="teacher.model"
+        recipe.teacher.model,
+        data,
+        seed=recipe.seed,
+        finished=recipe.teacher.finetune is None,
+        key="teacher.model",
     )
     student = before_training(teacher, recipe, data)
     check_widths(teacher, recipe.student)
     check_terms(teacher, student, recipe.distill.intermediate)
     length = recipe.data.max_length_tokens
-    opened = {"teacher.model": teacher, "student.model": student}
-    for key, model in opened.items():
+    models = {"teacher.model": teacher, "student.model": student}
+    for key, model in models.items():
         check_compute(model, recipe.compute)
         text_model.check_length(model, length, key="data.max_length_tokens")
         text_model.try_out(model, data.train.texts[:2], length, key=key)
@@ -176,15 +182,16 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
 
 
 def with_rate(settings: Training, model: TextModel) -> Training:
-    """Return the settings of a training with their learning rate, by the width if null."""
+    """Return the settings of a training with a learning rate; null takes it by the width."""
     if settings.lr is not None:
         return settings
     return settings.model_copy(update={"lr": rate_of_width(model.module.config.hidden_size)})
 
 
 def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
-    """Return the student with all of its heads and neurons."""
-    source, layers = teacher, recipe.student.layers
+    """Return the student before any cut: with all heads and neurons of its layers."""
+    source = teacher
+    layers = recipe.student.layers
     if recipe.student.model is not None:
         source = text_model.load_reference(
             recipe.student.model, data, seed=recipe.seed, finished=False, key="student.model"
@@ -194,7 +201,7 @@ def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the steps of the stage share."""
+    """The distill stage of one run: run, recipe, data and trainer, with the steps as methods."""
 
     run: RunDir
     recipe: Recipe
@@ -203,7 +210,7 @@ class _Stage:
 
     @classmethod
     def of(cls, run: RunDir, on_step: Callable[[StepRecord], None], allow_inexact: bool) -> _Stage:
-        """Look at device and data; nothing is trained yet."""
+        """Open the device and read the data; nothing is trained yet."""
         recipe = run.recipe
         accelerator = make_accelerator(recipe.compute)
         surroundings = environment(
@@ -225,7 +232,7 @@ class _Stage:
         return self.trainer.accelerator
 
     def finished(self, inputs: str) -> DistillReport | None:
-        """Return the report of a student that was distilled from the same inputs, if it is whole.
+        """Return the report of a complete student from the same inputs; None if there is none.
 
         Raises:
             ModelError: the student was changed since.
@@ -234,8 +241,8 @@ class _Stage:
         if not run.distill_report.is_file():
             return None
         report = DistillReport.read(run.distill_report)
-        saved = (run.student / text_model.MANIFEST, run.select_logits)
-        if report.inputs != inputs or not all(path.is_file() for path in saved):
+        results = (run.student / text_model.MANIFEST, run.select_logits)
+        if report.inputs != inputs or not all(path.is_file() for path in results):
             return None
         text_model.load_model(run.student, self.data.labels, self.data.task)
         self.trainer.clean_up("student")
@@ -256,40 +263,41 @@ class _Stage:
         """Train the student, and save it with its logits on ``select``; all processes take part.
 
         Args:
-            teacher: answers what the student reads.
-            student: before its first update.
-            settings: of the training.
-            encoded: what the student reads.
-            select: what chooses the update that is kept.
+            teacher: the teacher.
+            student: the student before its first update.
+            settings: settings of the training.
+            encoded: the student's training rows.
+            select: the rows that choose the kept update.
             teacher_select: the teacher's logits on ``select``, shape [rows, outputs].
-            inputs: what the student is made from, as a fingerprint.
+            inputs: fingerprint of the student's inputs.
 
         Returns:
-            The number of updates, and which of them was kept.
+            The number of updates, and the selection of the kept one.
         """
         terms = comparison(teacher, student, settings.intermediate)
-        logits = self.teacher_logits(teacher, self.data.distillation())
-        imitated, taught = (teacher_select, logits) if settings.imitates else (None, None)
+        teacher_train = self.teacher_logits(teacher, self.data.distillation())
+        select_targets = teacher_select if settings.imitates else None
+        head_targets = teacher_train if settings.imitates else None
         prepare(student, self.recipe.compute)
-        state, kept, found = self.trainer.train(
+        state, student_selection, select_logits = self.trainer.train(
             student,
             encoded,
-            logits,
+            teacher_train,
             distillation(self.accelerator, settings, terms, self.class_weights(settings)),
             settings,
-            lambda model: self.evaluate(model, select, imitated, settings),
+            lambda model: self.evaluate(model, select, select_targets, settings),
             functools.partial(self.choose, select),
             phase="student",
             seed=self.recipe.seed if settings.seed is None else settings.seed,
             inputs=inputs,
-            start=self.head_start(settings, encoded, taught),
+            start=self.head_start(settings, encoded, head_targets),
         )
         if self.accelerator.is_main_process:
             text_model.save(state.model, self.run.student, inputs=inputs)
-            with whole_file(self.run.select_logits) as new:
-                save_file({"logits": found}, new)
+            with whole_file(self.run.select_logits) as temporary:
+                save_file({"logits": select_logits}, temporary)
         self.accelerator.wait_for_everyone()
-        return state.step, kept
+        return state.step, student_selection
 
     def report(
         self,
@@ -303,10 +311,11 @@ class _Stage:
         splits: dict[str, SplitFacts],
         teacher_score: float,
     ) -> DistillReport:
-        """Return what the stage says of a student that is trained and saved."""
-        run, finetune = self.run, self.recipe.teacher.finetune
+        """Return the report on a student that is trained and saved."""
+        run = self.run
+        finetune = self.recipe.teacher.finetune
         records = read_curve(run.curve("student"))
-        kd, gain, words = verdict(records, settings)
+        clean_distance, gain, words = verdict(records, settings)
         seconds = sum(record.seconds for record in records)
         rates = {"student": settings.rate}
         if finetune is not None:
@@ -329,13 +338,14 @@ class _Stage:
             train_seconds=seconds,
             examples_per_s=sum(record.examples for record in records) / seconds,
             peak_memory_mb=peak_memory_mb(),
-            mean_clean_kl=kd,
+            mean_clean_kl=clean_distance,
             mean_adversarial_gain=gain,
             verdict=words,
             environment=self.trainer.surroundings,
         )
 
     def data_sha256(self) -> str:
+        """Return the fingerprint of the labelled data and of the settings that read them."""
         return fingerprint(
             self.data.labels,
             self.data.train.sha256(),
@@ -346,10 +356,11 @@ class _Stage:
         )
 
     def teacher_sha256(self) -> str:
-        """Return what the teacher is: its weights and its tokenizer, however it came about."""
+        """Return the fingerprint of the teacher's weights and tokenizer."""
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
     def encode(self, model: TextModel, split: Split) -> Encoded:
+        """Tokenise a split for a model, to the maximum length of the recipe."""
         length = self.recipe.data.max_length_tokens
         text_model.check_length(model, length, key="data.max_length_tokens")
         encoded = splits.encode(split, model.tokenizer, length)
@@ -362,11 +373,13 @@ class _Stage:
         return encoded
 
     def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
+        """Return the logits of a model; all processes share the rows."""
         return predict_logits(model, encoded, self.accelerator.device, self.accelerator)
 
     def score(self, logits: torch.Tensor, encoded: Encoded) -> float:
-        found = answers(self.data.task, logits.numpy())
-        return mean_metric(self.recipe.data.judged_by, found, encoded.labels)
+        """Return the score of logits against the labels of their rows."""
+        model_answers = answers(self.data.task, logits.numpy())
+        return mean_metric(self.recipe.data.judged_by, model_answers, encoded.labels)
 
     def evaluate(
         self,
@@ -375,35 +388,46 @@ class _Stage:
         teacher_logits: torch.Tensor | None = None,
         settings: DistillRecipe | None = None,
     ) -> Evaluation:
-        """Look at a model on ``select``, and at its adversary if the settings have one."""
-        logits, distance = self.logits(model, encoded), None
+        """Evaluate a model on ``select``, and measure its adversary if the settings have one."""
+        logits = self.logits(model, encoded)
+        distance = None
         if teacher_logits is not None:
             temperature = self.recipe.distill.temperature
             distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
-        found = answers(self.data.task, logits.numpy())
-        constant = bool((found == found[0]).all())
-        inner: tuple[float, float] | tuple[None, None] = (None, None)
+        model_answers = answers(self.data.task, logits.numpy())
+        constant = bool((model_answers == model_answers[0]).all())
+        distances: tuple[float, float] | tuple[None, None] = (None, None)
         if settings is not None and settings.alpha and teacher_logits is not None:
-            rows, device = np.arange(min(len(encoded), _ATTACKED_ROWS)), self.accelerator.device
+            rows = np.arange(min(len(encoded), _ATTACKED_ROWS))
+            device = self.accelerator.device
             batch = Batch(
-                padded(model, encoded, rows, device),
-                torch.from_numpy(encoded.labels[rows]).to(device),
-                teacher_logits[rows].to(device),
+                inputs=padded(model, encoded, rows, device),
+                labels=torch.from_numpy(encoded.labels[rows]).to(device),
+                teacher_logits=teacher_logits[rows].to(device),
             )
-            inner = inner_losses(model, batch, self.accelerator, settings)
-        return Evaluation(self.score(logits, encoded), logits, distance, constant, inner)
+            distances = inner_losses(model, batch, self.accelerator, settings)
+        return Evaluation(
+            score=self.score(logits, encoded),
+            logits=logits,
+            distance=distance,
+            constant=constant,
+            inner_losses=distances,
+        )
 
     def choose(
         self, encoded: Encoded, points: Sequence[SelectPoint], logits: Sequence[torch.Tensor]
     ) -> Selection:
-        """Say which update of a training is kept, given its answers on ``select``."""
-        found = [answers(self.data.task, each.numpy()) for each in logits]
-        return selection.keep(points, found, encoded.labels, self.recipe.data.judged_by)
+        """Choose the update of a training to keep, given the logits on ``select``."""
+        model_answers = [answers(self.data.task, each.numpy()) for each in logits]
+        return selection.keep(points, model_answers, encoded.labels, self.recipe.data.judged_by)
 
     def head_start(
         self, settings: TrainRecipe, encoded: Encoded, teacher_logits: torch.Tensor | None
     ) -> Callable[[TextModel], None] | None:
-        """Return what starts the head of a model, of a student with its teacher's answers."""
+        """Return a function that fits the head of a model before its training, or None.
+
+        A student's head is fitted to the answers of its teacher.
+        """
         if not settings.start_head:
             return None
         targets = encoded.labels
@@ -412,8 +436,10 @@ class _Stage:
         return lambda model: start_head(model, encoded, targets, self.accelerator)
 
     def teacher(self) -> TextModel:
-        """Return the teacher of the run, which is made now if it is not there yet."""
-        recipe, run, data = self.recipe, self.run, self.data
+        """Return the teacher of the run; make it first if it is missing."""
+        recipe = self.recipe
+        run = self.run
+        data = self.data
         inputs = fingerprint(
             recipe.seed,
             self.data_sha256(),
@@ -427,13 +453,13 @@ class _Stage:
                 f"{run.teacher} was made from other data than this run reads now",
                 hint=f"restore the data, or delete {run.path} to start again",
             )
-        # As a resumed run finds it: a tokenizer is not the same object after a round trip.
+        # Loaded as in a resumed run: a tokenizer differs after it was saved and loaded.
         teacher = text_model.load_model(run.teacher, data.labels, data.task)
         logger.info("teacher: %s", run.teacher)
         return teacher
 
     def _missing(self, path: Path) -> bool:
-        """Look whether a file is there: all processes before the first of them makes it."""
+        """Tell whether a file is missing; all processes look before the first one makes it."""
         self.accelerator.wait_for_everyone()
         missing = not path.is_file()
         self.accelerator.wait_for_everyone()
@@ -441,43 +467,47 @@ class _Stage:
 
     def _make_teacher(self, inputs: str) -> None:
         """Take over the teacher of another run, or train it; all processes take part."""
-        recipe, run, data = self.recipe, self.run, self.data
-        first = self.accelerator.is_main_process
-        source, settings = recipe.teacher.model, recipe.teacher.finetune
+        recipe = self.recipe
+        run = self.run
+        is_main = self.accelerator.is_main_process
+        source = recipe.teacher.model
         key = fingerprint(
             inputs,
             recipe.compute.precision,
             None if source == RANDOM else sha256_of_folder(find_model(source)),
         )
-        if first and shared.take_teacher(run.shared, key, run.teacher):
+        if is_main and shared.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
         if self._missing(run.teacher / text_model.MANIFEST):
-            teacher = open_models(recipe, data)
-            if settings is not None:
-                settings = with_rate(settings, teacher)
+            teacher = open_models(recipe, self.data)
+            if recipe.teacher.finetune is not None:
+                settings = with_rate(recipe.teacher.finetune, teacher)
                 logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
-                select = self.encode(teacher, data.select)
-                encoded = self.encode(teacher, data.train)
-                prepare(teacher, recipe.compute)
-                objective = finetuning(self.accelerator, self.class_weights(settings))
-                state, _, _ = self.trainer.train(
-                    teacher,
-                    encoded,
-                    None,
-                    objective,
-                    settings,
-                    lambda model: self.evaluate(model, select),
-                    functools.partial(self.choose, select),
-                    phase="teacher",
-                    seed=recipe.seed,
-                    inputs=inputs,
-                    start=self.head_start(settings, encoded, None),
-                )
-                teacher = state.model
-            if first:
+                teacher = self._finetuned(teacher, settings, inputs)
+            if is_main:
                 text_model.save(teacher, run.teacher, inputs=inputs)
                 shared.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()
+
+    def _finetuned(self, teacher: TextModel, settings: TrainRecipe, inputs: str) -> TextModel:
+        """Fine-tune the teacher on ``train``; return it with the weights of the kept update."""
+        select = self.encode(teacher, self.data.select)
+        train = self.encode(teacher, self.data.train)
+        prepare(teacher, self.recipe.compute)
+        state, _, _ = self.trainer.train(
+            teacher,
+            train,
+            None,
+            finetuning(self.accelerator, self.class_weights(settings)),
+            settings,
+            lambda model: self.evaluate(model, select),
+            functools.partial(self.choose, select),
+            phase="teacher",
+            seed=self.recipe.seed,
+            inputs=inputs,
+            start=self.head_start(settings, train, None),
+        )
+        return state.model
 
     def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
         """Return the weights of the classes in the loss of the hard labels, if they have any."""
@@ -488,13 +518,13 @@ class _Stage:
 
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""
-        student, train = before_training(teacher, self.recipe, self.data), self.data.train
-        encode = functools.partial(self.encode, teacher, train)
-        narrow(student, teacher, self.recipe.student, encode, self.accelerator)
+        student = before_training(teacher, self.recipe, self.data)
+        encode_train = functools.partial(self.encode, teacher, self.data.train)
+        narrow(student, teacher, self.recipe.student, encode_train, self.accelerator)
         return student
 
     def select_logits(self, teacher: TextModel) -> torch.Tensor:
-        """Return the teacher's logits on ``select``, or refuse one with its labels in disorder."""
+        """Return the teacher's logits on ``select``; refuse a teacher with a wrong label order."""
         data = self.data
         teacher.module.to(self.accelerator.device)
         logits = self.logits(teacher, self.encode(teacher, data.select))
@@ -508,16 +538,18 @@ class _Stage:
         return logits
 
     def look_at(self, teacher: TextModel, select_logits: torch.Tensor) -> None:
-        """Put the teacher beside simpler models, once for all runs, and stop if it is no good.
+        """Compare the teacher with simpler models, once for all runs; stop if it is too weak.
 
         Raises:
             GateFailed: see :meth:`ad2kit.models.records.TeacherReport.insist_worth_imitating`.
         """
-        run, recipe = self.run, self.recipe
-        # The second is of the data, and of what the teacher was before its training.
+        run = self.run
+        recipe = self.recipe
+        is_main = self.accelerator.is_main_process
+        # The inputs of the teacher include the data, and the model before its training.
         key = fingerprint(self.teacher_sha256(), text_model.saved_inputs(run.teacher))
-        path, first = shared.teacher_report_file(run.shared, key), self.accelerator.is_main_process
-        if self._missing(path) and first:
+        path = shared.teacher_report_file(run.shared, key)
+        if self._missing(path) and is_main:
             logger.info("looking at the teacher: simpler models on the same rows")
             report = look_at_teacher(
                 recipe,
@@ -532,15 +564,15 @@ class _Stage:
             shared.write_teacher_report(path, report)
         self.accelerator.wait_for_everyone()
         report = TeacherReport.read(path)
-        if first:
+        if is_main:
             write_record(run.teacher_report, report)
         report.insist_worth_imitating(accepted=recipe.teacher.accept)
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
-        """Return the teacher's logits on what the student reads, computed once for all runs.
+        """Return the teacher's logits on the student's training texts, computed once for all runs.
 
-        They are stored under teacher (with its tokenizer), texts and maximum length: a change of
-        any of them looks for another file.
+        The key of the file is the fingerprint of teacher (with its tokenizer), texts and maximum
+        length.
         """
         key = fingerprint(self.teacher_sha256(), split.texts, self.recipe.data.max_length_tokens)
         path = shared.logits_file(self.run.shared, key)

@@ -1,8 +1,8 @@
-"""The training loop, and how a training outlives its process.
+"""The training loop, and the trainer that resumes it after an interruption.
 
-One loop for every training: the teacher's fine-tuning and the student's distillation differ in
-the objective that they hand to it (see :mod:`ad2kit.training.ad2`). Checkpoints, the
-curve on disk and Ctrl-C are those of every training.
+There is one loop for every training: the teacher's fine-tuning and the student's distillation
+differ only in their objective (see :mod:`ad2kit.training.ad2`). They share checkpoints, the curve
+on disk and the handling of Ctrl-C.
 """
 
 from __future__ import annotations
@@ -53,20 +53,18 @@ if TYPE_CHECKING:
 
 
 def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator) -> TrainState:
-    """Return the state before the first update: AdamW without decay on biases and norms.
+    """Return the state before the first update: AdamW without weight decay on biases and norms.
 
-    The module is moved to the device, and not wrapped: several processes sum their gradients in
-    the loop, once per update and not once per backward pass.
+    The module is moved to the device but not wrapped: the loop sums the gradients of several
+    processes once per update, and not once per backward pass.
     """
     model.module.to(accelerator.device)
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for parameter in model.module.parameters():
-        (decayed if parameter.ndim > 1 else plain).append(parameter)
+    decayed = [parameter for parameter in model.module.parameters() if parameter.ndim > 1]
+    undecayed = [parameter for parameter in model.module.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": undecayed, "weight_decay": 0.0},
         ],
         lr=settings.rate,
         fused=True,
@@ -88,16 +86,28 @@ def train(
 ) -> Iterator[StepRecord]:
     """Advance ``state`` to its last update; the loop of every training in ad2kit.
 
-    Yields a record after each update, with ``state`` consistent: the caller logs, saves a
-    checkpoint, or stops. Where the schedule says so the model is evaluated; ``state.evaluation``
-    then holds what the caller has to write down. Several processes share the rows of each update,
-    and stay equal.
+    After each update it yields a record, and ``state`` is consistent: the caller logs, saves a
+    checkpoint, or stops. The schedule says after which updates the model is evaluated;
+    ``state.evaluation`` then holds the evaluation, for the caller to store. Several processes share
+    the rows of each update, and keep equal weights.
+
+    Args:
+        state: the training to advance, in place.
+        encoded: the training rows.
+        teacher_logits: logits of the same rows, shape [rows, outputs]; None without a teacher.
+        objective: computes losses and gradients of a batch.
+        settings: settings of the training.
+        evaluate: evaluates the model on ``select``.
+        accelerator: gives device, precision and processes.
+        phase: the model that is trained, for records and messages.
+        seed: seeds the order of the batches.
 
     Raises:
         DivergedError: a loss or gradient norm is not finite; the optimiser has not stepped.
         ModelError: one row alone does not fit into the memory of the GPU.
     """
-    model, optimizer = state.model, state.optimizer
+    model = state.model
+    optimizer = state.optimizer
     lengths = [len(ids) for ids in encoded.input_ids]
     plan = Schedule.planned(len(encoded), settings)
     parts = settings.accumulation_steps
@@ -118,7 +128,7 @@ def train(
         sums = _sum_over_processes(model, sums, accelerator)
         _insist_finite(sums.loss, "loss", phase, state.step, lr)
         norm = float(accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm))
-        # In fp16 the loss scaler meets such gradients by design, and skips the step itself.
+        # In fp16 such gradients are normal: the loss scaler then skips the step itself.
         if accelerator.mixed_precision != "fp16":
             _insist_finite(norm, "gradient norm", phase, state.step, lr)
         optimizer.step()
@@ -155,13 +165,16 @@ def _accumulate_in_memory(
     accelerator: Accelerator,
     phase: str,
 ) -> tuple[StepLosses, int]:
-    """Run an update in so many parts, or in twice as many until they fit; return how many."""
+    """Compute the gradients of an update in parts; double their number until they fit in memory.
+
+    Returns:
+        The losses of the update, and the number of parts.
+    """
     while True:
         optimizer.zero_grad()
         try:
-            return (
-                _accumulate(model, encoded, teacher_logits, objective, rows, parts, accelerator),
-                parts,
+            losses = _accumulate(
+                model, encoded, teacher_logits, objective, rows, parts, accelerator
             )
         except torch.OutOfMemoryError as error:
             if parts >= len(rows):
@@ -173,6 +186,8 @@ def _accumulate_in_memory(
                     "or a smaller data.max_length_tokens",
                 ) from error
             parts *= 2
+        else:
+            return losses, parts
 
 
 def _accumulate(
@@ -184,19 +199,27 @@ def _accumulate(
     parts: int,
     accelerator: Accelerator,
 ) -> StepLosses:
-    """Run this process's share of an update in parts; gradients and losses add up."""
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    # With fewer rows than processes, one without takes a row at no weight: it must keep step.
-    weight = 1.0 if len(mine) else 0.0
-    chunks = [part for part in np.array_split(mine, parts) if len(part)] or [rows[:1]]
-    device, sums = accelerator.device, StepLosses(0.0, {})
-    for part in chunks:
-        share = weight * len(part) / len(rows)
-        taught = torch.empty(len(part), 0) if teacher_logits is None else teacher_logits[part]
+    """Compute this process's share of an update in parts; gradients and losses are summed."""
+    process_rows = rows[accelerator.process_index :: accelerator.num_processes]
+    chunks = [chunk for chunk in np.array_split(process_rows, parts) if len(chunk)]
+    weight = 1.0
+    if not chunks:
+        # With fewer rows than processes this process takes a row with weight 0, because all
+        # processes have to take part in the update.
+        chunks = [rows[:1]]
+        weight = 0.0
+    device = accelerator.device
+    sums = StepLosses(0.0, {})
+    for chunk in chunks:
+        share = weight * len(chunk) / len(rows)
+        if teacher_logits is None:
+            chunk_logits = torch.empty(len(chunk), 0)
+        else:
+            chunk_logits = teacher_logits[chunk]
         batch = Batch(
-            padded(model, encoded, part, device),
-            torch.from_numpy(encoded.labels[part]).to(device),
-            taught.to(device),
+            inputs=padded(model, encoded, chunk, device),
+            labels=torch.from_numpy(encoded.labels[chunk]).to(device),
+            teacher_logits=chunk_logits.to(device),
         )
         losses = objective(model, batch, share)
         sums.loss += share * losses.loss
@@ -206,22 +229,27 @@ def _accumulate(
 
 
 def _sum_over_processes(model: TextModel, sums: StepLosses, accelerator: Accelerator) -> StepLosses:
-    """Add up gradients and losses: each process has scaled its own by its share of the rows."""
+    """Sum gradients and losses, which each process has scaled by its share of the rows."""
     if accelerator.num_processes == 1:
         return sums
-    # All run the same graph: what has no gradient here has none elsewhere, and stays out of AdamW.
-    found = [p.grad for p in model.module.parameters() if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in found]), "sum")
-    for mine, total in zip(found, flat.split([g.numel() for g in found]), strict=True):
-        mine.copy_(total.view_as(mine))
+    # All processes run the same graph, so a parameter has a gradient in all of them or in none.
+    # AdamW skips a parameter without one.
+    gradients = [
+        parameter.grad for parameter in model.module.parameters() if parameter.grad is not None
+    ]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    totals = accelerator.reduce(flat, "sum").split([gradient.numel() for gradient in gradients])
+    for gradient, total in zip(gradients, totals, strict=True):
+        gradient.copy_(total.view_as(gradient))
     values = torch.tensor([sums.loss, *sums.terms.values()], device=accelerator.device)
     loss, *terms = accelerator.reduce(values, "sum").tolist()
     return StepLosses(loss, dict(zip(sums.terms, terms, strict=True)))
 
 
 def check_compute(model: TextModel, compute: ComputeRecipe) -> None:
-    """Refuse what the recipe says of speed and memory where the family of a model lacks it."""
-    module, family = model.module, model.module.config.model_type
+    """Refuse settings of speed and memory that the family of a model does not support."""
+    module = model.module
+    family = module.config.model_type
     if compute.gradient_checkpointing and not module.supports_gradient_checkpointing:
         raise ModelError(
             f"compute.gradient_checkpointing: '{family}' does not support it",
@@ -235,9 +263,9 @@ def check_compute(model: TextModel, compute: ComputeRecipe) -> None:
 
 
 def prepare(model: TextModel, compute: ComputeRecipe) -> None:
-    """Apply what the recipe says of speed and memory to a model that will be trained.
+    """Apply the settings of speed and memory to a model before its training, in place.
 
-    Layers are compiled one by one: the word embeddings stay outside, where their hook lives.
+    Layers are compiled one by one, because the word embeddings and their hook must not be compiled.
 
     Raises:
         ModelError: see :func:`check_compute`.
@@ -252,13 +280,14 @@ def prepare(model: TextModel, compute: ComputeRecipe) -> None:
             layer.compile(dynamic=True)
 
 
-def _insist_finite(value: float, what: str, phase: str, step: int, lr: float) -> None:
+def _insist_finite(value: float, quantity: str, phase: str, step: int, lr: float) -> None:
+    """Refuse a loss or a gradient norm that is not a finite number."""
     if not math.isfinite(value):
+        section = "teacher.finetune" if phase == "teacher" else "distill"
         raise DivergedError(
-            f"{phase}: the {what} is {value} at update {step + 1} (learning rate {lr:.2e}); "
+            f"{phase}: the {quantity} is {value} at update {step + 1} (learning rate {lr:.2e}); "
             f"the weights were not updated with it",
-            hint=f"lower {'teacher.finetune' if phase == 'teacher' else 'distill'}.lr, or the "
-            "adversary's radius",
+            hint=f"lower {section}.lr, or the adversary's radius",
         )
 
 
@@ -267,14 +296,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains the models of one run, each to its end through any number of interruptions.
+    """Trains the models of one run, and resumes a training after any number of interruptions.
 
     Args:
-        run: holds checkpoints and curves.
-        accelerator: device, precision and processes.
-        surroundings: what an exact resume must find unchanged.
+        run: the run folder, which holds checkpoints and curves.
+        accelerator: gives device, precision and processes.
+        surroundings: the environment that an exact resume must find unchanged.
         on_step: called after each update.
-        allow_inexact: resume under other surroundings.
+        allow_inexact: also resume in another environment.
     """
 
     run: RunDir
@@ -298,32 +327,34 @@ class Trainer:
         inputs: str,
         start: Callable[[TextModel], None] | None = None,
     ) -> tuple[TrainState, Selection, torch.Tensor]:
-        """Train a model, and leave the weights of one of its updates in it.
+        """Train a model; at the end it has the weights of one of its updates.
 
-        See :func:`ad2kit.training.loop.train`. ``choose`` says which update, given all that were
-        evaluated and their logits on ``select``. ``inputs`` is the fingerprint of all that the
-        result depends on beside the surroundings: a checkpoint of other inputs is refused.
-        ``start`` changes the model before the first update, and what it makes is evaluated.
+        The other arguments and the errors are those of :func:`ad2kit.training.loop.train`.
+        ``choose`` chooses the update to keep, given all evaluations and their logits on ``select``.
+        ``inputs`` is the fingerprint of everything that the result depends on, except the
+        surroundings; a checkpoint of other inputs is refused. ``start`` changes the model before
+        the first update; the result is evaluated.
 
         Returns:
-            The state at its end, what was kept, and its logits on ``select``.
+            The state at the end, the selection, and the kept update's logits on ``select``.
         """
-        accelerator, curve = self.accelerator, self.run.curve(phase)
+        accelerator = self.accelerator
+        curve = self.run.curve(phase)
         checkpoint = self.run.checkpoint(phase)
-        again = f"delete {checkpoint} to train from the start"
-        snapshots = Snapshots(self.run.snapshots(phase), inputs, cure=again)
-        # Each process draws dropout of its own.
+        cure = f"delete {checkpoint} to train from the start"
+        snapshots = Snapshots(self.run.snapshots(phase), inputs, cure=cure)
+        # Each process draws its own dropout masks.
         torch.manual_seed(seed + accelerator.process_index)
         state = new_state(model, settings, accelerator)
         if accelerator.scaler:
-            # Not where the training before this one has left it.
+            # A fresh state: the previous training has changed the scaler.
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
         self._resume(state, snapshots, phase)
         if start is not None and not state.points and state.step == 0:
             start(state.model)
-            found = evaluate(state.model)
-            state.points.append(found.point(0))
-            self._write(snapshots, state, found)
+            evaluation = evaluate(state.model)
+            state.points.append(evaluation.point(0))
+            self._write(snapshots, state, evaluation)
         with deferred_interrupt() as interrupted:
             for record in train(
                 state,
@@ -356,18 +387,19 @@ class Trainer:
                 if stopping:
                     logger.info("%s: stopped after update %d, saved", phase, record.step)
                     raise KeyboardInterrupt
-        accelerator.wait_for_everyone()  # the first has written what all read now
+        accelerator.wait_for_everyone()  # until the first process has written the snapshots
         selection = choose(state.points, [snapshots.logits(point.step) for point in state.points])
         logger.info("%s: %s", phase, selection.reason)
         kept = snapshots.weights(selection.kept_step)
         state.model.module.load_state_dict(kept, strict=True)
-        # Else the next training would hold this one's moments, and unscale its gradients in fp16.
+        # Else the next training would keep these moments, and unscale these gradients in fp16.
         accelerator.free_memory()
         return state, selection, snapshots.logits(selection.kept_step)
 
     def _resume(self, state: TrainState, snapshots: Snapshots, phase: str) -> None:
-        """Go on from the checkpoint, if any; drop the snapshots and records that lie after it."""
-        checkpoint, curve = self.run.checkpoint(phase), self.run.curve(phase)
+        """Resume from the checkpoint, if any; remove the snapshots and records after it."""
+        checkpoint = self.run.checkpoint(phase)
+        curve = self.run.curve(phase)
         if checkpoint.is_dir():
             restore_checkpoint(
                 checkpoint,
@@ -383,19 +415,20 @@ class Trainer:
             records = [record for record in read_curve(curve) if record.step <= state.step]
             write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
 
-    def _write(self, snapshots: Snapshots, state: TrainState, found: Evaluation) -> None:
+    def _write(self, snapshots: Snapshots, state: TrainState, evaluation: Evaluation) -> None:
+        """Write a snapshot of the last point; only the first process writes."""
         if self.accelerator.is_main_process:
-            snapshots.write(state.points[-1], found.logits, state.model.module.state_dict())
+            snapshots.write(state.points[-1], evaluation.logits, state.model.module.state_dict())
 
     def clean_up(self, phase: str) -> None:
-        """Remove what is left of a training whose result is saved."""
+        """Remove checkpoint and snapshots of a training whose result is saved."""
         if self.accelerator.is_main_process:
             for folder in (self.run.checkpoint(phase), self.run.snapshots(phase)):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _any_process(self, flag: bool) -> bool:
-        """Agree on a flag, because an update needs all processes."""
+        """Tell whether the flag of any process is set: all processes have to stop together."""
         if self.accelerator.num_processes == 1:
             return flag
-        found = torch.tensor(int(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(found, "sum").item())
+        count = torch.tensor(int(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, "sum").item())

@@ -1,6 +1,6 @@
-"""Loss terms: of the answers, and of the insides of teacher and student, layer by layer.
+"""Loss terms: on the logits, and on intermediate states of teacher and student, layer by layer.
 
-Those of the answers are pure functions of tensors. All return the mean over the rows of the batch.
+The terms are pure functions of tensors. All return the mean over the rows of the batch.
 """
 
 from __future__ import annotations
@@ -28,46 +28,49 @@ if TYPE_CHECKING:
 
 
 def balanced_weights(task: Task, labels: NDArray[Any], outputs: int) -> torch.Tensor:
-    """Return the weights with which all classes count alike, whatever their rows.
+    """Return the weights that make all classes count alike, whatever their number of rows.
 
-    Of n rows and k classes that occur, a row of class c with n_c rows gets ``n / (k n_c)``
-    (King and Zeng, *Logistic Regression in Rare Events Data*, 2001; scikit-learn's "balanced"). Of
-    several labels each is a choice between two classes: rows that have label j get
-    ``n / (2 n_j)``, those without it ``n / (2 (n - n_j))``. The mean weight of the rows is 1.
+    With n rows and k classes that occur, a row of class c with n_c rows gets ``n / (k n_c)``
+    (King and Zeng, *Logistic Regression in Rare Events Data*, 2001; scikit-learn's "balanced").
+    With several labels each label is a choice between two classes: rows with label j get
+    ``n / (2 n_j)``, rows without it ``n / (2 (n - n_j))``. The mean weight of the rows is 1.
 
     Args:
         task: not a regression.
-        labels: of all rows that train and have labels.
+        labels: labels of all training rows that have labels.
         outputs: number of classes or labels.
 
     Returns:
-        float32 [classes]; for several labels [2, labels], without and with the label. What has no
-        row, or every one, has the weight 1.
+        float32 [classes]; for several labels [2, labels], without and with the label. A class
+        without rows, and a label that no row or every row has, gets the weight 1.
     """
+    rows = len(labels)
     if task == "single_label":
-        rows = np.bincount(labels, minlength=outputs)
-        found = np.where(rows > 0, len(labels) / ((rows > 0).sum() * np.maximum(rows, 1)), 1.0)
+        class_rows = np.bincount(labels, minlength=outputs)
+        classes = (class_rows > 0).sum()
+        weights = np.where(class_rows > 0, rows / (classes * np.maximum(class_rows, 1)), 1.0)
     else:
-        have = labels.sum(axis=0)
-        both = np.stack([len(labels) - have, have])
-        found = np.where(both.min(axis=0) > 0, len(labels) / (2 * np.maximum(both, 1)), 1.0)
-    return torch.from_numpy(found).float()
+        present = labels.sum(axis=0)
+        class_rows = np.stack([rows - present, present])
+        varies = class_rows.min(axis=0) > 0
+        weights = np.where(varies, rows / (2 * np.maximum(class_rows, 1)), 1.0)
+    return torch.from_numpy(weights).float()
 
 
 def supervised(
     task: Task, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The task's own loss: cross entropy, binary cross entropy (mean over labels), or MSE.
+    """Return the task's own loss: cross entropy, binary cross entropy (mean over labels), or MSE.
 
-    A row without a label adds 0 and still counts, so that the terms of a batch keep their
-    proportions however it is divided. Weights do not change by what the sum is divided.
+    A row without a label adds 0 to the sum but counts in the mean, so that the terms keep their
+    proportions if a batch is divided into parts. The weights do not change the divisor.
 
     Args:
-        task: decides the form.
+        task: decides between the losses.
         logits: shape [batch, outputs].
-        labels: as :func:`ad2kit.data.labels.read_labels` returns them; without a label
-            :data:`~ad2kit.data.labels.NO_CLASS` or NaN.
-        weights: see :func:`balanced_weights`; all alike if None.
+        labels: as :func:`ad2kit.data.labels.read_labels` returns them;
+            :data:`~ad2kit.data.labels.NO_CLASS` or NaN for a row without a label.
+        weights: see :func:`balanced_weights`; None for equal weights.
     """
     logits = logits.float()
     weights = None if weights is None else weights.to(logits.device)
@@ -77,42 +80,48 @@ def supervised(
         )
         return total / len(labels)
     labelled = ~torch.isnan(labels)
-    target = torch.where(labelled, labels, torch.zeros_like(labels))
+    targets = torch.where(labelled, labels, torch.zeros_like(labels))
     if task == "multi_label":
-        each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         if weights is not None:
-            each = each * torch.where(target == 1, weights[1], weights[0])
+            losses = losses * torch.where(targets == 1, weights[1], weights[0])
     else:
-        each = (logits[:, 0] - target) ** 2
-    return (each * labelled).mean()
+        losses = (logits[:, 0] - targets) ** 2
+    return (losses * labelled).mean()
 
 
 def soft_targets(
     task: Task, student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """How far the student is from its teacher's answers; both terms of AD2 are this.
+    """Return the distance of the student's logits from the teacher's; both terms of AD2 use it.
 
-    KL between classes, KL between the Bernoulli distributions of each label (mean over labels), or,
-    for a regression, where there is no distribution, the squared error.
+    This is the KL divergence over the classes, or over the Bernoulli distribution of each label
+    (mean over labels), or, for a regression, which has no distribution, the mean squared error.
+
+    Args:
+        task: decides between the distances.
+        student_logits: shape [batch, outputs].
+        teacher_logits: shape [batch, outputs].
+        temperature: t > 0; a regression ignores it.
     """
     if task == "single_label":
         return soft_target_kl(student_logits, teacher_logits, temperature)
     if task == "multi_label":
-        # A label is a choice between its logit and 0.
-        student, teacher = (
+        # The probability of a label is the softmax of its logit and 0.
+        student_pairs, teacher_pairs = (
             torch.stack([logits, torch.zeros_like(logits)], dim=-1).flatten(0, 1)
             for logits in (student_logits, teacher_logits)
         )
-        return soft_target_kl(student, teacher, temperature)
+        return soft_target_kl(student_pairs, teacher_pairs, temperature)
     return functional.mse_loss(student_logits.float(), teacher_logits.float())
 
 
 def soft_target_kl(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """``t² · KL(softmax(teacher / t) ‖ softmax(student / t))`` in nats.
+    """Return ``t² · KL(softmax(teacher / t) ‖ softmax(student / t))`` in nats, mean over the batch.
 
-    The factor t² keeps the size of the gradient when the temperature changes (Hinton, Vinyals
+    The factor t² keeps the size of the gradient if the temperature changes (Hinton, Vinyals
     and Dean, *Distilling the Knowledge in a Neural Network*, 2015, section 2).
 
     Args:
@@ -129,79 +138,79 @@ def soft_target_kl(
 def pkd(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor
 ) -> torch.Tensor:
-    """``Σ over layers ‖s / ‖s‖ - t / ‖t‖‖²`` of the first real token, the [CLS] of its family.
+    """Return ``Σ over layers ‖s / ‖s‖ - t / ‖t‖‖²`` of the first real token, such as [CLS].
 
     Sun, Cheng, Gan and Liu, *Patient Knowledge Distillation for BERT Model Compression*,
     EMNLP 2019, equation 7.
 
     Args:
-        student: hidden states of its layers below the last, each [batch, tokens, width].
-        teacher: those of the layers that they imitate; same widths.
+        student: hidden states of the student's layers below the last, [batch, tokens, width] each.
+        teacher: hidden states of the teacher's layers that they imitate; same widths.
         mask: 1 for real tokens, shape [batch, tokens].
     """
-    first = mask.argmax(dim=1)
+    first_token = mask.argmax(dim=1)
     rows = torch.arange(len(mask), device=mask.device)
     total = mask.new_zeros((), dtype=torch.float32)
-    for ours, theirs in zip(student, teacher, strict=True):
-        s, t = (functional.normalize(h[rows, first].float(), dim=-1) for h in (ours, theirs))
-        total = total + ((s - t) ** 2).sum(dim=-1).mean()
+    for student_states, teacher_states in zip(student, teacher, strict=True):
+        student_cls = functional.normalize(student_states[rows, first_token].float(), dim=-1)
+        teacher_cls = functional.normalize(teacher_states[rows, first_token].float(), dim=-1)
+        total = total + ((student_cls - teacher_cls) ** 2).sum(dim=-1).mean()
     return total
 
 
 def hidden_states(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error of the states of all real tokens, averaged over the layers.
+    """Return the mean squared error of the states of all real tokens, averaged over the layers.
 
     Jiao et al., *TinyBERT: Distilling BERT for Natural Language Understanding*, Findings of EMNLP
-    2020, equations 8 and 9, without the projection: widths are equal.
+    2020, equations 8 and 9, without the projection, because the widths are equal.
 
     Args:
         student: states of the embeddings and of each layer, [batch, tokens, width] each.
-        teacher: those that they imitate.
+        teacher: the teacher's states that they imitate; same shapes.
         mask: 1 for real tokens, shape [batch, tokens].
     """
-    terms = [
-        _row_mean(((ours.float() - theirs.float()) ** 2).mean(dim=-1), mask)
-        for ours, theirs in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(terms).mean()
+    layer_losses = []
+    for student_states, teacher_states in zip(student, teacher, strict=True):
+        squared_error = (student_states.float() - teacher_states.float()) ** 2
+        layer_losses.append(_row_mean(squared_error.mean(dim=-1), mask))
+    return torch.stack(layer_losses).mean()
 
 
 def attentions(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor
 ) -> torch.Tensor:
-    """KL between the attention distributions of each real token, averaged over heads and layers.
+    """Return the KL of the attention distributions of each real token, mean over heads and layers.
 
-    TinyBERT (equation 7) fits the scores before the softmax. transformers returns the
-    distributions after it, so this is the form that MobileBERT (Sun et al., ACL 2020, equation 6)
-    gave to the same idea.
+    TinyBERT (equation 7) fits the scores before the softmax. transformers returns the distributions
+    after the softmax, so this is the form of MobileBERT (Sun et al., ACL 2020, equation 6).
 
     Args:
-        student: attention of each layer, [batch, heads, tokens, tokens], rows sum to 1.
-        teacher: of the layers that they imitate; as many heads.
+        student: attention of each layer, [batch, heads, tokens, tokens]; rows sum to 1.
+        teacher: attention of the teacher's layers that they imitate; as many heads.
         mask: 1 for real tokens, shape [batch, tokens].
     """
-    terms = [
-        _row_mean(_kl_of_rows(ours, theirs).mean(dim=1), mask)
-        for ours, theirs in zip(student, teacher, strict=True)
+    layer_losses = [
+        _row_mean(_kl_of_rows(student_attention, teacher_attention).mean(dim=1), mask)
+        for student_attention, teacher_attention in zip(student, teacher, strict=True)
     ]
-    return torch.stack(terms).mean()
+    return torch.stack(layer_losses).mean()
 
 
 def value_relations(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """KL between the value-value relations ``softmax(V Vᵀ / √d)`` of real tokens.
+    """Return the KL of the value-value relations ``softmax(V Vᵀ / √d)`` of real tokens.
 
     Wang, Bao, Huang, Dong and Wei, *MiniLMv2: Multi-Head Self-Attention Relation Distillation for
     Compressing Pretrained Transformers*, Findings of ACL 2021, equations 2 to 5, for the values.
 
     Args:
-        student: values of one layer, [batch, tokens, width].
-        teacher: the same; its width may differ.
+        student: values of one layer of the student, [batch, tokens, width].
+        teacher: values of one layer of the teacher, likewise; the width may differ.
         mask: 1 for real tokens, shape [batch, tokens].
-        heads: relation heads; divides both widths.
+        heads: number of relation heads; divides both widths.
     """
     padding = (mask == 0)[:, None, None, :]
 
@@ -216,19 +225,19 @@ def value_relations(
 
 
 def _kl_of_rows(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) over the last axis; what the teacher gives 0 adds 0."""
+    """Return KL(teacher ‖ student) over the last axis; a teacher's probability of 0 adds 0."""
     tiny = torch.finfo(torch.float32).tiny
-    logs = teacher.float().clamp_min(tiny).log() - student.float().clamp_min(tiny).log()
-    total: torch.Tensor = (teacher.float() * logs).sum(dim=-1)
-    return total
+    log_ratio = teacher.float().clamp_min(tiny).log() - student.float().clamp_min(tiny).log()
+    kl: torch.Tensor = (teacher.float() * log_ratio).sum(dim=-1)
+    return kl
 
 
 def _row_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Average [batch, tokens] over the real tokens of each row, then over the rows."""
+    """Return the mean of [batch, tokens] over the real tokens of each row, then over the rows."""
     return ((per_token * mask).sum(dim=1) / mask.sum(dim=1)).mean()
 
 
-# What the projection to values is called: BERT and its like, DistilBERT, MPNet, DeBERTa.
+# The names of the projection to values: BERT and its like, DistilBERT, MPNet, DeBERTa.
 _VALUE_NAMES = ("value", "v_lin", "v", "value_proj")
 # ModernBERT has one projection to queries, keys and values side by side.
 _FUSED_NAME = "Wqkv"
@@ -236,7 +245,10 @@ _FUSED_NAME = "Wqkv"
 
 @dataclass(frozen=True)
 class Insides:
-    """What one forward pass left: states of embeddings and layers, attentions, last values."""
+    """Intermediate states of one forward pass: hidden states, attentions, values of the last layer.
+
+    ``hidden_states`` starts with the embeddings. A field that no term needs is empty or None.
+    """
 
     hidden_states: tuple[torch.Tensor, ...]
     attentions: tuple[torch.Tensor, ...]
@@ -248,9 +260,9 @@ class Comparison:
     """The intermediate terms of one distillation.
 
     Args:
-        teacher: in evaluation mode, on the device.
-        layers: for each layer of the student, the zero-based layer of the teacher it imitates.
-        weights: of the terms.
+        teacher: the teacher, in evaluation mode, on the device.
+        layers: for each layer of the student the zero-based layer of the teacher that it imitates.
+        weights: weights of the terms.
     """
 
     teacher: TextModel
@@ -260,11 +272,12 @@ class Comparison:
     def read(
         self, model: TextModel, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, Insides]:
-        """Run a forward pass; return the logits and those insides that a term needs."""
-        weights, values = self.weights, list[torch.Tensor]()
+        """Run a forward pass; return the logits, and the intermediate states that a term needs."""
+        weights = self.weights
+        values: list[torch.Tensor] = []
         with ExitStack() as stack:
-            # A family that cannot be told which kernel to use falls back, ALBERT in so many words
-            # for every layer.
+            # A family whose kernel cannot be set falls back by itself; ALBERT then warns for every
+            # layer.
             stack.enter_context(quiet_transformers())
             if weights.value_relations:
                 projection, fused = _value_projection(model)
@@ -278,48 +291,52 @@ class Comparison:
                 output_hidden_states=bool(weights.pkd or weights.hidden_states),
                 output_attentions=bool(weights.attentions),
             )
-        return output.logits, Insides(
-            output.hidden_states or (), output.attentions or (), values[-1] if values else None
+        insides = Insides(
+            hidden_states=output.hidden_states or (),
+            attentions=output.attentions or (),
+            values=values[-1] if values else None,
         )
+        return output.logits, insides
 
     def terms(
         self, student: Insides, teacher: Insides, mask: torch.Tensor
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Return weight and value of each term that has a weight."""
+        """Return weight and value of each term whose weight is not 0."""
         weights = self.weights
-        states = [
+        teacher_states = [
             teacher.hidden_states[layer + 1] for layer in self.layers if teacher.hidden_states
         ]
-        found = {}
+        terms = {}
         if weights.pkd:
-            found["pkd"] = pkd(student.hidden_states[1:-1], states[:-1], mask)
+            terms["pkd"] = pkd(student.hidden_states[1:-1], teacher_states[:-1], mask)
         if weights.hidden_states:
-            found["hidden_states"] = hidden_states(
-                student.hidden_states, [teacher.hidden_states[0], *states], mask
+            terms["hidden_states"] = hidden_states(
+                student.hidden_states, [teacher.hidden_states[0], *teacher_states], mask
             )
         if weights.attentions:
-            chosen = [teacher.attentions[layer] for layer in self.layers]
-            found["attentions"] = attentions(student.attentions, chosen, mask)
+            teacher_attentions = [teacher.attentions[layer] for layer in self.layers]
+            terms["attentions"] = attentions(student.attentions, teacher_attentions, mask)
         if student.values is not None and teacher.values is not None:
             heads = self.teacher.module.config.num_attention_heads
-            found["value_relations"] = value_relations(student.values, teacher.values, mask, heads)
-        return {name: (getattr(weights, name), value) for name, value in found.items()}
+            terms["value_relations"] = value_relations(student.values, teacher.values, mask, heads)
+        return {name: (getattr(weights, name), value) for name, value in terms.items()}
 
 
 def check_terms(teacher: TextModel, student: TextModel, weights: IntermediateRecipe) -> None:
-    """Refuse a term that a pair cannot have: other token ids, widths or heads.
+    """Refuse a term that teacher and student cannot have: other token ids, widths or heads.
 
     Args:
         teacher: the model to imitate.
         student: the model to train.
-        weights: of the terms.
+        weights: weights of the terms.
 
     Raises:
-        ModelError: names the term.
+        ModelError: a term does not fit; the message names it.
     """
     if not weights.any:
         return
-    ours, theirs = student.module.config, teacher.module.config
+    student_config = student.module.config
+    teacher_config = teacher.module.config
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ModelError(
             "distill.intermediate compares token by token, but the student has a tokenizer of its "
@@ -328,29 +345,34 @@ def check_terms(teacher: TextModel, student: TextModel, weights: IntermediateRec
             "vocabulary",
         )
 
-    def same(term: str, name: str) -> None:
-        if getattr(weights, term) and getattr(ours, name) != getattr(theirs, name):
+    def insist_equal(term: str, name: str) -> None:
+        if not getattr(weights, term):
+            return
+        teacher_size = getattr(teacher_config, name)
+        student_size = getattr(student_config, name)
+        if student_size != teacher_size:
             raise ModelError(
                 f"distill.intermediate.{term} compares equal {name}: the teacher has "
-                f"{getattr(theirs, name)}, the student {getattr(ours, name)}",
+                f"{teacher_size}, the student {student_size}",
                 hint=f"set distill.intermediate.{term}=0; value_relations lets widths differ",
             )
 
-    same("pkd", "hidden_size")
-    same("hidden_states", "hidden_size")
-    same("attentions", "num_attention_heads")
-    if weights.pkd and ours.num_hidden_layers < 2:
+    insist_equal("pkd", "hidden_size")
+    insist_equal("hidden_states", "hidden_size")
+    insist_equal("attentions", "num_attention_heads")
+    if weights.pkd and student_config.num_hidden_layers < 2:
         raise ModelError(
             "distill.intermediate.pkd compares the layers below the last, and the student has none",
             hint="set distill.intermediate.pkd=0, or give the student more layers",
         )
-    if weights.value_relations and ours.hidden_size % theirs.num_attention_heads:
-        raise ModelError(
-            f"distill.intermediate.value_relations divides the width by the teacher's "
-            f"{theirs.num_attention_heads} heads, but the student's width is {ours.hidden_size}",
-            hint="choose a student of a width that they divide, or set the weight to 0",
-        )
     if weights.value_relations:
+        heads = teacher_config.num_attention_heads
+        if student_config.hidden_size % heads:
+            raise ModelError(
+                f"distill.intermediate.value_relations divides the width by the teacher's "
+                f"{heads} heads, but the student's width is {student_config.hidden_size}",
+                hint="choose a student of a width that they divide, or set the weight to 0",
+            )
         _value_projection(teacher)
         _value_projection(student)
 
@@ -358,15 +380,16 @@ def check_terms(teacher: TextModel, student: TextModel, weights: IntermediateRec
 def comparison(
     teacher: TextModel, student: TextModel, weights: IntermediateRecipe
 ) -> Comparison | None:
-    """Return the comparison that the weights ask for, or None if they ask for none.
+    """Return the comparison for the terms with a weight, or None if no term has one.
 
-    The student's layers imitate evenly spaced layers of the teacher, the last one its last,
-    whichever they were copied from: that is where they start, and this is where they shall go.
+    The student's layers imitate evenly spaced layers of the teacher, and the last layer the
+    teacher's last. The layers that they were copied from make no difference: a copy is only the
+    start of a layer, and the imitated layer is its target.
 
     Args:
         teacher: the model to imitate.
         student: the model to train.
-        weights: of the terms.
+        weights: weights of the terms.
 
     Raises:
         ModelError: see :func:`check_terms`.
@@ -376,26 +399,30 @@ def comparison(
     check_terms(teacher, student, weights)
     if weights.attentions:
         for model in (teacher, student):
-            # The faster kernels never form the distributions; families that cannot be told fall
-            # back by themselves, and say so at length.
+            # The faster kernels never compute the distributions. Families whose kernel cannot be
+            # set fall back by themselves, with many warnings.
             with quiet_transformers():
                 model.module.set_attn_implementation("eager")
-    depth, most = (model.module.config.num_hidden_layers for model in (student, teacher))
-    layers = ((j + 1) * most // depth - 1 for j in range(depth))
+    student_depth = student.module.config.num_hidden_layers
+    teacher_depth = teacher.module.config.num_hidden_layers
+    layers = ((index + 1) * teacher_depth // student_depth - 1 for index in range(student_depth))
     return Comparison(teacher, tuple(layers), weights)
 
 
 def _value_projection(model: TextModel) -> tuple[torch.nn.Module, bool]:
-    """Return the last layer's projection to values, and whether queries and keys are in it."""
-    found = [
+    """Return the last layer's projection to values, and whether it also projects to keys.
+
+    A fused projection computes queries, keys and values side by side.
+    """
+    projections = [
         (module, name.endswith(_FUSED_NAME))
         for name, module in model.module.named_modules()
         if name.rpartition(".")[2] in (*_VALUE_NAMES, _FUSED_NAME)
         and isinstance(module, torch.nn.Linear)
     ]
-    if not found:
+    if not projections:
         raise ModelError(
             f"a '{model.module.config.model_type}' has no projection to values that we know",
             hint="set distill.intermediate.value_relations=0",
         )
-    return found[-1]
+    return projections[-1]

@@ -1,4 +1,4 @@
-"""What a training writes to disk: its steps, the update that was kept, and the distillation."""
+"""Records of a training: its updates, the selection of the kept one, and the distillation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ class StepRecord(Record):
     """One update of the training loop.
 
     ``terms`` holds the loss terms in nats, before their weights. ``grad_norm`` is the global
-    Euclidean norm before clipping. ``seconds`` is of the update alone. The rest is set where the
-    model was evaluated after this update: ``select_score`` and, for a student, ``select_distance``
-    (from its teacher); with an adversary ``inner_loss_before`` and ``inner_loss_after``, the
-    distance on some rows of ``select`` without and with what the ascent finds, without dropout.
+    Euclidean norm before clipping. ``seconds`` is the time of the update, without an evaluation.
+    The other fields are set if the model was evaluated after this update: ``select_score``; for a
+    student ``select_distance``, its distance from the teacher; and with an adversary
+    ``inner_loss_before`` and ``inner_loss_after``, the distance on some rows of ``select`` without
+    and with the perturbation of the ascent, without dropout.
     """
 
     cure: ClassVar[str] = "delete it, and what is left of its training (`checkpoint` beside it)"
 
-    # 1 had the adversary's gain of each update.
+    # Version 1 had the adversary's gain of each update.
     schema_version: Literal[2] = 2  # type: ignore[assignment]
     phase: Literal["teacher", "student"]
     step: int
@@ -50,16 +51,17 @@ class StepRecord(Record):
 
     @property
     def adversarial_gain(self) -> float | None:
-        """How much the ascent raised the distance."""
+        """The increase of the distance by the ascent; None without an adversary."""
         if self.inner_loss_before is None or self.inner_loss_after is None:
             return None
         return self.inner_loss_after - self.inner_loss_before
 
 
 class SelectPoint(Part):
-    """A model on ``select`` after one update: its score, and a student's distance from its teacher.
+    """The evaluation on ``select`` after one update: the score, and a student's distance.
 
-    ``constant`` says that it gives every row the same answer.
+    ``distance`` is from the teacher; None without one. ``constant`` says that the model gives every
+    row the same answer.
     """
 
     step: int
@@ -69,10 +71,10 @@ class SelectPoint(Part):
 
 
 class Selection(Part):
-    """Which update of a training was kept, and why; see :mod:`ad2kit.training.selection`.
+    """The update of a training that was kept; see :mod:`ad2kit.training.selection`.
 
-    ``best_step`` has the best score; ``good_enough`` counts the updates that came into question.
-    ``points`` holds both curves, and ends with the last update.
+    ``best_step`` has the best score. ``good_enough`` is the number of updates that were good
+    enough. ``points`` holds the scores and distances, and ends with the last update.
     """
 
     kept_step: int
@@ -88,16 +90,16 @@ class Selection(Part):
 
 
 class DistillReport(Record):
-    """What the distill stage did, and on which inputs.
+    """The report of the distill stage: its inputs and its result.
 
-    ``train_seconds`` sums the student's updates; teacher, evaluation and saving are not in it.
-    ``learning_rates`` are the highest of teacher and student, those of the recipe or by the width
+    ``train_seconds`` is the sum over the student's updates, without teacher, evaluation and saving.
+    ``learning_rates`` holds the peak rates of teacher and student, from the recipe or by the width
     of the encoder. ``mean_clean_kl`` and ``mean_adversarial_gain`` are means over the evaluations
-    (see :class:`StepRecord`), the first over the updates where there is no adversary.
-    ``selection`` is None where there was nothing to train.
+    (see :class:`StepRecord`); without an adversary ``mean_clean_kl`` is a mean over the updates.
+    ``selection`` is None if nothing was trained.
     """
 
-    # 1 knew which update was the best, and not why.
+    # Version 1 had the best update, but no reason for it.
     schema_version: Literal[2] = 2  # type: ignore[assignment]
     inputs: str
     labels: tuple[str, ...]
@@ -122,7 +124,7 @@ class DistillReport(Record):
     environment: dict[str, str]
 
 
-# Below this share of the clean loss, the adversary has changed nothing that training could feel.
+# With a gain below this share of the clean loss, the adversary has no effect on the training.
 IDLE_GAIN = 0.01
 
 
@@ -130,7 +132,7 @@ def read_curve(path: Path) -> list[StepRecord]:
     """Return the step records of a curve; a last line that a kill cut short is left out.
 
     Raises:
-        RunError: another version of ad2kit has written it.
+        RunError: another version of ad2kit has written the file.
     """
     if not path.is_file():
         return []
@@ -139,60 +141,69 @@ def read_curve(path: Path) -> list[StepRecord]:
 
 def select_scores(path: Path) -> list[float]:
     """Return the scores on ``select`` of a training so far, in the order of its evaluations."""
-    return [r.select_score for r in read_curve(path) if r.select_score is not None]
+    return [record.select_score for record in read_curve(path) if record.select_score is not None]
 
 
 def scores_before_decay(path: Path) -> tuple[float, ...]:
     """Return the scores on ``select`` while the learning rate of a training was constant.
 
-    When it falls every score rises, whether or not a longer training would be better. All scores
-    are returned where the rate falls from the warm-up on.
+    While the rate falls every score rises, whether or not a longer training would be better. All
+    scores are returned if the rate falls from the warm-up on.
     """
-    evaluated = [r for r in read_curve(path) if r.select_score is not None]
-    highest = max((r.lr for r in evaluated), default=0.0)
-    constant = [r for r in evaluated if r.lr == highest]
-    return tuple(r.select_score or 0.0 for r in (constant if len(constant) > 1 else evaluated))
+    evaluated = [record for record in read_curve(path) if record.select_score is not None]
+    peak_rate = max((record.lr for record in evaluated), default=0.0)
+    records = [record for record in evaluated if record.lr == peak_rate]
+    if len(records) <= 1:
+        records = evaluated
+    return tuple(record.select_score or 0.0 for record in records)
 
 
 def overrun(run: RunDir, plan: PlanRecipe | None) -> str:
-    """Return in words by how much the updates of a run took longer than planned; "" if not.
+    """Return in words how much longer than planned the updates of a run took; "" if they did not.
 
     A teacher that another run has made took no time here.
     """
     if plan is None:
         return ""
-    took = {
+    actual_s = {
         name: sum(record.seconds for record in read_curve(run.curve(name))) for name in plan.updates
     }
-    planned = {name: plan.updates[name] * plan.seconds_per_update[name] for name in plan.updates}
-    if sum(took.values()) <= sum(planned.values()):
+    planned_s = {name: plan.updates[name] * plan.seconds_per_update[name] for name in plan.updates}
+    if sum(actual_s.values()) <= sum(planned_s.values()):
         return ""
-    parts = ", ".join(f"{name} {took[name] / 60:.1f} of {planned[name] / 60:.1f}" for name in took)
+    comparison = ", ".join(
+        f"{name} {actual_s[name] / 60:.1f} of {planned_s[name] / 60:.1f}" for name in actual_s
+    )
     return (
         f"the training took longer than --max-minutes {plan.max_minutes:g} has planned: minutes of "
-        f"updates, {parts}; nothing was cut"
+        f"updates, {comparison}; nothing was cut"
     )
 
 
 def verdict(
     records: Sequence[StepRecord], settings: DistillRecipe
 ) -> tuple[float, float | None, str]:
-    """Return mean clean distance to the teacher, mean adversarial gain, and what they mean.
+    """Return mean clean distance to the teacher, mean adversarial gain, and a verdict in words.
 
     See :class:`ad2kit.training.records.DistillReport`.
     """
-    kd = float(np.mean([record.terms["kd"] for record in records]))
-    gains = [r.adversarial_gain for r in records if r.adversarial_gain is not None]
+    gains = [record.adversarial_gain for record in records if record.adversarial_gain is not None]
     if not gains:
+        distance = float(np.mean([record.terms["kd"] for record in records]))
         if settings.imitates:
-            return kd, None, "no adversary: alpha is 0, this was plain distillation"
-        return kd, None, "no teacher: only hard labels have a weight, this was fine-tuning"
-    kd = float(np.mean([r.inner_loss_before for r in records if r.inner_loss_before is not None]))
-    gain, attack = float(np.mean(gains)), settings.adversary
-    facts = (
-        f"radius {attack.radius:g} ({attack.norm}) raised the distance to the teacher by "
-        f"{gain:.2e} on average, {gain / kd:.2%} of the clean {kd:.2e}"
+            return distance, None, "no adversary: alpha is 0, this was plain distillation"
+        return distance, None, "no teacher: only hard labels have a weight, this was fine-tuning"
+    distances = [
+        record.inner_loss_before for record in records if record.inner_loss_before is not None
+    ]
+    distance = float(np.mean(distances))
+    gain = float(np.mean(gains))
+    adversary = settings.adversary
+    effect = (
+        f"radius {adversary.radius:g} ({adversary.norm}) raised the distance to the teacher by "
+        f"{gain:.2e} on average, {gain / distance:.2%} of the clean {distance:.2e}"
     )
-    if gain < IDLE_GAIN * kd:
-        return kd, gain, f"the adversary was idle: {facts}; a larger distill.adversary.radius bites"
-    return kd, gain, f"the adversary was at work: {facts}"
+    if gain < IDLE_GAIN * distance:
+        advice = "a larger distill.adversary.radius bites"
+        return distance, gain, f"the adversary was idle: {effect}; {advice}"
+    return distance, gain, f"the adversary was at work: {effect}"

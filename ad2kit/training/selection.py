@@ -1,14 +1,14 @@
-"""Which weights of a training are kept: the rule, and what is said of it. No torch.
+"""Selection of the weights that a training keeps: the rule, and its reason in words. No torch.
 
-Of the updates that were evaluated on ``select``, those are good enough whose score is within one
-standard error of the best (the rule of Breiman, Friedman, Olshen and Stone, *Classification and
-Regression Trees*, 1984, section 3.4.3; here the error of the paired difference). Of these the
-nearest to the teacher is kept: so few rows cannot tell their scores apart, and the distance, which
-needs no labels and uses the whole of each answer, can. The distance alone would keep a student that
-has learned little from a teacher that is not sure of itself. Where there is no teacher to be near
-to, the best score is kept, and of equals the longer trained.
+An update that was evaluated on ``select`` is good enough if its score is within one standard error
+of the best score (the rule of Breiman, Friedman, Olshen and Stone, *Classification and Regression
+Trees*, 1984, section 3.4.3; here the error of the paired difference). Among the good enough updates
+the nearest to the teacher is kept. So few rows cannot distinguish their scores, but they can
+distinguish the distances, which need no labels and use the whole logits. The distance alone could
+keep a student that has learned little from an unsure teacher. Without a teacher the update with the
+best score is kept; of equal scores the last one.
 
-An update that gives every row the same answer is kept only if all do.
+An update that answers every row alike is kept only if all updates do so.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 def good_enough(scores: Floats, errors: Floats) -> Array:
     """Return which scores are within their standard error of the best, bool [models].
 
-    What scores no less than one of these is good enough too, whatever its own error is.
+    A score that is no less than one of these is good enough too, whatever its own error is.
 
     Args:
         scores: shape [models].
-        errors: of each model's difference from the best, which has 0; shape [models].
+        errors: standard error of each model's difference from the best; shape [models].
     """
     lowest = scores[scores.max() - scores <= errors].min()
     return np.asarray(scores >= lowest)
@@ -48,40 +48,43 @@ def keep(
     labels: Array,
     metrics: Sequence[Metric],
 ) -> Selection:
-    """Choose one of the evaluated updates of a training; see the module.
+    """Choose one of the evaluated updates of a training; see the module docstring.
 
     Args:
-        points: in the order of the updates, at least one. All have a distance, or none has.
-        answers: on ``select``, of each point.
-        labels: of ``select``.
+        points: the evaluations in the order of the updates, at least one. Either all of them have
+            a distance, or none has.
+        answers: the answers of each point on ``select``.
+        labels: the labels of ``select``.
         metrics: their mean is the score.
     """
-    pool = [i for i, point in enumerate(points) if not point.constant] or list(range(len(points)))
-    best = max(pool, key=lambda i: (points[i].score, points[i].step))
-    near = [best]
+    candidates = [index for index, point in enumerate(points) if not point.constant]
+    if not candidates:
+        candidates = list(range(len(points)))
+    best = max(candidates, key=lambda index: (points[index].score, points[index].step))
+    finalists = [best]
     if points[best].distance is not None:
-        scores = np.array([points[i].score for i in pool])
-        models = [answers[i] for i in pool]
-        errors = paired_standard_errors(metrics, models, labels, pool.index(best))
-        enough = good_enough(scores, errors)
-        near = [i for i, good in zip(pool, enough, strict=True) if good]
-    kept = min(near, key=lambda i: (_distance(points[i]), -points[i].step))
+        scores = np.array([points[index].score for index in candidates])
+        models = [answers[index] for index in candidates]
+        errors = paired_standard_errors(metrics, models, labels, candidates.index(best))
+        is_enough = good_enough(scores, errors)
+        finalists = [index for index, good in zip(candidates, is_enough, strict=True) if good]
+    kept = min(finalists, key=lambda index: (_distance(points[index]), -points[index].step))
     return Selection(
         kept_step=points[kept].step,
         best_step=points[best].step,
-        good_enough=len(near),
+        good_enough=len(finalists),
         points=tuple(points),
-        reason=_reason(points, kept, best, len(near), " and ".join(metrics)),
+        reason=_reason(points, kept, best, len(finalists), " and ".join(metrics)),
     )
 
 
 def beaten(points: Sequence[SelectPoint]) -> set[int]:
-    """Return the updates that :func:`keep` cannot choose, whatever is evaluated after them."""
+    """Return the updates that :func:`keep` cannot choose, whatever later evaluations bring."""
     return {point.step for point in points if any(_beats(other, point) for other in points)}
 
 
 def _beats(one: SelectPoint, other: SelectPoint) -> bool:
-    """Tell whether ``one`` is good enough wherever ``other`` is, and comes first then."""
+    """Tell whether ``one`` is good enough whenever ``other`` is, and is then preferred to it."""
     if one.constant != other.constant:
         return other.constant
     if one.distance is None or other.distance is None:
@@ -91,25 +94,40 @@ def _beats(one: SelectPoint, other: SelectPoint) -> bool:
 
 
 def _distance(point: SelectPoint) -> float:
+    """Return the distance from the teacher; infinity without a teacher."""
     return math.inf if point.distance is None else point.distance
 
 
-def _reason(points: Sequence[SelectPoint], kept: int, best: int, near: int, score: str) -> str:
-    """Return in words what was kept, why, and what the best and the last had."""
-    ours, last = points[kept], points[-1]
-    text = f"kept update {ours.step} of {last.step}"
+def _reason(
+    points: Sequence[SelectPoint], kept: int, best: int, finalists: int, metrics: str
+) -> str:
+    """Return the reason for the kept update, in words, with the scores of the best and the last.
+
+    Args:
+        points: the evaluations.
+        kept: index of the kept point.
+        best: index of the point with the best score.
+        finalists: number of the good enough points.
+        metrics: names of the metrics.
+    """
+    kept_point = points[kept]
+    best_point = points[best]
+    last_point = points[-1]
+    text = f"kept update {kept_point.step} of {last_point.step}"
     if all(point.constant for point in points):
         return f"{text}: every update that was evaluated gives all rows the same answer"
-    if ours.distance is None:
-        text += f": the best {score} on select, {ours.score:.4f}"
+    if kept_point.distance is None:
+        text += f": the best {metrics} on select, {kept_point.score:.4f}"
     else:
         text += (
-            f": the nearest to the teacher (distance {ours.distance:.4g}) of the {near} whose "
-            f"{score} on select is within one standard error of the best, "
-            f"{points[best].score:.4f} (update {points[best].step}); it has {ours.score:.4f}"
+            f": the nearest to the teacher (distance {kept_point.distance:.4g}) of the {finalists} "
+            f"whose {metrics} on select is within one standard error of the best, "
+            f"{best_point.score:.4f} (update {best_point.step}); it has {kept_point.score:.4f}"
         )
-    if last.step != ours.step:
-        far = "" if last.distance is None else f" (distance {last.distance:.4g})"
-        text += f"; the last has {last.score:.4f}{far}"
-        text += ", and gives all rows the same answer" * last.constant
+    if last_point.step != kept_point.step:
+        text += f"; the last has {last_point.score:.4f}"
+        if last_point.distance is not None:
+            text += f" (distance {last_point.distance:.4g})"
+        if last_point.constant:
+            text += ", and gives all rows the same answer"
     return text

@@ -1,16 +1,16 @@
-"""What the runs under one folder share: fine-tuned teachers, what is known of them, their logits.
+"""The store that runs in one folder share: fine-tuned teachers, their reports and their logits.
 
     runs/.shared/teachers/<key>/        as in a run folder
     runs/.shared/teacher-reports/<key>.json
     runs/.shared/logits/<key>.safetensors
     runs/.shared/plans/<key>.json       recipes that --max-minutes has planned
-    runs/.shared/measured.json          what systems cost here, see ad2kit.campaigns.fit.costs
+    runs/.shared/measured.json          measured costs of systems, see ad2kit.campaigns.fit.costs
 
 A key is the fingerprint of everything that the content depends on, so that a change of any of it
-looks for another entry; only `measured.json` is updated. A run keeps its own teacher (hard links
-where the file system has them), so that deleting this folder costs time and no result of a run.
-But a plan depends on how fast the machine was when it was made: the same command with
-`--max-minutes` may then plan, and so train, another run.
+leads to another entry. Only `measured.json` is updated. A run keeps its own teacher (by hard links
+if the file system has them), so that deleting this folder costs time but no result of a run. There
+is one exception: a plan depends on the speed of the machine when it was made. Without it the same
+command with `--max-minutes` may plan, and so train, another run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 def take_teacher(store: Path, key: str, target: Path) -> bool:
-    """Put a stored teacher at ``target``; False if there is none."""
+    """Link a stored teacher to ``target``; return False if there is none."""
     source = store / "teachers" / key[:16]
     if not source.is_dir():
         return False
@@ -70,29 +70,29 @@ def give_teacher(store: Path, key: str, source: Path) -> None:
 
 
 def teacher_report_file(store: Path, key: str) -> Path:
-    """Return where the report on a teacher lies, or would."""
+    """Return the path of the report on a teacher, whether or not it exists."""
     return store / "teacher-reports" / f"{key[:16]}.json"
 
 
 def write_teacher_report(path: Path, report: TeacherReport) -> None:
-    """Store a report where :func:`teacher_report_file` says, for this run and others."""
+    """Store a report at a path from :func:`teacher_report_file`, for this run and others."""
     with writing(path.parent.parent):
         path.parent.mkdir(exist_ok=True)
         write_record(path, report)
 
 
 def plan_file(store: Path, key: str) -> Path:
-    """Return where the recipe that was planned for a recipe and its minutes lies, or would."""
+    """Return the path of the recipe planned for a recipe and its minutes, existing or not."""
     return store / "plans" / f"{key[:16]}.json"
 
 
 def logits_file(store: Path, key: str) -> Path:
-    """Return where the logits of a key lie, or would."""
+    """Return the path of the logits of a key, whether or not it exists."""
     return store / "logits" / f"{key[:16]}.safetensors"
 
 
 def read_logits(path: Path) -> torch.Tensor:
-    """Return stored logits.
+    """Return stored logits, shape [rows, outputs].
 
     Raises:
         RunError: the file is damaged.
@@ -106,18 +106,18 @@ def read_logits(path: Path) -> torch.Tensor:
 
 
 def write_logits(path: Path, logits: torch.Tensor) -> None:
-    """Store logits where :func:`logits_file` says, for this run and others."""
+    """Store logits at a path from :func:`logits_file`, for this run and others."""
     with writing(path.parent.parent):
         path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as new:
-            save_file({"logits": logits}, new)
+        with whole_file(path) as temporary:
+            save_file({"logits": logits}, temporary)
 
 
 @contextmanager
 def writing(store: Path) -> Iterator[None]:
-    """Hold the store for writing, rid of what a killed process left in it.
+    """Lock the store for writing and remove the leftovers of a killed process.
 
-    Who comes second waits: nobody writes for long.
+    A second process waits for the lock, which nobody holds for long.
     """
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / LOCK):
@@ -126,16 +126,16 @@ def writing(store: Path) -> Iterator[None]:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Put a copy of a folder at ``target``, by hard links where the file system has them."""
+    """Copy a folder to ``target``, by hard links if the file system has them."""
 
-    def copy(old: str, new: str) -> None:
+    def link(old: str, new: str) -> None:
         try:
             os.link(old, new)
         except OSError:  # another file system, or one without hard links
             shutil.copy2(old, new)
 
-    with whole_folder(target) as new:
-        shutil.copytree(source, new, copy_function=copy, dirs_exist_ok=True)
+    with whole_folder(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=link, dirs_exist_ok=True)
 
 
 Answers = np.ndarray[Any, np.dtype[Any]]
@@ -145,12 +145,16 @@ class ValidationScores:
     """Scores teachers and students on the validation set, by the metrics of the task."""
 
     def __init__(self, recipe: Recipe, data: Data, runs_dir: Path) -> None:
-        self.recipe, self.data, self.runs_dir = recipe, data, runs_dir
-        self.metrics, self.labels = recipe.data.judged_by, data.validation.labels
+        self.recipe = recipe
+        self.data = data
+        self.runs_dir = runs_dir
+        self.metrics = recipe.data.judged_by
+        self.labels = data.validation.labels
 
     def answers(self, folder: Path) -> Answers:
-        """Return a model's answers on the validation set, computed once."""
-        data, length = self.data, self.recipe.data.max_length_tokens
+        """Return the answers on the validation set of the model in ``folder``, computed once."""
+        data = self.data
+        length = self.recipe.data.max_length_tokens
         files = ModelManifest.read(folder / text_model.MANIFEST).files
         key = fingerprint(files, data.validation.texts, length)
         path = logits_file(self.runs_dir / ".shared", key)
@@ -162,6 +166,6 @@ class ValidationScores:
             write_logits(path, predict_logits(model, encoded, device))
         return answers(data.task, read_logits(path).numpy())
 
-    def score(self, found: Answers) -> float:
-        """Return the score of some answers."""
-        return metrics.mean_metric(self.metrics, found, self.labels)
+    def score(self, model_answers: Answers) -> float:
+        """Return the score of answers to the validation set."""
+        return metrics.mean_metric(self.metrics, model_answers, self.labels)
