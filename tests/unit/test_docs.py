@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md",
-                *DOCS.rglob("*.md")])  # fmt: skip
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md", *DOCS.rglob("*.md")]
+)
 
 _FENCE = re.compile(r"(?ms)^( *)```(\w*)\n(.*?)^\1```")
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -185,8 +186,11 @@ def files() -> frozenset[str]:
     """The files of the repository."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    ).stdout.split()  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
     return frozenset(listed or (str(f.relative_to(ROOT)) for f in ROOT.rglob("*.*")))
 
 
@@ -208,29 +212,40 @@ def missing_files(text: str, page: Path) -> Iterator[str]:
 Checker = Callable[[str, Path], Iterator[str]]
 CHECKERS: dict[Checker, tuple[str, ...]] = {
     broken_links: (
-        "[x](nowhere.md)", "[x](index.md#nowhere)", "[x](#nowhere)", "![x](nowhere.svg)",
+        "[x](nowhere.md)",
+        "[x](index.md#nowhere)",
+        "[x](#nowhere)",
+        "![x](nowhere.svg)",
         "[x](../README.md)",
     ),
     wrong_commands: (
-        "```sh\nad2kit distil demo\n```", "```sh\nad2kit run demo --max-hours 1\n```",
-        "```sh\ncd x && ad2kit run\n```", "```sh\nad2kit score a b \\\n  --engine spark\n```",
-        "`ad2kit evaluate`", "`ad2kit fit --retian 0.9`",
+        "```sh\nad2kit distil demo\n```",
+        "```sh\nad2kit run demo --max-hours 1\n```",
+        "```sh\ncd x && ad2kit run\n```",
+        "```sh\nad2kit score a b \\\n  --engine spark\n```",
+        "`ad2kit evaluate`",
+        "`ad2kit fit --retian 0.9`",
         "```sh\naccelerate launch -m ad2kit destill demo\n```",
     ),
     wrong_python: (
-        "```python\nx = (\n```", "```python\nimport ad2kit\nad2kit.train()\n```",
-        "```python\nimport ad2kit\nad2kit.load()\n```", "`ad2kit.train`",
+        "```python\nx = (\n```",
+        "```python\nimport ad2kit\nad2kit.train()\n```",
+        "```python\nimport ad2kit\nad2kit.load()\n```",
+        "`ad2kit.train`",
         "```python\nimport ad2kit\nad2kit.load('x', thread=1)\n```",
     ),
     unknown_keys: (
-        "```sh\nad2kit run demo distill.learning_rate=1\n```", "`distill.rate=1`",
-        "`parity.min_kept`", "`distill.adversary.drop_out: own`",
+        "```sh\nad2kit run demo distill.learning_rate=1\n```",
+        "`distill.rate=1`",
+        "`parity.min_kept`",
+        "`distill.adversary.drop_out: own`",
     ),
     missing_files: (
-        "`training/nothing.py`", "```sh\npython bench/nothing.py\n```",
+        "`training/nothing.py`",
+        "```sh\npython bench/nothing.py\n```",
         "```sh\npython -m bench.nothing TAG\n```",
     ),
-}  # fmt: skip
+}
 CONTROLS = [(checker, text) for checker, texts in CHECKERS.items() for text in texts]
 
 
