@@ -81,11 +81,11 @@ def _commands() -> Iterator[str]:
             ("Argument", "Required", "Meaning"),
             ((f"`{_metavar(item).strip('[].')}`", "yes" if item.required else "no", item.help or "")
              for item in arguments),
-        )  # fmt: skip
+        )
         yield from table(
             ("Option", "Default", "Meaning"), ((_option(item), _default(item), item.help or "")
                                                for item in options),
-        )  # fmt: skip
+        )
 
 
 def _metavar(item: Any) -> str:
@@ -169,7 +169,7 @@ def _http() -> Iterator[str]:
                 ("Header", "Meaning"),
                 ((f"`{item['name']}`", item["description"])
                  for item in operation.get("parameters", ())),
-            )  # fmt: skip
+            )
             if "requestBody" in operation:
                 schema = operation["requestBody"]["content"]["application/json"]["schema"]
                 yield from (f"Body: {_schema(schema)}.", "")
@@ -177,7 +177,7 @@ def _http() -> Iterator[str]:
                 ("Status", "Meaning", "Hint"),
                 ((status, answer["description"], _hint(answer))
                  for status, answer in operation["responses"].items()),
-            )  # fmt: skip
+            )
     yield from ("## Bodies", "")
     for name, schema in whole["components"]["schemas"].items():
         yield from (f"### {name}", "", markdown(schema.get("description")), "")
@@ -186,7 +186,7 @@ def _http() -> Iterator[str]:
             ("Field", "Type", "Always there"),
             ((f"`{field}`", _schema(kind), "yes" if field in required else "no")
              for field, kind in schema["properties"].items()),
-        )  # fmt: skip
+        )
 
 
 def _hint(answer: dict[str, Any]) -> str:
@@ -229,7 +229,7 @@ def _settings() -> Iterator[str]:
         ("Variable", "Type", "Default"),
         ((f"`AD2KIT_{name.upper()}`", _schema(schema[name]), _value(field))
          for name, field in Settings.model_fields.items()),
-    )  # fmt: skip
+    )
 
 
 def _python() -> Iterator[str]:

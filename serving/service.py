@@ -193,8 +193,11 @@ class Ad2kitClassifier:
 
     @bentoml.api(route="/classify")
     async def classify(self, request: ClassifyRequest, /) -> ClassifyResponse:
-        """Return label and probabilities for each text."""
-        # Over HTTP the middleware answers first. This method is for BentoML's clients and schema.
+        """Return label and probabilities for each text.
+
+        HTTP never comes here: :class:`ad2kit.service.http.Direct` answers POST /classify before.
+        This method is for BentoML's clients and schema.
+        """
         predictions = await self.api.classify(request, Stages())
         return ClassifyResponse(
             predictions=[ClassifyPrediction.model_validate(row) for row in predictions]

@@ -64,7 +64,7 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
     def parts(number: int, shares: Sequence[float]) -> list[int]:
         return sorted({max(1, round(number * share)) for share in shares})
 
-    names = students.FAMILIES.get(teacher.module.config.model_type)
+    names = students.LAYER_PARTS.get(teacher.module.config.model_type)
     cuttable = {"attention_heads": names and names.heads_out, "feed_forward": names}
     widths = {
         key: getattr(grid, key) or parts(getattr(full, key), _WIDTHS if can_be_cut else (1,))

@@ -1,16 +1,25 @@
 """A run folder: every file name of a run, its lock, and which run a command means.
 
-    runs/<recipe>-<fingerprint>/
-        recipe.json                 the resolved recipe
-        teacher/  student/          safetensors, tokenizer, sha256 manifest
-        teacher-training.jsonl  training.jsonl  teacher.json
-        teacher-checkpoint/  teacher-snapshots/  checkpoint/  snapshots/   only while training
-        select-logits.safetensors   the student's logits on `select`
-        distill.json  int8-search.json  parity.json  latency.json  bento.json  report.html
-        answers.jsonl               the answers of each model to each validation row
-        campaign.json               only in the run of a campaign: its rule and its verdicts
-        teacher-run/                a run whose student is the teacher, see campaigns.run
-        onnx/<variant>/             model.onnx, tokenizer, manifest.json
+    runs/<recipe>-<fingerprint>/    written by
+        recipe.json                 the first stage: the resolved recipe
+        .lock                       held by the stage that writes
+        teacher/  student/          distill: safetensors, tokenizer, sha256 manifest
+        teacher.json                distill: the teacher beside simpler models
+        teacher-training.jsonl  training.jsonl                   distill
+        teacher-checkpoint/  teacher-snapshots/                  distill, only while training
+        checkpoint/  snapshots/                                  distill, only while training
+        select-logits.safetensors   distill: the student's logits on `select`
+        distill.json                distill, at its end
+        onnx/<variant>/             export: model.onnx, tokenizer, manifest.json, golden.json;
+                                    judge: a copy of parity.json
+        int8-search.json            export
+        parity.json                 judge: the verdict
+        answers.jsonl               judge: the answers of each model to each validation row
+        latency.json                measure
+        bento.json                  package
+        report.html                 report
+        campaign.json               compare, sweep and fit alone: their rule and their verdicts
+        teacher-run/                `export --teacher`: a run whose student is the teacher
     runs/.shared/                   files that runs share, see ad2kit.training.shared
 
 The fingerprint covers every setting that decides the weights. So the same command finds the same

@@ -1,7 +1,8 @@
 """Recipes: one YAML file describes everything that a run does.
 
 A recipe is plain data until :func:`load_recipe` has applied the overrides. Then the whole recipe is
-checked once and becomes a frozen :class:`Recipe`. Each stage receives its own section.
+checked once and becomes a frozen :class:`Recipe`. Each stage gets the run folder and reads the
+recipe from it.
 
 Scalars follow the core schema of YAML 1.2: ``5e-5`` is a number and ``no`` is a word. A key that
 appears twice is an error; the last one does not win.

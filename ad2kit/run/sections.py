@@ -53,7 +53,7 @@ class DataRecipe(Section):
     ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
     a list, names separated by commas, or 0 or 1 for each of ``labels``) or ``regression`` (a
     number). The mean of ``metrics`` judges a model; null stands for accuracy, micro-F1, or Pearson
-    and Spearman correlation. ``select_from`` says which rows choose the checkpoint: rows taken
+    and Spearman correlation. ``select_from`` says which rows choose the kept update: rows taken
     from the training rows, or, as in many papers, the rows of ``validation``, which makes the
     scores on them too good. ``max_leakage`` is the largest share of the validation texts that may
     also be training texts.

@@ -168,7 +168,7 @@ class _Names(NamedTuple):
 
 _BERT = _Names("attention.output.dense", "intermediate.dense", "output.dense")
 _NO_HEADS = _BERT._replace(heads_out=None)
-FAMILIES = {
+LAYER_PARTS = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
@@ -197,7 +197,7 @@ def check_widths(source: TextModel, settings: StudentRecipe) -> None:
         ModelError: the family cannot be cut, or the model has fewer heads or neurons.
     """
     config = source.module.config
-    names = FAMILIES.get(config.model_type)
+    names = LAYER_PARTS.get(config.model_type)
     heads, neurons = widths(source)
     counts = {
         "attention_heads": (settings.attention_heads, heads),
@@ -209,7 +209,7 @@ def check_widths(source: TextModel, settings: StudentRecipe) -> None:
         if names is None or (key == "attention_heads" and names.heads_out is None):
             families = [
                 family
-                for family, parts in FAMILIES.items()
+                for family, parts in LAYER_PARTS.items()
                 if key == "feed_forward" or parts.heads_out
             ]
             raise ModelError(
@@ -234,7 +234,7 @@ def check_widths(source: TextModel, settings: StudentRecipe) -> None:
 def widths(model: TextModel) -> tuple[int, int]:
     """Return the number of heads and the number of feed-forward neurons of a layer."""
     config = model.module.config
-    names = FAMILIES.get(config.model_type, _BERT)
+    names = LAYER_PARTS.get(config.model_type, _BERT)
     return config.num_attention_heads, getattr(config, names.width)
 
 
@@ -289,7 +289,7 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
     module = model.module
     device = accelerator.device
     module.to(device).eval()
-    names = FAMILIES[module.config.model_type]
+    names = LAYER_PARTS[module.config.model_type]
     heads, neurons = widths(model)
     # For each kind of unit the part of a layer that reads the units, and their number.
     readers = {"neurons": (names.down, neurons)}
@@ -352,7 +352,7 @@ def keep_neurons(model: TextModel, kept: Units) -> None:
     All layers keep the same number of neurons, because a configuration has one width for all.
     """
     config = model.module.config
-    names = FAMILIES[config.model_type]
+    names = LAYER_PARTS[config.model_type]
     _, neurons = widths(model)
     for layer, units in zip(layers_of(model), kept, strict=True):
         up: Any = layer.get_submodule(names.up)

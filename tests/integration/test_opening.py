@@ -22,7 +22,7 @@ from ad2kit.data.demo_reviews import opinions
 from ad2kit.models import pretrained, text_model
 from ad2kit.models.pretrained import RANDOM
 from ad2kit.run.errors import ModelError
-from ad2kit.training.students import FAMILIES as CUTTABLE
+from ad2kit.training.students import LAYER_PARTS
 from tests import families
 from tests.models import LABELS, TEXTS, batch
 
@@ -387,7 +387,7 @@ def test_the_families_are_those_of_the_guide_and_of_the_tests() -> None:
     (listed,) = re.findall(r"one of these families: (BERT, RoBERTa, [^.]*?)\.", guide)
     said = re.split(r",\s+|\s+or\s+", listed)
     assert len(said) == len(pretrained.FAMILIES)
-    assert set(pretrained.FAMILIES) == set(families.FAMILIES) == set(CUTTABLE)
+    assert set(pretrained.FAMILIES) == set(families.FAMILIES) == set(LAYER_PARTS)
 
 
 def write_rows(folder: Path, classes: tuple[str, str]) -> list[str]:

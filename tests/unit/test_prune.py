@@ -61,7 +61,7 @@ def cut(family: str, kind: str) -> tuple[TextModel, TextModel]:
     """A student of two layers without half of its heads or neurons, and one that has them mute."""
     teacher = families.tiny(family)
     student, whole = build_student(teacher, [0, 1]), build_student(teacher, [0, 1])
-    names, layers = students.FAMILIES[family], len(students.layers_of(student))
+    names, layers = students.LAYER_PARTS[family], len(students.layers_of(student))
     keep, out, units = {
         "heads": (students.keep_heads, names.heads_out, families.HEADS),
         "neurons": (students.keep_neurons, names.down, NEURONS),
