@@ -1,1 +1,1 @@
-"""Texts and labels in, scores out: sources, splits, labels, metrics."""
+"""From texts and labels to scores: sources, splits, labels, metrics."""

@@ -204,10 +204,11 @@ def _read_text(path: Path) -> list[Row]:
         columns, start = text_files.header(lines, str(path), suffix)
     rows: list[Row] = []
     frames = text_files.checked_rows(lines[start:], suffix, columns, is_utf8=is_utf8)
-    for first, end, cells, error in frames:
-        where = f"{path}, line {start + first + 1}"
+    for first_line, end_line, cells, error in frames:
+        where = f"{path}, line {start + first_line + 1}"
         if error:
-            raise text_files.bad_row(where, error, "".join(lines[start + first : start + end]))
+            raw = "".join(lines[start + first_line : start + end_line])
+            raise text_files.bad_row(where, error, raw)
         row = cells if suffix == "jsonl" else dict(zip(columns, cells, strict=True))
         rows.append((where, row))
     return rows
@@ -221,7 +222,8 @@ def _load_hub(address: str) -> Any:
         raise MissingExtra("datasets", extra="cpu") from error
 
     hub_or_its_cache()
-    name, config = address, ""
+    name = address
+    config = ""
     if address.count("/") == 2:
         name, _, config = address.rpartition("/")
     try:

@@ -97,7 +97,8 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
     header_row = next(frames(lines, suffix), None)
     if header_row is None:
         raise DataError(f"{name} is empty", hint="its first line must name its columns")
-    first, end, names, error = header_row
+    first_line, end_line, names, error = header_row
+    where = f"{name}, line {first_line + 1}"
     duplicates = [column for column in names if names.count(column) > 1]
     text = "".join(names)
     if not error and SURROGATE.search(text):
@@ -105,11 +106,9 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
     elif not error and duplicates:
         error = f"the column '{duplicates[0]}' appears twice"
     if error:
-        raise bad_row(
-            f"{name}, line {first + 1}", error, text, "correct the line that names the columns"
-        )
-    _insist_on_format(f"{name}, line {first + 1}", names, suffix)
-    return tuple(names), end
+        raise bad_row(where, error, text, "correct the line that names the columns")
+    _insist_on_format(where, names, suffix)
+    return tuple(names), end_line
 
 
 def _insist_on_format(where: str, names: Sequence[str], suffix: str) -> None:
@@ -141,7 +140,7 @@ def checked_rows(
         columns: the columns of CSV and TSV; each row must have as many cells.
         is_utf8: whether :func:`decode` found these lines to be UTF-8.
     """
-    for first, end, cells, frame_error in frames(lines, suffix):
+    for first_line, end_line, cells, frame_error in frames(lines, suffix):
         content = cells
         error = frame_error
         if not is_utf8 and not error and SURROGATE.search(text := "".join(cells)):
@@ -151,7 +150,7 @@ def checked_rows(
         elif not error and len(cells) != len(columns):
             names = f"{', '.join(columns):.80}"
             error = f"expected {len(columns)} fields ({names}), found {len(cells)}"
-        yield first, end, content, error
+        yield first_line, end_line, content, error
 
 
 def bad_row(where: str, reason: str, raw: str, otherwise: str = "correct the line") -> DataError:
@@ -193,23 +192,23 @@ def _csv_frames(lines: Iterable[str]) -> Iterator[Frame]:
     """Yield the rows of a CSV file; see :func:`frames`."""
     csv.field_size_limit(_CELL_CHARACTERS)
     reader = csv.reader(lines, strict=True)
-    first = 0
+    first_line = 0
     while True:
         try:
             for cells in reader:
                 if cells:
-                    yield first, reader.line_num, cells, ""
-                first = reader.line_num
+                    yield first_line, reader.line_num, cells, ""
+                first_line = reader.line_num
             return
         except csv.Error as error:
             reason = f"not CSV: {error}"
-            length_lines = reader.line_num - first
+            length_lines = reader.line_num - first_line
             if length_lines > 1:
                 reason += f", {length_lines} lines long"
             if length_lines > 1 or "end of data" in reason:
                 reason += ": is a quotation mark never closed?"
-            yield first, reader.line_num, [], reason
-            first = reader.line_num
+            yield first_line, reader.line_num, [], reason
+            first_line = reader.line_num
 
 
 def _object(line: str) -> tuple[dict[str, Any], str]:

@@ -1,1 +1,1 @@
-"""Models as they come in: their folders, loading, and what a teacher has to beat."""
+"""Models: checks of their folders, loading, and the baselines that a teacher has to beat."""

@@ -1,1 +1,1 @@
-"""What a run is: its recipe, folder, records and machine. Imports nothing else of ad2kit."""
+"""A run: its recipe, folder, records and machine. Imports nothing else of ad2kit."""

@@ -10,8 +10,8 @@
     │   └── DivergedError   the loss or a gradient is no longer a number
     └── MissingExtra    an optional dependency is not installed         exit code 3
 
-A message says what was expected, what was found and where; the hint says what to do next.
-Anything else that escapes is a defect of ad2kit: exit code 70.
+A message names the expected value, the value found and the place; the hint names the next step.
+Any other exception that escapes is a defect of ad2kit: exit code 70.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GateFailed(Ad2kitError):
 
 
 class UserError(Ad2kitError):
-    """The input or the surroundings have to change; ad2kit did what it could."""
+    """The user has to change the input or the environment."""
 
     exit_code = 2
 
@@ -61,7 +61,7 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """A data set cannot be read, or does not hold what the recipe says it holds."""
+    """A data set cannot be read, or does not fit the recipe."""
 
 
 class ModelError(UserError):

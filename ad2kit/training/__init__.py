@@ -1,1 +1,1 @@
-"""Teacher to student: AD2, its losses, the one training loop, and which update is kept."""
+"""From teacher to student: AD2, its losses, the training loop, and the selection of an update."""

@@ -390,8 +390,8 @@ class Trainer:
         accelerator.wait_for_everyone()  # until the first process has written the snapshots
         selection = choose(state.points, [snapshots.logits(point.step) for point in state.points])
         logger.info("%s: %s", phase, selection.reason)
-        kept = snapshots.weights(selection.kept_step)
-        state.model.module.load_state_dict(kept, strict=True)
+        kept_weights = snapshots.weights(selection.kept_step)
+        state.model.module.load_state_dict(kept_weights, strict=True)
         # Else the next training would keep these moments, and unscale these gradients in fp16.
         accelerator.free_memory()
         return state, selection, snapshots.logits(selection.kept_step)
