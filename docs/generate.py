@@ -79,12 +79,18 @@ def _commands() -> Iterator[str]:
         yield from ("```text", " ".join(filter(None, usage)), "```", "")
         yield from table(
             ("Argument", "Required", "Meaning"),
-            ((f"`{_metavar(item).strip('[].')}`", "yes" if item.required else "no", item.help or "")
-             for item in arguments),
+            (
+                (
+                    f"`{_metavar(item).strip('[].')}`",
+                    "yes" if item.required else "no",
+                    item.help or "",
+                )
+                for item in arguments
+            ),
         )
         yield from table(
-            ("Option", "Default", "Meaning"), ((_option(item), _default(item), item.help or "")
-                                               for item in options),
+            ("Option", "Default", "Meaning"),
+            ((_option(item), _default(item), item.help or "") for item in options),
         )
 
 
@@ -167,16 +173,20 @@ def _http() -> Iterator[str]:
                 yield from ("This path needs no API key.", "")
             yield from table(
                 ("Header", "Meaning"),
-                ((f"`{item['name']}`", item["description"])
-                 for item in operation.get("parameters", ())),
+                (
+                    (f"`{item['name']}`", item["description"])
+                    for item in operation.get("parameters", ())
+                ),
             )
             if "requestBody" in operation:
                 schema = operation["requestBody"]["content"]["application/json"]["schema"]
                 yield from (f"Body: {_schema(schema)}.", "")
             yield from table(
                 ("Status", "Meaning", "Hint"),
-                ((status, answer["description"], _hint(answer))
-                 for status, answer in operation["responses"].items()),
+                (
+                    (status, answer["description"], _hint(answer))
+                    for status, answer in operation["responses"].items()
+                ),
             )
     yield from ("## Bodies", "")
     for name, schema in whole["components"]["schemas"].items():
@@ -184,8 +194,10 @@ def _http() -> Iterator[str]:
         required = schema.get("required", ())
         yield from table(
             ("Field", "Type", "Always there"),
-            ((f"`{field}`", _schema(kind), "yes" if field in required else "no")
-             for field, kind in schema["properties"].items()),
+            (
+                (f"`{field}`", _schema(kind), "yes" if field in required else "no")
+                for field, kind in schema["properties"].items()
+            ),
         )
 
 
@@ -227,8 +239,10 @@ def _settings() -> Iterator[str]:
     schema = Settings.model_json_schema()["properties"]
     yield from table(
         ("Variable", "Type", "Default"),
-        ((f"`AD2KIT_{name.upper()}`", _schema(schema[name]), _value(field))
-         for name, field in Settings.model_fields.items()),
+        (
+            (f"`AD2KIT_{name.upper()}`", _schema(schema[name]), _value(field))
+            for name, field in Settings.model_fields.items()
+        ),
     )
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+HEADER = ("method", "median", "lowest", "highest", "retained", "seconds", "examples/s")
+DIFFERENCES = ("points", "difference", "95 % interval", "p", "detectable")
+
+
 class StudentResult(Part):
     """One student of a comparison; ``run`` is the name of its folder.
 
@@ -72,10 +76,6 @@ class CompareReport(Record):
     methods: tuple[MethodResult, ...]
     differences: tuple[Difference, ...]
     environment: dict[str, str]
-
-
-HEADER = ("method", "median", "lowest", "highest", "retained", "seconds", "examples/s")
-DIFFERENCES = ("points", "difference", "95 % interval", "p", "detectable")
 
 
 def tables(report: CompareReport) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:

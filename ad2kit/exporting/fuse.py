@@ -44,6 +44,35 @@ FUSED = (
 )
 
 
+# Each position of the output depends on the same position of the inputs only, for all axes but the
+# last one.
+_POSITIONWISE = {
+    "Add",
+    "And",
+    "BiasGelu",
+    "Cast",
+    "Clip",
+    "Div",
+    "Erf",
+    "FastGelu",
+    "Gelu",
+    "Identity",
+    "IsNaN",
+    "LayerNormalization",
+    "Mul",
+    "Pow",
+    "Relu",
+    "Sigmoid",
+    "SkipLayerNormalization",
+    "Softmax",
+    "Sqrt",
+    "Sub",
+    "Tanh",
+    "Where",
+}
+_TOKENS = -2  # the tokens of [texts, tokens, width]; all axes here are counted from the end
+
+
 def fuse(fp32: Path, fused: Path) -> None:
     """Write a copy of an fp32 graph with ONNX Runtime's transformer fusions.
 
@@ -89,35 +118,6 @@ def node_counts(path: Path) -> dict[str, int]:
     """Return how many nodes of each fused kind a graph holds."""
     counts = Counter(node.op_type for node in onnx.load(path).graph.node)
     return {name: counts[name] for name in FUSED if counts[name]}
-
-
-# Each position of the output depends on the same position of the inputs only, for all axes but the
-# last one.
-_POSITIONWISE = {
-    "Add",
-    "And",
-    "BiasGelu",
-    "Cast",
-    "Clip",
-    "Div",
-    "Erf",
-    "FastGelu",
-    "Gelu",
-    "Identity",
-    "IsNaN",
-    "LayerNormalization",
-    "Mul",
-    "Pow",
-    "Relu",
-    "Sigmoid",
-    "SkipLayerNormalization",
-    "Softmax",
-    "Sqrt",
-    "Sub",
-    "Tanh",
-    "Where",
-}
-_TOKENS = -2  # the tokens of [texts, tokens, width]; all axes here are counted from the end
 
 
 def read_first_token_only(model: onnx.ModelProto) -> int:

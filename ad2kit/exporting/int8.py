@@ -61,6 +61,18 @@ _8_BITS = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 _QUANTISED = ("MatMul", "Gemm", "Attention", "Gather", "EmbedLayerNormalization")
 
 
+logger = logging.getLogger(__name__)
+_BATCH = 32
+# The number of rows for the search of the nodes that cost most, and for the timing.
+_SAMPLE, _TIMED = 128, 64
+_ROUNDS = 3
+# The greatest error of a candidate to take, as a multiple of the least error of those that pass.
+# On the demo's 640 validation rows the four dynamic ways by channel had errors of 0.12 to 0.15 and
+# flipped 56 labels (in batches and one by one, added up). The ways by tensor had errors of 0.18 to
+# 0.23 and flipped 84 labels.
+_MOST_ERROR = 1.25
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """A way to quantise.
@@ -214,19 +226,6 @@ def _small_tables(path: Path) -> list[str]:
     lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in sizes]
     lookups.sort(key=lambda node: sizes[node.input[0]])
     return [node.name for node in lookups[:-1]]
-
-
-logger = logging.getLogger(__name__)
-
-_BATCH = 32
-# The number of rows for the search of the nodes that cost most, and for the timing.
-_SAMPLE, _TIMED = 128, 64
-_ROUNDS = 3
-# The greatest error of a candidate to take, as a multiple of the least error of those that pass.
-# On the demo's 640 validation rows the four dynamic ways by channel had errors of 0.12 to 0.15 and
-# flipped 56 labels (in batches and one by one, added up). The ways by tensor had errors of 0.18 to
-# 0.23 and flipped 84 labels.
-_MOST_ERROR = 1.25
 
 
 @dataclass(frozen=True, eq=False)

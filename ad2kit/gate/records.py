@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 _NAMED = 10
 
 
+P99_TARGET_MS = 50.0
+"""The default target of the p99, in ms, for which capacity is stated."""
+BUSY_SPREAD = 1.3
+"""If rounds of the same calls differ by a larger factor, other programs used the machine."""
+
+
 class LengthSlice(Part):
     """The scores on the validation texts of one range of lengths, in tokens."""
 
@@ -254,13 +260,6 @@ def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path |
         "(distill.epochs, distill.lr), give it more layers (student.layers) or texts without "
         "labels (data.unlabelled)"
     )
-
-
-P99_TARGET_MS = 50.0
-"""The default target of the p99, in ms, for which capacity is stated."""
-
-BUSY_SPREAD = 1.3
-"""If rounds of the same calls differ by a larger factor, other programs used the machine."""
 
 
 class LatencyCell(Part):

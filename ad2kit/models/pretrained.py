@@ -43,6 +43,10 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _VOCABULARIES = (_TOKENIZER, "vocab.*", "*.model", "bpe.codes")
 
 
+RANDOM = "random://bert"
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
 def refuse_adapter(folder: Path, outputs: int) -> None:
     """Refuse a folder that peft's save_pretrained wrote; ``outputs`` is the number of outputs."""
     if (folder / "adapter_config.json").is_file():
@@ -249,10 +253,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _words(error: Exception) -> str:
     """Return the type and the message of an error."""
     return f"{type(error).__name__}: {error}"
-
-
-RANDOM = "random://bert"
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 def find_model(reference: str, *, key: str = "teacher.model") -> Path:

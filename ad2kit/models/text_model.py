@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "sha256.json"
 
 
+EVALUATION_BATCH = 64
+
+
 @dataclass(frozen=True)
 class TextModel:
     """A sequence classifier with its tokenizer; ``labels`` are in the order of the logits."""
@@ -462,9 +465,6 @@ def random_bert(
     )
     with seeded(seed):
         return transformers.BertForSequenceClassification(config), tokenizer
-
-
-EVALUATION_BATCH = 64
 
 
 @torch.inference_mode()

@@ -14,6 +14,13 @@ AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+METRICS_OF: dict[Task, tuple[Metric, ...]] = {
+    "single_label": ("accuracy", "f1", "macro_f1", "matthews"),
+    "multi_label": ("micro_f1", "macro_f1", "accuracy"),
+    "regression": ("pearson", "spearman"),
+}
+
+
 def _as_text(value: Any) -> Any:
     """Return a whole number as text, so that class 3 in a recipe matches class 3 in a table."""
     return str(value) if type(value) is int else value
@@ -24,12 +31,6 @@ Variant = Literal["fp32", "fused", "fp16", "int8"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 Task = Literal["single_label", "multi_label", "regression"]
 Metric = Literal["accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"]
-
-METRICS_OF: dict[Task, tuple[Metric, ...]] = {
-    "single_label": ("accuracy", "f1", "macro_f1", "matthews"),
-    "multi_label": ("micro_f1", "macro_f1", "accuracy"),
-    "regression": ("pearson", "spearman"),
-}
 
 
 class Section(BaseModel):

@@ -55,6 +55,10 @@ ADDED: dict[Task, tuple[str, ...]] = {
 """The columns of the answers for each task; see :class:`ad2kit.exporting.classifier.Prediction`."""
 
 
+# One block in work and one that waits: no worker is idle, and the last blocks are shared evenly.
+_BLOCKS_IN_FLIGHT = 2
+
+
 class BlockReader(Protocol):
     """Reads blocks of one file; reading them in order is fastest."""
 
@@ -284,10 +288,6 @@ def _score(index: int, block: Block) -> Done:
     if _scorer is None:  # the errors of an initializer would not reach the caller
         _scorer = Scorer(_work)
     return _scorer(index, block)
-
-
-# One block in work and one that waits: no worker is idle, and the last blocks are shared evenly.
-_BLOCKS_IN_FLIGHT = 2
 
 
 class RayScorer:

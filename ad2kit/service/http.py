@@ -1,4 +1,10 @@
-"""POST /classify as plain ASGI, from the bytes of a request to the bytes of its answer.
+"""POST /classify as plain ASGI, from the body of a request to the bytes of its answer.
+
+    connections.Bounded    the socket: bytes, headers, time
+    Unlink, ErrorContract, ApiKeys, Documented    ASGI middleware, in this order
+    Direct -> Classify.answer    the body is read, checked and tokenised
+    Batcher.submit -> OnnxClassifier    a thread of the engine computes a batch
+    Classify -> errors.send_json    the answer
 
 No framework: for a model that computes in a millisecond, the server is the main cost. Between the
 socket and the batcher there is only what a request needs: one pass of pydantic over the body, the
@@ -60,6 +66,9 @@ _MARKS = {
 }
 
 
+_AT_ONCE = contextlib.nullcontext()
+
+
 class _Lane:
     """Threads that read requests, and the turns of the requests that use them.
 
@@ -105,9 +114,6 @@ class _Lane:
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run a function in one of the threads, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
-
-
-_AT_ONCE = contextlib.nullcontext()
 
 
 class _Here:

@@ -41,6 +41,14 @@ _POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
+# Attributes of log records that BentoML's filter adds to format its own lines.
+_BENTOML_ATTRIBUTES = ("component", "levelname_bracketed", "trace_msg", "service_name")
+logger = logging.getLogger(__name__)
+_QUEUE_TEXTS = 64
+# Two numbers agree if they differ by at most this, or by this share of a number above 1.
+_NUMBER_GAP = 0.1
+
+
 def metrics_folder() -> Path:
     """Create the folder in which the workers of this server alone keep their metrics.
 
@@ -216,10 +224,6 @@ class ServiceMetrics:
         self._waiting["tokens"].set(tokens)
 
 
-# Attributes of log records that BentoML's filter adds to format its own lines.
-_BENTOML_ATTRIBUTES = ("component", "levelname_bracketed", "trace_msg", "service_name")
-
-
 def log_as_json() -> None:
     """Give the handlers that BentoML has set up for this process a formatter of JSON lines."""
     formatter = JsonFormatter(
@@ -261,13 +265,6 @@ def tracing() -> dict[str, Any]:
         )
     collector = {"protocol": "http", "endpoint": endpoint}
     return {"exporter_type": "otlp", "sample_rate": rate, "otlp": collector}
-
-
-logger = logging.getLogger(__name__)
-
-_QUEUE_TEXTS = 64
-# Two numbers agree if they differ by at most this, or by this share of a number above 1.
-_NUMBER_GAP = 0.1
 
 
 class Shadow:

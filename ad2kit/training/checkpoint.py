@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 Weights = dict[str, torch.Tensor]
 
 
+_FACTS = "snapshot.json"
+_LOGITS = "logits.safetensors"
+_WEIGHTS = "weights.safetensors"
+
+
 class CheckpointFacts(Record):
     """``checkpoint.json``: the position of a training, and the conditions for an exact resume.
 
@@ -232,11 +237,6 @@ def _generators(accelerator: Accelerator) -> Weights:
     # Gathered as wide integers, because not every backend can send bytes.
     rng_states = accelerator.gather(rng_state.to(accelerator.device, torch.int64)[None])
     return {f"rng.{rank}": state.to("cpu", torch.uint8) for rank, state in enumerate(rng_states)}
-
-
-_FACTS = "snapshot.json"
-_LOGITS = "logits.safetensors"
-_WEIGHTS = "weights.safetensors"
 
 
 class SnapshotFacts(Record):

@@ -36,7 +36,6 @@ from ad2kit.training.students import layer_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Literal
 
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
@@ -46,10 +45,12 @@ if TYPE_CHECKING:
     from ad2kit.run.folder import RunDir
     from ad2kit.run.sections import ComputeRecipe, TrainRecipe
     from ad2kit.training.ad2 import Objective
-    from ad2kit.training.checkpoint import Evaluation
     from ad2kit.training.records import Selection, SelectPoint
 
     Choose = Callable[[Sequence[SelectPoint], Sequence[torch.Tensor]], Selection]
+
+
+logger = logging.getLogger(__name__)
 
 
 def new_state(model: TextModel, settings: TrainRecipe, accelerator: Accelerator) -> TrainState:
@@ -289,9 +290,6 @@ def _insist_finite(value: float, quantity: str, phase: str, step: int, lr: float
             f"the weights were not updated with it",
             hint=f"lower {section}.lr, or the adversary's radius",
         )
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

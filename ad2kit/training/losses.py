@@ -19,12 +19,17 @@ from ad2kit.run.machine import quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
     from numpy.typing import NDArray
 
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.sections import IntermediateRecipe, Task
+
+
+# The names of the projection to values: BERT and its like, DistilBERT, MPNet, DeBERTa.
+_VALUE_NAMES = ("value", "v_lin", "v", "value_proj")
+# ModernBERT has one projection to queries, keys and values side by side.
+_FUSED_NAME = "Wqkv"
 
 
 def balanced_weights(task: Task, labels: NDArray[Any], outputs: int) -> torch.Tensor:
@@ -235,12 +240,6 @@ def _kl_of_rows(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def _row_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the mean of [batch, tokens] over the real tokens of each row, then over the rows."""
     return ((per_token * mask).sum(dim=1) / mask.sum(dim=1)).mean()
-
-
-# The names of the projection to values: BERT and its like, DistilBERT, MPNet, DeBERTa.
-_VALUE_NAMES = ("value", "v_lin", "v", "value_proj")
-# ModernBERT has one projection to queries, keys and values side by side.
-_FUSED_NAME = "Wqkv"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ad2kit.run.sections import DistillRecipe, PlanRecipe
 
 
+# With a gain below this share of the clean loss, the adversary has no effect on the training.
+IDLE_GAIN = 0.01
+
+
 class StepRecord(Record):
     """One update of the training loop.
 
@@ -122,10 +126,6 @@ class DistillReport(Record):
     mean_adversarial_gain: float | None
     verdict: str
     environment: dict[str, str]
-
-
-# With a gain below this share of the clean loss, the adversary has no effect on the training.
-IDLE_GAIN = 0.01
 
 
 def read_curve(path: Path) -> list[StepRecord]:

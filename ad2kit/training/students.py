@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     """For each layer, the units that stay, in ascending order."""
 
 
+# The most texts that importance is measured on; the training rows are in random order.
+TEXTS = 1_024
+_BATCH = 32
+
+
 def check_layers(source: TextModel, layers: Sequence[int]) -> None:
     """Refuse layer indices that ``source``, the model to copy from, does not have."""
     depth = source.module.config.num_hidden_layers
@@ -146,11 +151,6 @@ def _global_every(config: transformers.PretrainedConfig, layers: Sequence[int]) 
         f"{list(layers)} would not see what they were trained on for any n",
         hint="choose them at equal distances from layer 0, such as [0, 2, 4] or [0, 3, 6]",
     )
-
-
-# The most texts that importance is measured on; the training rows are in random order.
-TEXTS = 1_024
-_BATCH = 32
 
 
 class _Names(NamedTuple):

@@ -27,6 +27,22 @@ HEADER = (
 )
 
 
+TRAINED_HEADER = HEADER[1:6]
+# Marker, colour and outcomes of each kind of candidate: each outcome has its place.
+_GROUPS: dict[str, tuple[str, str, tuple[Outcome, ...]]] = {
+    "found": ("o", "#009E73", ("found",)),
+    "distilled, failed the gate": ("X", "#D55E00", ("failed the gate",)),
+    "distilled, not shown to be good enough": ("D", "#CC79A7", ("not shown",)),
+    "distilled, not judged": (
+        "|",
+        "#E69F00",
+        ("diverged", "given up", "below on select", "missed when trained"),
+    ),
+    "cheap enough, not needed": ("|", "#56B4E9", ("not needed",)),
+    "too costly": ("|", "#BBBBBB", ("too costly",)),
+}
+
+
 def rows(report: FitReport) -> list[tuple[str, ...]]:
     """Return a row for the teacher and each candidate under :data:`HEADER`, as text."""
 
@@ -67,9 +83,6 @@ def _figures(cost: Cost) -> tuple[str, ...]:
         f"{cost.p99_ms:.2f}",
         speed,
     )
-
-
-TRAINED_HEADER = HEADER[1:6]
 
 
 def tables(report: FitReport) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
@@ -180,18 +193,3 @@ def plot(report: FitReport, path: Path) -> None:
     axes.legend(fontsize=8)
     with whole_file(path) as new:
         figure.savefig(new, format="svg", metadata={"Date": None})
-
-
-# Marker, colour and outcomes of each kind of candidate: each outcome has its place.
-_GROUPS: dict[str, tuple[str, str, tuple[Outcome, ...]]] = {
-    "found": ("o", "#009E73", ("found",)),
-    "distilled, failed the gate": ("X", "#D55E00", ("failed the gate",)),
-    "distilled, not shown to be good enough": ("D", "#CC79A7", ("not shown",)),
-    "distilled, not judged": (
-        "|",
-        "#E69F00",
-        ("diverged", "given up", "below on select", "missed when trained"),
-    ),
-    "cheap enough, not needed": ("|", "#56B4E9", ("not needed",)),
-    "too costly": ("|", "#BBBBBB", ("too costly",)),
-}

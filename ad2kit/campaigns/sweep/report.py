@@ -33,6 +33,9 @@ HEADER = ("batch", "lr", "radius", "alpha", "finished", "median", "lowest", "hig
 SELECTED = ("on validation", "median", "lowest", "highest", "retained")
 
 
+_STATES = ("finished", "stopped", "diverged", "failed", "begun")
+
+
 class Trial(Record):
     """One student of a sweep, and its state; a line of ``trials.jsonl``.
 
@@ -255,9 +258,6 @@ def caption(report: SweepReport) -> str:
         if trial.state in ("diverged", "failed")
     ]
     return "\n".join(lines)
-
-
-_STATES = ("finished", "stopped", "diverged", "failed", "begun")
 
 
 def markdown(report: SweepReport) -> str:
