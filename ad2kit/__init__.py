@@ -81,8 +81,8 @@ def __dir__() -> list[str]:
 def load(folder: str | Path, *, threads: int | None = None) -> OnnxClassifier:
     """Load a classifier for inference, without torch or transformers.
 
-        classifier = ad2kit.load("runs/demo-1a2b3c4d")
-        classifier.predict(["not at all convincing"])
+        classifier = ad2kit.load(run.path)
+        label = classifier.predict(["not at all convincing"])[0].label
 
     Args:
         folder: a run folder (the variant that it ships is taken) or the folder of

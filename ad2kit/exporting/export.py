@@ -62,6 +62,8 @@ _CALIBRATION_BATCH = 4
 def export(run: RunDir) -> list[OnnxArtifact]:
     """Write every ONNX variant that the recipe of a run asks for.
 
+        artifacts = ad2kit.export(run)
+
     A variant that was exported from the same student with the same versions is kept.
 
     Raises:

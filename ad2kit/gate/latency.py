@@ -61,6 +61,8 @@ def measure(
 ) -> LatencyReport:
     """Measure every system of a run at every shape of the recipe, write the report, return it.
 
+        report = ad2kit.measure(run)
+
     Variants that failed the gate are left out. If none has passed yet, all are measured.
 
     Args:

@@ -65,6 +65,8 @@ EXACT = ("fp32", "fused")
 def judge(run: RunDir) -> ParityReport:
     """Ask the questions of every variant of a run, write the report, and return it.
 
+        passed = ad2kit.judge(run).passed
+
     A report that is not ``passed`` is written as well; the caller has to stop.
 
     Raises:

@@ -67,8 +67,8 @@ class Progress:
 
 def score(
     model: str | Path,
-    input_url: str,
-    output_url: str,
+    input_url: str | Path,
+    output_url: str | Path,
     *,
     text_columns: tuple[str, ...] | None = None,
     prefix: str = "",
@@ -80,6 +80,8 @@ def score(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> ScoreReport:
     """Add the answers of a model to every row of a table; return the report of the job.
+
+        report = ad2kit.score(run.path, "reviews.csv", "scored", text_columns=("sentence",))
 
     Several workers are new processes that import the calling script. So the script needs the usual
     ``if __name__ == "__main__":`` around the call.
@@ -104,6 +106,8 @@ def score(
     """
     folder = servable_artifact(model)
     artifact = read_artifact(folder)
+    input_url = str(input_url)
+    output_url = str(output_url)
     output = OutputFolder(output_url)
     _insist_apart(input_url, output)
     files = find_inputs(input_url)

@@ -69,6 +69,8 @@ def package(
 ) -> BentoRecord:
     """Build a Bento from a run, compare its service with the artefact, and publish its tag.
 
+        tag = ad2kit.package(run).tag
+
     Args:
         run: a run whose parity was judged.
         variant: the variant to take; if None, ``export.ship`` chooses among those that passed.

@@ -73,6 +73,8 @@ def distill(
 ) -> DistillReport:
     """Run the distill stage: make the teacher (fine-tuned if the recipe says so) and the student.
 
+        report = ad2kit.distill(run)
+
     Finished work is kept. A finished teacher is loaded, or taken over from another run in the same
     place that fine-tuned it on the same data. An unfinished training resumes from its checkpoint. A
     finished student is not trained again. Under `accelerate launch` every process calls this
