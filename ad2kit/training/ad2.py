@@ -93,7 +93,7 @@ def distillation(
     With an adversary the clean pass runs with a zero δ that records its gradient, so that the
     first ascent step from a zero start needs no pass of its own. Each adversarial pass draws its
     own dropout masks, or replays the masks of the clean pass (``adversary.dropout``). The paper
-    does not specify this; the student was better with its own masks.
+    does not specify this; which is better depends on the data (docs/measurements/methods.md).
 
     Args:
         accelerator: gives the precision and the backward pass.
