@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ad2kit.data import text_files
-from ad2kit.data.texts import is_text
+from ad2kit.data.texts import is_text, text_of
 from ad2kit.gate.records import RowAnswers
 from ad2kit.gate.shipping import latest_passed_run
 from ad2kit.gate.summary import HEADER, caption, model_rows
@@ -238,7 +238,7 @@ def _print_report(
 def next_steps(tag: str, folder: RunDir) -> str:
     """Return the commands to type after the Bento of a run is published."""
     texts = _example(folder)
-    body = json.dumps({"texts": [texts[0] if len(texts) == 1 else texts]}, ensure_ascii=False)
+    body = json.dumps({"texts": [text_of(texts)]}, ensure_ascii=False)
     key_variables = {"AD2KIT_API_KEYS", "AD2KIT_API_KEYS_FILE"} & set(os.environ)
     key_header = "-H 'Authorization: Bearer KEY' " if key_variables else ""
     curl = (

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VISIBLE = (
     r"[^\s\u0000-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
@@ -16,8 +20,19 @@ hyphens, joiners, variation selectors, fillers, marks of direction), the marks o
 the blank of Braille. They are listed because Python's own tables differ from version to version.
 """
 
+Text = str | tuple[str, str]
+"""What a model reads for one row: one text, or the two texts of a pair."""
+
 _VISIBLE = re.compile(VISIBLE)
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def text_of(columns: Sequence[str]) -> Text:
+    """Return the one or two columns of a row as a classifier and a service take them."""
+    if len(columns) == 1:
+        return columns[0]
+    first, second = columns
+    return first, second
 
 
 def is_text(column: object) -> bool:

@@ -27,12 +27,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ad2kit.data.texts import Text
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.run.sections import Provider
 
-
-Text = str | tuple[str, str]
-"""One text, or the two texts of a sentence-pair model."""
 
 MODEL_FILE = "model.onnx"
 PROVIDERS: dict[Provider, str] = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, get_args
 from ad2kit import __version__
 from ad2kit.data import splits
 from ad2kit.data.metrics import fit_temperature
+from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.exporting.conversion import LabelledRows
 from ad2kit.exporting.golden import GOLDEN_FILE, add_golden_answers
@@ -207,7 +208,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
 
         reference = classifier_of(graphs[False])
         select_tokens, train_tokens = (
-            reference.encode([text if len(text) > 1 else text[0] for text in texts])  # type: ignore[misc]
+            reference.encode([text_of(row) for row in texts])
             for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
         )
         search = Int8Search(

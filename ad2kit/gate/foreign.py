@@ -19,6 +19,7 @@ import transformers
 
 from ad2kit.data import splits
 from ad2kit.data.label_order import numbers_of
+from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.conversion import agreement, agrees, at_most, not_finite
 from ad2kit.exporting.records import OnnxArtifact
@@ -73,12 +74,12 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     split = splits.load_split(rows, recipe.data, labels)
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     encoded = splits.encode(split, teacher.tokenizer, length)
-    texts = [text if len(text) > 1 else text[0] for text in split.texts]
+    texts = [text_of(row) for row in split.texts]
     with tempfile.TemporaryDirectory(prefix="ad2kit-parity-") as temporary:
         model_copy = _adopt(folder, Path(temporary), labels, recipe)
         classifier = _open(model_copy, folder, recipe)
         teacher_logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
-        encodings = classifier.encode(texts)  # type: ignore[arg-type]
+        encodings = classifier.encode(texts)
         logits = classifier.run_sorted(encodings, BATCH)
         checks = _consistency(classifier, encodings, logits, task, recipe.parity)
     reference = Reference(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
+from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.conversion import conversion_cost, mostly_8_bits
 from ad2kit.exporting.records import OnnxArtifact
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.exporting.classifier import Text
+    from ad2kit.data.texts import Text
     from ad2kit.exporting.records import Check
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.gate.records import VariantParity
@@ -245,8 +246,7 @@ def _long_split(encoded: splits.Encoded, split: splits.Split, length: int) -> sp
 
 
 def _classifier_texts(split: splits.Split) -> list[Text]:
-    """Return the texts of a split as a classifier takes them: a str, or a pair of str."""
-    return [(text[0], text[1]) if len(text) > 1 else text[0] for text in split.texts]
+    return [text_of(row) for row in split.texts]
 
 
 def _joined_checks(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:

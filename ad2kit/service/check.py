@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ad2kit.data import splits
+from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.run.errors import GateFailed, RunError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ad2kit.run.folder import RunDir
@@ -90,7 +92,7 @@ def compare_service(
     """
     recipe = run.recipe
     validation = splits.load_data(recipe.data, recipe.seed).validation
-    texts: list[Any] = [row[0] if len(row) == 1 else row for row in validation.texts]
+    texts = [text_of(row) for row in validation.texts]
     by_length = sorted(texts, key=lambda text: len(str(text)))
     rows = np.unique(np.linspace(0, len(texts) - 1, TEXTS).astype(int))
     chosen = [by_length[row] for row in rows]
@@ -115,7 +117,7 @@ def compare_service(
     return ServiceAnswers(len(chosen), flips, gap)
 
 
-def ask(address: str, texts: list[Any], key: str | None = None) -> list[dict[str, Any]]:
+def ask(address: str, texts: Sequence[Any], key: str | None = None) -> list[dict[str, Any]]:
     """POST texts to a running service and return its predictions, with all scores.
 
     Raises:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from pydantic.json_schema import models_json_schema
 
 from ad2kit import __version__
-from ad2kit.data.texts import VISIBLE
+from ad2kit.data.texts import VISIBLE, Text
 from ad2kit.exporting.golden import TEXTS
 from ad2kit.service.errors import ERRORS, send_json
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 MAX_TEXTS = 128
 TIMING = "X-Server-Timing"
-Text = str | tuple[str, str]
 
 # A field that belongs to another task is left out of an answer; it is not null.
 _Optional: Any = Field(None, exclude_if=lambda value: value is None)
