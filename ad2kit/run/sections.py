@@ -233,10 +233,7 @@ class StudentRecipe(Section):
             msg = "give 'layers' of the teacher, or the 'model' to start from"
             raise ValueError(msg)
         if self.model is not None and self.narrower:
-            msg = (
-                "'attention_heads' and 'feed_forward' cut layers by what they matter to the "
-                "teacher: leave 'model' out"
-            )
+            msg = "'attention_heads' and 'feed_forward' cut the teacher's layers: leave 'model' out"
             raise ValueError(msg)
         return self
 
