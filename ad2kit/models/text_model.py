@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from ad2kit.data import splits
@@ -453,7 +454,9 @@ def random_bert(
     pieces = [*special, *words, *letters, *(f"##{letter}" for letter in letters)]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     backend = BertWordPieceTokenizer(vocabulary, lowercase=True)
-    tokenizer = transformers.BertTokenizerFast(tokenizer_object=backend._tokenizer)  # noqa: SLF001
+    tokenizer = transformers.BertTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend.to_str())
+    )
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=64,
