@@ -19,7 +19,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -250,7 +250,9 @@ def score_in_processes(work: Work, blocks: list[Numbered], workers: int) -> Iter
         workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(work,)
     )
     try:
-        for future in as_completed([pool.submit(_score, *block) for block in blocks]):
+        with interrupts_blocked():
+            futures = [pool.submit(_score, *block) for block in blocks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
@@ -262,6 +264,19 @@ def score_in_processes(work: Work, blocks: list[Numbered], workers: int) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C in this thread: it comes afterwards, and never to processes started meanwhile.
+
+    A process that is still importing has no handler yet, and would print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def single_threaded() -> None:
     """Limit the tokenizer of this process to one thread; by default it uses all cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -270,8 +285,7 @@ def single_threaded() -> None:
 def _start(work: Work) -> None:
     global _work  # noqa: PLW0603  (an initializer can pass values to its process only so)
     single_threaded()
-    # Only the parent handles Ctrl-C. If the parent ends, this process ends, too.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Only the parent handles Ctrl-C, see interrupts_blocked. If it ends, this process ends, too.
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _work = work
 

@@ -121,7 +121,7 @@ def test_a_chain_holds_its_run_from_the_first_stage_to_the_last(
 
         return call
 
-    for name in ("distill", "export", "parity", "bench", "report", "package"):
+    for name in ("distill", "export", "judge", "measure", "report", "package"):
         monkeypatch.setattr(chain, name, watched(name))
     with pytest.raises(Stop):
         chain.run_all(opened_again(copied_run, copied_run.recipe))

@@ -33,6 +33,7 @@ from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.run.errors import DataError, ModelError, UserError
 from ad2kit.run.files import sha256_of, write_record
 from ad2kit.scoring.score import Progress, score
+from ad2kit.scoring.workers import interrupts_blocked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -440,6 +441,16 @@ def test_ctrl_c_ends_with_130_and_leaves_whole_parts(
     found, expected = contents(output), contents(straight)
     assert 5 <= len(found) < len(expected)
     assert found.items() <= expected.items()
+
+
+def test_ctrl_c_never_comes_to_a_worker_that_is_still_starting() -> None:
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set()))"
+    started = [sys.executable, "-c", code]
+    with interrupts_blocked():
+        assert subprocess.check_output(started, text=True) == "True\n"
+    assert subprocess.check_output(started, text=True) == "False\n"
+    with pytest.raises(KeyboardInterrupt), interrupts_blocked():  # it comes to this process, later
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_full_disk_ends_with_2_and_no_half_written_part(
