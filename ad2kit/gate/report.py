@@ -55,7 +55,7 @@ def report(run: RunDir) -> Path:
             f"{run.answers} is missing, or not the file that belongs to {run.parity_report}",
             hint=f"run `ad2kit parity {run.path}`, which writes both",
         )
-    template = resources.files("ad2kit").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("ad2kit.gate").joinpath("report.html").read_text(encoding="utf-8")
     # Texts and labels come from the user, so markup in them is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     write_text(run.report, environment.from_string(template).render(_context(run)))
