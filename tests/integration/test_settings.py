@@ -157,8 +157,9 @@ def test_the_shadow_is_asked_and_each_answer_logged(operated: str, folder: Path)
     shadowed, answered = counted(operated, "ad2kit_shadow_texts_total"), said_in(folder, "answered")
     for _ in range(5):
         assert call(operated, "POST", "/classify", TEXT, bearer("one")).status == 200
-    wait_for(lambda: counted(operated, "ad2kit_shadow_texts_total") == shadowed + 5)
-    wait_for(lambda: len(said_in(folder, "answered")) == len(answered) + 5)
+    # Or more: what the tests before have asked may still be waiting for the shadow.
+    wait_for(lambda: counted(operated, "ad2kit_shadow_texts_total") >= shadowed + 5)
+    wait_for(lambda: len(said_in(folder, "answered")) >= len(answered) + 5)
 
 
 def test_parity_asks_a_service_with_a_key(
