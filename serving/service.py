@@ -38,7 +38,7 @@ from ad2kit.run.machine import available_cpus
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.connections import bounded, insist_on_files
 from ad2kit.service.errors import ErrorContract, Pace
-from ad2kit.service.http import ApiKeys, Classify, Direct, Stages, Unlink
+from ad2kit.service.http import ApiKeys, Classify, Direct, RequestTimes, Unlink
 from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
 from ad2kit.service.openapi import (
     MAX_TEXTS,
@@ -198,7 +198,7 @@ class Ad2kitClassifier:
         HTTP never comes here: :class:`ad2kit.service.http.Direct` answers POST /classify before.
         This method is for BentoML's clients and schema.
         """
-        predictions = await self.api.classify(request, Stages())
+        predictions = await self.api.classify(request, RequestTimes())
         return ClassifyResponse(
             predictions=[ClassifyPrediction.model_validate(row) for row in predictions]
         )

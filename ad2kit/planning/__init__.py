@@ -1,1 +1,1 @@
-"""Stages before a run: init, check, doctor, and the plan of `--max-minutes`."""
+"""Commands before a run: init, check, doctor, and the plan of `--max-minutes`."""

@@ -1,4 +1,4 @@
-"""The init stage: writes an annotated recipe for a user's own table.
+"""The init command: writes an annotated recipe for a user's own table.
 
 It guesses what the columns show, and asks for what they do not show: a wrong column would cost
 hours of training. Each guess that could be wrong is a comment in the recipe.

@@ -178,13 +178,13 @@ class Classify:
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
 
-    async def answer(self, body: bytes) -> tuple[bytes, Stages]:
+    async def answer(self, body: bytes) -> tuple[bytes, RequestTimes]:
         """Return the JSON answer to a JSON request, and the times of its stages.
 
         Raises:
             Problem: the error that the client is told instead.
         """
-        stages = Stages()
+        stages = RequestTimes()
         predictions = await self._answer(body, stages)
         content = to_json({"predictions": predictions})
         stages.total_s = time.perf_counter() - stages.start
@@ -196,7 +196,9 @@ class Classify:
             logger.info("answered", extra=facts)
         return content, stages
 
-    async def classify(self, request: ClassifyRequest, stages: Stages) -> list[dict[str, Any]]:
+    async def classify(
+        self, request: ClassifyRequest, stages: RequestTimes
+    ) -> list[dict[str, Any]]:
         """Return the predictions for a request as plain data.
 
         Raises:
@@ -204,7 +206,7 @@ class Classify:
         """
         return await self._answer(request.model_dump_json().encode(), stages)
 
-    async def _answer(self, body: bytes, stages: Stages) -> list[dict[str, Any]]:
+    async def _answer(self, body: bytes, stages: RequestTimes) -> list[dict[str, Any]]:
         """Return the predictions for the body of a request; raises :class:`Problem`."""
         try:
             async with asyncio.timeout(self.deadline_s):
@@ -248,7 +250,7 @@ class Classify:
 
 
 @dataclass(slots=True)
-class Stages:
+class RequestTimes:
     """Times of the stages of a request, in seconds, from its body read to its answer written."""
 
     start: float = field(default_factory=time.perf_counter)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ad2kit.exporting.classifier import Prediction
 from ad2kit.service.batcher import Batcher
 from ad2kit.service.errors import ErrorContract, Problem
-from ad2kit.service.http import Classify, Direct, Stages, parse
+from ad2kit.service.http import Classify, Direct, RequestTimes, parse
 from ad2kit.service.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Echo(Classify):
 
     def __init__(self) -> None: ...
 
-    async def answer(self, body: bytes) -> tuple[bytes, Stages]:
-        return body, Stages()
+    async def answer(self, body: bytes) -> tuple[bytes, RequestTimes]:
+        return body, RequestTimes()
 
 
 async def passed_on(*_: object) -> None:
@@ -358,7 +358,7 @@ def test_a_model_of_pairs_asks_for_pairs() -> None:
 
 
 def test_stage_times_are_written_as_the_standard_says() -> None:
-    stages = Stages(start=0.0, tokenise_s=0.0012, total_s=0.01)
+    stages = RequestTimes(start=0.0, tokenise_s=0.0012, total_s=0.01)
     stages.timing.queue_s, stages.timing.inference_s = 0.002, 0.0034567
     assert (
         stages.header() == b"tokenise;dur=1.2, queue;dur=2.0, inference;dur=3.457, total;dur=10.0"
