@@ -1,4 +1,4 @@
-"""The check stage: describes a recipe's data, what its gate can prove, and what training costs.
+"""The check command: describes a recipe's data, what its gate can prove, and what training costs.
 
 Nothing is trained and nothing is written. Data and models are opened in the same way as in the
 distill stage, so that this stage refuses the same recipes.

@@ -1,4 +1,4 @@
-"""The score stage: run a classifier over a table of any size, part by part.
+"""The score command: run a classifier over a table of any size, part by part.
 
 The input is cut into blocks of rows, and each block becomes one part of the output, which is
 written whole or not at all. A job that was stopped in any way continues with the blocks without a
