@@ -36,7 +36,7 @@ from ad2kit.exporting.golden import warm_up
 from ad2kit.gate.records import ParityReport
 from ad2kit.run.machine import available_cpus
 from ad2kit.service.batcher import Batcher, BatchFacts
-from ad2kit.service.connections import bounded, insist_on_files
+from ad2kit.service.connections import bounded, check_files
 from ad2kit.service.errors import ErrorContract, Pace
 from ad2kit.service.http import ApiKeys, Classify, Direct, RequestTimes, Unlink
 from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
@@ -83,7 +83,7 @@ with errors_of_bentoml():
     )
     settings = server.settings
     KEYS = settings.keys()
-    insist_on_files(settings.max_connections)
+    check_files(settings.max_connections)
 WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
 
@@ -250,7 +250,7 @@ def admit(method: bytes, path: bytes) -> None:
         Problem: the queue is full.
     """
     if method == b"POST" and path.rstrip(b"/") == b"/classify":
-        this_service().api.insist_on_room()
+        this_service().api.check_room()
 
 
 def openapi() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ad2kit.campaigns import shapes
 from ad2kit.exporting.export import export
 from ad2kit.gate.latency import measure
 from ad2kit.gate.parity import judge
-from ad2kit.gate.records import insist_passed
+from ad2kit.gate.records import check_passed
 from ad2kit.gate.report import report
 from ad2kit.gate.summary import teacher_report
 from ad2kit.models import text_model
@@ -66,7 +66,7 @@ def run_all(
         verdict = judge(held)
         report(held)
         teacher = teacher_report(held)
-        insist_passed(verdict, run.path, report=run.parity_report, teacher=teacher)
+        check_passed(verdict, run.path, report=run.parity_report, teacher=teacher)
         measure(held, again=False)
         record = package(held)
         report(held)

@@ -102,7 +102,7 @@ def fit(
     first, until one passes the gate. Exit code 1 if none does.
     """
     from ad2kit.campaigns.fit import fit as campaign
-    from ad2kit.campaigns.fit.records import Target, insist_found
+    from ad2kit.campaigns.fit.records import Target, check_found
     from ad2kit.campaigns.records import Grid
     from ad2kit.cli.show import print_fit, show_messages, training_progress
     from ad2kit.run.recipe import load_recipe
@@ -130,4 +130,4 @@ def fit(
             recipe, target, grid, runs_dir, on_step=on_step, allow_inexact=allow_inexact
         )
     print_fit(report, folder, as_json=as_json)
-    insist_found(report, folder)
+    check_found(report, folder)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import ad2kit
 from ad2kit.cli.show import print_json, print_table
-from ad2kit.gate.records import ParityReport, insist_passed
+from ad2kit.gate.records import ParityReport, check_passed
 from ad2kit.gate.shipping import choose_variant, passed_variants
 from ad2kit.gate.summary import teacher_report, untested_words
 from ad2kit.run.errors import UserError
@@ -35,7 +35,7 @@ def judge_run(run: RunDir, *, as_json: bool) -> None:
         print_json(verdict.model_dump(mode="json"))
     else:
         print_table(run)
-    insist_passed(verdict, run.path, report=run.parity_report, teacher=teacher_report(run))
+    check_passed(verdict, run.path, report=run.parity_report, teacher=teacher_report(run))
     choose_variant(run, None)  # raises if a campaign has refused all variants that passed the gate
     shipped, *others = (folder.name for folder in passed_variants(run))
     choice = f" (or --variant {' or '.join(others)})" if others else ""
@@ -58,7 +58,7 @@ def judge_service(run: RunDir, address: str, api_keys_file: Path | None, *, as_j
                 "score_gap": comparison.gap,
             }
         )
-    comparison.insist_same(f"it is at {address}")
+    comparison.check_same(f"it is at {address}")
     _say(
         f"service: {comparison.texts} answers equal the artefact's, score gap "
         f"{comparison.gap:.1e}, expected at most {check.MAX_SCORE_GAP:.0e}"
@@ -90,7 +90,7 @@ def judge_model(
 
     verdict = foreign.judge_model(model, teacher, data, load_recipe(recipe or "custom", overrides))
     _print(verdict, as_json=as_json)
-    insist_passed(verdict, model)
+    check_passed(verdict, model)
 
 
 def one_run(arguments: Sequence[str] | None, only_for_a_model: Mapping[str, object]) -> Path | None:

@@ -51,7 +51,7 @@ def summary(report: ScoreReport) -> str:
     )
 
 
-def insist_on_all_rows(report: ScoreReport) -> None:
+def check_all_rows(report: ScoreReport) -> None:
     """Stop with an error if rows were left out.
 
     Raises:

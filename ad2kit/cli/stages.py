@@ -316,7 +316,7 @@ def score(
     """
     import ad2kit
     from ad2kit.cli.show import print_result, show_messages, use_servable
-    from ad2kit.cli.show_score import insist_on_all_rows, scoring_progress, summary
+    from ad2kit.cli.show_score import check_all_rows, scoring_progress, summary
 
     show_messages()
     columns = tuple(map(str.strip, text_columns.split(","))) if text_columns else None
@@ -336,4 +336,4 @@ def score(
             on_progress=on_progress,
         )
     print_result(report, summary(report), as_json=as_json)
-    insist_on_all_rows(report)
+    check_all_rows(report)

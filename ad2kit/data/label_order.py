@@ -214,7 +214,7 @@ def _share_of_gaining_labels(task: Task, answers: Array, labels: Array, order: A
     return float((label_gains[moved] > 0).mean()) if moved.any() else 0.0
 
 
-def insist_on_order(
+def check_order(
     task: Task, answers: Array, labels: Array, names: Sequence[str], *, finished: bool
 ) -> None:
     """Refuse a teacher whose outputs have the labels in another order than the data.
@@ -261,7 +261,7 @@ def numbers_of(names: Sequence[str]) -> tuple[str, ...] | None:
     return numbers if len(prefixes) == 1 and numbers in sequences else None
 
 
-def insist_on_given_order(
+def check_given_order(
     folder: Path, output_names: Sequence[str], labels: Sequence[str], *, order_given: bool
 ) -> None:
     """Refuse a finished teacher with numbered outputs if the order of the labels is a guess.

@@ -108,7 +108,7 @@ def label_set(rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] |
     if recipe.task == "single_label":
         for where, row in rows:
             first_seen.setdefault(_name(where, row.get(column), column), where)
-        _insist_on_classes(first_seen, column)
+        _check_classes(first_seen, column)
     else:
         cells_of_rows = [_several(where, row, column) for where, row in rows]
         if (width := _multi_hot_width(cells_of_rows)) is not None:
@@ -120,8 +120,8 @@ def label_set(rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] |
         for (where, _), cells in zip(rows, cells_of_rows, strict=True):
             for name in _names(where, cells, column):
                 first_seen.setdefault(name, where)
-        _insist_on_commas(first_seen, column)
-    _insist_that_names_differ(first_seen, column)
+        _check_commas(first_seen, column)
+    _check_names_differ(first_seen, column)
     are_numbers = all(_WHOLE.fullmatch(name) for name in first_seen)
     names = tuple(sorted(first_seen, key=int) if are_numbers else sorted(first_seen))
     outputs = {name: output for output, name in enumerate(names)}
@@ -366,7 +366,7 @@ def _value(where: str, row: dict[str, Any], column: str) -> float:
     return number
 
 
-def _insist_on_classes(first_seen: dict[str, str], column: str) -> None:
+def _check_classes(first_seen: dict[str, str], column: str) -> None:
     """Refuse names that are not classes; ``first_seen`` maps each name to its first row."""
     if len(first_seen) > 2 and all(_DECIMAL.fullmatch(name) for name in first_seen):
         raise DataError(
@@ -382,7 +382,7 @@ def _insist_on_classes(first_seen: dict[str, str], column: str) -> None:
             )
 
 
-def _insist_on_commas(first_seen: dict[str, str], column: str) -> None:
+def _check_commas(first_seen: dict[str, str], column: str) -> None:
     """Refuse several labels whose separator is not a comma."""
     for name, where in first_seen.items():
         parts = [part.strip() for part in _OTHER_SEPARATOR.split(name)]
@@ -394,7 +394,7 @@ def _insist_on_commas(first_seen: dict[str, str], column: str) -> None:
             )
 
 
-def _insist_that_names_differ(first_seen: dict[str, str], column: str) -> None:
+def _check_names_differ(first_seen: dict[str, str], column: str) -> None:
     """Refuse two labels that look alike, or that are the same number."""
     name_by_form: dict[str | Decimal, str] = {}
     for name, where in first_seen.items():

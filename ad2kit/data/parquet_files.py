@@ -99,11 +99,11 @@ def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         return list(table.to_pylist())
     except (ValueError, OverflowError):  # such as bytes that are not UTF-8, or a date in year 9e9
         for name in names:
-            _insist_on_values(table.column(name), name, path)
+            _check_values(table.column(name), name, path)
         raise
 
 
-def _insist_on_values(column: Any, name: str, path: Path) -> None:
+def _check_values(column: Any, name: str, path: Path) -> None:
     """Refuse a column with a value that Python cannot hold; name its row if it is a text."""
     try:
         column.to_pylist()

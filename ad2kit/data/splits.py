@@ -152,7 +152,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         order_given=output_labels.given,
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
-        _insist_on_variety(split, recipe, labels, name)
+        _check_variety(split, recipe, labels, name)
     _check_leakage(data, recipe)
     return data
 
@@ -205,7 +205,7 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
         model_recipe = recipe.model_copy(update={"labels": labels})
     output_labels = label_set(rows, model_recipe, None)
     split = Split(_texts(rows, recipe), read_labels(rows, recipe, output_labels))
-    _insist_on_variety(split, recipe, labels, path.name)
+    _check_variety(split, recipe, labels, path.name)
     return split
 
 
@@ -371,9 +371,7 @@ def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
     return tuple(texts)
 
 
-def _insist_on_variety(
-    split: Split, recipe: DataRecipe, labels: tuple[str, ...], name: str
-) -> None:
+def _check_variety(split: Split, recipe: DataRecipe, labels: tuple[str, ...], name: str) -> None:
     """Refuse a split that is empty, or in which all labels are the same."""
     advice = "" if recipe.max_train_rows is None else "raise data.max_train_rows, "
     if not len(split):

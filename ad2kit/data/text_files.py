@@ -107,11 +107,11 @@ def header(lines: Iterable[str], name: str, suffix: str) -> tuple[tuple[str, ...
         error = f"the column '{duplicates[0]}' appears twice"
     if error:
         raise bad_row(where, error, text, "correct the line that names the columns")
-    _insist_on_format(where, names, suffix)
+    _check_format(where, names, suffix)
     return tuple(names), end_line
 
 
-def _insist_on_format(where: str, names: Sequence[str], suffix: str) -> None:
+def _check_format(where: str, names: Sequence[str], suffix: str) -> None:
     """Refuse a CSV file with other separators, and a TSV file whose cells are quoted as in CSV."""
     other_separators = [each for each in ";\t|" if len(names) == 1 and each in names[0]]
     if suffix == "csv" and other_separators:

@@ -257,11 +257,11 @@ def _open(model_copy: Path, folder: Path, recipe: Recipe) -> OnnxClassifier:
         raise ModelError(
             error.message.replace(str(model_copy), str(folder)), hint="export it again with optimum"
         ) from error
-    _insist_on_inputs_and_outputs(classifier, folder)
+    _check_inputs_and_outputs(classifier, folder)
     return classifier
 
 
-def _insist_on_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
+def _check_inputs_and_outputs(classifier: OnnxClassifier, folder: Path) -> None:
     """Refuse a graph with unknown inputs, with fixed axes, or without one output for each label."""
     for graph_input in classifier.session.get_inputs():
         if any(isinstance(axis, int) for axis in graph_input.shape):

@@ -180,7 +180,7 @@ class RowAnswers(Record):
     logits: dict[str, tuple[float, ...]]
 
 
-def insist_passed(
+def check_passed(
     verdict: ParityReport,
     what: Path,
     *,

@@ -156,7 +156,7 @@ class TeacherReport(Record):
             )
         return "; ".join(advice)
 
-    def insist_worth_imitating(self, *, accepted: bool) -> None:
+    def check_worth_imitating(self, *, accepted: bool) -> None:
         """Log the findings against the teacher; stop the run if a simpler model is far better.
 
         Args:

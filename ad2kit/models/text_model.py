@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from ad2kit.data import splits
-from ad2kit.data.label_order import insist_on_given_order, numbers_of
+from ad2kit.data.label_order import check_given_order, numbers_of
 from ad2kit.models.pretrained import (
     RANDOM,
     check_weights,
@@ -378,7 +378,7 @@ def _check_labels(
     else:
         fits = _plain(output_names) == _plain(labels)
     if not fits and numbered and task != "regression" and set(output_names) != set(labels):
-        insist_on_given_order(folder, output_names, labels, order_given=order_given)
+        check_given_order(folder, output_names, labels, order_given=order_given)
         fits = True
     if not fits:
         raise ModelError(

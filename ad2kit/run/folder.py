@@ -234,7 +234,7 @@ class RunDir:
         """Write the recipe that the run was opened with, if any; return the recipe in force."""
         if self.asked is None:
             return self.recipe
-        _insist_on_weights(self, self.asked)
+        _check_weights(self, self.asked)
         record = self.campaign_record
         if self.campaign is None:
             if record.is_file() and CampaignRecord.read(record).rule is None:
@@ -307,7 +307,7 @@ def open_run(
     run = RunDir(Path(folder or run_folder(recipe, Path(runs_dir))), recipe, campaign)
     # The first of several processes makes the folder; the others find it.
     with first_process_first(recipe.compute):
-        _insist_on_weights(run, recipe)
+        _check_weights(run, recipe)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -320,7 +320,7 @@ def open_run(
     return run
 
 
-def _insist_on_weights(run: RunDir, recipe: Recipe) -> None:
+def _check_weights(run: RunDir, recipe: Recipe) -> None:
     """Refuse a folder that holds a run with other weights, or other files."""
     if run.recipe_file.is_file():
         stored = RunDir(run.path).recipe

@@ -47,7 +47,7 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
     for name, value in _SETTINGS_OF_RAY.items():
         os.environ.setdefault(name, value)
     if address is not None:
-        insist_on_answer(address)
+        check_answer(address)
 
     import ray
 
@@ -84,7 +84,7 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
-def insist_on_answer(address: str) -> None:
+def check_answer(address: str) -> None:
     """Insist that a gRPC server, such as a Ray head, answers at HOST:PORT within seconds.
 
     Ray itself would try for minutes.

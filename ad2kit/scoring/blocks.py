@@ -196,7 +196,7 @@ def layout_of(
     return Layout(first.columns, text_columns, added)
 
 
-def insist_on_partition_columns(reference: str, surveys: Mapping[str, Survey]) -> None:
+def check_partition_columns(reference: str, surveys: Mapping[str, Survey]) -> None:
     """Refuse files below folders such as ``dt=2026-01-01``, whose column would be lost.
 
     Raises:

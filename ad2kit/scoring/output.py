@@ -57,7 +57,7 @@ class OutputFolder:
         Raises:
             RunError: the folder holds something else, or another process works in it.
         """
-        self._insist_on(job)
+        self._check_same_job(job)
         try:
             self.store.makedirs(self.path, exist_ok=True)
         except OSError as error:
@@ -67,7 +67,7 @@ class OutputFolder:
                 f"cannot write to {self.url}: {error}", hint="name a folder that can be written"
             ) from error
         with locked(Path(self.path)) if self.is_local else self._swept():
-            self._insist_on(job)  # another job may have begun here before the lock
+            self._check_same_job(job)  # another job may have begun here before the lock
             self.write(ScoreJob.file_name, job.model_dump_json(indent=2).encode() + b"\n")
             yield
 
@@ -79,7 +79,7 @@ class OutputFolder:
                 self.store.rm_file(path)
         yield
 
-    def _insist_on(self, job: ScoreJob) -> None:
+    def _check_same_job(self, job: ScoreJob) -> None:
         """Refuse a folder that holds the results of another job, or other files."""
         file = f"{self.path}/{ScoreJob.file_name}"
         if self.store.exists(file):

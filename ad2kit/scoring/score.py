@@ -19,9 +19,9 @@ from ad2kit.run.files import sha256_of
 from ad2kit.run.folder import RunDir
 from ad2kit.run.machine import available_cpus, versions
 from ad2kit.scoring.blocks import (
+    check_partition_columns,
     filesystem,
     find_inputs,
-    insist_on_partition_columns,
     layout_of,
     suffix_of,
 )
@@ -109,15 +109,15 @@ def score(
     input_url = str(input_url)
     output_url = str(output_url)
     output = OutputFolder(output_url)
-    _insist_apart(input_url, output)
+    _check_apart(input_url, output)
     files = find_inputs(input_url)
     for file in files:
-        _insist_apart(file.url, output)
+        _check_apart(file.url, output)
     suffix = suffix_of(files[0].url)
     surveys = _survey(files, block_rows)
-    insist_on_partition_columns(input_url, surveys)
+    check_partition_columns(input_url, surveys)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
-    _insist_on_writable(suffix, (*added, *artifact.labels))
+    _check_writable(suffix, (*added, *artifact.labels))
     layout = layout_of(surveys, _columns_to_read(folder, artifact, text_columns), added)
     blocks = list(enumerate(block for survey in surveys.values() for block in survey.blocks))
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
@@ -240,7 +240,7 @@ def _columns_to_read(
     return columns
 
 
-def _insist_apart(input_url: str, output: OutputFolder) -> None:
+def _check_apart(input_url: str, output: OutputFolder) -> None:
     """Refuse an output inside an input folder, and an input inside the output."""
     store, path = filesystem(input_url)
     output_inside = f"{output.path}/".startswith(f"{path.rstrip('/')}/") and store.isdir(path)
@@ -253,7 +253,7 @@ def _insist_apart(input_url: str, output: OutputFolder) -> None:
         )
 
 
-def _insist_on_writable(suffix: str, words: Iterable[str]) -> None:
+def _check_writable(suffix: str, words: Iterable[str]) -> None:
     """Refuse names of labels or columns that TSV cannot hold."""
     if suffix != "tsv":
         return

@@ -154,14 +154,14 @@ class Batcher:
         Raises:
             QueueFull: too many texts wait or are about to wait.
         """
-        self.insist_on_room(texts)
+        self.check_room(texts)
         self._promised += texts
         try:
             yield
         finally:
             self._promised -= texts
 
-    def insist_on_room(self, texts: int = 1, tokens: int = 0) -> None:
+    def check_room(self, texts: int = 1, tokens: int = 0) -> None:
         """Refuse some texts that would wait too long, before any work is spent on them.
 
         Raises:
@@ -203,7 +203,7 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise BatcherClosed
-            self.insist_on_room(texts, sum(lengths))
+            self.check_room(texts, sum(lengths))
             self._tokens += sum(lengths)
             self._waiting += [
                 _Item(call, row, tokens, length, self._turn + row // _TEXTS_PER_TURN)

@@ -41,7 +41,7 @@ class ServiceAnswers:
     flips: int
     gap: float
 
-    def insist_same(self, consequence: str) -> None:
+    def check_same(self, consequence: str) -> None:
         """Stop unless the service answers what the artefact computes.
 
         Raises:

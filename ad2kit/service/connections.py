@@ -440,7 +440,7 @@ def give_back() -> None:
         trim(0)
 
 
-def insist_on_files(connections: int) -> None:
+def check_files(connections: int) -> None:
     """Raise this process's limit of open files, if it is too low for so many connections.
 
     Raises:

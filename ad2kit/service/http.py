@@ -167,14 +167,14 @@ class Classify:
         for lane in (self._large, self._huge):
             lane.threads.shutdown(wait=False, cancel_futures=True)
 
-    def insist_on_room(self) -> None:
+    def check_room(self) -> None:
         """Refuse a request before it is read, if it would wait too long.
 
         Raises:
             Problem: the queue is full.
         """
         try:
-            self.batcher.insist_on_room()
+            self.batcher.check_room()
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
 

@@ -89,11 +89,11 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
                 f"the server that started this worker, process {server.pid}, is gone",
                 hint="start the server again",
             )
-        _insist_unchanged(server)
+        _check_unchanged(server)
         return server
     packed = place / "artifact"
     settings = read_settings(arguments, os.environ, sys.argv, packed=packed.is_dir())
-    settings.insist_that_they_fit()
+    settings.check_they_fit()
     settings.keys()
     shadow = servable_artifact(settings.shadow) if settings.shadow is not None else None
     artifact = packed if packed.is_dir() else _chosen(settings, place.parent)
@@ -154,7 +154,7 @@ def _sha256(settings: Settings, artifact: Path, shadow: Path | None) -> dict[str
     return hashes | {"the list of API keys": hashlib.sha256(keys.encode()).hexdigest()}
 
 
-def _insist_unchanged(server: Server) -> None:
+def _check_unchanged(server: Server) -> None:
     """Refuse to start a worker that would serve another model or other keys than its siblings.
 
     Raises:

@@ -75,7 +75,7 @@ class Settings(BaseModel):
     write_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
     max_connections: int = Field(default=4096, ge=1, le=2**16)
 
-    def insist_that_they_fit(self) -> None:
+    def check_they_fit(self) -> None:
         """Refuse settings that contradict each other.
 
         These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and
@@ -148,7 +148,7 @@ def read_settings(
             twice.
     """
     arg_values = {name: str(value) for name, value in arguments.items()}
-    _insist_that_nothing_is_lost(arg_values, command, packed=packed)
+    _check_nothing_is_lost(arg_values, command, packed=packed)
     variables = _variables(environment)
     values = dict[str, Any]()
     for name in Settings.model_fields:
@@ -314,7 +314,7 @@ def _absolute(name: str, path: str, *, packed: bool) -> Path:
     return Path(path).absolute()
 
 
-def _insist_that_nothing_is_lost(
+def _check_nothing_is_lost(
     arg_values: Mapping[str, str], command: Sequence[str], *, packed: bool
 ) -> None:
     """Refuse arguments that differ from the command line, are unknown, or are secret.

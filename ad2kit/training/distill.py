@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ad2kit.data import splits
-from ad2kit.data.label_order import insist_on_order
+from ad2kit.data.label_order import check_order
 from ad2kit.data.labels import answers, balance, counts
 from ad2kit.data.metrics import mean_metric
 from ad2kit.models import text_model
@@ -530,7 +530,7 @@ class _Stage:
         data = self.data
         teacher.module.to(self.accelerator.device)
         logits = self.logits(teacher, self.encode(teacher, data.select))
-        insist_on_order(
+        check_order(
             data.task,
             answers(data.task, logits.numpy()),
             data.select.labels,
@@ -543,7 +543,7 @@ class _Stage:
         """Compare the teacher with simpler models, once for all runs; stop if it is too weak.
 
         Raises:
-            GateFailed: see :meth:`ad2kit.models.records.TeacherReport.insist_worth_imitating`.
+            GateFailed: see :meth:`ad2kit.models.records.TeacherReport.check_worth_imitating`.
         """
         run = self.run
         recipe = self.recipe
@@ -568,7 +568,7 @@ class _Stage:
         report = TeacherReport.read(path)
         if is_main:
             write_record(run.teacher_report, report)
-        report.insist_worth_imitating(accepted=recipe.teacher.accept)
+        report.check_worth_imitating(accepted=recipe.teacher.accept)
 
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on the student's training texts, computed once for all runs.

@@ -127,11 +127,11 @@ def train(
             model, optimizer, encoded, teacher_logits, objective, rows, parts, accelerator, phase
         )
         sums = _sum_over_processes(model, sums, accelerator)
-        _insist_finite(sums.loss, "loss", phase, state.step, lr)
+        _check_finite(sums.loss, "loss", phase, state.step, lr)
         norm = float(accelerator.clip_grad_norm_(model.module.parameters(), settings.max_grad_norm))
         # In fp16 such gradients are normal: the loss scaler then skips the step itself.
         if accelerator.mixed_precision != "fp16":
-            _insist_finite(norm, "gradient norm", phase, state.step, lr)
+            _check_finite(norm, "gradient norm", phase, state.step, lr)
         optimizer.step()
         state.step += 1
         record = StepRecord(
@@ -281,7 +281,7 @@ def prepare(model: TextModel, compute: ComputeRecipe) -> None:
             layer.compile(dynamic=True)
 
 
-def _insist_finite(value: float, quantity: str, phase: str, step: int, lr: float) -> None:
+def _check_finite(value: float, quantity: str, phase: str, step: int, lr: float) -> None:
     """Refuse a loss or a gradient norm that is not a finite number."""
     if not math.isfinite(value):
         section = "teacher.finetune" if phase == "teacher" else "distill"

@@ -344,7 +344,7 @@ def check_terms(teacher: TextModel, student: TextModel, weights: IntermediateRec
             "vocabulary",
         )
 
-    def insist_equal(term: str, name: str) -> None:
+    def check_equal(term: str, name: str) -> None:
         if not getattr(weights, term):
             return
         teacher_size = getattr(teacher_config, name)
@@ -356,9 +356,9 @@ def check_terms(teacher: TextModel, student: TextModel, weights: IntermediateRec
                 hint=f"set distill.intermediate.{term}=0; value_relations lets widths differ",
             )
 
-    insist_equal("pkd", "hidden_size")
-    insist_equal("hidden_states", "hidden_size")
-    insist_equal("attentions", "num_attention_heads")
+    check_equal("pkd", "hidden_size")
+    check_equal("hidden_states", "hidden_size")
+    check_equal("attentions", "num_attention_heads")
     if weights.pkd and student_config.num_hidden_layers < 2:
         raise ModelError(
             "distill.intermediate.pkd compares the layers below the last, and the student has none",

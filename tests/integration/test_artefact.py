@@ -16,7 +16,7 @@ from ad2kit.exporting.export import export
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.foreign import judge_model
 from ad2kit.gate.parity import judge
-from ad2kit.gate.records import ParityReport, insist_passed
+from ad2kit.gate.records import ParityReport, check_passed
 from ad2kit.gate.shipping import passed_variants
 from ad2kit.models import text_model
 from ad2kit.run import recipe as recipes
@@ -163,7 +163,7 @@ def test_the_gate_passes_what_reads_as_training_did_and_names_what_does_not(
         report = judge(trained)
         assert fidelity(report)["fp32: texts with other segment ids"] > 0
         with pytest.raises(GateFailed, match="texts with other segment ids") as refused:
-            insist_passed(report, trained.path, report=trained.parity_report)
+            check_passed(report, trained.path, report=trained.parity_report)
         assert "train longer" not in refused.value.hint
         assert "ad2kit export" in refused.value.hint
         tamper(trained, segment_ids=honest.tokenisation.segment_ids)

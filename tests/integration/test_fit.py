@@ -11,7 +11,7 @@ import pytest
 
 from ad2kit.campaigns.fit.fit import fit
 from ad2kit.campaigns.fit.looks import Looks, lost_on_select
-from ad2kit.campaigns.fit.records import FitReport, Target, insist_found
+from ad2kit.campaigns.fit.records import FitReport, Target, check_found
 from ad2kit.campaigns.records import Grid
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.records import QuantisationSearch
@@ -88,7 +88,7 @@ def test_a_student_is_found_through_an_interruption_and_nothing_is_repeated(runs
     assert (found.outcome, found.look, unused.outcome) == ("found", 1, "not needed")
     assert report.package == (found.run, found.variant)
     run, variant = RunDir(runs / str(found.run)), str(found.variant)
-    insist_found(report, folder)
+    check_found(report, folder)
     # It is ready to package, judged by the target's thresholds and the rule of the search.
     assert choose_variant(run, variant) == (run.onnx(variant), False)
     assert passed_variants(run) == [run.onnx(variant)]
@@ -144,7 +144,7 @@ def test_the_hopeless_are_given_up_and_stay_so(runs: Path) -> None:
         assert not RunDir(runs / str(each.run)).checkpoint("student").exists()
         assert not RunDir(runs / str(each.run)).distill_report.exists()
     with pytest.raises(GateFailed, match="2 shapes are cheap enough and none is good enough"):
-        insist_found(report, folder)
+        check_found(report, folder)
 
     again, _ = fit(recipe, aim, grid, runs, on_step=never)
     assert again == report

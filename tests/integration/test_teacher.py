@@ -14,7 +14,7 @@ from ad2kit.campaigns.sweep.trial import Job, make_teacher
 from ad2kit.exporting.records import Check, RowsNeeded
 from ad2kit.gate import summary
 from ad2kit.gate.hub import model_card
-from ad2kit.gate.records import ParityReport, insist_passed
+from ad2kit.gate.records import ParityReport, check_passed
 from ad2kit.gate.report import report as write_report
 from ad2kit.gate.shipping import choose_variant
 from ad2kit.models.records import TeacherReport
@@ -218,7 +218,7 @@ def reason(run: RunDir, *, teacher: TeacherReport | None = None, **changes: Any)
     variants = tuple(each.model_copy(update=changes) for each in report.variants)
     failed = report.model_copy(update={"variants": variants})
     with pytest.raises(GateFailed) as caught:
-        insist_passed(failed, run.path, report=run.parity_report, teacher=teacher)
+        check_passed(failed, run.path, report=run.parity_report, teacher=teacher)
     assert str(run.parity_report) in caught.value.hint
     return caught.value.hint
 

@@ -230,12 +230,12 @@ def test_a_teacher_stops_a_run_where_a_bar_is_more_than_two_standard_errors_abov
     changes: dict[str, Any], stops: bool
 ) -> None:
     found = report(**changes)
-    found.insist_worth_imitating(accepted=True)
+    found.check_worth_imitating(accepted=True)
     if not stops:
-        found.insist_worth_imitating(accepted=False)
+        found.check_worth_imitating(accepted=False)
         return
     with pytest.raises(GateFailed, match="hub://me/mine is below a simpler model") as caught:
-        found.insist_worth_imitating(accepted=False)
+        found.check_worth_imitating(accepted=False)
     assert caught.value.exit_code == 1
     assert "linear probe 0.8500 (-5.0 points, standard error 2.0)" in caught.value.message
     assert "teacher.accept=true" in caught.value.hint
@@ -245,7 +245,7 @@ def test_a_teacher_stops_a_run_where_a_bar_is_more_than_two_standard_errors_abov
 def test_the_settings_that_a_bad_teacher_is_mended_with_are_settings(finetune: bool) -> None:
     found = report(baselines=(beside(-0.2),), **({} if finetune else {"finetune": None}))
     with pytest.raises(GateFailed) as caught:
-        found.insist_worth_imitating(accepted=False)
+        found.check_worth_imitating(accepted=False)
     typed = re.findall(r"'(teacher\.[^']+)'|(teacher\.\w+\.?\w*=[^\s;']+)", caught.value.hint)
     settings = [quoted or plain for quoted, plain in typed]
     assert len(settings) == (3 if finetune else 2)

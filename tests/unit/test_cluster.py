@@ -11,7 +11,7 @@ import pytest
 
 from ad2kit.run import ray_cluster
 from ad2kit.run.errors import UserError
-from ad2kit.run.ray_cluster import insist_on_answer
+from ad2kit.run.ray_cluster import check_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,18 +46,18 @@ def test_what_is_no_cluster_is_refused(
 ) -> None:
     monkeypatch.setattr(ray_cluster, "_TIMEOUT_S", 0.2)
     with listener(answer) as address, pytest.raises(UserError, match=expected) as caught:
-        insist_on_answer(address)
+        check_answer(address)
     assert f"no Ray cluster answers at {address}" in caught.value.message
     assert "ray start --head" in caught.value.hint
 
 
 def test_the_settings_of_an_http2_server_are_an_answer() -> None:
     with listener(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))) as address:
-        insist_on_answer(address)
+        check_answer(address)
 
 
 @pytest.mark.parametrize("address", ["localhost", "ray://localhost:10001", "localhost:head", ":1"])
 def test_an_address_is_a_host_and_a_port(address: str) -> None:
     with pytest.raises(UserError, match=r"must look like HOST:PORT, found '") as caught:
-        insist_on_answer(address)
+        check_answer(address)
     assert "--address" in caught.value.hint

@@ -16,7 +16,7 @@ import uvicorn
 
 from ad2kit.run.errors import UserError
 from ad2kit.service import connections
-from ad2kit.service.connections import bounded, insist_on_files
+from ad2kit.service.connections import bounded, check_files
 from ad2kit.service.errors import ErrorContract, Pace, Problem, send_json
 from ad2kit.service.settings import Settings
 
@@ -385,16 +385,16 @@ def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch
     limits, changed = [(1024, 2000)], list[Any]()
     monkeypatch.setattr("resource.getrlimit", lambda _what: limits[0])
     monkeypatch.setattr("resource.setrlimit", lambda _what, given: changed.append(given))
-    insist_on_files(500)
+    check_files(500)
     assert changed == []  # there is room for them
-    insist_on_files(1500)
+    check_files(1500)
     ((soft, hard),) = changed
     assert 1500 < soft <= hard == 2000
     with pytest.raises(
         UserError, match=r"max_connections=4096 needs \d+ open files, .* 2000"
     ) as no:
-        insist_on_files(4096)
-    insist_on_files(int(no.value.hint.partition("AD2KIT_MAX_CONNECTIONS=")[2].partition(",")[0]))
+        check_files(4096)
+    check_files(int(no.value.hint.partition("AD2KIT_MAX_CONNECTIONS=")[2].partition(",")[0]))
 
 
 def test_what_is_not_admitted_is_told_so_and_the_connection_lives_on() -> None:

@@ -15,7 +15,7 @@ from ad2kit.data.splits import Encoded
 from ad2kit.exporting.conversion import agreement, agrees, conversion_cost
 from ad2kit.exporting.records import Check, RowsNeeded
 from ad2kit.gate.questions import Reference, distillation_quality
-from ad2kit.gate.records import ParityReport, VariantParity, insist_passed
+from ad2kit.gate.records import ParityReport, VariantParity, check_passed
 from ad2kit.gate.summary import untested_words
 from ad2kit.run.errors import GateFailed
 from ad2kit.run.sections import ParityRecipe
@@ -390,7 +390,7 @@ def test_the_error_names_the_cure_of_each_verdict() -> None:
         (bad, "the parity gate of run failed", "the reason is the student"),
     ):
         with pytest.raises(GateFailed) as caught:
-            insist_passed(report_of(variant), Path("run"), report=Path("run/parity.json"))
+            check_passed(report_of(variant), Path("run"), report=Path("run/parity.json"))
         assert words in caught.value.message
         assert hint in caught.value.hint
         assert "run/parity.json" in caught.value.hint

@@ -16,7 +16,7 @@ from ad2kit.campaigns.fit.records import (
     FitReport,
     Outcome,
     Target,
-    insist_found,
+    check_found,
     shortfalls,
 )
 from ad2kit.campaigns.fit.report import _GROUPS, caption, markdown, plot, rows
@@ -262,7 +262,7 @@ def test_where_no_shape_is_cheap_enough_the_nearest_is_named(tmp_path: Path) -> 
     near = Candidate.measured(shape(1), (cost(ms=0.8),), aim)
     far = Candidate.measured(shape(3), (cost(ms=3.0),), aim)
     with pytest.raises(GateFailed, match="none of 2 shapes is cheap enough") as caught:
-        insist_found(report(aim, far, near), tmp_path)
+        check_found(report(aim, far, near), tmp_path)
     assert "nearest: 1 layer, 4 heads, feed-forward 128: too costly: " in caught.value.message
     assert "int8: p99 1.20 ms, 0.20 ms above 1 ms" in caught.value.message
     assert caught.value.exit_code == 1
@@ -284,16 +284,16 @@ def test_where_none_is_good_enough_the_best_is_named(tmp_path: Path) -> None:
         variant="int8",
     )
     with pytest.raises(GateFailed, match="2 shapes are cheap enough and none is good") as caught:
-        insist_found(report(aim, worse, better), tmp_path)
+        check_found(report(aim, worse, better), tmp_path)
     assert "nearest: 2 layers, 4 heads, feed-forward 128: failed the" in caught.value.message
     assert "int8: accuracy retained is 0.955, expected at least 0.97" in caught.value.message
     assert "validation rows" not in caught.value.hint
     unsure = better.ended("not shown", "int8, at look 1: accuracy retained is 0.975")
     with pytest.raises(GateFailed, match="none is shown to be good enough") as caught:
-        insist_found(report(aim, worse, unsure), tmp_path)
+        check_found(report(aim, worse, unsure), tmp_path)
     assert "give more labelled validation rows" in caught.value.hint
     found = report(aim, worse, better).model_copy(update={"package": ("tiny-1", "int8")})
-    insist_found(found, tmp_path)
+    check_found(found, tmp_path)
 
 
 def test_the_page_has_every_candidate_and_says_what_was_done(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from ad2kit.data.label_order import better_order, insist_on_given_order, insist_on_order, numbers_of
+from ad2kit.data.label_order import better_order, check_given_order, check_order, numbers_of
 from ad2kit.run.errors import ModelError
 
 if TYPE_CHECKING:
@@ -118,15 +118,15 @@ def test_the_error_shows_both_orders_and_the_way_to_give_one() -> None:
     labels = np.arange(300) % 3
     names = ("bad", "fine", "mêlé")
     with pytest.raises(ModelError) as caught:
-        insist_on_order("single_label", (labels + 1) % 3, labels, names, finished=True)
+        check_order("single_label", (labels + 1) % 3, labels, names, finished=True)
     assert 'order of the data:  ["bad", "fine", "mêlé"]' in caught.value.message
     assert 'order that fits:    ["mêlé", "bad", "fine"]' in caught.value.message
     assert """'data.labels=["mêlé", "bad", "fine"]'""" in caught.value.hint
     assert "labels.txt" in caught.value.hint
     with pytest.raises(ModelError) as caught:
-        insist_on_order("single_label", (labels + 1) % 3, labels, names, finished=False)
+        check_order("single_label", (labels + 1) % 3, labels, names, finished=False)
     assert "data.labels" not in caught.value.hint
-    insist_on_order("single_label", labels, labels, names, finished=True)
+    check_order("single_label", labels, labels, names, finished=True)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_numbered_outputs_need_numbers_for_classes_or_a_given_order(
     theirs: tuple[str, ...], labels: tuple[str, ...], given: bool, accepted: bool
 ) -> None:
     if accepted:
-        insist_on_given_order(Path("teacher"), theirs, labels, order_given=given)
+        check_given_order(Path("teacher"), theirs, labels, order_given=given)
         return
     with pytest.raises(ModelError, match="which output is which label") as caught:
-        insist_on_given_order(Path("teacher"), theirs, labels, order_given=given)
+        check_given_order(Path("teacher"), theirs, labels, order_given=given)
     assert "data.labels=" in caught.value.hint
     assert "labels.txt" in caught.value.hint

@@ -217,16 +217,16 @@ def test_a_bento_serves_the_model_that_it_holds() -> None:
 
 def test_settings_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(UserError, match=r"shadow_share=0\.5 .* there is no shadow") as refused:
-        Settings(shadow_share=0.5).insist_that_they_fit()
+        Settings(shadow_share=0.5).check_they_fit()
     assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
     with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
-        Settings(model="a", runs_dir="b").insist_that_they_fit()
+        Settings(model="a", runs_dir="b").check_they_fit()
     with pytest.raises(
         UserError, match=r"may have 1048576 bytes .* worker together 2048"
     ) as refused:
-        Settings(max_held_bytes=2048).insist_that_they_fit()
+        Settings(max_held_bytes=2048).check_they_fit()
     assert "raise AD2KIT_MAX_HELD_BYTES" in refused.value.hint
-    Settings(shadow="a", shadow_share=0.5, model="b").insist_that_they_fit()
+    Settings(shadow="a", shadow_share=0.5, model="b").check_they_fit()
 
 
 def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

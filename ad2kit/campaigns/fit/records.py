@@ -208,7 +208,7 @@ class FitReport(Record):
         return max((candidate.look or 0 for candidate in self.candidates), default=0)
 
 
-def insist_found(report: FitReport, folder: Path) -> None:
+def check_found(report: FitReport, folder: Path) -> None:
     """Stop if no student meets the target.
 
     Raises:

@@ -38,7 +38,7 @@ from ad2kit.gate.summary import baseline_scores
 from ad2kit.run.errors import UserError
 from ad2kit.run.files import fingerprint, locked, write_record, write_text
 from ad2kit.run.machine import processes
-from ad2kit.run.ray_cluster import insist_on_answer, ray_cluster
+from ad2kit.run.ray_cluster import check_answer, ray_cluster
 from ad2kit.training import shared
 from ad2kit.training.records import DistillReport
 from ad2kit.training.shared import ValidationScores
@@ -90,7 +90,7 @@ def sweep(
             hint="leave `accelerate launch` out",
         )
     if address:
-        insist_on_answer(address)
+        check_answer(address)
     mirror = Mirror(storage) if storage else None
     job = Job(recipe, runs_dir.resolve(), Path.cwd(), mirror, allow_inexact)
     inputs = fingerprint(recipe.model_dump(mode="json"))
