@@ -27,7 +27,7 @@ from ad2kit.run.machine import available_cpus, environment
 from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -93,6 +93,33 @@ def measure(
             logger.info("latency is already measured: %s", run.latency_report)
             return report
 
+    sizes, cells = _timed(run, distilled, folders, threads)
+    report = LatencyReport(
+        inputs=inputs,
+        artifacts=artifacts,
+        threads=threads,
+        environment=current_environment,
+        sizes_bytes=sizes,
+        cells=tuple(cells),
+        p99_target_ms=p99_target_ms,
+        price_per_hour=price_per_hour,
+    )
+    write_record(run.latency_report, report)
+    if report.busy:
+        logger.warning(
+            "the machine was busy: rounds of the same calls differ by up to %.1f times; "
+            "measure again when it is idle: ad2kit bench %s",
+            report.spread,
+            run.path,
+        )
+    return report
+
+
+def _timed(
+    run: RunDir, distilled: DistillReport, folders: Sequence[Path], threads: int
+) -> tuple[dict[str, int], list[LatencyCell]]:
+    """Time teacher, student and variants at every shape; return their bytes and their cells."""
+    recipe = run.recipe
     torch.set_num_threads(threads)
     teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)
     student = text_model.load_model(run.student, distilled.labels, distilled.task)
@@ -113,25 +140,7 @@ def measure(
             seconds = time_rounds(calls, ids, recipe.bench.seconds_per_cell)
             cells += [cell_of(name, ids, rounds) for name, rounds in seconds.items()]
             logger.info("bench: batch %d, %d tokens done", batch_size, length)
-    report = LatencyReport(
-        inputs=inputs,
-        artifacts=artifacts,
-        threads=threads,
-        environment=current_environment,
-        sizes_bytes=sizes,
-        cells=tuple(cells),
-        p99_target_ms=p99_target_ms,
-        price_per_hour=price_per_hour,
-    )
-    write_record(run.latency_report, report)
-    if report.busy:
-        logger.warning(
-            "the machine was busy: rounds of the same calls differ by up to %.1f times; "
-            "measure again when it is idle: ad2kit bench %s",
-            report.spread,
-            run.path,
-        )
-    return report
+    return sizes, cells
 
 
 def _folders_to_measure(run: RunDir) -> list[Path]:

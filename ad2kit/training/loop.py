@@ -36,6 +36,7 @@ from ad2kit.training.students import layer_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
@@ -372,16 +373,11 @@ class Trainer:
                         lines.write(f"{record.model_dump_json()}\n")
                     self.on_step(record)
                 if state.decay_from == state.step:
-                    logger.info(
-                        "%s: %d evaluations brought nothing new, the rate falls from here on",
-                        phase,
-                        settings.patience,
-                    )
+                    message = "%s: %d evaluations brought nothing new, the rate falls from here on"
+                    logger.info(message, phase, settings.patience)
                 stopping = self._any_process(interrupted.is_set())
                 if stopping or record.step % settings.checkpoint_every_steps == 0:
-                    save_checkpoint(checkpoint, state, inputs, self.surroundings, accelerator)
-                    if accelerator.is_main_process:
-                        snapshots.prune(state.points)
+                    self._save(checkpoint, snapshots, state)
                 if stopping:
                     logger.info("%s: stopped after update %d, saved", phase, record.step)
                     raise KeyboardInterrupt
@@ -412,6 +408,12 @@ class Trainer:
             snapshots.restore(state.points)
             records = [record for record in read_curve(curve) if record.step <= state.step]
             write_text(curve, "".join(f"{record.model_dump_json()}\n" for record in records))
+
+    def _save(self, checkpoint: Path, snapshots: Snapshots, state: TrainState) -> None:
+        """Write a checkpoint; then the weights that can no longer be kept are removed."""
+        save_checkpoint(checkpoint, state, snapshots.inputs, self.surroundings, self.accelerator)
+        if self.accelerator.is_main_process:
+            snapshots.prune(state.points)
 
     def _write(self, snapshots: Snapshots, state: TrainState, evaluation: Evaluation) -> None:
         """Write a snapshot of the last point; only the first process writes."""

@@ -100,7 +100,7 @@ def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_pa
     recipe = recipes.load_recipe("smoke", WITH_PATIENCE)
     straight = open_run(recipe, tmp_path / "straight")
     report = distill(straight)
-    assert report.selection is not None
+    assert report.selection
     points = report.selection.points
     assert points[0].step == 0  # the started head is a candidate
     assert report.learning_rates == {"teacher": 1e-3, "student": 5e-4}

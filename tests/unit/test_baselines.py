@@ -167,7 +167,6 @@ def test_the_standard_error_is_that_of_the_paired_difference() -> None:
     assert [each.name for each in report.baselines if not each.bar] == [baselines.MEAN_PROBE]
     assert report.score == pytest.approx(0.7)
     assert words in report.far_better
-    assert report.finetune is not None
     assert report.train_rows == 300
 
 
@@ -251,7 +250,7 @@ def test_the_settings_that_a_bad_teacher_is_mended_with_are_settings(finetune: b
     assert len(settings) == (3 if finetune else 2)
     changed = recipe.load_recipe("custom", settings)
     assert changed.teacher.accept
-    assert changed.teacher.finetune is not None
+    assert changed.teacher.finetune
     assert changed.teacher.finetune.epochs > 3
 
 

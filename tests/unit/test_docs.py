@@ -6,12 +6,11 @@ Each checker yields what is wrong in one text, and has a control in which it mus
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import inspect
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -280,13 +279,7 @@ def test_every_command_and_key_is_found_in_the_pages() -> None:
 
 @cache
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("docs.generate")
 
 
 def stale(folder: Path) -> list[str]:
