@@ -95,15 +95,16 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
     settings = read_settings(arguments, os.environ, sys.argv, packed=packed.is_dir())
     settings.check_they_fit()
     settings.keys()
-    shadow = servable_artifact(settings.shadow) if settings.shadow is not None else None
-    artifact = packed if packed.is_dir() else _chosen(settings, place.parent)
+    # Absolute, so that the parent process and its workers call the same folder by the same name.
+    shadow = servable_artifact(settings.shadow).absolute() if settings.shadow is not None else None
+    artifact = (packed if packed.is_dir() else _chosen(settings, place.parent)).absolute()
     for folder in filter(None, (shadow, artifact)):
         read_artifact(folder)
     sha256 = _sha256(settings, artifact, shadow)
     return Server(
         pid=os.getpid(),
         settings=settings,
-        artifact=artifact.absolute(),
+        artifact=artifact,
         shadow=shadow,
         sha256=sha256,
     )

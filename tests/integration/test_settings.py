@@ -317,6 +317,25 @@ def test_a_worker_takes_what_its_parent_decided(
     assert this_server(place, {}, worker=False).settings.threads == 7
 
 
+@pytest.mark.parametrize("setting", ["", "AD2KIT_MODEL", "AD2KIT_SHADOW"])
+def test_a_worker_knows_the_artefact_of_a_checkout_that_has_a_relative_name(
+    setting: str,
+    packaged: tuple[RunDir, BentoRecord],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`bentoml serve`, as the README has it, finds the run by the name runs/RUN."""
+    run = tmp_path / "runs" / packaged[0].path.name
+    shutil.copytree(packaged[0].path, run)
+    monkeypatch.chdir(tmp_path)
+    if setting:
+        monkeypatch.setenv(setting, f"runs/{run.name}")
+    handed_on(this_server(tmp_path / "serving", {}, worker=False), monkeypatch)
+    worker = this_server(tmp_path / "serving", {}, worker=True)
+    assert worker.artifact == run / "onnx" / "int8"
+    assert worker.shadow == (run / "onnx" / "int8" if setting == "AD2KIT_SHADOW" else None)
+
+
 def test_a_worker_serves_no_other_model_and_no_other_keys(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
