@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # Before any library reads them: no hub, no telemetry, and a Bento store of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,6 +43,18 @@ QUICK = (
     "bench.lengths_tokens=[16]",
     "parity.min_retained=0.5",
     "parity.min_retained_lower=0.3",
+)
+
+
+# One student of one layer, as small as one can be trained.
+TINY_STEPS = (
+    "data.max_train_rows=80",
+    "data.max_length_tokens=40",
+    "student.layers=[0]",
+    "teacher.finetune.epochs=1",
+    "distill.epochs=1",
+    "distill.alpha=0",
+    "compute.threads=1",
 )
 
 
@@ -148,6 +160,38 @@ def ad2kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             main()
         captured = capsys.readouterr()
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+class Both(NamedTuple):
+    """What check and distill said of the same arguments."""
+
+    code: int
+    err: str
+
+    @property
+    def hint(self) -> str:
+        return self.err.rpartition("\n  -> ")[2]
+
+
+@pytest.fixture
+def both(ad2kit: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Both]:
+    """Call check and distill with the same arguments, and insist that they agree."""
+
+    def call(*overrides: str, teacher: str = f"{tmp_path}/teacher", recipe: str = "smoke") -> Both:
+        arguments = [recipe, *TINY_STEPS, f"teacher.model={teacher}", *overrides]
+        runs = tmp_path / "runs"
+        checked = ad2kit("check", *arguments)
+        distilled = ad2kit("distill", *arguments, "--runs-dir", runs)
+        assert "Traceback" not in checked.err + distilled.err
+        trained = list(runs.glob("*/*.jsonl"))
+        shutil.rmtree(runs, ignore_errors=True)
+        said = [outcome.err.rpartition("ad2kit: ")[2] for outcome in (checked, distilled)]
+        assert (distilled.code, bool(trained)) == (checked.code, checked.code == 0), said
+        if checked.code:
+            assert said[0] == said[1]
+        return Both(checked.code, said[0])
 
     return call
 

@@ -112,19 +112,26 @@ FAMILIES = {
 }
 
 
-def tiny(name: str, *, seed: int = 3) -> TextModel:
-    """A random classifier of a family with its tokenizer, in evaluation mode, without dropout."""
+def tiny(
+    name: str,
+    *,
+    seed: int = 3,
+    words: transformers.PreTrainedTokenizerFast | None = None,
+    **changes: Any,
+) -> TextModel:
+    """A random classifier of a family with its tokenizer, in evaluation mode, without dropout.
+
+    ``words`` is another tokenizer, and ``changes`` are other values of the configuration.
+    """
     family = FAMILIES[name]
-    words = tokenizer(family)
+    words = words or tokenizer(family)
     ids = {
         f"{key}_token_id": getattr(words, f"{key}_token_id")
         for key in ("pad", "bos", "eos", "cls", "sep")
     }
     config = getattr(transformers, f"{family.classes}Config")(
         # Weights large enough that layers and tokens tell in the logits.
-        vocab_size=len(words),
-        initializer_range=0.2,
-        **family.config,
+        **{"vocab_size": len(words), "initializer_range": 0.2, **family.config, **changes},
         **ids,
         **head_config(LABELS, "single_label"),
     )

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
+from ad2kit.models import translate
 from ad2kit.run.errors import ModelError
-from ad2kit.run.machine import hub_or_its_cache
+from ad2kit.run.machine import hub_or_its_cache, quiet_transformers
 
 # The values of `model_type` whose whole chain is tested (tests/families.py). Some other families
 # load but are left out: MobileBERT reads the padding behind a text, and BigBird's attention depends
@@ -109,18 +110,17 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
             hint="give a checkpoint of one of these families; with teacher.finetune an encoder "
             "learns your task",
         )
+    raw_config = translate.translated(folder / _CONFIG, raw_config)
     _check_numbers(folder / _CONFIG, raw_config)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.CONFIG_MAPPING[family].from_dict(raw_config)
     except Exception as error:
         # Whatever transformers raises here, its cause is a value of this file.
         raise ModelError(
             f"{folder / _CONFIG}: {_words(error)}",
             hint="correct the value, or save the model again with save_pretrained()",
         ) from error
-    return cast("transformers.PretrainedConfig", config)
+    return config
 
 
 def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
@@ -130,11 +130,25 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
         ModelError: there is no tokenizer, it has no fast form, a package to make the fast form is
             missing, it has no padding token, or its files are damaged.
     """
-    _check_tokenizer_files(folder)
+    class_name = _check_tokenizer_files(folder)
+    config = _read_json(folder / _CONFIG)
+    saved = translate.saved_by(folder / _CONFIG, config)
+    settings, serialised = (
+        _read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (_TOKENIZER_CONFIG, _TOKENIZER)
+    )
+    arguments = translate.tokenizer_arguments(settings, serialised, saved, config["model_type"])
+    reader: Any = transformers.AutoTokenizer
+    if class_name in translate.GENERIC:
+        reader = transformers.PreTrainedTokenizerFast
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        # Each version warns about the other's name of the generic class.
+        with quiet_transformers():
+            tokenizer = reader.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **arguments
+            )
+            if saved < translate.RUNNING and serialised:
+                tokenizer = translate.as_in_4(folder, tokenizer)
     except Exception as error:
         # The tokenizers library raises a bare Exception for a file that it did not write.
         raise ModelError(
@@ -151,8 +165,12 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     return cast("transformers.PreTrainedTokenizerFast", tokenizer)
 
 
-def _check_tokenizer_files(folder: Path) -> None:
-    """Refuse files that cannot become a fast tokenizer; see :func:`read_tokenizer`."""
+def _check_tokenizer_files(folder: Path) -> str | None:
+    """Refuse files that cannot become a fast tokenizer; see :func:`read_tokenizer`.
+
+    Returns:
+        The name of the tokenizer's class, if the files name one.
+    """
     if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
         raise ModelError(
             f"{folder} holds no tokenizer: expected {_TOKENIZER}, found "
@@ -167,7 +185,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     ]
     class_name = next(filter(None, class_names), None)
     serialised = (folder / _TOKENIZER).is_file()
-    if class_name and tokenizer_class_from_name(f"{class_name.removesuffix('Fast')}Fast") is None:
+    if class_name and not _has_fast_form(class_name):
         raise ModelError(
             f"the tokenizer of {folder}, {class_name}, has no fast form in transformers, and what "
             f"has no {_TOKENIZER} cannot be served",
@@ -186,6 +204,18 @@ def _check_tokenizer_files(folder: Path) -> None:
             f"{vocabulary.name} is not installed",
             hint=f"pip install {' '.join(missing)}",
         )
+    return class_name
+
+
+def _has_fast_form(class_name: str) -> bool:
+    """Tell whether transformers has a fast tokenizer of this name."""
+    if class_name in translate.GENERIC:
+        return True
+    fast_class = tokenizer_class_from_name(f"{class_name.removesuffix('Fast')}Fast")
+    # Version 5 returns a slow class where there is no fast one.
+    return isinstance(fast_class, type) and issubclass(
+        fast_class, transformers.PreTrainedTokenizerFast
+    )
 
 
 def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:

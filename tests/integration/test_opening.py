@@ -24,27 +24,19 @@ from ad2kit.models.pretrained import RANDOM
 from ad2kit.run.errors import ModelError
 from ad2kit.training.students import LAYER_PARTS
 from tests import families
+from tests.conftest import TINY_STEPS
 from tests.models import LABELS, TEXTS, batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.conftest import Outcome
+    from tests.conftest import Both, Outcome
 
 # On import transformers compiles parts of DeBERTa and ModernBERT, in a way that torch gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 FINISHED, TRAINED = "teacher.finetune=null", "with the recipe's teacher.finetune"
-QUICK = (
-    "data.max_train_rows=80",
-    "data.max_length_tokens=40",
-    "student.layers=[0]",
-    "teacher.finetune.epochs=1",
-    "distill.epochs=1",
-    "distill.alpha=0",
-    "compute.threads=1",
-)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,38 +45,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-class Both(NamedTuple):
-    """What check and distill said of the same arguments."""
-
-    code: int
-    err: str
-
-    @property
-    def hint(self) -> str:
-        return self.err.rpartition("\n  -> ")[2]
-
-
-@pytest.fixture
-def both(ad2kit: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Both]:
-    """Call check and distill with the same arguments, and insist that they agree."""
-
-    def call(*overrides: str, teacher: str = f"{tmp_path}/teacher", recipe: str = "smoke") -> Both:
-        arguments = [recipe, *QUICK, f"teacher.model={teacher}", *overrides]
-        runs = tmp_path / "runs"
-        checked = ad2kit("check", *arguments)
-        distilled = ad2kit("distill", *arguments, "--runs-dir", runs)
-        assert "Traceback" not in checked.err + distilled.err
-        trained = list(runs.glob("*/*.jsonl"))
-        shutil.rmtree(runs, ignore_errors=True)
-        said = [outcome.err.rpartition("ad2kit: ")[2] for outcome in (checked, distilled)]
-        assert (distilled.code, bool(trained)) == (checked.code, checked.code == 0), said
-        if checked.code:
-            assert said[0] == said[1]
-        return Both(checked.code, said[0])
-
-    return call
 
 
 def edit(file: Path, **values: object) -> None:
@@ -372,7 +332,7 @@ def test_what_distill_refuses_check_refuses_and_the_advice_helps(
         more.remove(TRAINED)
     else:
         more.append(FINISHED)
-    helped = ad2kit("check", "smoke", *QUICK, f"teacher.model={folder}", *more)
+    helped = ad2kit("check", "smoke", *TINY_STEPS, f"teacher.model={folder}", *more)
     assert helped.code == 0, helped.err
 
 
