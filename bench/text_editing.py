@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ad2kit.data.arrow import TextRows
 from ad2kit.data.splits import Split, by_length, encode
 from ad2kit.models.text_model import EVALUATION_BATCH, padded
 from ad2kit.run.machine import environment
@@ -91,9 +92,9 @@ def propose(bench: Workbench, split: Split) -> Proposals:
         words[place] = str(tokenizer.mask_token)
         masked.append((" ".join(words),))
     length = bench.recipe.data.max_length_tokens
-    encoded = encode(Split(tuple(masked), np.zeros(len(masked))), tokenizer, length)
+    encoded = encode(Split.of(masked, np.zeros(len(masked))), tokenizer, length)
     teacher.module.eval()
-    for rows in by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH):
+    for rows in by_length(encoded.lengths, EVALUATION_BATCH):
         inputs = padded(teacher, encoded, rows, bench.accelerator.device)
         at_mask = inputs["input_ids"] == tokenizer.mask_token_id
         states = teacher.module.base_model(**inputs).last_hidden_state
@@ -116,7 +117,7 @@ def with_copies(split: Split, copies: int, seed: int, edit: Edit) -> Split:
         for copy in range(copies)
         for row, columns in enumerate(split.texts)
     ]
-    return Split(split.texts + tuple(edited), np.concatenate([split.labels] * (copies + 1)))
+    return Split(split.texts + TextRows.of(edited), np.concatenate([split.labels] * (copies + 1)))
 
 
 def one_round(bench: Workbench, split: Split, copies: int) -> dict[str, tuple[float, float, float]]:

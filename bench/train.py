@@ -254,7 +254,9 @@ def pair(bench: Workbench, rows: int, count: int, padding: str, seed: int) -> Pa
     same = peer.Settings(**{field.name: values[field.name] for field in fields(peer.Settings)})
     turns, teacher = peer.Turns(our_epoch), bench.teacher.module
     with tempfile.TemporaryDirectory() as folder:
-        peer.train(theirs.module, teacher, theirs.tokenizer, split.texts, same, turns, folder)
+        peer.train(
+            theirs.module, teacher, theirs.tokenizer, tuple(split.texts), same, turns, folder
+        )
     found = Pair(
         bench.answers(ours), bench.answers(theirs), sum(turns.others), sum(turns.own), reading_s
     )

@@ -46,7 +46,7 @@ def split(task: Task = "single_label") -> Split:
         "multi_label": np.stack([classes, classes[::-1]], axis=1).astype(np.float32),
         "regression": np.linspace(0, 5, len(TEXTS), dtype=np.float32),
     }[task]
-    return Split(tuple((text,) for text in TEXTS), labels)
+    return Split.of(((text,) for text in TEXTS), labels)
 
 
 def data(task: Task = "single_label") -> Data:

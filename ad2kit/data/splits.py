@@ -6,13 +6,18 @@ otherwise) is for every choice. Only the gate reads ``validation``.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
+from ad2kit.data.arrow import TOKENS, TextRows, TokenRows, stored_table, token_batch
 from ad2kit.data.labels import counts, label_set, no_labels, read_labels
 from ad2kit.data.sources import Row, read_file, read_rows, read_unlabelled
 from ad2kit.data.texts import is_text
@@ -21,9 +26,10 @@ from ad2kit.run.files import fingerprint
 from ad2kit.run.records import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerFast
 
     from ad2kit.run.sections import DataRecipe, Task
@@ -39,7 +45,11 @@ _SELECT_ROWS_PER_CLASS = 4
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
-_CHUNK_CHARACTERS = 65_536
+# Texts are tokenised in chunks of this size: until a call of the tokenizer ends, it keeps all
+# pieces of every text that is longer than the model, which takes 300 times the bytes of the text.
+_CHUNK_CHARACTERS = 2**18
+LARGE_ROWS = 100_000
+"""From this number of rows on, what was read is kept in a file, so that it is not read again."""
 
 
 class SplitFacts(Part):
@@ -55,19 +65,26 @@ class SplitFacts(Part):
 class Split:
     """Texts (one or two columns each) and their labels; see :mod:`ad2kit.data.labels`."""
 
-    texts: tuple[tuple[str, ...], ...]
+    texts: TextRows
     labels: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Iterable[tuple[str, ...]], labels: np.ndarray) -> Split:
+        """Return a split in memory."""
+        return cls(TextRows.of(texts), labels)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, rows: np.ndarray) -> Split:
         """Return the split of these rows, in this order."""
-        return Split(tuple(self.texts[row] for row in rows), self.labels[rows])
+        return Split(self.texts.take(rows), self.labels[rows])
 
+    @functools.cached_property
     def sha256(self) -> str:
-        """Return the fingerprint of texts and labels, in order."""
-        return fingerprint(self.texts, self.labels.tolist())
+        """The fingerprint of texts and labels, in order."""
+        labels = (block.tolist() for block in np.array_split(self.labels, len(self) // 10_000 + 1))
+        return fingerprint(self.texts.blocks(), labels)
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,8 @@ class Data:
 
     def distillation(self) -> Split:
         """Return the rows that the student learns from: first ``train``, then ``unlabelled``."""
+        if not len(self.unlabelled):
+            return self.train
         return Split(
             self.train.texts + self.unlabelled.texts,
             np.concatenate([self.train.labels, self.unlabelled.labels]),
@@ -111,13 +130,18 @@ class Encoded:
     them), labels as in the split, and ``truncated``, bool [rows]: texts cut to the maximum length.
     """  # noqa: D205
 
-    input_ids: list[list[int]]
-    token_type_ids: list[list[int]] | None
+    input_ids: TokenRows
+    token_type_ids: TokenRows | None
     labels: np.ndarray
     truncated: np.ndarray
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each text, int32 [rows]."""
+        return self.input_ids.lengths
 
 
 def load_data(recipe: DataRecipe, seed: int) -> Data:
@@ -136,8 +160,8 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
     train_texts = _texts(train_rows, recipe)
     validation_texts = _texts(validation_rows, recipe)
     row_labels = read_labels([*train_rows, *validation_rows], recipe, output_labels)
-    train = Split(train_texts, row_labels[: len(train_rows)])
-    validation = Split(validation_texts, row_labels[len(train_rows) :])
+    train = Split.of(train_texts, row_labels[: len(train_rows)])
+    validation = Split.of(validation_texts, row_labels[len(train_rows) :])
     labels = output_labels.names
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     select_rows = _select_rows(recipe, len(order), len(labels))
@@ -148,7 +172,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         train=train.take(order[select_rows:]),
         select=train.take(order[:select_rows]) if select_rows else validation,
         validation=validation,
-        unlabelled=Split(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
+        unlabelled=Split.of(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
         order_given=output_labels.given,
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
@@ -170,10 +194,7 @@ def _select_rows(recipe: DataRecipe, train_rows: int, outputs: int) -> int:
 
 def _check_leakage(data: Data, recipe: DataRecipe) -> None:
     """Refuse data if too many validation texts are training texts; warn if some are."""
-    training_texts = {*data.train.texts, *data.unlabelled.texts}
-    if recipe.select_from != "validation":
-        training_texts |= {*data.select.texts}
-    leaked = sum(text in training_texts for text in data.validation.texts)
+    leaked = int(known_rows(data, recipe).sum())
     share = leaked / len(data.validation)
     if share > recipe.max_leakage:
         raise DataError(
@@ -187,6 +208,22 @@ def _check_leakage(data: Data, recipe: DataRecipe) -> None:
         logger.warning(
             "%d of %d validation texts are also training texts", leaked, len(data.validation)
         )
+
+
+def known_rows(data: Data, recipe: DataRecipe) -> np.ndarray:
+    """Return for each validation row whether its texts are also training texts, bool [rows].
+
+    Hashes of 64 bits are compared: among 10 million texts and 100,000 validation texts a wrong
+    match has a probability of 1e-7.
+    """
+    learned = [data.train, data.unlabelled]
+    if recipe.select_from != "validation":
+        learned.append(data.select)
+    hashes = data.validation.texts.hashes()
+    known = np.zeros(len(hashes), bool)
+    for split in learned:
+        known |= np.isin(hashes, split.texts.hashes())
+    return known
 
 
 def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split:
@@ -204,7 +241,7 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
     if recipe.task != "regression":
         model_recipe = recipe.model_copy(update={"labels": labels})
     output_labels = label_set(rows, model_recipe, None)
-    split = Split(_texts(rows, recipe), read_labels(rows, recipe, output_labels))
+    split = Split.of(_texts(rows, recipe), read_labels(rows, recipe, output_labels))
     _check_variety(split, recipe, labels, path.name)
     return split
 
@@ -237,53 +274,85 @@ def facts(
                 {} if name == "unlabelled" else counts(data.task, split.labels, data.labels)
             ),
             truncated=int(truncated[name].sum()),
-            sha256=split.sha256(),
+            sha256=split.sha256,
         )
         for name, split in data.splits().items()
     }
 
 
-def encode(split: Split, tokenizer: PreTrainedTokenizerFast, max_length_tokens: int) -> Encoded:
+def encode(
+    split: Split,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length_tokens: int,
+    store: Path | None = None,
+) -> Encoded:
     """Tokenise a split; texts of more than ``max_length_tokens`` tokens are truncated and marked.
 
-    The texts are tokenised in chunks: until a call ends, the tokenizer keeps all pieces of every
-    text that is longer than the model, which takes 300 times the bytes of the text.
+    Args:
+        split: texts and labels.
+        tokenizer: the tokenizer of the model that reads the token ids.
+        max_length_tokens: the maximum length of a text with its special tokens.
+        store: a folder that keeps the token ids of a large split, for all processes and runs.
     """
-    input_ids: list[list[int]] = []
-    token_type_ids: list[list[int]] = []
-    truncated: list[bool] = []
-    for texts in _chunks(split.texts):
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        batch = tokenizer(*columns, truncation=True, max_length=max_length_tokens)
-        input_ids += batch["input_ids"]
-        token_type_ids += batch.get("token_type_ids", [])
-        truncated += [bool(encoding.overflowing) for encoding in batch.encodings or ()]
+    batches = _token_batches(split.texts, tokenizer, max_length_tokens)
+    if store is None or len(split) < LARGE_ROWS:
+        table = pa.Table.from_batches(batches, TOKENS)
+    else:
+        key = fingerprint(split.texts.blocks(), tokenizer_facts(tokenizer), max_length_tokens, 1)
+        table = stored_table(store / "tokens" / key[:16], TOKENS, batches)
     reads_types = "token_type_ids" in tokenizer.model_input_names
     return Encoded(
-        input_ids,
-        token_type_ids if reads_types else None,
+        TokenRows(table["input_ids"]),
+        TokenRows(table["token_type_ids"]) if reads_types else None,
         split.labels,
-        np.asarray(truncated, bool),
+        table["truncated"].to_numpy(),
     )
 
 
-def _chunks(texts: Sequence[tuple[str, ...]]) -> Iterator[Sequence[tuple[str, ...]]]:
+def _token_batches(
+    texts: TextRows, tokenizer: PreTrainedTokenizerFast, max_length_tokens: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the tokens of the texts in batches, as ``tokenizer(..., truncation=True)`` makes them.
+
+    The backend of the tokenizer is called, because transformers would turn each token into several
+    Python objects. The backend uses all cores.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length_tokens, direction=tokenizer.truncation_side)
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    for chunk in _chunks(texts):
+        rows = chunk if len(chunk[0]) > 1 else [text for (text,) in chunk]
+        yield token_batch(backend.encode_batch(rows), max_length_tokens)
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return everything in a tokenizer that decides the token ids of a text, as plain data."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {
+        **{key: value for key, value in backend.items() if key not in ("truncation", "padding")},
+        "truncation_side": tokenizer.truncation_side,
+        "split_special_tokens": tokenizer.split_special_tokens,
+        "tokenizers": metadata.version("tokenizers"),
+    }
+
+
+def _chunks(texts: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
     """Yield the texts in chunks that end when they reach ``_CHUNK_CHARACTERS`` characters."""
-    start = 0
+    chunk: list[tuple[str, ...]] = []
     characters = 0
-    for index, columns in enumerate(texts):
+    for columns in texts:
+        chunk.append(columns)
         characters += sum(map(len, columns))
         if characters >= _CHUNK_CHARACTERS:
-            yield texts[start : index + 1]
-            start = index + 1
+            yield chunk
+            chunk = []
             characters = 0
-    if start < len(texts):
-        yield texts[start:]
+    if chunk:
+        yield chunk
 
 
-def epoch_batches(
-    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
-) -> list[np.ndarray]:
+def epoch_batches(lengths: ArrayLike, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Return the batches of one epoch: every row once, in batches of similar length.
 
     Rows are shuffled and then sorted by length inside buckets of several batches. Then the batches
@@ -300,8 +369,8 @@ def epoch_batches(
         The row indices of each batch.
     """
     generator = np.random.default_rng([seed, 1, epoch])
-    order = generator.permutation(len(lengths))
     row_lengths = np.asarray(lengths)
+    order = generator.permutation(len(row_lengths))
     batches: list[np.ndarray] = []
     bucket_size = batch_size * _BUCKET_BATCHES
     for bucket_start in range(0, len(order), bucket_size):
@@ -311,7 +380,7 @@ def epoch_batches(
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+def by_length(lengths: ArrayLike, batch_size: int) -> list[np.ndarray]:
     """Return the row indices of each evaluation batch; the rows are sorted by length."""
     order = np.argsort(np.asarray(lengths), kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -326,23 +395,15 @@ def collate(
         ``input_ids``, ``attention_mask`` and, if the family has them, ``token_type_ids``:
         int64 arrays of shape [rows, longest].
     """
-    indices = [int(row) for row in rows]
-    input_ids = [encoded.input_ids[index] for index in indices]
-    fields = {
-        "input_ids": (input_ids, tokenizer.pad_token_id),
-        "attention_mask": ([[1] * len(ids) for ids in input_ids], 0),
-    }
+    indices = np.fromiter(rows, np.int64)
+    input_ids = encoded.input_ids.padded(indices, tokenizer.pad_token_id)
+    lengths = encoded.lengths[indices]
+    mask = np.arange(input_ids.shape[1]) < lengths[:, None]
+    arrays = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64)}
     if encoded.token_type_ids is not None:
-        token_type_ids = [encoded.token_type_ids[index] for index in indices]
-        fields["token_type_ids"] = (token_type_ids, tokenizer.pad_token_type_id)
-    longest = max(map(len, input_ids))
-    padded = {}
-    for name, (sequences, padding) in fields.items():
-        array = np.full((len(input_ids), longest), padding, dtype=np.int64)
-        for array_row, sequence in zip(array, sequences, strict=True):
-            array_row[: len(sequence)] = sequence
-        padded[name] = array
-    return padded
+        padding = tokenizer.pad_token_type_id
+        arrays["token_type_ids"] = encoded.token_type_ids.padded(indices, padding)
+    return arrays
 
 
 def _check_columns(rows: list[Row], columns: tuple[str, ...], name: str) -> None:

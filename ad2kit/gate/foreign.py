@@ -107,7 +107,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         inputs=fingerprint(
             file_hashes,
             sha256_of_folder(teacher_folder),
-            split.sha256(),
+            split.sha256,
             recipe.model_dump(mode="json"),
         ),
         thresholds=recipe.parity,

@@ -81,7 +81,7 @@ def judge(run: RunDir) -> ParityReport:
         run.require(folder / OnnxArtifact.file_name, command="export")
     data = splits.load_data(recipe.data, recipe.seed)
     expected_sha256 = distilled.splits["validation"].sha256
-    sha256 = data.validation.sha256()
+    sha256 = data.validation.sha256
     if sha256 != expected_sha256:
         raise RunError(
             f"the validation data changed since {run.path} was distilled: sha256 expected "
@@ -228,7 +228,7 @@ def _write_answers(
     lines = [
         RowAnswers(
             texts=split.texts[row],
-            tokens=len(reference.encoded.input_ids[row]),
+            tokens=int(reference.encoded.lengths[row]),
             label=label,
             logits={
                 name: tuple(model_logits[row].tolist())
@@ -242,7 +242,7 @@ def _write_answers(
 
 def _long_split(encoded: splits.Encoded, split: splits.Split, length: int) -> splits.Split:
     """Return texts without labels, made from those of ``split`` and longer than the model reads."""
-    return splits.Split(tuple(longer_texts(encoded, split.texts, length)), np.empty(0))
+    return splits.Split.of(longer_texts(encoded, split.texts, length), np.empty(0))
 
 
 def _classifier_texts(split: splits.Split) -> list[Text]:

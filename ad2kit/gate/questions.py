@@ -77,7 +77,7 @@ class Reference(LabelledRows):
 
 def probe_rows(encoded: Encoded) -> NDArray[np.intp]:
     """Return at most :data:`PROBES` rows, evenly spaced in the order of the texts by length."""
-    order = np.argsort([len(row) for row in encoded.input_ids], kind="stable")
+    order = np.argsort(encoded.lengths, kind="stable")
     rows: NDArray[np.intp] = order[np.unique(np.linspace(0, len(order) - 1, PROBES).astype(int))]
     return rows
 
@@ -180,7 +180,7 @@ def longer_texts(encoded: Encoded, texts: Sequence[Texts], max_length_tokens: in
             while tokens <= length:
                 parts.append(texts[row])
                 # There are up to 4 special tokens; count one token at least, so that this ends.
-                tokens += max(1, len(encoded.input_ids[row]) - 4)
+                tokens += max(1, int(encoded.lengths[row]) - 4)
                 row = (row + 1) % len(texts)
             short = texts[first]
             long = tuple(map(" ".join, zip(*parts, strict=True)))
@@ -321,7 +321,7 @@ def _ece(logits: Logits, labels: NDArray[Any]) -> float:
 
 def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
     """Return the scores on each quarter of the texts by length, the shortest texts first."""
-    lengths = np.array([len(row) for row in reference.encoded.input_ids])
+    lengths = reference.encoded.lengths
     edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0], method="higher"))
     quarters = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
     slices = []

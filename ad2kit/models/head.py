@@ -176,8 +176,7 @@ def read_vectors(
         ),
     )
     row_indices = np.arange(len(encoded)) if chosen is None else chosen
-    lengths = [len(encoded.input_ids[row]) for row in row_indices]
-    batches = splits.by_length(lengths, EVALUATION_BATCH)
+    batches = splits.by_length(encoded.lengths[row_indices], EVALUATION_BATCH)
     try:
         for batch in batches:
             inputs = padded(model, encoded, row_indices[batch], device)

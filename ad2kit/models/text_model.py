@@ -33,7 +33,7 @@ from ad2kit.run.machine import quiet_transformers, seeded
 from ad2kit.run.sections import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -48,6 +48,8 @@ MANIFEST = "sha256.json"
 
 
 EVALUATION_BATCH = 64
+# Rows whose logits are in memory at a time.
+_PREDICTED_ROWS = 2**18
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def try_out(
         ModelError: the model cannot read the texts, or its logits are not finite numbers.
     """
     longest = tuple(" ".join([text.strip()[:100]] * length_tokens) for text in texts[0])
-    split = splits.Split((*texts, longest), np.zeros(len(texts) + 1))
+    split = splits.Split.of((*texts, longest), np.zeros(len(texts) + 1))
     module = model.module
     was_training = module.training
     try:
@@ -470,7 +472,6 @@ def random_bert(
         return transformers.BertForSequenceClassification(config), tokenizer
 
 
-@torch.inference_mode()
 def predict_logits(
     model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
 ) -> torch.Tensor:
@@ -478,17 +479,31 @@ def predict_logits(
 
     If the accelerator has several processes, they share the rows and all get the result.
     """
+    blocks = predict_in_blocks(model, encoded, device, accelerator)
+    return torch.cat([torch.zeros(0, len(model.labels)), *blocks])
+
+
+@torch.inference_mode()
+def predict_in_blocks(
+    model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield what :func:`predict_logits` returns in blocks of consecutive rows.
+
+    All processes have to read all blocks.
+    """
     model.module.eval()
-    logits = torch.zeros(len(encoded), len(model.labels))
-    batches = splits.by_length([len(ids) for ids in encoded.input_ids], EVALUATION_BATCH)
-    if accelerator is not None:
-        batches = batches[accelerator.process_index :: accelerator.num_processes]
-    for rows in batches:
-        inputs = padded(model, encoded, rows, device)
-        logits[rows] = model.module(**inputs).logits.float().cpu()
-    if accelerator is not None and accelerator.num_processes > 1:
-        logits = accelerator.reduce(logits.to(device), "sum").cpu()
-    return logits
+    for start in range(0, len(encoded), _PREDICTED_ROWS):
+        lengths = encoded.lengths[start : start + _PREDICTED_ROWS]
+        logits = torch.zeros(len(lengths), len(model.labels))
+        batches = splits.by_length(lengths, EVALUATION_BATCH)
+        if accelerator is not None:
+            batches = batches[accelerator.process_index :: accelerator.num_processes]
+        for rows in batches:
+            inputs = padded(model, encoded, start + rows, device)
+            logits[rows] = model.module(**inputs).logits.float().cpu()
+        if accelerator is not None and accelerator.num_processes > 1:
+            logits = accelerator.reduce(logits.to(device), "sum").cpu()
+        yield logits
 
 
 def padded(

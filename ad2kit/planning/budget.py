@@ -21,7 +21,7 @@ import torch
 from ad2kit.data import splits
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RecipeError, RunError, UserError
-from ad2kit.run.files import fingerprint, write_record
+from ad2kit.run.files import fingerprint, write_record, writing
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import available_cpus, environment, processes
 from ad2kit.run.recipe import from_data
@@ -86,8 +86,8 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
     key = fingerprint(
         recipe.model_dump(mode="json"),
         max_minutes,
-        data.train.sha256(),
-        data.unlabelled.sha256(),
+        data.train.sha256,
+        data.unlabelled.sha256,
         environment(recipe.compute.threads or available_cpus()),
     )
     path = shared.plan_file(runs_dir / ".shared", key)
@@ -95,7 +95,7 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
         planned_recipe = _read(path)
     else:
         planned_recipe = fitted(recipe, data, measured_costs(recipe, data), max_minutes)
-        with shared.writing(runs_dir / ".shared"):
+        with writing(runs_dir / ".shared"):
             path.parent.mkdir(exist_ok=True)
             write_record(path, planned_recipe)
     logger.info("%s", plan_words(recipe, planned_recipe))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,12 +104,8 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         data: the data of the recipe.
         teacher: the teacher of the recipe, before its training.
     """
-    training_texts = {*data.train.texts, *data.unlabelled.texts}
-    if recipe.data.select_from == "train":
-        training_texts |= {*data.select.texts}
     split_checks = {
-        name: _split(split, data, recipe, teacher, training_texts if name == "validation" else None)
-        for name, split in data.splits().items()
+        name: _split(split, data, recipe, teacher) for name, split in data.splits().items()
     }
     phases: dict[str, TrainRecipe | None] = {
         "teacher": recipe.teacher.finetune,
@@ -249,14 +244,8 @@ def _short(text: str, characters: int = 70) -> str:
     return repr(text if len(text) <= characters else f"{text[:characters]}…")
 
 
-def _split(
-    split: Split,
-    data: Data,
-    recipe: Recipe,
-    teacher: TextModel,
-    training_texts: set[tuple[str, ...]] | None,
-) -> SplitCheck:
-    """Return the facts of a split; ``training_texts`` is given for the validation split alone."""
+def _split(split: Split, data: Data, recipe: Recipe, teacher: TextModel) -> SplitCheck:
+    """Return the facts of a split."""
     sample = split.take(np.linspace(0, len(split) - 1, min(len(split), _SAMPLE)).astype(int))
     columns = [list(column) for column in zip(*sample.texts, strict=True)]
     lengths = np.array([len(ids) for ids in teacher.tokenizer(*columns)["input_ids"]])
@@ -264,8 +253,8 @@ def _split(
     if split is not data.unlabelled:
         labels = balance(counts(data.task, split.labels, data.labels), len(split))
     known_share = None
-    if training_texts is not None:
-        known_share = sum(texts in training_texts for texts in split.texts) / len(split)
+    if split is data.validation:
+        known_share = float(splits.known_rows(data, recipe.data).mean())
     quoted = sum(text[:1] == text[-1:] == '"' for column in columns for text in column)
     return SplitCheck(
         rows=len(split),
@@ -274,7 +263,7 @@ def _split(
         tokens_p95=int(np.quantile(lengths, 0.95)),
         tokens_longest=int(lengths.max()),
         cut=float((lengths > recipe.data.max_length_tokens).mean()),
-        duplicates=1 - len(Counter(split.texts)) / len(split),
+        duplicates=1 - len(np.unique(split.texts.hashes())) / len(split),
         known=known_share,
         quoted=quoted / sum(map(len, columns)),
         example=split.texts[0],

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 from ad2kit.run.errors import ModelError, RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from filelock import BaseFileLock
@@ -28,9 +29,29 @@ LOCK = ".lock"
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return the sha256 of plain data in canonical JSON, as 64 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the sha256 of plain data in canonical JSON, as 64 hexadecimal digits.
+
+    An iterator among the parts yields a long list in blocks. Its JSON is never whole in memory, and
+    the fingerprint is that of the list.
+    """
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        digest.update(b"," if number else b"[")
+        if isinstance(part, Iterator):
+            separator = b"["
+            for block in part:
+                if len(block):
+                    digest.update(separator + _canonical_json(block)[1:-1])
+                    separator = b","
+            digest.update(b"[]" if separator == b"[" else b"]")
+        else:
+            digest.update(_canonical_json(part))
+    digest.update(b"]" if parts else b"[]")
+    return digest.hexdigest()
+
+
+def _canonical_json(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def sha256_of(path: Path) -> str:
@@ -170,6 +191,18 @@ def locked(folder: Path) -> Iterator[BaseFileLock]:
         yield lock
     finally:
         lock.release()
+
+
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Lock a folder that runs share for writing, and remove the leftovers of a killed process.
+
+    A second process waits for the lock, and then finds what the first one has written.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / LOCK):
+        remove_leftovers(store)
+        yield
 
 
 def _to_disk(path: Path) -> None:

@@ -17,10 +17,10 @@ from ad2kit.data.labels import answers, balance, counts
 from ad2kit.data.metrics import mean_metric
 from ad2kit.models import text_model
 from ad2kit.models.baselines import look_at_teacher, untrained_encoder
-from ad2kit.models.head import start_head
+from ad2kit.models.head import MOST_ROWS, start_head
 from ad2kit.models.pretrained import RANDOM, find_model
 from ad2kit.models.records import ModelManifest, TeacherReport
-from ad2kit.models.text_model import padded, predict_logits
+from ad2kit.models.text_model import padded, predict_in_blocks, predict_logits
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
@@ -41,7 +41,7 @@ from ad2kit.training.records import (
     verdict,
 )
 from ad2kit.training.schedule import rate_of_width
-from ad2kit.training.students import build_student, check_widths, narrow
+from ad2kit.training.students import IMPORTANCE_TEXTS, build_student, check_widths, narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,7 +97,7 @@ def distill(
     inputs = fingerprint(
         stage.teacher_sha256(),
         stage.data_sha256(),
-        data.unlabelled.sha256(),
+        data.unlabelled.sha256,
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
     )
     if (finished_report := stage.finished(inputs)) is not None:
@@ -114,7 +114,7 @@ def distill(
         settings.rate,
     )
     select = stage.encode(student, data.select)
-    train = stage.encode(student, data.distillation())
+    train = stage.encode(student, data.distillation(), keep=True)
     steps, student_selection = stage.train_student(
         teacher, student, settings, train, select, teacher_logits, inputs=inputs
     )
@@ -350,9 +350,9 @@ class _Stage:
         """Return the fingerprint of the labelled data and of the settings that read them."""
         return fingerprint(
             self.data.labels,
-            self.data.train.sha256(),
-            self.data.select.sha256(),
-            self.data.validation.sha256(),
+            self.data.train.sha256,
+            self.data.select.sha256,
+            self.data.validation.sha256,
             self.recipe.data.max_length_tokens,
             self.recipe.data.judged_by,
         )
@@ -361,11 +361,15 @@ class _Stage:
         """Return the fingerprint of the teacher's weights and tokenizer."""
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
-    def encode(self, model: TextModel, split: Split) -> Encoded:
-        """Tokenise a split for a model, to the maximum length of the recipe."""
+    def encode(self, model: TextModel, split: Split, *, keep: bool = False) -> Encoded:
+        """Tokenise a split for a model, to the maximum length of the recipe.
+
+        With ``keep`` the token ids of a large split are kept for other processes and runs.
+        """
         length = self.recipe.data.max_length_tokens
         text_model.check_length(model, length, key="data.max_length_tokens")
-        encoded = splits.encode(split, model.tokenizer, length)
+        store = self.run.shared if keep else None
+        encoded = splits.encode(split, model.tokenizer, length, store)
         if encoded.truncated.any():
             logger.info(
                 "%d texts are longer than %d tokens and were truncated",
@@ -434,7 +438,7 @@ class _Stage:
             return None
         targets = encoded.labels
         if teacher_logits is not None:
-            targets = answers(self.data.task, teacher_logits.numpy())
+            targets = answers(self.data.task, teacher_logits[:MOST_ROWS].numpy())
         return lambda model: start_head(model, encoded, targets, self.accelerator)
 
     def teacher(self) -> TextModel:
@@ -494,7 +498,7 @@ class _Stage:
     def _finetuned(self, teacher: TextModel, settings: TrainRecipe, inputs: str) -> TextModel:
         """Fine-tune the teacher on ``train``; return it with the weights of the kept update."""
         select = self.encode(teacher, self.data.select)
-        train = self.encode(teacher, self.data.train)
+        train = self.encode(teacher, self.data.train, keep=True)
         prepare(teacher, self.recipe.compute)
         state, _, _ = self.trainer.train(
             teacher,
@@ -521,8 +525,10 @@ class _Stage:
     def student(self, teacher: TextModel) -> TextModel:
         """Return the student before its first update."""
         student = before_training(teacher, self.recipe, self.data)
-        encode_train = functools.partial(self.encode, teacher, self.data.train)
-        narrow(student, teacher, self.recipe.student, encode_train, self.accelerator)
+        train = self.data.train
+        first_rows = train.take(np.arange(min(len(train), IMPORTANCE_TEXTS)))
+        encode_rows = functools.partial(self.encode, teacher, first_rows)
+        narrow(student, teacher, self.recipe.student, encode_rows, self.accelerator)
         return student
 
     def select_logits(self, teacher: TextModel) -> torch.Tensor:
@@ -576,12 +582,18 @@ class _Stage:
         The key of the file is the fingerprint of teacher (with its tokenizer), texts and maximum
         length.
         """
-        key = fingerprint(self.teacher_sha256(), split.texts, self.recipe.data.max_length_tokens)
+        length = self.recipe.data.max_length_tokens
+        key = fingerprint(self.teacher_sha256(), split.texts.blocks(), length)
         path = shared.logits_file(self.run.shared, key)
         if not self._missing(path):
             return shared.read_logits(path)
         logger.info("teacher reads %d training texts", len(split))
-        logits = self.logits(teacher, self.encode(teacher, split))
+        encoded = self.encode(teacher, split, keep=True)
+        blocks = predict_in_blocks(teacher, encoded, self.accelerator.device, self.accelerator)
         if self.accelerator.is_main_process:
-            shared.write_logits(path, logits)
-        return logits
+            shared.write_logits(path, (len(split), len(self.data.labels)), blocks)
+        else:
+            for _ in blocks:  # takes part in the computation
+                pass
+        self.accelerator.wait_for_everyone()
+        return shared.read_logits(path)

@@ -110,7 +110,6 @@ def train(
     """
     model = state.model
     optimizer = state.optimizer
-    lengths = [len(ids) for ids in encoded.input_ids]
     plan = Schedule.planned(len(encoded), settings)
     parts = settings.accumulation_steps
     batches: list[np.ndarray] = []
@@ -118,7 +117,7 @@ def train(
         start = time.perf_counter()
         epoch, index = divmod(state.step, plan.steps_per_epoch)
         if index == 0 or not batches:
-            batches = splits.epoch_batches(lengths, settings.batch_size, seed, epoch)
+            batches = splits.epoch_batches(encoded.lengths, settings.batch_size, seed, epoch)
         rows = batches[index]
         lr = settings.rate * schedule.rate(state.step)
         for group in optimizer.param_groups:
@@ -180,7 +179,7 @@ def _accumulate_in_memory(
             )
         except torch.OutOfMemoryError as error:
             if parts >= len(rows):
-                longest = max(len(encoded.input_ids[row]) for row in rows)
+                longest = encoded.lengths[rows].max()
                 raise ModelError(
                     f"{phase}: one text of {longest} tokens does not fit into the memory of the "
                     "GPU",

@@ -15,34 +15,34 @@ command with `--max-minutes` may plan, and so train, another run.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
-from contextlib import contextmanager
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ad2kit.data import metrics, splits
 from ad2kit.data.labels import answers
 from ad2kit.models import text_model
 from ad2kit.models.records import ModelManifest
-from ad2kit.models.text_model import predict_logits
+from ad2kit.models.text_model import predict_in_blocks
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import (
-    LOCK,
     fingerprint,
-    remove_leftovers,
     whole_file,
     whole_folder,
     write_record,
+    writing,
 )
 from ad2kit.run.machine import accelerator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
     import torch
@@ -92,7 +92,7 @@ def logits_file(store: Path, key: str) -> Path:
 
 
 def read_logits(path: Path) -> torch.Tensor:
-    """Return stored logits, shape [rows, outputs].
+    """Return stored logits, shape [rows, outputs]; the file is mapped into memory.
 
     Raises:
         RunError: the file is damaged.
@@ -105,24 +105,28 @@ def read_logits(path: Path) -> torch.Tensor:
         ) from error
 
 
-def write_logits(path: Path, logits: torch.Tensor) -> None:
-    """Store logits at a path from :func:`logits_file`, for this run and others."""
-    with writing(path.parent.parent):
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as temporary:
-            save_file({"logits": logits}, temporary)
+def write_logits(path: Path, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> None:
+    """Store logits at a path from :func:`logits_file`, for this run and others.
 
-
-@contextmanager
-def writing(store: Path) -> Iterator[None]:
-    """Lock the store for writing and remove the leftovers of a killed process.
-
-    A second process waits for the lock, which nobody holds for long.
+    Args:
+        path: path of the file.
+        shape: number of rows and outputs.
+        blocks: the logits of consecutive rows, float32; they may take hours to compute.
     """
-    store.mkdir(parents=True, exist_ok=True)
-    with FileLock(store / LOCK):
-        remove_leftovers(store)
-        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The store is locked only for the copy. Until then the file has no name, and so a killed
+    # process leaves nothing.
+    with tempfile.TemporaryFile(dir=path.parent) as unfinished:
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+        header = json.dumps({"logits": entry}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # as the format asks: the data begin at a multiple of 8
+        unfinished.write(len(header).to_bytes(8, "little") + header)
+        for block in blocks:
+            unfinished.write(block.numpy().astype("<f4", copy=False).tobytes())
+        with writing(path.parent.parent), whole_file(path) as temporary:
+            unfinished.seek(0)
+            with temporary.open("wb") as file:
+                shutil.copyfileobj(unfinished, file)
 
 
 def link_folder(source: Path, target: Path) -> None:
@@ -156,14 +160,15 @@ class ValidationScores:
         data = self.data
         length = self.recipe.data.max_length_tokens
         files = ModelManifest.read(folder / text_model.MANIFEST).files
-        key = fingerprint(files, data.validation.texts, length)
+        key = fingerprint(files, data.validation.texts.blocks(), length)
         path = logits_file(self.runs_dir / ".shared", key)
         if not path.is_file():
             device = accelerator(self.recipe.compute).device
             model = text_model.load_model(folder, data.labels, data.task)
             model.module.to(device)
             encoded = splits.encode(data.validation, model.tokenizer, length)
-            write_logits(path, predict_logits(model, encoded, device))
+            shape = (len(encoded), len(data.labels))
+            write_logits(path, shape, predict_in_blocks(model, encoded, device))
         return answers(data.task, read_logits(path).numpy())
 
     def score(self, model_answers: Answers) -> float:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 # The most texts that importance is measured on; the training rows are in random order.
-TEXTS = 1_024
+IMPORTANCE_TEXTS = 1_024
 _BATCH = 32
 
 
@@ -283,7 +283,7 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
 
     Args:
         model: a classifier that was trained on the task.
-        encoded: labelled rows; the first :data:`TEXTS` of them are read.
+        encoded: labelled rows; the first :data:`IMPORTANCE_TEXTS` of them are read.
         accelerator: gives device and processes; they share the rows, and all get the result.
     """
     module = model.module
@@ -297,7 +297,7 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
         readers["heads"] = (names.heads_out, heads)
     layers = layers_of(model)
     totals = {kind: torch.zeros(len(layers), units) for kind, (_, units) in readers.items()}
-    lengths = [len(ids) for ids in encoded.input_ids[:TEXTS]]
+    lengths = encoded.lengths[:IMPORTANCE_TEXTS]
     batches = by_length(lengths, _BATCH)
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
         masks = {

@@ -28,6 +28,7 @@ import torch
 
 from ad2kit.cli.show import show_messages, training_progress
 from ad2kit.data import metrics, splits
+from ad2kit.data.arrow import TokenRows
 from ad2kit.data.labels import answers
 from ad2kit.data.splits import Encoded
 from ad2kit.models import text_model
@@ -292,8 +293,8 @@ class Checks:
         ids = [row[: self.tokens // (1 + index % 2)] for index, row in enumerate(ids)]
         types = "token_type_ids" in model.tokenizer.model_input_names
         encoded = Encoded(
-            ids,
-            [[0] * len(row) for row in ids] if types else None,
+            TokenRows.of(ids),
+            TokenRows.of([0] * len(row) for row in ids) if types else None,
             generator.integers(0, 2, rows),
             np.zeros(rows, dtype=bool),
         )

@@ -112,7 +112,7 @@ def test_serving_reads_every_text_as_training_did(
     example = (first, second)[:columns]
     assume(all(map(is_text, example)))
     encoded = splits.encode(
-        splits.Split((example,), np.zeros(1)),
+        splits.Split.of((example,), np.zeros(1)),
         student.tokenizer,
         classifier.artifact.max_length_tokens,
     )

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from onnxruntime.transformers.optimizer import optimize_model
 
 from ad2kit import load
+from ad2kit.data.arrow import TokenRows
 from ad2kit.data.splits import Encoded, load_data
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.exporting.conversion import conversion_cost
@@ -410,7 +411,7 @@ def judged(labels: Any, teacher: Any, student: Any, task: Task = "single_label")
         max_length_tokens=8,
     ).judged_by
     none = np.zeros(len(labels), dtype=bool)
-    encoded = Encoded([[1]] * len(labels), None, labels, none)
+    encoded = Encoded(TokenRows.of([[1]] * len(labels)), None, labels, none)
     return Reference(task, metrics, labels, teacher, student, encoded, student_left=student)
 
 
@@ -497,7 +498,7 @@ def test_the_slices_cover_all_rows_from_the_shortest_on() -> None:
     wrong_on_long = right.copy()
     wrong_on_long[80:] = right[80:, ::-1]
     none = np.zeros(len(labels), dtype=bool)
-    encoded = Encoded([[1] * (3 + row // 10) for row in range(100)], None, labels, none)
+    encoded = Encoded(TokenRows.of([1] * (3 + row // 10) for row in range(100)), None, labels, none)
     reference = Reference(
         "single_label", ("accuracy",), labels, right, right, encoded, student_left=right
     )

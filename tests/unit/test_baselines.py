@@ -41,7 +41,7 @@ def rows(task: Task, count: int, seed: int) -> Split:
         "multi_label": held.astype(np.float32),
         "regression": held.sum(axis=1).astype(np.float32),
     }
-    return Split(texts, labels[task])
+    return Split.of(texts, labels[task])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -80,11 +80,11 @@ def test_the_constant_answer_is_what_most_rows_have() -> None:
 def test_labels_without_any_choice_are_no_error() -> None:
     texts = (("red",), ("blue",), ("red blue",))
     several = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1]], dtype=np.float32)
-    answer = baselines.bag_of_words("multi_label", Split(texts, several))
-    assert answer(Split((("red",),), several[:1])).tolist() == [[1, 0, 1]]
+    answer = baselines.bag_of_words("multi_label", Split.of(texts, several))
+    assert answer(Split.of((("red",),), several[:1])).tolist() == [[1, 0, 1]]
     one = np.array([4, 4, 4])
-    assert baselines.bag_of_words("single_label", Split(texts, one))(
-        Split((("green",),), one[:1])
+    assert baselines.bag_of_words("single_label", Split.of(texts, one))(
+        Split.of((("green",),), one[:1])
     ).tolist() == [4]
     probe = baselines.linear_probe("single_label", np.eye(3), one)
     assert probe(np.eye(3)).tolist() == [4, 4, 4]
@@ -92,7 +92,7 @@ def test_labels_without_any_choice_are_no_error() -> None:
 
 def test_texts_of_signs_and_single_characters_have_words() -> None:
     texts = (("!",), ("?",), ("好",), ("坏",))
-    split = Split(texts, np.array([0, 1, 0, 1]))
+    split = Split.of(texts, np.array([0, 1, 0, 1]))
     assert baselines.bag_of_words("single_label", split)(split).tolist() == [0, 1, 0, 1]
 
 
@@ -287,10 +287,10 @@ def test_labels_that_are_never_answered_are_named_if_they_are_more_than_bad_luck
 
 
 def test_unanswered_labels_are_counted_in_select() -> None:
-    split = Split((("a",),) * 4, np.array([0, 1, 1, 2]))
+    split = Split.of((("a",),) * 4, np.array([0, 1, 1, 2]))
     data = Data("single_label", ("x", "y", "z", "absent"), split, split, split, split)
     assert baselines._unanswered(data, np.array([0, 0, 0, 2])) == {"y": 2}
-    several = Split((("a",),) * 2, np.array([[1, 1, 0], [0, 1, 0]], dtype=np.float32))
+    several = Split.of((("a",),) * 2, np.array([[1, 1, 0], [0, 1, 0]], dtype=np.float32))
     data = Data("multi_label", ("x", "y", "z"), several, several, several, several)
     assert baselines._unanswered(data, np.array([[1, 0, 0], [0, 0, 0]])) == {"y": 2}
 

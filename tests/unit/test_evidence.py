@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import binom, binomtest, pearsonr
 
 from ad2kit.data import sample_size
+from ad2kit.data.arrow import TokenRows
 from ad2kit.data.splits import Encoded
 from ad2kit.exporting.conversion import agreement, agrees, conversion_cost
 from ad2kit.exporting.records import Check, RowsNeeded
@@ -50,7 +51,7 @@ def judged(
     task: Task = "multi_label" if labels.ndim == 2 else "single_label"
     theirs, ours = (logits_of(each, classes) for each in (teacher, student))
     none = np.zeros(len(labels), dtype=bool)
-    encoded = Encoded([[1]] * len(labels), None, labels, none)
+    encoded = Encoded(TokenRows.of([[1]] * len(labels)), None, labels, none)
     metric: Any = "micro_f1" if task == "multi_label" else "accuracy"
     reference = Reference(task, (metric,), labels, theirs, ours, encoded, student_left=ours)
     names = tuple(f"c{index}" for index in range(classes))
@@ -222,7 +223,7 @@ def test_points_lost_have_an_interval_and_a_limit() -> None:
         labels,
         fp32,
         fp32,
-        Encoded([[1]] * 300, None, labels, none),
+        Encoded(TokenRows.of([[1]] * 300), None, labels, none),
         student_left=fp32,
     )
     found = conversion_cost(converted, converted, fp32, reference, ParityRecipe(), seed=0)

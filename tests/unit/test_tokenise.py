@@ -7,8 +7,10 @@ whole text with ``truncation=True``.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given
@@ -22,6 +24,7 @@ from tokenizers import (
     processors,
 )
 
+from ad2kit.data.splits import Split, encode
 from ad2kit.exporting.records import Tokenisation
 from ad2kit.exporting.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
 from ad2kit.models.pretrained import find_model
@@ -250,6 +253,22 @@ PIECES = (
     "#",
     "word" * 30,
 )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_reads_what_transformers_makes(kind: str) -> None:
+    for side, columns in itertools.product(("right", "left"), (1, 2)):
+        tokenizer = original(kind, side)
+        rows = [(piece * 9, *[f"fine {piece}"] * (columns - 1)) for piece in PIECES]
+        found = encode(Split.of(rows, np.zeros(len(rows))), tokenizer, 16)
+        told = [expected(tokenizer, row, 16) for row in rows]
+        assert list(found.input_ids) == [tokens.ids for tokens in told]
+        assert found.truncated.tolist() == [tokens.truncated for tokens in told]
+        if "token_type_ids" in tokenizer.model_input_names:
+            assert found.token_type_ids is not None
+            assert list(found.token_type_ids) == [tokens.type_ids for tokens in told]
+        else:
+            assert found.token_type_ids is None
 
 
 def texts(most: int) -> st.SearchStrategy[str]:

@@ -11,9 +11,8 @@ import numpy as np
 from ad2kit.campaigns.fit.records import Cost, Measurements
 from ad2kit.gate.latency import time_rounds
 from ad2kit.gate.records import BUSY_SPREAD
-from ad2kit.run.files import fingerprint, write_record
+from ad2kit.run.files import fingerprint, write_record, writing
 from ad2kit.run.machine import available_cpus, environment
-from ad2kit.training.shared import writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

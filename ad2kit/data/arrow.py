@@ -1,0 +1,206 @@
+"""Texts and token ids in Arrow, in memory or in files that are mapped into memory.
+
+The pages of a mapped file belong to the cache of the operating system. All processes of a machine
+share them, and the system drops them when it needs memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from ad2kit.run.errors import MissingExtra, RunError
+from ad2kit.run.files import whole_file, writing
+
+try:
+    import pyarrow as pa
+except ModuleNotFoundError as error:
+    raise MissingExtra(error.name or "pyarrow", extra="cpu") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from tokenizers import Encoding
+
+    Texts = tuple[str, ...]
+
+# Rows that are turned into Python objects at a time.
+_BLOCK_ROWS = 10_000
+_TOKEN_IDS = pa.list_(pa.int32())
+_TABLE = "rows.arrow"
+
+TOKENS = pa.schema({"input_ids": _TOKEN_IDS, "token_type_ids": _TOKEN_IDS, "truncated": pa.bool_()})
+"""The columns of tokenised texts; ``truncated`` marks a text that was cut."""
+
+
+class TextRows(Sequence["Texts"]):
+    """Rows of one or two texts in an Arrow table; a row becomes a tuple when it is asked for.
+
+    Args:
+        table: one column for each text of a row.
+        order: the row of the table for each row of this sequence; None for all, in their order.
+    """
+
+    def __init__(self, table: pa.Table, order: NDArray[np.int64] | None = None) -> None:
+        self.table = table
+        self.order = order
+
+    @classmethod
+    def of(cls, rows: Iterable[Texts]) -> TextRows:
+        """Return the rows in memory."""
+        columns = [pa.array(column, pa.large_string()) for column in zip(*rows, strict=True)]
+        return cls(pa.table(columns, names=list(map(str, range(len(columns))))))
+
+    def __len__(self) -> int:
+        return len(self.table) if self.order is None else len(self.order)
+
+    @overload
+    def __getitem__(self, row: int) -> Texts: ...
+    @overload
+    def __getitem__(self, row: slice) -> tuple[Texts, ...]: ...
+    def __getitem__(self, row: int | slice) -> Texts | tuple[Texts, ...]:
+        if isinstance(row, slice):
+            return tuple(self.take(np.arange(len(self))[row]))
+        place = range(len(self))[row]  # counts from the end, and refuses a row that is not there
+        if self.order is not None:
+            place = int(self.order[place])
+        return tuple(column[place].as_py() for column in self.table.columns)
+
+    def __iter__(self) -> Iterator[Texts]:
+        for block in self.blocks():
+            yield from block
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as equal rows need not lie in equal tables
+
+    def __add__(self, other: TextRows) -> TextRows:
+        """Return the rows of both; no text is copied."""
+        if not len(self) or not len(other):
+            return self if len(self) else other
+        orders = [
+            np.arange(len(rows)) if rows.order is None else rows.order for rows in (self, other)
+        ]
+        return TextRows(
+            pa.concat_tables([self.table, other.table]),
+            np.concatenate([orders[0], orders[1] + len(self.table)]),
+        )
+
+    def take(self, rows: NDArray[np.int64]) -> TextRows:
+        """Return these rows, in this order; no text is copied."""
+        return TextRows(self.table, rows if self.order is None else self.order[rows])
+
+    def blocks(self) -> Iterator[list[Texts]]:
+        """Yield the rows in lists of some thousand rows."""
+        for start in range(0, len(self), _BLOCK_ROWS):
+            if self.order is None:
+                block = self.table.slice(start, _BLOCK_ROWS)
+            else:
+                block = self.table.take(self.order[start : start + _BLOCK_ROWS])
+            yield list(zip(*(column.to_pylist() for column in block.columns), strict=True))
+
+    def hashes(self) -> NDArray[np.int64]:
+        """Return a hash of 64 bits for each row; equal rows have equal hashes in this process."""
+        return np.fromiter(map(hash, self), np.int64, len(self))
+
+
+class TokenRows(Sequence[list[int]]):
+    """Rows of whole numbers in an Arrow column of lists, such as the token ids of each text.
+
+    Attributes:
+        lengths: the number of tokens of each row, int32 [rows].
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = column.chunks
+        # The first row of each chunk; and for each chunk its numbers, and where each row begins.
+        self._first_rows = np.cumsum([0, *map(len, chunks)])
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        self._starts = [chunk.offsets.to_numpy() for chunk in chunks]
+        lengths = [np.diff(starts) for starts in self._starts]
+        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]]) -> TokenRows:
+        """Return the rows in memory."""
+        return cls(pa.chunked_array([pa.array(list(rows), _TOKEN_IDS)]))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, row: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[list[int]]: ...
+    def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(row, slice):
+            return [self[place] for place in range(len(self))[row]]
+        numbers: list[int] = self.array(range(len(self))[row]).tolist()
+        return numbers
+
+    def array(self, row: int) -> NDArray[np.int32]:
+        """Return a row without copying it."""
+        chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        starts = self._starts[chunk]
+        place = row - self._first_rows[chunk]
+        values: NDArray[np.int32] = self._values[chunk]
+        return values[starts[place] : starts[place + 1]]
+
+    def padded(self, rows: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
+        """Return some rows, padded on the right to the longest of them; int64 [rows, longest]."""
+        array = np.full((len(rows), int(self.lengths[rows].max())), padding, dtype=np.int64)
+        for array_row, row in zip(array, rows, strict=True):
+            values = self.array(row)
+            array_row[: len(values)] = values
+        return array
+
+
+def token_batch(encodings: Sequence[Encoding], max_length_tokens: int) -> pa.RecordBatch:
+    """Return the tokens of some texts as a batch of :data:`TOKENS`."""
+    ids = [encoding.ids for encoding in encodings]
+    columns = [
+        pa.array(ids, _TOKEN_IDS),
+        pa.array([encoding.type_ids for encoding in encodings], _TOKEN_IDS),
+        # What was cut off is copied when it is asked for.
+        pa.array(
+            [
+                len(tokens) >= max_length_tokens and bool(encoding.overflowing)
+                for tokens, encoding in zip(ids, encodings, strict=True)
+            ]
+        ),
+    ]
+    return pa.record_batch(columns, schema=TOKENS)
+
+
+def stored_table(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """Return the table of a folder, mapped into memory; write it first if it is not there.
+
+    The first process writes it, others wait for it. A process that is killed leaves no table.
+
+    Args:
+        folder: a folder of its own, named after everything that the table depends on.
+        schema: the columns of the table.
+        batches: the rows; read only if the table is not there.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / _TABLE
+    if not path.is_file():
+        with writing(folder):
+            if not path.is_file():
+                with whole_file(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid as error:
+        raise RunError(
+            f"{path} is damaged: {error}", hint=f"delete {folder} and run again"
+        ) from error
