@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ad2kit.data.arrow import TextRows
+from ad2kit.data.mapped import TextRows
 from ad2kit.data.splits import Split, by_length, encode
 from ad2kit.models.text_model import EVALUATION_BATCH, padded
 from ad2kit.run.machine import environment

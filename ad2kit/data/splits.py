@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ad2kit.data.arrow import TOKENS, TextRows, TokenRows, stored_table, token_batch
 from ad2kit.data.labels import counts, label_set, no_labels, read_labels
+from ad2kit.data.mapped import TOKENS, TextRows, TokenRows, stored_table, token_batch
 from ad2kit.data.sources import Row, read_file, read_rows, read_unlabelled
 from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError, no_column

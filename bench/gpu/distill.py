@@ -28,8 +28,8 @@ import torch
 
 from ad2kit.cli.show import show_messages, training_progress
 from ad2kit.data import metrics, splits
-from ad2kit.data.arrow import TokenRows
 from ad2kit.data.labels import answers
+from ad2kit.data.mapped import TokenRows
 from ad2kit.data.splits import Encoded
 from ad2kit.models import text_model
 from ad2kit.models.text_model import padded, predict_logits

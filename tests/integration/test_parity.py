@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from onnxruntime.transformers.optimizer import optimize_model
 
 from ad2kit import load
-from ad2kit.data.arrow import TokenRows
+from ad2kit.data.mapped import TokenRows
 from ad2kit.data.splits import Encoded, load_data
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.exporting.conversion import conversion_cost

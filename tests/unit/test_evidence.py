@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binom, binomtest, pearsonr
 
 from ad2kit.data import sample_size
-from ad2kit.data.arrow import TokenRows
+from ad2kit.data.mapped import TokenRows
 from ad2kit.data.splits import Encoded
 from ad2kit.exporting.conversion import agreement, agrees, conversion_cost
 from ad2kit.exporting.records import Check, RowsNeeded

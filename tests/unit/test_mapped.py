@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ad2kit.data import arrow, splits
-from ad2kit.data.arrow import TextRows, TokenRows, stored_table
+from ad2kit.data import mapped, splits
+from ad2kit.data.mapped import TextRows, TokenRows, stored_table
 from ad2kit.data.splits import Data, Split, encode, known_rows
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
@@ -31,7 +31,7 @@ PAIRS = tuple((f'first {number} é\u2028"\\', f"second {number % 7}") for number
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrow, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(mapped, "_BLOCK_ROWS", 7)
 
 
 def digest(*parts: Any) -> str:
@@ -141,8 +141,8 @@ def batches(count: int) -> list[pa.RecordBatch]:
 
 def test_a_killed_writer_leaves_no_table(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from ad2kit.data.arrow import *;"
-        "from tests.unit.test_arrow import SCHEMA, batches\n"
+        "import os, signal, sys; from pathlib import Path; from ad2kit.data.mapped import *;"
+        "from tests.unit.test_mapped import SCHEMA, batches\n"
         "def some():\n"
         "    yield from batches(1000)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
