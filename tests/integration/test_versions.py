@@ -60,7 +60,7 @@ def gaps(folder: Path, model: TextModel) -> dict[str, float]:
     said = json.loads((folder / "answers.json").read_text())
     found = {}
     for reading, texts in READINGS.items():
-        split = Split(tuple(texts), np.zeros(len(texts), np.int64))
+        split = Split.of(tuple(texts), np.zeros(len(texts), np.int64))
         encoded = encode(split, model.tokenizer, teachers.LENGTH)
         logits = predict_logits(model, encoded, torch.device("cpu"))
         found[reading] = (logits - torch.tensor(said[reading])).abs().max().item()
@@ -93,7 +93,7 @@ def test_a_teacher_of_any_version_answers_as_it_did(
         backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         settings = tokenisation(model.tokenizer)
         tokens = Tokenise(backend, settings, teachers.LENGTH, columns)(texts)
-        split = Split(tuple(texts), np.zeros(len(texts), np.int64))
+        split = Split.of(tuple(texts), np.zeros(len(texts), np.int64))
         encoded = encode(split, model.tokenizer, teachers.LENGTH)
         assert [each.ids for each in tokens] == [list(ids) for ids in encoded.input_ids]
 
