@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from ad2kit.data.sources import FORMATS, read_file
+from ad2kit.data.tables import read_rows
 from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.score import BLOCK_ROWS
-from ad2kit.scoring.workers import format_of
+from ad2kit.scoring.workers import blocks_of
 
 if TYPE_CHECKING:
     from ad2kit.scoring.blocks import Block
@@ -56,11 +56,12 @@ def make_tables(folder: Path, rows: int) -> None:
 def measure(path: Path) -> list[float]:
     """Return the seconds of survey, read, write, read by several and train, and of two blocks."""
     (file,) = find_inputs(str(path))
-    tables = format_of(path.suffix[1:])
+    tables = blocks_of(file.url)
     start = time.process_time()
-    blocks = tables.survey(file, BLOCK_ROWS).blocks
+    surveyed = tables.survey(file, BLOCK_ROWS, ("text",))
+    blocks = surveyed.blocks
     survey = time.process_time() - start
-    layout = Layout(_COLUMNS, ("text",), ("label", "score", "truncated"))
+    layout = Layout(_COLUMNS, ("text",), ("label", "score", "truncated"), surveyed.dialect)
 
     def read(some: list[Block], *, write: bool) -> tuple[list[float], float]:
         reading, writing = list[float](), 0.0
@@ -84,7 +85,7 @@ def measure(path: Path) -> list[float]:
     reading, writing = read(blocks, write=True)
     shared = sum(sum(read(blocks[n::_WORKERS], write=False)[0]) for n in range(_WORKERS))
     start = time.process_time()
-    read_file(path, ("text", "id"))
+    sum(1 for _ in read_rows(path, ("text", "id")))
     train = time.process_time() - start
     first, last = reading[0], reading[-2]
     return [survey, sum(reading), writing, shared, train, 1000 * first, 1000 * last]
@@ -99,7 +100,7 @@ def main() -> None:
         make_tables(Path(folder), options.rows)
         head = "survey s | read s | write s | rows/s | read by 4 s | train s | first ms | last ms"
         print(f"| format | {head} |\n{'|---' * 9}|")
-        for suffix in FORMATS:
+        for suffix in ("tsv", "csv", "jsonl", "parquet"):
             every = [measure(Path(folder) / f"in.{suffix}") for _ in range(_TIMES)]
             survey, read, write, *others = map(min, zip(*every, strict=True))
             rate = options.rows / (survey + read + write)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.sources import Row
+    from ad2kit.data.rows import Place
+    from ad2kit.data.sources import SourceLabels
     from ad2kit.run.sections import DataRecipe, Task
 
 
@@ -82,44 +83,122 @@ class LabelSet:
     columns: tuple[int, ...]
 
 
-def label_set(rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] | None) -> LabelSet:
-    """Return the labels of the recipe, else of the source, else all labels that occur in the rows.
+class LabelReader:
+    """Reads the label cells of a stream of rows, and keeps equal cells once.
 
-    Labels that occur are sorted: as numbers if all are whole numbers, else as texts. A regression
-    has one output, named after its column.
+    First come the cells of the training rows, then :meth:`fix`, then those of all other rows.
+    :meth:`read` turns the codes of the cells into labels.
 
     Args:
-        rows: rows of the training data.
         recipe: names the label column, and perhaps the labels.
         source: the names in the order of their ids, if the source has them (labels.txt, or a class
             column).
 
     Raises:
-        DataError: the labels do not fit the task, or two of them look alike.
+        DataError: the names of recipe and source do not fit together.
     """
+
+    def __init__(self, recipe: DataRecipe, source: SourceLabels | None) -> None:
+        self._recipe = recipe
+        self._column = recipe.label_column
+        self._codes: dict[Any, int] = {}
+        self._cells: list[tuple[Place, Any]] = []
+        self._labels: LabelSet | None = None
+        if recipe.task == "regression":
+            self._labels = LabelSet((self._column,), given=True, outputs={}, columns=())
+        elif recipe.labels or source:
+            self._labels = _given_labels(recipe, source)
+
+    @property
+    def code_type(self) -> type[np.generic]:
+        """The type of the codes of the recipe's task, for arrays of them."""
+        return np.float32 if self._recipe.task == "regression" else np.int32
+
+    def code(self, place: Place, cell: Any) -> float:
+        """Return the code of a cell: the value of a regression, or a number of the cell.
+
+        Raises:
+            DataError: the cell is no label, whatever the other rows hold.
+        """
+        if self._recipe.task == "regression":
+            return _value(place, cell, self._column)
+        # 1, True and 1.0 are equal, and different labels.
+        key = cell if isinstance(cell, str) else (type(cell), repr(cell))
+        code = self._codes.get(key)
+        if code is None:
+            self._check(place, cell)
+            code = self._codes[key] = len(self._cells)
+            self._cells.append((place, cell))
+        return code
+
+    def _check(self, place: Place, cell: Any) -> None:
+        """Refuse a cell that is no label; if the labels are known, one that is none of them."""
+        if self._recipe.task == "single_label":
+            name = _name(place, cell, self._column)
+            if self._labels is not None:
+                _index(place, name, self._labels)
+            return
+        cells = _several(place, cell, self._column, self._labels)
+        # A row of 0 and 1 may be that, or ids: all rows together decide.
+        if self._labels is not None and _multi_hot_width([cells]) is None:
+            for name in _names(place, cells, self._column):
+                _index(place, name, self._labels)
+
+    def fix(self) -> LabelSet:
+        """Return the labels of the recipe, else of the source, else all that occurred so far.
+
+        Labels that occur are sorted: as numbers if all are whole numbers, else as texts. A
+        regression has one output, named after its column.
+
+        Raises:
+            DataError: the labels do not fit the task, or two of them look alike.
+        """
+        if self._labels is None:
+            self._labels = _found_labels(self._cells, self._recipe)
+        return self._labels
+
+    def read(self, codes: NDArray[Any]) -> NDArray[Any]:
+        """Return the labels of rows by their codes.
+
+        All cells together decide whether they hold a cell of 0 or 1 for each label.
+
+        Returns:
+            Class ids, int64 [rows]; 0 or 1, float32 [rows, labels]; or values, float32 [rows].
+
+        Raises:
+            DataError: a label does not fit; the message names the place of the first one.
+        """
+        if self._recipe.task == "regression":
+            return codes.astype(np.float32)
+        labels = self.fix()
+        if self._recipe.task == "single_label":
+            ids = [
+                _index(place, _name(place, cell, self._column), labels)
+                for place, cell in self._cells
+            ]
+            return np.take(np.asarray(ids, dtype=np.int64), codes)
+        return np.take(_indicators(self._cells, self._column, labels), codes, axis=0)
+
+
+def _found_labels(cells_of_rows: Sequence[tuple[Place, Any]], recipe: DataRecipe) -> LabelSet:
+    """Return the labels that occur in cells, sorted."""
     column = recipe.label_column
-    if recipe.task == "regression":
-        return LabelSet((column,), given=True, outputs={}, columns=())
-    if recipe.labels or source:
-        # The cells of a class column of the hub are ids, even where the names are numbers too.
-        from_hub = (recipe.source or "").startswith("hub://")
-        return _given_labels(recipe, source, only_ids=source is not None and from_hub)
-    first_seen: dict[str, str] = {}
+    first_seen: dict[str, Place] = {}
     if recipe.task == "single_label":
-        for where, row in rows:
-            first_seen.setdefault(_name(where, row.get(column), column), where)
+        for place, cell in cells_of_rows:
+            first_seen.setdefault(_name(place, cell, column), place)
         _check_classes(first_seen, column)
     else:
-        cells_of_rows = [_several(where, row, column) for where, row in rows]
-        if (width := _multi_hot_width(cells_of_rows)) is not None:
+        split_cells = [_several(place, cell, column) for place, cell in cells_of_rows]
+        if (width := _multi_hot_width(split_cells)) is not None:
             raise DataError(
-                f"{rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, and nothing "
-                "says which label each of them is",
+                f"{cells_of_rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, "
+                "and nothing says which label each of them is",
                 hint=f"give the {width} names in the order of the cells: data.labels=[...]",
             )
-        for (where, _), cells in zip(rows, cells_of_rows, strict=True):
-            for name in _names(where, cells, column):
-                first_seen.setdefault(name, where)
+        for (place, _), cells in zip(cells_of_rows, split_cells, strict=True):
+            for name in _names(place, cells, column):
+                first_seen.setdefault(name, place)
         _check_commas(first_seen, column)
     _check_names_differ(first_seen, column)
     are_numbers = all(_WHOLE.fullmatch(name) for name in first_seen)
@@ -128,16 +207,40 @@ def label_set(rows: Sequence[Row], recipe: DataRecipe, source: tuple[str, ...] |
     return LabelSet(names, given=False, outputs=outputs, columns=())
 
 
-def _given_labels(
-    recipe: DataRecipe, source: tuple[str, ...] | None, *, only_ids: bool
-) -> LabelSet:
+def _indicators(
+    cells_of_rows: Sequence[tuple[Place, Any]], column: str, labels: LabelSet
+) -> NDArray[np.float32]:
+    """Return 0 or 1 for each cell and label."""
+    split_cells = [_several(place, cell, column, labels) for place, cell in cells_of_rows]
+    indicators = np.zeros((len(cells_of_rows), len(labels.names)), dtype=np.float32)
+    if (width := _multi_hot_width(split_cells)) is not None:
+        if width != len(labels.columns):
+            raise DataError(
+                f"{cells_of_rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, "
+                f"expected one for each label ({', '.join(labels.names)})",
+                hint="give data.labels a name for each cell, in their order",
+            )
+        indicators[:, labels.columns] = [
+            [_CELLS[str(cell)] for cell in cells] for cells in split_cells
+        ]
+        return indicators
+    for row_indicators, (place, _), cells in zip(
+        indicators, cells_of_rows, split_cells, strict=True
+    ):
+        present = [_index(place, name, labels) for name in _names(place, cells, column)]
+        row_indicators[present] = 1.0
+    return indicators
+
+
+def _given_labels(recipe: DataRecipe, given: SourceLabels | None) -> LabelSet:
     """Return the labels that the recipe or the source names.
 
     The source names its ids. The recipe may list the same names in another order, or some of them;
     if it shares no name with the source, it renames all of them.
     """
-    if source is not None:
-        source = tuple(name.strip() for name in source)
+    source = None
+    if given is not None:
+        source = tuple(name.strip() for name in given.names)
         if "" in source or len(set(source)) < len(source):
             raise DataError(
                 f"{recipe.source}: a name of its labels is empty or appears twice: {source}",
@@ -161,7 +264,7 @@ def _given_labels(
         str(number): output for number, output in enumerate(output_of_id) if output is not None
     }
     columns = tuple(output_by_id.values()) if None not in output_of_id else ()
-    if only_ids:
+    if given is not None and given.only_ids:
         return LabelSet(names, given=True, outputs=output_by_id, columns=columns)
     if source is not None:
         pairs = zip(source, output_of_id, strict=True)
@@ -169,43 +272,6 @@ def _given_labels(
     if not any(_NUMBER.fullmatch(name) for name in outputs):
         outputs = output_by_id | outputs
     return LabelSet(names, given=True, outputs=outputs, columns=columns)
-
-
-def read_labels(rows: Sequence[Row], recipe: DataRecipe, labels: LabelSet) -> NDArray[Any]:
-    """Return the labels of some rows as an array.
-
-    All rows together decide whether they hold a cell of 0 or 1 for each label: pass the rows of all
-    splits in one call.
-
-    Returns:
-        Class ids, int64 [rows]; 0 or 1, float32 [rows, labels]; or values, float32 [rows].
-
-    Raises:
-        DataError: a label does not fit; the message names the file and line of the first one.
-    """
-    column = recipe.label_column
-    if recipe.task == "regression":
-        return np.asarray([_value(where, row, column) for where, row in rows], dtype=np.float32)
-    if recipe.task == "single_label":
-        ids = [_index(where, _name(where, row.get(column), column), labels) for where, row in rows]
-        return np.asarray(ids, dtype=np.int64)
-    cells_of_rows = [_several(where, row, column, labels) for where, row in rows]
-    indicators = np.zeros((len(rows), len(labels.names)), dtype=np.float32)
-    if (width := _multi_hot_width(cells_of_rows)) is not None:
-        if width != len(labels.columns):
-            raise DataError(
-                f"{rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, expected "
-                f"one for each label ({', '.join(labels.names)})",
-                hint="give data.labels a name for each cell, in their order",
-            )
-        indicators[:, labels.columns] = [
-            [_CELLS[str(cell)] for cell in cells] for cells in cells_of_rows
-        ]
-        return indicators
-    for row_indicators, (where, _), cells in zip(indicators, rows, cells_of_rows, strict=True):
-        present = [_index(where, name, labels) for name in _names(where, cells, column)]
-        row_indicators[present] = 1.0
-    return indicators
 
 
 def no_labels(task: Task, rows: int, outputs: int) -> NDArray[Any]:
@@ -246,7 +312,7 @@ def balance(label_counts: dict[str, int], rows: int) -> str:
     return f"{words}; rare (see class_weights): {', '.join(rare[:_NAMED])}{more}"
 
 
-def _name(where: str, value: object, column: str) -> str:
+def _name(where: Place, value: object, column: str) -> str:
     """Return a cell as text: 1, "1" and 1.0 (from a Parquet column with gaps) are the same."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -260,14 +326,11 @@ def _name(where: str, value: object, column: str) -> str:
     )
 
 
-def _several(
-    where: str, row: dict[str, Any], column: str, labels: LabelSet | None = None
-) -> list[Any]:
+def _several(where: Place, value: Any, column: str, labels: LabelSet | None = None) -> list[Any]:
     """Return the stripped cells of a row of several labels; the row may have no label.
 
     If ``labels`` is given, a text that looks like a list may still be the name of one label.
     """
-    value = row.get(column)
     if isinstance(value, str):
         value = _split(where, value.strip(), column, {} if labels is None else labels.outputs)
     if not isinstance(value, list):
@@ -279,7 +342,7 @@ def _several(
     return [cell.strip() if isinstance(cell, str) else cell for cell in value]
 
 
-def _split(where: str, text: str, column: str, outputs: dict[str, int]) -> list[Any]:
+def _split(where: Place, text: str, column: str, outputs: dict[str, int]) -> list[Any]:
     """Return the labels in a text of several labels: a JSON list, or names between commas.
 
     ``outputs`` holds the texts that are labels already, if the labels are known.
@@ -320,7 +383,7 @@ def _multi_hot_width(cells_of_rows: Iterable[list[Any]]) -> int | None:
     return width
 
 
-def _names(where: str, cells: list[Any], column: str) -> list[str]:
+def _names(where: Place, cells: list[Any], column: str) -> list[str]:
     """Return cells as names or ids; refuse cells that look like 0 or 1 for each label."""
     texts = [_name(where, cell, column) for cell in cells]
     numbers = [text for text in texts if _NUMBER.fullmatch(text)]
@@ -333,7 +396,7 @@ def _names(where: str, cells: list[Any], column: str) -> list[str]:
     return texts
 
 
-def _index(where: str, name: str, labels: LabelSet) -> int:
+def _index(where: Place, name: str, labels: LabelSet) -> int:
     """Return the index of the output for a name or id, or refuse the row with a fitting hint."""
     index = labels.outputs.get(name)
     if index is not None:
@@ -351,9 +414,8 @@ def _index(where: str, name: str, labels: LabelSet) -> int:
     )
 
 
-def _value(where: str, row: dict[str, Any], column: str) -> float:
+def _value(where: Place, value: Any, column: str) -> float:
     """Return the label of a regression as a finite number."""
-    value = row.get(column)
     try:
         number = math.nan if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -366,7 +428,7 @@ def _value(where: str, row: dict[str, Any], column: str) -> float:
     return number
 
 
-def _check_classes(first_seen: dict[str, str], column: str) -> None:
+def _check_classes(first_seen: dict[str, Place], column: str) -> None:
     """Refuse names that are not classes; ``first_seen`` maps each name to its first row."""
     if len(first_seen) > 2 and all(_DECIMAL.fullmatch(name) for name in first_seen):
         raise DataError(
@@ -382,7 +444,7 @@ def _check_classes(first_seen: dict[str, str], column: str) -> None:
             )
 
 
-def _check_commas(first_seen: dict[str, str], column: str) -> None:
+def _check_commas(first_seen: dict[str, Place], column: str) -> None:
     """Refuse several labels whose separator is not a comma."""
     for name, where in first_seen.items():
         parts = [part.strip() for part in _OTHER_SEPARATOR.split(name)]
@@ -394,7 +456,7 @@ def _check_commas(first_seen: dict[str, str], column: str) -> None:
             )
 
 
-def _check_names_differ(first_seen: dict[str, str], column: str) -> None:
+def _check_names_differ(first_seen: dict[str, Place], column: str) -> None:
     """Refuse two labels that look alike, or that are the same number."""
     name_by_form: dict[str | Decimal, str] = {}
     for name, where in first_seen.items():

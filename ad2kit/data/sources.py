@@ -1,58 +1,124 @@
-"""Labelled rows from a folder, single files, the hub, or the embedded corpus, still unchecked.
+"""The splits of a recipe as streams of rows: from a folder, files, the hub, or the demo's data.
 
-A row is ``(where, columns)``: ``where`` names the file and line for error messages.
+Nothing is read before a split is iterated. Each iteration reads it anew, row by row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.data import demo_reviews, text_files
+from ad2kit.data import demo_reviews, tables, text_files
+from ad2kit.data.rows import BadRows, Cells, Place, Row
+from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError, MissingExtra
 from ad2kit.run.machine import hub_or_its_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ad2kit.run.sections import DataRecipe
 
 # Fixed, because the data belong to the recipe: they are the same for every training seed.
 _OPINIONS_SEED = 7
 
-FORMATS = ("tsv", "csv", "jsonl", "parquet")
 
-Row = tuple[str, dict[str, Any]]
-Rows = tuple[list[Row], list[Row], tuple[str, ...] | None]
-"""Training rows, validation rows, and the label names if the source has them."""
+class SourceLabels(NamedTuple):
+    """The names of the labels in the order of their ids, as a source gives them.
+
+    ``only_ids`` says that the cells of the label column are ids, even if the names are numbers.
+    """
+
+    names: tuple[str, ...]
+    only_ids: bool
 
 
-def read_rows(recipe: DataRecipe) -> Rows:
-    """Read both splits of a recipe.
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split, or of texts without labels: a stream that can be read several times.
+
+    Attributes:
+        name: its name, for messages.
+        recipe: the recipe, which names the columns.
+        cells: starts to read the rows.
+        has_labels: whether it has the label column.
+    """
+
+    name: str
+    recipe: DataRecipe
+    cells: Callable[[], Iterator[Cells]]
+    has_labels: bool = True
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        """Yield the rows whose texts are texts; ``bad`` gets all others.
+
+        Raises:
+            DataError: a file is missing, malformed, or lacks a column; or there is no row at all.
+        """
+        columns = self.recipe.text_columns
+        label_column = self.recipe.label_column if self.has_labels else None
+        is_empty = True
+        for place, cells, error in self.cells():
+            is_empty = False
+            if error is not None:
+                bad.refuse(place, error)
+                continue
+            texts: tuple[Any, ...] = tuple([cells.get(column) for column in columns])
+            if all(map(is_text, texts)):
+                label = None if label_column is None else cells.get(label_column)
+                yield Row(place, texts, label)
+            else:
+                bad.refuse(place, _no_text(place, columns, texts))
+        if is_empty:
+            raise DataError(f"the {self.name} split is empty", hint="give a file that holds rows")
+
+
+class Source(NamedTuple):
+    """The splits of a recipe, and the names of the labels if the source has them."""
+
+    train: SplitRows
+    validation: SplitRows
+    labels: SourceLabels | None
+
+
+def _no_text(place: Place, columns: Sequence[str], texts: Sequence[Any]) -> DataError:
+    """Return the error for a row with a cell that is no text."""
+    column, text = next(
+        (column, text) for column, text in zip(columns, texts, strict=True) if not is_text(text)
+    )
+    return DataError(
+        f"{place}: '{column}' must be a text with at least one visible character, "
+        f"found {text!r:.80}",
+        hint="remove or correct the row, or leave such rows out: data.bad_rows=skip",
+    )
+
+
+def open_source(recipe: DataRecipe) -> Source:
+    """Find the splits of a recipe; nothing but what names the labels is read.
 
     Raises:
-        DataError: the source is unknown, a file is missing, not UTF-8 or malformed, or the hub
-            cannot be reached.
+        DataError: the source is unknown, a file is missing, or the hub cannot be reached.
         MissingExtra: the package that reads the source is not installed.
     """
-    columns = (*recipe.text_columns, recipe.label_column)
     if recipe.source is None:
-        train = read_file(Path(recipe.train or ""), columns)
-        validation = read_file(Path(recipe.validation or ""), columns)
-        return train, validation, None
+        return _from_files(recipe, Path(recipe.train or ""), Path(recipe.validation or ""))
     names = (recipe.train or "train", recipe.validation or "validation")
     scheme, separator, address = recipe.source.partition("://")
     if not separator:
-        return _read_folder(Path(recipe.source), names, columns)
+        return _from_folder(recipe, Path(recipe.source).expanduser(), names)
     if scheme == "embedded" and address == "opinions":
         opinions = demo_reviews.opinions(seed=_OPINIONS_SEED)
-        train = _embedded_rows(opinions.train, recipe, "train")
-        validation = _embedded_rows(opinions.validation, recipe, "validation")
-        return train, validation, demo_reviews.LABELS
+        train = _embedded(opinions.train, recipe, "train")
+        validation = _embedded(opinions.validation, recipe, "validation")
+        return Source(train, validation, SourceLabels(demo_reviews.LABELS, only_ids=False))
     if scheme == "hub":
         hub = _load_hub(address)
-        train, validation = (_hub_split(hub, address, name) for name in names)
-        return train, validation, _hub_label_names(hub[names[0]], recipe.label_column)
+        train, validation = (_hub_split(hub, address, name, recipe) for name in names)
+        class_names = _hub_class_names(hub[names[0]], recipe.label_column)
+        labels = None if class_names is None else SourceLabels(class_names, only_ids=True)
+        return Source(train, validation, labels)
     raise DataError(
         f"data.source: expected a folder, hub://owner/name[/config] or embedded://opinions, "
         f"found '{recipe.source}'",
@@ -60,56 +126,63 @@ def read_rows(recipe: DataRecipe) -> Rows:
     )
 
 
-def _embedded_rows(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> list[Row]:
-    """Return (text, label) pairs of the embedded corpus as rows with the columns of the recipe."""
-    columns = (recipe.text_columns[0], recipe.label_column)
-    return [
-        (f"embedded {name} row {number}", dict(zip(columns, pair, strict=True)))
-        for number, pair in enumerate(pairs, 1)
-    ]
+def open_file(path: Path, recipe: DataRecipe, name: str) -> tuple[SplitRows, SourceLabels | None]:
+    """Find the labelled rows of one table, and the names of its labels if it has them.
 
-
-def read_unlabelled(reference: str, text_columns: tuple[str, ...]) -> list[Row]:
-    """Read one entry of ``data.unlabelled``: a file, or ``hub://owner/name[/config]#split``.
+    ``name`` is the name of the split, for messages.
 
     Raises:
-        DataError: see :func:`read_rows`; or it is a .txt file, and the task reads two columns.
+        DataError: see :func:`open_source`.
     """
+    columns = (*recipe.text_columns, recipe.label_column)
+    rows = SplitRows(name, recipe, partial(tables.read, path, columns, recipe.csv_quotes))
+    class_names = tables.class_names(path, recipe.label_column)
+    return rows, None if class_names is None else SourceLabels(class_names, only_ids=True)
+
+
+def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
+    """Find one entry of ``data.unlabelled``: a table, or ``hub://owner/name[/config]#split``.
+
+    Raises:
+        DataError: see :func:`open_source`.
+    """
+    columns = recipe.text_columns
     if reference.startswith("hub://"):
         address, _, split = reference.removeprefix("hub://").partition("#")
-        return _hub_split(_load_hub(address), address, split or "train")
-    path = Path(reference)
-    if path.suffix == ".txt" and path.is_file():
-        if len(text_columns) != 1:
-            raise DataError(
-                f"{path}: a .txt file holds one text a line, but this task reads "
-                f"{', '.join(text_columns)}",
-                hint="give a tsv, csv, jsonl or parquet file with these columns",
-            )
-        return [
-            (f"{path}, line {number}", {text_columns[0]: line})
-            for number, line in _lines(path)
-            if line.strip()
-        ]
-    return read_file(path, text_columns)
+        return _hub_split(_load_hub(address), address, split or "train", recipe, has_labels=False)
+    cells = partial(tables.read, Path(reference), columns, recipe.csv_quotes)
+    return SplitRows(reference, recipe, cells, has_labels=False)
 
 
-def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...]) -> Rows:
-    """Read both splits of a folder, and its labels.txt if it has one."""
+def _embedded(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> SplitRows:
+    """Return (text, label) pairs of the embedded corpus as rows with the columns of the recipe."""
+    columns = (recipe.text_columns[0], recipe.label_column)
+
+    def cells() -> Iterator[Cells]:
+        for number, pair in enumerate(pairs, 1):
+            yield Cells(Place(f"embedded {name}", number), dict(zip(columns, pair, strict=True)))
+
+    return SplitRows(name, recipe, cells)
+
+
+def _from_folder(recipe: DataRecipe, folder: Path, names: tuple[str, str]) -> Source:
+    """Find both splits of a folder, and its labels.txt if it has one."""
     if not folder.is_dir():
         raise DataError(
             f"data.source: no folder '{folder}'",
             hint="name a folder with train and validation files, "
             "or write hub://owner/name for a data set on the hub",
         )
-
     train_name, validation_name = names
-    train = read_file(_split_file(folder, train_name, "train"), columns)
-    validation = read_file(_split_file(folder, validation_name, "validation"), columns)
+    train = tables.split_of(folder, train_name, "train")
+    validation = tables.split_of(folder, validation_name, "validation")
+    source = _from_files(recipe, train, validation)
     label_file = folder / "labels.txt"
     if not label_file.is_file():
-        return train, validation, None
-    pairs = [line.split("\t") for _, line in _lines(label_file) if line]
+        return source
+    with label_file.open("rb") as stream:
+        lines = [line for _, line in text_files.text_lines(stream, str(label_file))]
+    pairs = [line.split("\t") for line in lines if line]
     ids = [pair[0] for pair in pairs]
     expected_ids = [str(number) for number in range(len(pairs))]
     if ids != expected_ids or not all(len(pair) == 2 for pair in pairs):
@@ -117,101 +190,31 @@ def _read_folder(folder: Path, names: tuple[str, str], columns: tuple[str, ...])
             f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
             hint="correct the file, or give data.labels",
         )
-    return train, validation, tuple(name for _, name in pairs)
-
-
-def _split_file(folder: Path, stem: str, key: str) -> Path:
-    """Return the one file of a split in a folder; ``key`` is its key in the data section."""
-    candidates = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
-    files = [path for path in candidates if path.is_file() or path.is_symlink()]
-    if len(files) != 1:
+    names_in_file = tuple(name for _, name in pairs)
+    if source.labels is not None and source.labels.names != names_in_file:
         raise DataError(
-            f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
-            f"found {', '.join(path.name for path in files) or 'none'}",
-            hint=_conversion_hint(folder, stem)
-            or f"rename a file, or give its name without the ending (data.{key}=held-out), or "
-            "name both files: data.source=null data.train=FILE data.validation=FILE",
+            f"{label_file} names other labels than the column '{recipe.label_column}' of {train}: "
+            f"{', '.join(names_in_file)}; {', '.join(source.labels.names)}",
+            hint=f"delete {label_file}, or write the same names into it",
         )
-    return files[0]
+    return source._replace(labels=source.labels or SourceLabels(names_in_file, only_ids=False))
 
 
-def _conversion_hint(folder: Path, stem: str) -> str | None:
-    """Return a hint that makes one file of a split that another system wrote; None if unknown."""
-    if (folder / "dataset_dict.json").is_file():
-        return (
-            "datasets.save_to_disk() wrote this folder: "
-            f"datasets.load_from_disk({str(folder)!r})[{stem!r}]"
-            f".to_parquet({f'NEW/{stem}.parquet'!r}) writes what ad2kit reads, for each split"
-        )
-    folders = [path for path in (folder / f"{stem}.parquet", folder / stem) if path.is_dir()]
-    parts: str | list[str] | None = next((str(path) for path in folders if _parquet(path)), None)
-    if parts is None:
-        parts = [str(path) for path in _parquet(folder) if path.name.startswith(f"{stem}-")]
-    if not parts:
-        return None
-    return (
-        f"the split lies in several files: pyarrow.parquet.write_table(pyarrow.parquet.read_table("
-        f"{parts!r}), {f'NEW/{stem}.parquet'!r}) makes one of them"
-    )
-
-
-def _parquet(folder: Path) -> list[Path]:
-    """Return the Parquet files directly in a folder, sorted."""
-    return sorted(folder.glob("*.parquet"))
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Return number and text of each line of a UTF-8 file."""
-    with path.open("rb") as stream:
-        return list(text_files.text_lines(stream, str(path)))
-
-
-def read_file(path: Path, columns: tuple[str, ...]) -> list[Row]:
-    """Read the rows of one file; the ending of its name gives the format.
-
-    Args:
-        path: path of a CSV, TSV, JSON-lines or Parquet file.
-        columns: the columns to read; text files also return all other columns.
-
-    Raises:
-        DataError: the file is missing, not UTF-8, malformed, or of another format.
-    """
-    if path.suffix.lstrip(".") not in FORMATS:
+def _from_files(recipe: DataRecipe, train: Path, validation: Path) -> Source:
+    """Find the rows of two tables; if their schemas name classes, these must be the same."""
+    train_rows, labels = open_file(train, recipe, "train")
+    validation_rows, others = open_file(validation, recipe, "validation")
+    if labels and others and labels != others:
         raise DataError(
-            f"{path}: expected a file that ends in {', '.join(FORMATS)}",
-            hint="convert or rename it",
+            f"the column '{recipe.label_column}' has other classes in {train} than in "
+            f"{validation}: {', '.join(labels.names)}; {', '.join(others.names)}",
+            hint="write both tables with one ClassLabel feature, or with names in their cells",
         )
-    if path.is_symlink() and not path.exists():
-        raise DataError(f"{path} is a link to nothing", hint="put back what it links to")
-    if not path.is_file():
-        raise DataError(f"no file '{path}'", hint="correct the path in the data section")
-    if path.suffix != ".parquet":
-        return _read_text(path)
-    from ad2kit.data import parquet_files
-
-    rows = parquet_files.read_columns(path, columns)
-    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _read_text(path: Path) -> list[Row]:
-    """Read a CSV, TSV or JSON-lines file, or refuse it for the first wrong row."""
-    suffix = path.suffix[1:]
-    text, is_utf8 = text_files.decode(path.read_bytes().removeprefix(text_files.BOM))
-    lines = text_files.split_lines(text)
-    columns: tuple[str, ...] = ()
-    start = 0
-    if suffix != "jsonl":
-        columns, start = text_files.header(lines, str(path), suffix)
-    rows: list[Row] = []
-    frames = text_files.checked_rows(lines[start:], suffix, columns, is_utf8=is_utf8)
-    for first_line, end_line, cells, error in frames:
-        where = f"{path}, line {start + first_line + 1}"
-        if error:
-            raw = "".join(lines[start + first_line : start + end_line])
-            raise text_files.bad_row(where, error, raw)
-        row = cells if suffix == "jsonl" else dict(zip(columns, cells, strict=True))
-        rows.append((where, row))
-    return rows
+    if labels is None or others is None:
+        # The cells of the other table may be ids or names.
+        found = labels or others
+        labels = found and found._replace(only_ids=False)
+    return Source(train_rows, validation_rows, labels)
 
 
 def _load_hub(address: str) -> Any:
@@ -245,17 +248,29 @@ def _load_hub(address: str) -> Any:
         ) from error
 
 
-def _hub_split(hub: Any, address: str, name: str) -> list[Row]:
+def _hub_split(
+    hub: Any, address: str, name: str, recipe: DataRecipe, *, has_labels: bool = True
+) -> SplitRows:
     """Return the rows of one split of a loaded data set."""
     if name not in hub:
         raise DataError(
             f"hub data set '{address}' has no split '{name}', only {', '.join(hub)}",
             hint="name its splits with data.train and data.validation",
         )
-    return [(f"{address} {name} row {number}", row) for number, row in enumerate(hub[name], 1)]
+    columns = [*recipe.text_columns, *([recipe.label_column] if has_labels else [])]
+
+    def cells() -> Iterator[Cells]:
+        from ad2kit.data import arrow_files
+
+        tables.check_columns(f"{address} {name}", columns, hub[name].column_names)
+        split = hub[name].select_columns(list(dict.fromkeys(columns))).with_format("arrow")
+        parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
+        yield from arrow_files.rows(parts, f"{address} {name}")
+
+    return SplitRows(name, recipe, cells, has_labels)
 
 
-def _hub_label_names(split: Any, column: str) -> tuple[str, ...] | None:
+def _hub_class_names(split: Any, column: str) -> tuple[str, ...] | None:
     """Return the class names of a column of classes, or of lists of classes; else None."""
     feature = split.features.get(column)
     feature = getattr(feature, "feature", feature)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ad2kit.data.labels import counts, label_set, no_labels, read_labels
+from ad2kit.data.labels import LabelReader, counts, no_labels
 from ad2kit.data.mapped import TOKENS, TextRows, TokenRows, stored_table, token_batch
-from ad2kit.data.sources import Row, read_file, read_rows, read_unlabelled
-from ad2kit.data.texts import is_text
-from ad2kit.run.errors import DataError, no_column
+from ad2kit.data.rows import BadRow, BadRows
+from ad2kit.data.sources import SplitRows, open_file, open_source, open_unlabelled
+from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint
 from ad2kit.run.records import Part
 
@@ -94,6 +94,7 @@ class Data:
     ``unlabelled`` holds texts for the student alone; its labels are those of
     :func:`ad2kit.data.labels.no_labels`. ``order_given`` says whether recipe or source gave the
     order of ``labels``; else they are sorted, and a teacher's outputs may have another order.
+    ``bad_rows`` are the rows that ``data.bad_rows: skip`` left out.
     """
 
     task: Task
@@ -103,6 +104,7 @@ class Data:
     validation: Split
     unlabelled: Split
     order_given: bool = False
+    bad_rows: tuple[BadRow, ...] = ()
 
     def splits(self) -> dict[str, Split]:
         """Return the splits that are not empty, by name."""
@@ -152,20 +154,21 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             only one class, too many validation texts are training texts, or the hub cannot be
             reached.
     """
-    train_rows, validation_rows, names = read_rows(recipe)
-    columns = (*recipe.text_columns, recipe.label_column)
-    _check_columns(train_rows, columns, "train")
-    _check_columns(validation_rows, columns, "validation")
-    output_labels = label_set(train_rows, recipe, names)
-    train_texts = _texts(train_rows, recipe)
-    validation_texts = _texts(validation_rows, recipe)
-    row_labels = read_labels([*train_rows, *validation_rows], recipe, output_labels)
-    train = Split.of(train_texts, row_labels[: len(train_rows)])
-    validation = Split.of(validation_texts, row_labels[len(train_rows) :])
+    source = open_source(recipe)
+    bad = BadRows(skip=recipe.bad_rows == "skip")
+    reader = LabelReader(recipe, source.labels)
+    train_texts, train_codes = _read(source.train, bad, reader)
+    output_labels = reader.fix()
+    validation_texts, validation_codes = _read(source.validation, bad, reader)
+    row_labels = reader.read(np.concatenate([train_codes, validation_codes]))
+    train = Split.of(train_texts, row_labels[: len(train_texts)])
+    validation = Split.of(validation_texts, row_labels[len(train_texts) :])
     labels = output_labels.names
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     select_rows = _select_rows(recipe, len(order), len(labels))
-    unlabelled = tuple(text for each in recipe.unlabelled for text in _unlabelled(each, recipe))
+    unlabelled: tuple[tuple[str, ...], ...] = ()
+    for reference in recipe.unlabelled:
+        unlabelled += _read(open_unlabelled(reference, recipe), bad)[0]
     data = Data(
         task=recipe.task,
         labels=labels,
@@ -174,11 +177,35 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         validation=validation,
         unlabelled=Split.of(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
         order_given=output_labels.given,
+        bad_rows=tuple(bad.listed),
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
         _check_variety(split, recipe, labels, name)
     _check_leakage(data, recipe)
     return data
+
+
+def _read(
+    split: SplitRows, bad: BadRows, reader: LabelReader | None = None
+) -> tuple[tuple[tuple[str, ...], ...], np.ndarray]:
+    """Return the texts of a split and, with a ``reader``, the codes of its label cells."""
+    texts = []
+    codes = []
+    for place, row_texts, cell in split.rows(bad):
+        if reader is not None:
+            try:
+                codes.append(reader.code(place, cell))
+            except DataError as error:
+                bad.refuse(place, error)
+                continue
+        texts.append(row_texts)
+    if not texts:
+        raise DataError(
+            f"no row of the {split.name} split can be read; the first one: "
+            f"{bad.listed[0].reason if bad.listed else 'there is none'}",
+            hint="correct the table, or the columns in the data section",
+        )
+    return tuple(texts), np.asarray(codes, reader.code_type if reader else None)
 
 
 def _select_rows(recipe: DataRecipe, train_rows: int, outputs: int) -> int:
@@ -234,23 +261,16 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
     Raises:
         DataError: see :func:`load_data`.
     """
-    columns = (*recipe.text_columns, recipe.label_column)
-    rows = read_file(path, columns)
-    _check_columns(rows, columns, path.name)
     model_recipe = recipe
     if recipe.task != "regression":
         model_recipe = recipe.model_copy(update={"labels": labels})
-    output_labels = label_set(rows, model_recipe, None)
-    split = Split.of(_texts(rows, recipe), read_labels(rows, recipe, output_labels))
+    rows, names = open_file(path, recipe, path.name)
+    reader = LabelReader(model_recipe, names)
+    bad = BadRows(skip=recipe.bad_rows == "skip")
+    texts, codes = _read(rows, bad, reader)
+    split = Split.of(texts, reader.read(codes))
     _check_variety(split, recipe, labels, path.name)
     return split
-
-
-def _unlabelled(reference: str, recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
-    """Read the texts of one entry of ``data.unlabelled``."""
-    rows = read_unlabelled(reference, recipe.text_columns)
-    _check_columns(rows, recipe.text_columns, reference)
-    return _texts(rows, recipe)
 
 
 def facts(
@@ -404,32 +424,6 @@ def collate(
         padding = tokenizer.pad_token_type_id
         arrays["token_type_ids"] = encoded.token_type_ids.padded(indices, padding)
     return arrays
-
-
-def _check_columns(rows: list[Row], columns: tuple[str, ...], name: str) -> None:
-    """Insist on at least one row, and on the columns that the recipe names."""
-    if not rows:
-        raise DataError(f"the {name} split is empty", hint="give a file that holds rows")
-    where, first_row = rows[0]
-    for column in columns:
-        if column not in first_row:
-            raise no_column(where, column, first_row)
-
-
-def _texts(rows: list[Row], recipe: DataRecipe) -> tuple[tuple[str, ...], ...]:
-    """Return the text columns of raw rows; refuse the first cell that is not a text."""
-    texts = []
-    for where, row in rows:
-        for column in recipe.text_columns:
-            text = row.get(column)
-            if not is_text(text):
-                raise DataError(
-                    f"{where}: '{column}' must be a text with at least one visible character, "
-                    f"found {text!r:.80}",
-                    hint="remove or correct the row",
-                )
-        texts.append(tuple(row[column] for column in recipe.text_columns))
-    return tuple(texts)
 
 
 def _check_variety(split: Split, recipe: DataRecipe, labels: tuple[str, ...], name: str) -> None:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ad2kit.data import tables
 from ad2kit.data.labels import balance
-from ad2kit.data.sources import FORMATS, read_file
+from ad2kit.data.tables import FORMATS
 from ad2kit.data.texts import is_text
 from ad2kit.models.pretrained import find_model, read_config, read_tokenizer
 from ad2kit.run.errors import DataError, ModelError, RecipeError, nearest
@@ -238,13 +239,7 @@ def _hold_out(path: Path) -> str:
 
 def _columns(path: Path) -> dict[str, list[Any]]:
     """Return the cells of each column of a table; a key that a JSON object lacks gives None."""
-    names: tuple[str, ...] = ()
-    if path.suffix == ".parquet" and path.is_file():
-        from ad2kit.data.parquet_files import open_parquet
-
-        with path.open("rb") as stream:
-            names = tuple(open_parquet(stream, str(path)).schema_arrow.names)
-    rows = [row for _, row in read_file(path, names)]
+    rows = [cells for _, cells in tables.read_rows(path)]
     if not rows:
         raise DataError(f"{path} holds no rows", hint="give a table that holds rows")
     names = tuple(dict.fromkeys(name for row in rows for name in row))

@@ -58,6 +58,10 @@ class DataRecipe(Section):
     from the training rows, or, as in many papers, the rows of ``validation``, which makes the
     scores on them too good. ``max_leakage`` is the largest share of the validation texts that may
     also be training texts.
+
+    ``csv_quotes`` says how a quotation mark inside of a quoted cell of CSV is written: ``doubled``,
+    or with a ``backslash`` before it, as Spark writes it. A row that cannot be read is an error
+    with ``bad_rows: refuse``; with ``skip`` it is left out and listed in the run folder.
     """
 
     source: str | None = None
@@ -73,6 +77,8 @@ class DataRecipe(Section):
     max_train_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
     max_leakage: Fraction = 0.1
+    csv_quotes: Literal["doubled", "backslash"] = "doubled"
+    bad_rows: Literal["refuse", "skip"] = "refuse"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,7 +1,7 @@
 """Blocks of rows, the units of bulk scoring; tables may be at any fsspec address.
 
 A block depends on the files and the number of rows per block only. So the number of a block means
-the same rows in every process, also after a restart. ``text_blocks`` and ``parquet_blocks`` survey,
+the same rows in every process, also after a restart. ``text_blocks`` and ``arrow_blocks`` survey,
 read and write one family of formats each, with the same three functions.
 """
 
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.data.sources import FORMATS
+from ad2kit.data.rows import BadRow
+from ad2kit.data.tables import FORMATS, SAVED, format_of, saved_files
 from ad2kit.run.errors import DataError, MissingExtra, nearest
-from ad2kit.scoring.records import BadRow, InputFile
+from ad2kit.scoring.records import InputFile
 
 try:
     import fsspec
@@ -24,6 +25,8 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ad2kit.data.text_files import Dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns of a job: those of the files, those to read, and those to add."""
+    """The columns of a job: those of the files, those to read, and those to add.
+
+    ``dialect`` is that of CSV and TSV.
+    """
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
     added: tuple[str, ...]
+    dialect: Dialect | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class Survey:
     texts: tuple[str, ...]
     kind: str
     blocks: list[Block]
+    dialect: Dialect | None = None
 
 
 @dataclass(slots=True)
@@ -122,7 +130,7 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
     """
     store, path = filesystem(reference)
     try:
-        names = _file_names(store, path)
+        names = sorted(_file_names(store, path))
         for name in names:
             if is_local(store) and not store.exists(name):
                 raise DataError(f"{name} is a link to nothing", hint="remove it, or mend it")
@@ -135,20 +143,16 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
             f"no file '{reference}'",
             hint="give a file, a folder, a quoted glob such as 'data/*.parquet', or a URL",
         )
-    by_format = {suffix_of(name): name for name in reversed(names)}
-    if len(by_format) > 1 or not by_format.keys() <= set(FORMATS):
-        examples = ", ".join(PurePosixPath(name).name for name in sorted(by_format.values()))
+    formats = {name: format_of(name) for name in reversed(names)}
+    of_parts = {found.of_parts: name for name, found in formats.items() if found is not None}
+    if None in formats.values() or len(of_parts) > 1 or "txt" in of_parts:
+        examples = ", ".join(PurePosixPath(name).name for name in names)
         raise DataError(
             f"{reference}: expected files of one format among {', '.join(FORMATS)}, "
-            f"found {examples}",
+            f"found {examples:.200}",
             hint="score the formats one after the other, by a glob such as 'data/*.csv'",
         )
-    return tuple(_describe(store, name) for name in sorted(names))
-
-
-def suffix_of(name: str) -> str:
-    """Return the suffix of a file name without its dot; it is the format of the file."""
-    return PurePosixPath(name).suffix.lstrip(".")
+    return tuple(_describe(store, name) for name in names)
 
 
 def layout_of(
@@ -193,7 +197,7 @@ def layout_of(
                     f"{url} has a column '{column}' already, which is what the answers go into",
                     hint="name the columns of the answers otherwise, such as --prefix student_",
                 )
-    return Layout(first.columns, text_columns, added)
+    return Layout(first.columns, text_columns, added, first.dialect)
 
 
 def check_partition_columns(reference: str, surveys: Mapping[str, Survey]) -> None:
@@ -224,6 +228,8 @@ def check_partition_columns(reference: str, surveys: Mapping[str, Survey]) -> No
 def _file_names(store: Any, path: str) -> list[str]:
     if store.isdir(path):
         folder = path.rstrip("/") + "/"
+        if store.exists(folder + SAVED):
+            return [folder + name for name in saved_files(store.cat_file(folder + SAVED), path)]
         relative_names = {name: name.removeprefix(folder) for name in store.find(path)}
         return [
             name

@@ -23,7 +23,8 @@ from ad2kit.scoring.records import ScoreJob
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ad2kit.scoring.records import BadRow
+    from ad2kit.data.rows import BadRow
+
 
 _ERRORS = "_errors"
 _TEMPORARY = ".tmp-"

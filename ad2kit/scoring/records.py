@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import computed_field
 
@@ -33,6 +33,7 @@ class ScoreJob(Record):
     form: int = 1
     artifact_sha256: str
     text_columns: tuple[str, ...]
+    csv_quotes: Literal["doubled", "backslash"] = "doubled"
     prefix: str
     block_rows: int
     batch_size: int
@@ -56,19 +57,6 @@ class ScoreJob(Record):
             elif files[url] != previous_files[url]:
                 lines.append(f"{url} has changed since")
         return lines
-
-
-class BadRow(Record):
-    """One line of ``_errors/<part>.jsonl``: a row without an answer, and the reason.
-
-    ``row`` counts the rows of its file from 1, without a header. ``line`` is the first line of the
-    row in a text file.
-    """
-
-    file: str
-    row: int
-    line: int | None
-    reason: str
 
 
 class ScoreReport(Record):

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ad2kit.data.tables import known_format
 from ad2kit.exporting.classifier import read_artifact
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.shipping import servable_artifact
@@ -23,15 +24,14 @@ from ad2kit.scoring.blocks import (
     filesystem,
     find_inputs,
     layout_of,
-    suffix_of,
 )
 from ad2kit.scoring.output import OutputFolder, part_name
 from ad2kit.scoring.records import ScoreJob, ScoreReport
 from ad2kit.scoring.workers import (
     ADDED,
     Work,
+    blocks_of,
     cannot_read,
-    format_of,
     score_here,
     score_in_processes,
 )
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from ad2kit.data.text_files import Quotes
+    from ad2kit.run.sections import DataRecipe
     from ad2kit.scoring.blocks import Survey
     from ad2kit.scoring.records import InputFile
     from ad2kit.scoring.workers import Done, Numbered
@@ -71,6 +73,7 @@ def score(
     output_url: str | Path,
     *,
     text_columns: tuple[str, ...] | None = None,
+    csv_quotes: Quotes | None = None,
     prefix: str = "",
     engine: Engine = "process",
     address: str | None = None,
@@ -88,9 +91,13 @@ def score(
 
     Args:
         model: a run, whose variant to ship is used, or the folder of one variant.
-        input_url: a file, folder or glob of Parquet, CSV, TSV or JSON lines, at any fsspec address.
-        output_url: a folder for parts of the same format, new or of the same job.
+        input_url: a file, folder or glob of tables in any format of :mod:`ad2kit.data.tables`, at
+            any fsspec address.
+        output_url: a folder for parts, new or of the same job: of the same format, but not
+            compressed; JSON lines for JSON, and Parquet for Arrow streams.
         text_columns: the columns that the model reads; if None, those that its run was trained on.
+        csv_quotes: how CSV writes a quotation mark inside of a quoted cell: ``doubled``, or with a
+            ``backslash`` before it, as Spark does; if None, as in the recipe of its run.
         prefix: the prefix of the names of the added columns.
         engine: processes of this machine, or Ray Data.
         address: the address of a Ray cluster; if None, Ray is started on this machine.
@@ -113,12 +120,16 @@ def score(
     files = find_inputs(input_url)
     for file in files:
         _check_apart(file.url, output)
-    suffix = suffix_of(files[0].url)
-    surveys = _survey(files, block_rows)
+    suffix = known_format(files[0].url).of_parts
+    run = RunDir(folder.resolve().parent.parent)
+    data = run.recipe.data if run.recipe_file.is_file() else None
+    text_columns = _columns_to_read(artifact, data, text_columns, folder)
+    csv_quotes = csv_quotes or (data.csv_quotes if data else "doubled")
+    surveys = _survey(files, block_rows, text_columns, csv_quotes)
     check_partition_columns(input_url, surveys)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
     _check_writable(suffix, (*added, *artifact.labels))
-    layout = layout_of(surveys, _columns_to_read(folder, artifact, text_columns), added)
+    layout = layout_of(surveys, text_columns, added)
     blocks = list(enumerate(block for survey in surveys.values() for block in survey.blocks))
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
     job = ScoreJob(
@@ -126,6 +137,7 @@ def score(
         artifact_sha256=sha256_of(folder / OnnxArtifact.file_name),
         versions=versions(_VERSIONED),
         text_columns=layout.text_columns,
+        csv_quotes=csv_quotes,
         prefix=prefix,
         block_rows=block_rows,
         batch_size=batch_size,
@@ -193,13 +205,15 @@ def _watched(
     )
 
 
-def _survey(files: tuple[InputFile, ...], block_rows: int) -> dict[str, Survey]:
+def _survey(
+    files: tuple[InputFile, ...], block_rows: int, text_columns: tuple[str, ...], quotes: Quotes
+) -> dict[str, Survey]:
     """Return the survey of each file, by its address."""
-    block_format = format_of(suffix_of(files[0].url))
     surveys = {}
     for file in files:
+        survey = blocks_of(file.url).survey
         try:
-            surveys[file.url] = block_format.survey(file, block_rows)
+            surveys[file.url] = survey(file, block_rows, text_columns, quotes)
         except OSError as error:
             raise cannot_read(file.url, error) from error
     return surveys
@@ -221,16 +235,18 @@ def _run(
 
 
 def _columns_to_read(
-    folder: Path, artifact: OnnxArtifact, text_columns: tuple[str, ...] | None
+    artifact: OnnxArtifact,
+    data: DataRecipe | None,
+    text_columns: tuple[str, ...] | None,
+    folder: Path,
 ) -> tuple[str, ...]:
     """Return ``text_columns``; if None, the text columns that the run of a variant trained on."""
-    run = RunDir(folder.resolve().parent.parent)
-    if text_columns is None and not run.recipe_file.is_file():
+    if text_columns is None and data is None:
         raise DataError(
             f"{folder} is not part of a run, so that no recipe says which columns to read",
             hint="name them with --text-columns a or --text-columns a,b",
         )
-    columns = run.recipe.data.text_columns if text_columns is None else text_columns
+    columns = text_columns or (data.text_columns if data else ())
     if len(columns) != artifact.text_columns:
         raise DataError(
             f"this model reads {artifact.text_columns} text column(s), found {len(columns)}: "

@@ -1,22 +1,32 @@
-"""Blocks of CSV, TSV and JSON lines: located by one pass over the bytes, read by a seek."""
+"""Blocks of CSV, TSV and JSON lines: located by one pass over the bytes, read by a seek.
+
+The bytes of a block are counted in the decompressed file: what lies before them is decompressed
+again by every process that reads it.
+"""
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
 from ad2kit.data import text_files
-from ad2kit.data.text_files import BOM
+from ad2kit.data.tables import known_format, open_text
+from ad2kit.data.text_files import BOM, TSV, Lines
 from ad2kit.run.errors import DataError
-from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem, suffix_of
+from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from ad2kit.data.tables import Format
+    from ad2kit.data.text_files import Dialect, Quotes
     from ad2kit.scoring.blocks import Layout
     from ad2kit.scoring.records import InputFile
 
@@ -40,27 +50,42 @@ class _Lines:
             self.line += 1
             yield raw.removeprefix(BOM) if is_first else raw
 
+    def skip(self, lines: int) -> None:
+        """Read some lines."""
+        for _ in itertools.islice(self.raw(), lines):
+            pass
+
     def __iter__(self) -> Iterator[str]:
         for raw in self.raw():
             yield text_files.decode(raw)[0]
 
 
-def survey(file: InputFile, block_rows: int) -> Survey:
+def survey(
+    file: InputFile, block_rows: int, text_columns: Sequence[str] = (), quotes: Quotes = "doubled"
+) -> Survey:
     """Read a file once, and divide its rows into blocks.
+
+    Args:
+        file: the file.
+        block_rows: the most rows of a block.
+        text_columns: the columns to read; they show the delimiter of CSV.
+        quotes: how CSV writes a quotation mark.
 
     Raises:
         DataError: there is no header, or no row that shows the columns.
     """
-    suffix = suffix_of(file.url)
     blocks: list[Block] = []
     rows = 0
-    with _open(file.url) as stream:
-        lines = _Lines(stream)
+    with _open(file.url) as (stream, format_):
+        dialect = None
         columns: tuple[str, ...] = ()
-        if suffix != "jsonl":
-            columns, _ = text_files.header(lines, file.url, suffix)
+        lines = _Lines(stream)
+        if dialects := format_.dialects(quotes):
+            header = text_files.header(stream, file.url, dialects, text_columns)
+            dialect, columns = header.dialect, header.columns
+            lines.skip(header.lines)
         start = Block(file.url, first_row=1, rows=0, first_byte=lines.byte, lines_before=lines.line)
-        for keys in _row_by_row(lines, suffix):
+        for keys in _row_by_row(lines, dialect):
             columns = columns or keys
             rows += 1
             if rows == block_rows or lines.byte - start.first_byte >= _BLOCK_BYTES:
@@ -80,30 +105,32 @@ def survey(file: InputFile, block_rows: int) -> Survey:
             hint='write lines like {"text": "...", "id": 1}',
         )
     # JSON objects may lack keys and have them in any order; the rows of a table may not.
-    kind = "JSON lines" if suffix == "jsonl" else ", ".join(columns)
-    return Survey(columns, columns, kind, blocks)
+    kind = "JSON lines"
+    if dialect is not None:
+        kind = f"{',' if dialect == TSV else dialect.delimiter} ".join(columns)
+    return Survey(columns, columns, kind, blocks, dialect)
 
 
-def _row_by_row(lines: _Lines, suffix: str) -> Iterator[tuple[str, ...]]:
+def _row_by_row(lines: _Lines, dialect: Dialect | None) -> Iterator[tuple[str, ...]]:
     """Yield once for each row, after its lines are counted: the keys of the first JSON object.
 
     CSV and TSV have no such keys; their columns are those of the header.
     """
-    if suffix == "csv":
-        for _ in text_files.frames(lines, suffix):
+    if dialect is not None and dialect != TSV:
+        for _ in text_files.frames(lines, dialect):
             yield ()
         return
-    keys: tuple[str, ...] = ("",) if suffix == "tsv" else ()
+    keys: tuple[str, ...] = () if dialect is None else ("",)
     for raw in lines.raw():
-        if not text_files.is_blank(raw, suffix):
+        if not text_files.is_blank(raw, dialect):
             keys = keys or _keys(raw)
             yield keys
 
 
 def _keys(raw: bytes) -> tuple[str, ...]:
     """Return the keys of the JSON object in a line; none if the line is bad."""
-    text, is_utf8 = text_files.decode(raw)
-    ((_, _, row, _),) = text_files.checked_rows([text], "jsonl", (), is_utf8=is_utf8)
+    lines = Lines(io.BytesIO(raw), begins_file=False)
+    ((_, _, row, _),) = text_files.checked_rows(lines, None, (), lines)
     return tuple(row)
 
 
@@ -115,28 +142,29 @@ class Reader:
     """
 
     def __init__(self, url: str, layout: Layout) -> None:
-        self._suffix = suffix_of(url)
         self._layout = layout
-        self._stream = _open(url)
+        self._open = _open(url)
+        self._stream, self._format = self._open.__enter__()
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._open.__exit__(None, None, None)
 
     def read(self, block: Block) -> Rows:
         """Read a block; a row is bad if it is not UTF-8, not JSON, or has another width."""
-        suffix, layout = self._suffix, self._layout
+        layout = self._layout
         self._stream.seek(block.first_byte)
         raw = self._stream.read(block.end_byte - block.first_byte)
-        text, is_utf8 = text_files.decode(raw if block.first_byte else raw.removeprefix(BOM))
-        lines = text_files.split_lines(text)
+        decoded = Lines(io.BytesIO(raw), begins_file=block.first_byte == 0)
+        lines = list(decoded)
         kept_lines: list[str] = []
         rows = Rows(block, kept_lines)
-        texts_of = _text_columns(suffix, layout)
-        added = set(layout.added) if suffix == "jsonl" else set()
-        checked_rows = text_files.checked_rows(lines, suffix, layout.columns, is_utf8=is_utf8)
+        texts_of = _text_columns(layout)
+        added = set(layout.added) if layout.dialect is None else set()
+        checked_rows = text_files.checked_rows(lines, layout.dialect, layout.columns, decoded)
         for number, (first, end, row, error) in enumerate(checked_rows, block.first_row):
-            place = (number, block.lines_before + first + 1)
+            line = block.lines_before + first + 1 if self._format.has_lines else None
+            place = (number, line)
             reason = error
             if added and not added.isdisjoint(row):
                 reason = f"has a '{min(added.intersection(row))}' already"
@@ -162,10 +190,10 @@ def write(
         layout: the columns of the job.
         answers: the answers to these rows, by the names of the added columns.
     """
-    suffix = suffix_of(rows.block.url)
+    dialect = layout.dialect
     input_rows = [rows.kept[position].rstrip("\r\n") for position in good]
-    added_cells = zip(*(_cells(values, suffix) for values in answers.values()), strict=True)
-    if suffix == "jsonl":
+    added_cells = zip(*(_cells(values, dialect) for values in answers.values()), strict=True)
+    if dialect is None:
         names = [json.dumps(name, ensure_ascii=False) for name in answers]
         template = ", ".join(f"{name.replace('%', '%%')}: %s" for name in names) + "}\n"
         # Many readers would end the line at a \r between tokens.
@@ -174,42 +202,48 @@ def write(
             f"{head}, {template % cells}" for head, cells in zip(heads, added_cells, strict=True)
         ]
         return "".join(objects).encode()
-    separator = "," if suffix == "csv" else "\t"
     names = [*layout.columns, *answers]
-    if suffix == "csv":
-        names = [text_files.csv_cell(name) for name in names]
-    lines = [separator.join(names)]
+    if dialect != TSV:
+        names = [text_files.csv_cell(name, dialect) for name in names]
+    lines = [dialect.delimiter.join(names)]
     lines += [
-        separator.join((row, *cells)) for row, cells in zip(input_rows, added_cells, strict=True)
+        dialect.delimiter.join((row, *cells))
+        for row, cells in zip(input_rows, added_cells, strict=True)
     ]
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _text_columns(suffix: str, layout: Layout) -> Callable[[Any], tuple[Any, ...]]:
+def _text_columns(layout: Layout) -> Callable[[Any], tuple[Any, ...]]:
     """Return the function that returns the values of the text columns of a row."""
-    if suffix == "jsonl":
+    if layout.dialect is None:
         return lambda row: tuple([row.get(name) for name in layout.text_columns])
     indices = [layout.columns.index(name) for name in layout.text_columns]
     return lambda row: tuple([row[index] for index in indices])
 
 
-def _cells(column: NDArray[Any], suffix: str) -> list[str]:
+def _cells(column: NDArray[Any], dialect: Dialect | None) -> list[str]:
     """Return the cells of a column of answers: JSON, except for single labels in CSV and TSV."""
     values = column.tolist()
     if column.dtype.kind == "f":
         return [repr(value) if math.isfinite(value) else json.dumps(value) for value in values]
-    if column.dtype.kind == "U" and suffix == "tsv":
+    is_label = column.dtype.kind == "U"
+    if is_label and dialect == TSV:
         return list(values)
     # Labels and flags repeat in many rows, so each distinct value is converted once.
     keys = [tuple(value) for value in values] if column.dtype.kind == "O" else values
-    cells = {key: json.dumps(key, ensure_ascii=suffix != "jsonl") for key in set(keys)}
-    if suffix == "csv":
-        is_label = column.dtype.kind == "U"
-        cells = {key: text_files.csv_cell(key if is_label else cell) for key, cell in cells.items()}
+    cells = {key: json.dumps(key, ensure_ascii=dialect is not None) for key in set(keys)}
+    if dialect is not None and dialect != TSV:
+        cells = {
+            key: text_files.csv_cell(key if is_label else cell, dialect)
+            for key, cell in cells.items()
+        }
     return [cells[key] for key in keys]
 
 
-def _open(url: str) -> Any:
-    """Return a file opened for reading bytes."""
+@contextmanager
+def _open(url: str) -> Iterator[tuple[IO[bytes], Format]]:
+    """Open a file as its lines, and return its format, too."""
     store, path = filesystem(url)
-    return store.open(path, "rb")
+    format_ = known_format(url)
+    with store.open(path, "rb") as stream:
+        yield open_text(stream, url, format_), format_

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ad2kit.data.labels import answers, scores
+from ad2kit.data.tables import known_format
 from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.run.errors import DataError, MissingExtra, UserError
 from ad2kit.run.ray_cluster import ray_cluster
 from ad2kit.scoring import text_blocks
-from ad2kit.scoring.blocks import Block, suffix_of
+from ad2kit.scoring.blocks import Block
 from ad2kit.scoring.output import OutputFolder, part_name
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ad2kit.data.text_files import Quotes
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.run.sections import Task
     from ad2kit.scoring.blocks import Layout, Rows, Survey
@@ -72,7 +74,13 @@ class BlockReader(Protocol):
 class BlockFormat(Protocol):
     """The functions of a module that reads and writes blocks of one family of formats."""
 
-    def survey(self, file: InputFile, block_rows: int) -> Survey:
+    def survey(
+        self,
+        file: InputFile,
+        block_rows: int,
+        text_columns: Sequence[str] = (),
+        quotes: Quotes = "doubled",
+    ) -> Survey:
         """Cut a file into blocks."""
 
     def Reader(self, url: str, layout: Layout) -> BlockReader:  # noqa: N802  (a class there)
@@ -103,17 +111,17 @@ class Done:
     seconds: float
 
 
-def format_of(suffix: str) -> BlockFormat:
-    """Return the module that reads and writes a format.
+def blocks_of(url: str) -> BlockFormat:
+    """Return the module that reads and writes the format of a file.
 
     Raises:
         MissingExtra: the format needs pyarrow, which is not installed.
     """
-    if suffix != "parquet":
+    if not known_format(url).is_arrow:
         return text_blocks
-    from ad2kit.scoring import parquet_blocks
+    from ad2kit.scoring import arrow_blocks
 
-    return parquet_blocks
+    return arrow_blocks
 
 
 def cannot_read(url: str, error: OSError) -> DataError:
@@ -145,8 +153,7 @@ class Scorer:
             DataError: the file is gone, or has changed since it was surveyed.
         """
         layout = self.work.layout
-        suffix = suffix_of(block.url)
-        block_format = format_of(suffix)
+        block_format = blocks_of(block.url)
         rows = self._read(block_format, block)
         good = []
         for position, (texts, place) in enumerate(zip(rows.texts, rows.places, strict=True)):
@@ -160,7 +167,7 @@ class Scorer:
         seconds = time.perf_counter() - start
         content = block_format.write(rows, good, layout, answer_columns)
         bad = sorted(rows.bad, key=lambda row: row.row)
-        self.output.write_part(part_name(index, suffix), content, bad)
+        self.output.write_part(part_name(index, known_format(block.url).of_parts), content, bad)
         return Done(block.rows, len(bad), seconds)
 
     def close(self) -> None:

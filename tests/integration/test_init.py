@@ -200,7 +200,7 @@ def test_wrong_options(
         ("mine.jsonl", '{"text": "a b"\n', "line 1: not JSON"),
         ("mine.tsv", "text\tlabel\na b\n", "line 2: expected 2 fields"),
         ("mine.csv", "text,label\n", "holds no rows"),
-        ("mine.txt", "a b\n", "expected a file that ends in"),
+        ("mine.txt", "a b\n", "a .txt file holds one text a line"),
         ("mine.csv", "id,n\n1,2\n2,3\n3,4\n4,5\n", "no column looks like a label"),
         ("mine.csv", "id,label\n1,a\n2,a\n3,b\n4,b\n", "no column holds sentences"),
     ],
@@ -265,7 +265,7 @@ def test_a_folder_with_validation_rows_and_names(here: Path, ad2kit: Any) -> Non
     write(folder / "train.tsv", columns(range(ROWS), **more))
     refused = ad2kit("init", folder)
     assert refused.code == 2
-    assert "expected one train.(tsv|csv|jsonl|parquet)" in refused.err
+    assert "expected one train.(tsv|csv|jsonl|ndjson|json|parquet|arrow)" in refused.err
     write(folder / "dev.tsv", columns(range(ROWS, 2 * ROWS), **more))
     (folder / "labels.txt").write_text("".join(f"{n}\t{name}\n" for n, name in enumerate(TOPICS)))
     assert ad2kit("init", folder).code == 0

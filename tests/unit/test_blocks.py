@@ -15,17 +15,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from ad2kit.data.text_files import TSV, Dialect
 from ad2kit.run.errors import DataError
-from ad2kit.scoring import parquet_blocks, text_blocks
+from ad2kit.scoring import arrow_blocks, text_blocks
 from ad2kit.scoring.blocks import (
     Layout,
     Rows,
     check_partition_columns,
     find_inputs,
     layout_of,
-    suffix_of,
 )
-from ad2kit.scoring.workers import format_of
+from ad2kit.scoring.workers import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,9 +41,9 @@ ANSWERS = {"label": np.array(["good"]), "score": np.array([0.5]), "truncated": n
 
 def read_all(path: Path, block_rows: int) -> list[Rows]:
     (file,) = find_inputs(str(path))
-    tables = format_of(suffix_of(file.url))
+    tables = blocks_of(file.url)
     survey = tables.survey(file, block_rows)
-    layout = Layout(survey.columns, ("text",), tuple(ANSWERS))
+    layout = Layout(survey.columns, ("text",), tuple(ANSWERS), survey.dialect)
     with closing(tables.Reader(file.url, layout)) as reader:
         found = [reader.read(block) for block in survey.blocks]
     for block, rows in zip(survey.blocks, found, strict=True):
@@ -103,7 +103,7 @@ def test_tsv_has_no_quoting(tmp_path: Path) -> None:
     found = read_all(path, 2)
     assert texts(found) == ['a "quoted', ""]
     assert bad(found) == [(3, 5, "expected 2 fields (text, id), found 3")]
-    layout = Layout(("text", "id"), ("text",), tuple(ANSWERS))
+    layout = Layout(("text", "id"), ("text",), tuple(ANSWERS), TSV)
     assert text_blocks.write(found[0], [0], layout, ANSWERS).decode() == (
         'text\tid\tlabel\tscore\ttruncated\na "quoted\t1\tgood\t0.5\tfalse\n'
     )
@@ -184,9 +184,9 @@ def test_parquet_is_the_same_in_blocks_of_any_size(table: Path, block_rows: int)
 def test_parquet_keeps_its_types_and_a_block_without_answers_has_them_too(table: Path) -> None:
     (rows,) = read_all(table, 1000)
     layout = Layout(tuple(rows.kept.schema.names), ("text",), tuple(ANSWERS))
-    whole = pa.BufferReader(parquet_blocks.write(rows, [3], layout, ANSWERS))
+    whole = pa.BufferReader(arrow_blocks.write(rows, [3], layout, ANSWERS))
     nothing = {name: values[:0] for name, values in ANSWERS.items()}
-    empty = pa.BufferReader(parquet_blocks.write(rows, [], layout, nothing))
+    empty = pa.BufferReader(arrow_blocks.write(rows, [], layout, nothing))
     one, none = parquet.read_table(whole), parquet.read_table(empty)
     assert one.schema == none.schema
     assert (one.num_rows, none.num_rows) == (1, 0)
@@ -211,7 +211,7 @@ def test_rows_can_be_left_out_whatever_the_types_of_the_columns(tmp_path: Path) 
     for good in ([0, 2, 4], [0, 2, 3], [2], [0, 1, 2, 3, 4]):
         labels = {"label": np.array([f"{n}" for n in good])}
         written = parquet.read_table(
-            pa.BufferReader(parquet_blocks.write(rows, good, layout, labels))
+            pa.BufferReader(arrow_blocks.write(rows, good, layout, labels))
         )
         assert written.column("text").to_pylist() == [cells[n] for n in good]
         assert written.column("label").to_pylist() == [f"{n}" for n in good]
@@ -235,17 +235,15 @@ def test_a_row_group_is_decoded_once_and_a_part_is_the_same_whatever_was_read_be
 
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
     (file,) = find_inputs(str(path))
-    blocks, layout = parquet_blocks.survey(file, 300).blocks, Layout(tuple(columns), ("text",), ())
+    blocks, layout = arrow_blocks.survey(file, 300).blocks, Layout(tuple(columns), ("text",), ())
 
     def parts(*orders: list[int]) -> dict[int, set[bytes]]:
         found: dict[int, set[bytes]] = {number: set() for number in range(len(blocks))}
         for order in orders:
-            with closing(parquet_blocks.Reader(file.url, layout)) as reader:
+            with closing(arrow_blocks.Reader(file.url, layout)) as reader:
                 for number in order:
                     rows = reader.read(blocks[number])
-                    found[number].add(
-                        parquet_blocks.write(rows, range(len(rows.places)), layout, {})
-                    )
+                    found[number].add(arrow_blocks.write(rows, range(len(rows.places)), layout, {}))
         return found
 
     numbers = list(range(len(blocks)))
@@ -298,7 +296,8 @@ def test_the_second_file_of_a_glob_has_its_bom_removed_too(tmp_path: Path) -> No
         for file in find_inputs(f"{tmp_path}/*.{suffix}"):
             survey = text_blocks.survey(file, 10)
             assert survey.columns == ("text",)
-            with closing(text_blocks.Reader(file.url, Layout(("text",), ("text",), ()))) as reader:
+            layout = Layout(("text",), ("text",), (), survey.dialect)
+            with closing(text_blocks.Reader(file.url, layout)) as reader:
                 assert [reader.read(block).texts for block in survey.blocks] == [[("x",)]]
 
 
@@ -319,7 +318,7 @@ def test_a_parquet_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> No
     layout = Layout(("text",), ("text",), ())
     for url in (str(tmp_path / "in.parquet"), "memory://gone.parquet"):
         with pytest.raises(FileNotFoundError):
-            parquet_blocks.Reader(url, layout)
+            arrow_blocks.Reader(url, layout)
 
 
 def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
@@ -363,7 +362,7 @@ def test_another_version_of_a_file_is_another_file(tmp_path: Path, memory: Any) 
         ([], "", "no file '"),
         (["a.csv", "b.tsv"], "", r"expected files of one format .*found a\.csv, b\.tsv"),
         (["a.csv", "readme.md"], "", r"found a\.csv, readme\.md"),
-        (["a.csv.gz"], "a.csv.gz", r"found a\.csv\.gz"),
+        (["a.csv.zip"], "a.csv.zip", r"found a\.csv\.zip"),
         (["a.csv"], "nothing/*.csv", "no file '"),
     ],
 )
@@ -416,7 +415,7 @@ def test_a_column_of_numbers_holds_no_texts(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "in.parquet")
     (file,) = find_inputs(str(tmp_path))
     with pytest.raises(DataError, match=r"expected texts in the column 'text', found text \(int64"):
-        layout_of({file.url: parquet_blocks.survey(file, 10)}, ("text",), ("label",))
+        layout_of({file.url: arrow_blocks.survey(file, 10)}, ("text",), ("label",))
 
 
 def test_json_lines_without_an_object_show_no_columns(tmp_path: Path) -> None:
@@ -430,7 +429,7 @@ def test_what_csv_writes_csv_reads(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_bytes(CSV)
     (rows,) = read_all(path, 100)
-    layout = Layout(("id", "text"), ("text",), ("labels",))
+    layout = Layout(("id", "text"), ("text",), ("labels",), Dialect())
     named = np.empty(2, dtype=object)
     named[:] = [["a", 'b"'], []]
     written = text_blocks.write(rows, [0, 1], layout, {"labels": named}).decode()

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ad2kit.data.labels import label_set, read_labels
+from ad2kit.data.labels import LabelReader
+from ad2kit.data.rows import Place
+from ad2kit.data.sources import SourceLabels
 from ad2kit.data.splits import load_data
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe
@@ -39,13 +41,13 @@ def read(
     **changes: Any,
 ) -> tuple[tuple[str, ...], list[Any]]:
     """Return the names, and the labels of training cells and more; ``names`` is labels.txt."""
-    train, validation = (
-        [(f"{name}.csv, line {n}", {"label": cell}) for n, cell in enumerate(column, 2)]
-        for name, column in (("train", cells), ("validation", more))
-    )
     how = recipe(**changes)
-    found = label_set(train, how, names)
-    return found.names, read_labels([*train, *validation], how, found).tolist()
+    only_ids = str(changes.get("source")).startswith("hub://")
+    reader = LabelReader(how, None if names is None else SourceLabels(names, only_ids))
+    codes = [reader.code(Place("train.csv", n, n + 1), cell) for n, cell in enumerate(cells, 1)]
+    labels = reader.fix()
+    codes += [reader.code(Place("validation.csv", n, n + 1), c) for n, c in enumerate(more, 1)]
+    return labels.names, reader.read(np.array(codes, reader.code_type)).tolist()
 
 
 @pytest.mark.parametrize(

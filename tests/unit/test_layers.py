@@ -82,7 +82,7 @@ def test_the_control_sees_torch() -> None:
         "import ad2kit",
         "import ad2kit.service.batcher, ad2kit.exporting.classifier",
         "import ad2kit.campaigns.fit.records, ad2kit.campaigns.sweep.report",
-        "import ad2kit.scoring.score, ad2kit.scoring.parquet_blocks, ray.data",
+        "import ad2kit.scoring.score, ad2kit.scoring.arrow_blocks, ray.data",
         "import ad2kit.run.recipe; ad2kit.run.recipe.load_recipe('demo')",
     ],
 )

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,14 +20,11 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ad2kit.data import text_files
-from ad2kit.data.sources import read_file, read_unlabelled
+from ad2kit.data import tables, text_files
+from ad2kit.data.text_files import Dialect, Lines
 from ad2kit.run.errors import DataError
-from ad2kit.scoring.blocks import Layout, find_inputs, suffix_of
-from ad2kit.scoring.workers import format_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from ad2kit.scoring.blocks import Layout, find_inputs
+from ad2kit.scoring.workers import blocks_of
 
 # What ends a line for somebody, what quotes for somebody, and what is no character for some.
 ODD = "\",;\\'\n\r\t \ufeff\u2028\u2029\u0085\x0b\x0c\x1c\x00"
@@ -44,28 +40,29 @@ AS_THEY_ARE: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filte
 
 
 def for_training(path: Path) -> list[tuple[str, ...]]:
-    return [tuple(row[name] for name in NAMES) for _, row in read_file(path, NAMES)]
+    return [tuple(row[name] for name in NAMES) for _, row in tables.read_rows(path, NAMES)]
 
 
 def for_scoring(path: Path, block_rows: int) -> list[tuple[str, ...]]:
     """The same rows in blocks; each is written with a label and read again."""
     (file,) = find_inputs(str(path))
-    tables, answer = format_of(suffix_of(file.url)), LABELS
-    if suffix_of(file.url) == "tsv":
+    blocks, answer = blocks_of(file.url), LABELS
+    suffix = tables.known_format(file.url).of_parts
+    if suffix == "tsv":
         answer = LABELS[:2]  # TSV cannot hold the others, and `ad2kit score` refuses them
-    survey, found = tables.survey(file, block_rows), list[tuple[str, ...]]()
-    layout = Layout(survey.columns, NAMES, ("label",))
-    with closing(tables.Reader(file.url, layout)) as reader:
+    survey, found = blocks.survey(file, block_rows, NAMES), list[tuple[str, ...]]()
+    layout = Layout(survey.columns, NAMES, ("label",), survey.dialect)
+    with closing(blocks.Reader(file.url, layout)) as reader:
         for number, block in enumerate(survey.blocks):
             rows = reader.read(block)
             assert len(rows.places) + len(rows.bad) == block.rows <= block_rows
             if rows.bad:
                 raise DataError(rows.bad[0].reason, hint="")
             labels = answer[(number + np.arange(len(rows.texts))) % len(answer)]
-            written = path.with_name(f"part.{suffix_of(file.url)}")
+            written = path.with_name(f"part.{suffix}")
             good = range(len(rows.texts))
-            written.write_bytes(tables.write(rows, good, layout, {"label": labels}))
-            again = read_file(written, (*NAMES, "label"))
+            written.write_bytes(blocks.write(rows, good, layout, {"label": labels}))
+            again = tables.read_rows(written, (*NAMES, "label"))
             assert [tuple(row.values()) for _, row in again] == [
                 (*texts, label) for texts, label in zip(rows.texts, labels, strict=True)
             ]
@@ -177,10 +174,10 @@ def test_pandas_reads_the_answers_in_csv(tmp_path: Path, label: str) -> None:
     path = tmp_path / "in.csv"
     path.write_bytes(b'text,other\n"a\rb","c""\r\nd"\r\n\r\n007,1e5\n')
     (file,) = find_inputs(str(path))
-    tables = format_of("csv")
-    layout = Layout(NAMES, ("text",), ("p\r_label", "score", "ok", "labels"))
-    with closing(tables.Reader(file.url, layout)) as reader:
-        (block,) = tables.survey(file, 10).blocks
+    blocks = blocks_of("in.csv")
+    layout = Layout(NAMES, ("text",), ("p\r_label", "score", "ok", "labels"), Dialect())
+    with closing(blocks.Reader(file.url, layout)) as reader:
+        (block,) = blocks.survey(file, 10).blocks
         rows = reader.read(block)
     several = np.empty(2, dtype=object)
     several[:] = [["é", label], []]
@@ -190,7 +187,7 @@ def test_pandas_reads_the_answers_in_csv(tmp_path: Path, label: str) -> None:
         "ok": np.array([True, False]),
         "labels": several,
     }
-    written = tables.write(rows, [0, 1], layout, answers)
+    written = blocks.write(rows, [0, 1], layout, answers)
     found = pd.read_csv(io.BytesIO(written), **AS_THEY_ARE)
     assert list(found.columns) == ["text", "other", "p\r_label", "score", "ok", "labels"]
     assert found["text"].tolist() == ["a\rb", "007"]
@@ -205,56 +202,59 @@ SPARK = b'text,label\nplain,a\n"he said \\"never, dull\\" to me",b\n"ends \\"so\
 
 def refusal(path: Path) -> DataError:
     with pytest.raises(DataError) as caught:
-        read_file(path, ("text", "label"))
+        list(tables.read_rows(path, ("text", "label")))
     return caught.value
 
 
-def test_what_spark_wrote_is_refused_with_a_cure_that_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_spark_wrote_is_refused_with_a_cure_that_works(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_bytes(SPARK)
     error = refusal(path)
     assert error.message.startswith(f"{path}, line 3: not CSV: ")
-    _, code = error.hint.split(": ", 1)
-    code = code.removesuffix(" does it for what Spark wrote")
-    monkeypatch.chdir(tmp_path)
-    exec(code, {"pandas": pd, "OLD": "in.csv", "NEW": "new.csv"})  # noqa: S102  (our own words)
-    rows = [row for _, row in read_file(tmp_path / "new.csv", ("text", "label"))]
+    assert "data.csv_quotes=backslash" in error.hint
+    rows = [row for _, row in tables.read_rows(path, ("text", "label"), "backslash")]
     assert [row["text"] for row in rows] == ["plain", 'he said "never, dull" to me', 'ends "so"']
     assert [row["label"] for row in rows] == ["a", "b", "a"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("in.csv", "text;label\nso, so;x\n", "found one column named 'text;label'"),
-        ("in.csv", "text\tlabel\nso, so\tx\n", r"found one column named 'text\\tlabel'"),
-        ("in.csv", "text|label\nso, so|x\n", r"found one column named 'text\|label'"),
-        ("in.tsv", '"text"\t"label"\n"so, so"\t"x"\n', "found names in quotation marks"),
-    ],
-)
-def test_a_table_of_another_kind_is_refused_with_a_cure_that_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, expected: str
-) -> None:
-    path = tmp_path / name
-    path.write_text(content)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_the_one_that_shows_the_columns(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "in.csv"
+    others = "".join(set(",;|") - {delimiter})
+    path.write_text(f"text{delimiter}other\nso{others} so{delimiter}x\n")
+    assert for_training(path) == for_scoring(path, 1) == [(f"so{others} so", "x")]
+
+
+def test_a_header_with_two_delimiters_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("text,a|text\n1,2|3\n")
+    with pytest.raises(DataError, match="the columns text with a bar or a comma as the delimiter"):
+        list(tables.read_rows(path, ("text",)))
+    with pytest.raises(DataError, match="no column 'other'"):
+        for_training(path)
+    (file,) = find_inputs(str(path))
+    with pytest.raises(DataError, match="with a bar or a comma as the delimiter"):
+        blocks_of(file.url).survey(file, 10, ("text",), "doubled")
+    ((_, row),) = tables.read_rows(path, ("a|text",))
+    assert row == {"text": "1", "a|text": "2|3"}
+
+
+def test_tsv_with_quoting_is_refused_with_a_cure_that_works(tmp_path: Path) -> None:
+    path = tmp_path / "in.tsv"
+    path.write_text('"text"\t"label"\n"so, so"\t"x"\n')
     error = refusal(path)
-    assert re.search(expected, error.message)
-    with pytest.raises(DataError, match=expected):
+    assert "found names in quotation marks" in error.message
+    with pytest.raises(DataError, match="found names in quotation marks"):
         for_scoring(path, 100)
-    code, words, _ = error.hint.partition(" writes a CSV file")
-    assert words
-    monkeypatch.chdir(tmp_path)
-    exec(code, {"pandas": pd, "OLD": name, "NEW": "new.csv"})  # noqa: S102  (our own words)
-    ((_, row),) = read_file(tmp_path / "new.csv", ("text", "label"))
+    assert "end in .csv" in error.hint
+    ((_, row),) = tables.read_rows(path.rename(tmp_path / "in.csv"), ("text", "label"))
     assert row == {"text": "so, so", "label": "x"}
 
 
 def test_one_column_is_a_table_too(tmp_path: Path) -> None:
     for name, content in (("in.csv", "a text\nb;c\n"), ("in.tsv", 'a "text"\nb;c\n')):
         (tmp_path / name).write_text(content)
-        ((_, row),) = read_file(tmp_path / name, ())
+        ((_, row),) = tables.read_rows(tmp_path / name, ())
         assert list(row.values()) == ["b;c"]
 
 
@@ -291,7 +291,7 @@ def test_a_file_is_refused_by_line(
     path = tmp_path / "in.csv"
     path.write_bytes(content)
     with pytest.raises(DataError, match=expected) as caught:
-        read_file(path, ("text", "label"))
+        list(tables.read_rows(path, ("text", "label")))
     assert cure in caught.value.hint
 
 
@@ -314,13 +314,13 @@ def test_parquet_of_training_reads_what_it_needs(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary())
     broken = pa.StringArray.from_buffers(2, *raw.buffers()[1:])
     parquet.write_table(pa.table({"far": far, "text": ["a", "b"], "label": broken}), path)
-    assert [row["text"] for _, row in read_file(path, ("text",))] == ["a", "b"]
-    with pytest.raises(DataError, match=r"in\.parquet, row 2: cannot read the column 'label'"):
-        read_file(path, ("text", "label"))
+    assert [row["text"] for _, row in tables.read_rows(path, ("text",))] == ["a", "b"]
+    with pytest.raises(DataError, match=r"in\.parquet, row 2: not UTF-8: byte 0xe9"):
+        list(tables.read_rows(path, ("text", "label")))
     with pytest.raises(DataError, match=r"cannot read the column 'far' \(timestamp\[ms\]\)"):
-        read_file(path, ("far",))
+        list(tables.read_rows(path, ("far",)))
     with pytest.raises(DataError, match=r"no column 'txt' \(did you mean 'text'\?\)"):
-        read_file(path, ("txt",))
+        list(tables.read_rows(path, ("txt",)))
 
 
 def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
@@ -334,19 +334,18 @@ def test_texts_line_by_line(tmp_path: Path, ends: str) -> None:
     texts = ["first \u2028 text", "\ufeffinner", "a\x85b\x0bc\x0cd\x1ce", "last"]
     path = tmp_path / "more.txt"
     path.write_text("\ufeff" + f"{ends}{ends}".join(texts), encoding="utf-8", newline="")
-    found = read_unlabelled(str(path), ("text",))
+    found = list(tables.read_rows(path, ("text",)))
     assert [row["text"] for _, row in found] == texts
-    assert [where for where, _ in found] == [f"{path}, line {n}" for n in (1, 3, 5, 7)]
+    assert [str(place) for place, _ in found] == [f"{path}, line {n}" for n in (1, 3, 5, 7)]
 
 
 def test_the_lines_are_the_same_in_a_block_and_in_the_survey() -> None:
     """A cell ends an unclosed quotation mark at the same line, however it is decoded."""
     text = '"' + "é" * 1000 + "\n"
     for raw in (text.encode(), text.encode("latin1")):
-        line, is_utf8 = text_files.decode(raw)
-        lines: Sequence[str] = [line, *["é" * 1000 + "\n"] * 1100, "a,b\n"]
-        read: Callable[..., Any] = text_files.checked_rows
-        (first, end, _, error), *_, last = read(lines, "csv", ("a", "b"), is_utf8=is_utf8)
+        decoded = Lines(io.BytesIO(raw + ("é" * 1000 + "\n").encode() * 1100 + b"a,b\n"))
+        rows = text_files.checked_rows(decoded, Dialect(), ("a", "b"), decoded)
+        (first, end, _, error), *_, last = rows
         assert (first, end) == (0, 1048)
         assert error.endswith("is a quotation mark never closed?")
         assert last == (1101, 1102, ["a", "b"], "")

@@ -1,4 +1,4 @@
-"""Blocks of Parquet files: located by the footers, read row group by row group, kept as Arrow."""
+"""Blocks of Parquet files and Arrow streams: read group by group of rows, and kept as Arrow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.data.parquet_files import is_text_column, open_parquet, readable, texts
+from ad2kit.data.arrow_files import is_text_column, open_table, texts
 from ad2kit.run.errors import MissingExtra
 from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem
 
@@ -21,13 +21,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ad2kit.data.text_files import Quotes
     from ad2kit.scoring.blocks import Layout
     from ad2kit.scoring.records import InputFile
 
-# Arrow decodes this many rows at once, counted from the start of a row group, for any size of the
-# blocks. The bytes of a part depend on the pieces of an Arrow column, and these must not depend on
-# the blocks that a worker has read before.
-_BATCH_ROWS = 1024
 # The types of the answer columns by the kind of their array, also for a block without answers.
 _TYPES = {
     "U": pa.string(),
@@ -37,52 +34,54 @@ _TYPES = {
 }
 
 
-def survey(file: InputFile, block_rows: int) -> Survey:
-    """Read the footer of a file, and divide its rows into blocks.
+def survey(
+    file: InputFile, block_rows: int, text_columns: Sequence[str] = (), quotes: Quotes = "doubled"
+) -> Survey:
+    """Read the footer of a file, and divide its rows into blocks; see :mod:`.text_blocks`.
 
     Raises:
-        DataError: it is no Parquet file, or two of its columns have one name.
+        DataError: it is no such file, or two of its columns have one name.
         OSError: the file cannot be read.
     """
+    del text_columns, quotes  # the schema names the columns
     store, path = filesystem(file.url)
     with store.open(path, "rb") as stream:
-        footer = open_parquet(stream, file.url)
-        schema = footer.schema_arrow
-        rows = footer.metadata.num_rows
+        table = open_table(stream, file.url)
+        schema = table.schema
+        rows = sum(table.sizes)
     blocks = [
         Block(file.url, first + 1, min(block_rows, rows - first))
         for first in range(0, rows, block_rows)
     ]
     kind = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    text_columns = tuple(field.name for field in schema if is_text_column(field.type))
-    return Survey(tuple(schema.names), text_columns, kind, blocks)
+    texts_of = tuple(field.name for field in schema if is_text_column(field.type))
+    return Survey(tuple(schema.names), texts_of, kind, blocks)
 
 
 class Reader:
     """Reads blocks of one file, which is open until :meth:`close`.
 
-    A row group can be decoded only from its start. If the blocks are read in their order, each read
-    continues after the previous block and skips the rows between, so that each row of the file is
-    decoded once at most.
+    A group of rows can be decoded only from its start. If the blocks are read in their order, each
+    read continues after the previous block and skips the rows between, so that each row of the file
+    is decoded once at most. The bytes of a part depend on the pieces of an Arrow column, and these
+    must not depend on the blocks that a worker has read before: the pieces are those that
+    ``batches`` yields, for any size of the blocks.
 
     Raises:
-        DataError: it is no Parquet file.
+        DataError: it is no Parquet file and no Arrow stream.
         OSError: the file cannot be read.
     """
 
     def __init__(self, url: str, layout: Layout) -> None:
         store, path = filesystem(url)
-        self._url = url
         self._layout = layout
         self._stream = store.open(path, "rb")
         try:
-            self._file = open_parquet(self._stream, url)
+            self._table = open_table(self._stream, url)
+            self._bounds = list(pairwise(accumulate(self._table.sizes, initial=0)))
         except BaseException:
             self._stream.close()
             raise
-        footer = self._file.metadata
-        sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        self._bounds = list(pairwise(accumulate(sizes, initial=0)))
         self._group = -1
         self._first = 0
         self._batches: Iterator[Any] = iter(())
@@ -101,7 +100,7 @@ class Reader:
         """
         first = block.first_row - 1
         batches = list(self._slices(first, first + block.rows))
-        table = pa.Table.from_batches(batches, self._file.schema_arrow)
+        table = pa.Table.from_batches(batches, self._table.schema)
         rows = Rows(block, table)
         rows.places = [(block.first_row + position, None) for position in range(table.num_rows)]
         columns = [texts(table.column(name)) for name in self._layout.text_columns]
@@ -112,8 +111,7 @@ class Reader:
         """Yield the rows from ``row`` to ``end`` in pieces; fewer if the file was shortened."""
         for group, (start, stop) in enumerate(self._bounds):
             while start <= row < min(stop, end):
-                with readable(self._url):
-                    batch = self._batch_with(row, group, start)
+                batch = self._batch_with(row, group, start)
                 if batch is None:
                     return
                 piece = batch.slice(row - self._first, end - row)
@@ -124,7 +122,7 @@ class Reader:
         """Return the batch with a row of a group that begins at ``start``; None after its end."""
         if group != self._group or row < self._first:
             self._group, self._first = group, start
-            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group])
+            self._batches = self._table.batches(group)
             self._batch = next(self._batches, None)
         while self._batch is not None and row >= self._first + len(self._batch):
             self._first += len(self._batch)

@@ -1,0 +1,84 @@
+"""A row of a table, its place, and what happens to a row that cannot be read.
+
+A bad row refuses its table, or is listed and left out (``data.bad_rows: skip``, bulk scoring).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ad2kit.run.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ad2kit.run.errors import DataError
+
+
+class Place(NamedTuple):
+    """The place of a row, for messages: its file, its number from 1, and its line in a text file.
+
+    The number does not count a header.
+    """
+
+    file: str
+    row: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return f"{self.file}, row {self.row}"
+        return f"{self.file}, line {self.line}"
+
+
+class Cells(NamedTuple):
+    """One row as its file holds it: the cells by column, or the error that makes it a bad row."""
+
+    place: Place
+    cells: Mapping[str, Any]
+    error: DataError | None = None
+
+
+class Row(NamedTuple):
+    """One row of a split: checked texts, and the cell of the label column.
+
+    ``label`` is any value of a file, which :class:`ad2kit.data.labels.LabelReader` checks; None
+    for texts without labels.
+    """
+
+    place: Place
+    texts: tuple[str, ...]
+    label: Any = None
+
+
+class BadRow(Record):
+    """One bad row in a list of them: its place, and the reason.
+
+    ``row`` counts the rows of its file from 1, without a header. ``line`` is the first line of the
+    row in a text file.
+    """
+
+    file: str
+    row: int
+    line: int | None
+    reason: str
+
+
+@dataclass
+class BadRows:
+    """What happens to bad rows: the first one is an error, unless ``skip`` lists them instead."""
+
+    skip: bool = False
+    listed: list[BadRow] = field(default_factory=list)
+
+    def refuse(self, place: Place, error: DataError) -> None:
+        """List a row, or raise its error, whose message begins with the place.
+
+        Raises:
+            DataError: bad rows are not skipped.
+        """
+        if not self.skip:
+            raise error
+        reason = error.message.removeprefix(f"{place}: ")
+        self.listed.append(BadRow(**place._asdict(), reason=reason))
