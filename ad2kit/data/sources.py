@@ -44,12 +44,23 @@ class SplitRows:
         recipe: the recipe, which names the columns.
         cells: starts to read the rows.
         has_labels: whether it has the label column.
+        files: the files that hold it.
+        identity: what else than files identifies its content: for the hub, the fingerprint that
+            ``datasets`` gives it.
     """
 
     name: str
     recipe: DataRecipe
     cells: Callable[[], Iterator[Cells]]
     has_labels: bool = True
+    files: tuple[Path, ...] = ()
+    identity: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of the recipe that decide what is read from the content."""
+        keys = {"text_columns", "label_column", "task", "csv_quotes", "bad_rows"}
+        return self.recipe.model_dump(mode="json", include=keys)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
         """Yield the rows whose texts are texts; ``bad`` gets all others.
@@ -135,7 +146,8 @@ def open_file(path: Path, recipe: DataRecipe, name: str) -> tuple[SplitRows, Sou
         DataError: see :func:`open_source`.
     """
     columns = (*recipe.text_columns, recipe.label_column)
-    rows = SplitRows(name, recipe, partial(tables.read, path, columns, recipe.csv_quotes))
+    cells = partial(tables.read, path, columns, recipe.csv_quotes)
+    rows = SplitRows(name, recipe, cells, files=tables.files_of(path))
     class_names = tables.class_names(path, recipe.label_column)
     return rows, None if class_names is None else SourceLabels(class_names, only_ids=True)
 
@@ -150,8 +162,10 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
     if reference.startswith("hub://"):
         address, _, split = reference.removeprefix("hub://").partition("#")
         return _hub_split(_load_hub(address), address, split or "train", recipe, has_labels=False)
-    cells = partial(tables.read, Path(reference), columns, recipe.csv_quotes)
-    return SplitRows(reference, recipe, cells, has_labels=False)
+    path = Path(reference)
+    cells = partial(tables.read, path, columns, recipe.csv_quotes)
+    files = tables.files_of(path)
+    return SplitRows(reference, recipe, cells, has_labels=False, files=files)
 
 
 def _embedded(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> SplitRows:
@@ -162,7 +176,7 @@ def _embedded(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -
         for number, pair in enumerate(pairs, 1):
             yield Cells(Place(f"embedded {name}", number), dict(zip(columns, pair, strict=True)))
 
-    return SplitRows(name, recipe, cells)
+    return SplitRows(name, recipe, cells, identity=f"embedded opinions {_OPINIONS_SEED} {name}")
 
 
 def _from_folder(recipe: DataRecipe, folder: Path, names: tuple[str, str]) -> Source:
@@ -267,7 +281,7 @@ def _hub_split(
         parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
         yield from arrow_files.rows(parts, f"{address} {name}")
 
-    return SplitRows(name, recipe, cells, has_labels)
+    return SplitRows(name, recipe, cells, has_labels, identity=hub[name]._fingerprint)  # noqa: SLF001
 
 
 def _hub_class_names(split: Any, column: str) -> tuple[str, ...] | None:
