@@ -144,11 +144,11 @@ class Batcher:
             return len(self._waiting), self._tokens
 
     @contextmanager
-    def room(self, texts: int) -> Iterator[None]:
-        """Reserve room for some texts while they are tokenised, so that this work is not wasted.
+    def reserved(self, texts: int) -> Iterator[None]:
+        """Keep a place for some texts while they are tokenised, so that this work is not wasted.
 
         A caller that leaves this context and calls :meth:`submit` without an ``await`` in between
-        keeps the room for its texts; their tokens may still be too many. To be used only in the
+        keeps the place of its texts; their tokens may still be too many. To be used only in the
         event loop's thread.
 
         Raises:

@@ -241,7 +241,7 @@ class Classify:
         async with lane.turn(len(body)):
             texts, scores = await lane.run(parse, body, self.classifier.artifact.text_columns)
             encodings = list["Tokens"]()
-            with self.batcher.room(len(texts)):
+            with self.batcher.reserved(len(texts)):
                 for first in range(0, len(texts), _PIECE_TEXTS):
                     piece = texts[first : first + _PIECE_TEXTS]
                     encodings += await lane.run(self.classifier.encode, piece, first)

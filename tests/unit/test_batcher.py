@@ -483,16 +483,16 @@ def test_a_call_without_texts_is_refused_and_does_not_wait_for_ever() -> None:
 def test_room_is_held_for_what_is_tokenised_and_given_back() -> None:
     async def test() -> None:
         async with batching(Engine(), max_queue_texts=10) as batcher:
-            with batcher.room(6):
-                with pytest.raises(QueueFull), batcher.room(5):
+            with batcher.reserved(6):
+                with pytest.raises(QueueFull), batcher.reserved(5):
                     raise AssertionError("there was no room")
                 with pytest.raises(QueueFull):
                     await batcher.submit([item(1)] * 5)
-                with batcher.room(4):
+                with batcher.reserved(4):
                     pass
-            with pytest.raises(ValueError, match="mine"), batcher.room(10):
+            with pytest.raises(ValueError, match="mine"), batcher.reserved(10):
                 raise ValueError("mine")
-            with batcher.room(10):
+            with batcher.reserved(10):
                 pass
             assert len(await batcher.submit([item(1)] * 10)) == 10
 

@@ -32,19 +32,19 @@ def lint_imports(checkout: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "statement", "contract"),
     [
-        ("run/errors.py", "import ad2kit.cli.app", "A room imports from the rooms below it"),
+        ("run/errors.py", "import ad2kit.cli.app", "A subpackage imports from those below it"),
         (
             "data/splits.py",
             "from ad2kit.gate import parity",
-            "A room imports from the rooms below it",
+            "A subpackage imports from those below it",
         ),
         (
             "service/errors.py",
             "import ad2kit.scoring.score",
-            "A room imports from the rooms below it",
+            "A subpackage imports from those below it",
         ),
         ("data/texts.py", "from ad2kit.data import splits", "No circles"),
-        ("spare.py", "", "A room imports from the rooms below it"),
+        ("spare.py", "", "A subpackage imports from those below it"),
     ],
 )
 def test_an_import_upwards_breaks_the_contract(
