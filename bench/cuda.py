@@ -1,11 +1,14 @@
-"""SST-2 in full on a CUDA card: time, memory, use of the card and accuracy; and its own checks.
+"""Checks that only a CUDA card can answer: half precision, memory, compilation; then students.
 
-    python bench/gpu/distill.py --data FOLDER [--model FOLDER] [KEY.PATH=VALUE ...]
+    python -m bench.cuda sst2-minilm data.source=FOLDER data.max_train_rows=60000 --seeds 5
+    python -m bench.cuda smoke compute.device=cpu --seeds 1 --unseen 500
 
-The teacher is fine-tuned once, then students of several seeds are trained from it by the recipe
-`sst2-minilm`, each a run of its own: the same command goes on where it was stopped. Before that
-come the checks that only a card can answer. Prints a table and one line of JSON; exit code 1 if a
-check failed. `--seeds 0` checks alone; `--device cpu` tries the script out.
+First come the checks, on random texts and an untrained student of the recipe. Then one teacher is
+fine-tuned, and students of several seeds are trained from it and judged as in `levers.py`, each a
+run of its own: the same command goes on where it was stopped. Prints a table and one line of JSON;
+exit code 1 if a check failed. On the CPU the checks that need a card are left out, and the rates
+say nothing. Latency on a card is printed by `ad2kit bench` for a run with `export.provider=cuda`
+and `export.variants=[fp32, fused, fp16]`.
 """
 
 from __future__ import annotations
@@ -18,42 +21,35 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from ad2kit.cli.show import show_messages, training_progress
-from ad2kit.data import metrics, splits
-from ad2kit.data.labels import answers
+from ad2kit.cli.show import show_messages
 from ad2kit.data.mapped import TokenRows
 from ad2kit.data.splits import Encoded
 from ad2kit.models import text_model
-from ad2kit.models.text_model import padded, predict_logits
+from ad2kit.models.text_model import padded
 from ad2kit.run.errors import DivergedError
-from ad2kit.run.folder import open_run
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment
-from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import ComputeRecipe
 from ad2kit.training import ad2
 from ad2kit.training.ad2 import Batch, distillation
 from ad2kit.training.checkpoint import Evaluation
-from ad2kit.training.distill import distill
 from ad2kit.training.loop import new_state, prepare, train
-from ad2kit.training.students import build_student, layer_stack
+from ad2kit.training.students import build_student
+from bench.levers import Bench, set_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from accelerate import Accelerator
 
     from ad2kit.data.splits import Data
     from ad2kit.models.text_model import TextModel
-    from ad2kit.run.folder import RunDir
     from ad2kit.run.recipe import Recipe
     from ad2kit.run.sections import DistillRecipe, TrainRecipe
     from ad2kit.training.ad2 import Objective, StepLosses
@@ -69,19 +65,6 @@ class Finding:
 
     passed: bool | None
     value: str
-
-
-@dataclass(frozen=True)
-class Student:
-    """One student of the table. ``vram_mb`` and ``rss_mb`` are peaks; of RSS, since the start."""
-
-    seed: int
-    seconds: float
-    examples_per_s: float
-    vram_mb: float
-    rss_mb: float
-    score: float
-    retained: float
 
 
 class Checks:
@@ -380,212 +363,44 @@ def no_more_memory(extra_bytes: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def matrix_rate(device: torch.device) -> float:
-    """Return the FLOP/s of a large product of matrices in bf16, the best of five bursts."""
-    cuda = device.type == "cuda"
-    size, products = (8192, 20) if cuda else (512, 5)
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def burst() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(products):
-            left @ right
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    burst()
-    return 2 * size**3 * products / min(burst() for _ in range(5))
-
-
-def training_work(
-    model: TextModel, lengths: Sequence[int], settings: DistillRecipe, seed: int
-) -> tuple[float, float]:
-    """Return the FLOPs of a student's training, and the share of its positions that is padding.
-
-    A forward pass is one unit, a backward pass two: the clean and the adversarial pass take three
-    each, a further inner step two (its backward pass stops at the activations). A unit is two
-    FLOPs per parameter of the layers' matrices and position, and four per position, position that
-    it attends to, and width; embeddings and head are left out.
-    """
-    module = model.module
-    depth, width = module.config.num_hidden_layers, module.config.hidden_size
-    stack = layer_stack(module, depth)
-    assert stack is not None
-    layers = module.get_submodule(stack.rstrip("."))
-    matrices = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
-    units = 3.0
-    if settings.alpha:
-        units += 3 + 2 * (settings.adversary.steps - (settings.adversary.start == "zero"))
-    work, positions = 0.0, 0
-    for epoch in range(settings.epochs):
-        for rows in splits.epoch_batches(lengths, settings.batch_size, seed, epoch):
-            longest = max(lengths[row] for row in rows)
-            positions += len(rows) * longest
-            work += len(rows) * longest * (2 * matrices + 4 * longest * width * depth)
-    return units * work, 1 - settings.epochs * sum(lengths) / positions
-
-
-def judged(folder: Path, recipe: Recipe, data: Data) -> float:
-    """Return the score of a saved model on the validation set."""
-    model = text_model.load_model(folder, data.labels, data.task)
-    device = make_accelerator(recipe.compute.model_copy(update={"precision": "fp32"})).device
-    model.module.to(device)
-    encoded = splits.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
-    found = answers(data.task, predict_logits(model, encoded, device).numpy())
-    return metrics.mean_metric(recipe.data.judged_by, found, data.validation.labels)
-
-
-def trained(recipe: Recipe, seed: int, runs_dir: Path) -> tuple[RunDir, dict[str, float]]:
-    """Train a student, or find it; return its run and its cost."""
-    settings = recipe.distill.model_copy(update={"seed": seed})
-    run = open_run(recipe.model_copy(update={"distill": settings}), runs_dir)
-    print(f"seed {seed}: {run.path}", file=sys.stderr, flush=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with training_progress() as on_step:
-        report = distill(run, on_step=on_step)
-    return run, {
-        "seconds": report.train_seconds,
-        "examples_per_s": report.examples_per_s,
-        "vram_mb": report.peak_memory_mb.get("vram", 0.0),
-        "rss_mb": report.peak_memory_mb["rss"],
-    }
-
-
-def students(recipe: Recipe, data: Data, seeds: int, runs_dir: Path) -> dict[str, Any]:
-    """Train them all, print the table, and return what it says and how the card was used."""
-    found, teacher, use = list[Student](), 0.0, dict[str, float]()
-    rate = matrix_rate(make_accelerator(recipe.compute).device)
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        run, cost = trained(recipe, seed, runs_dir)
-        teacher = teacher or judged(run.teacher, recipe, data)
-        score = judged(run.student, recipe, data)
-        found.append(Student(seed=seed, score=score, retained=score / teacher, **cost))
-        if not use:
-            model = text_model.load_model(run.student, data.labels, data.task)
-            length = recipe.data.max_length_tokens
-            encoded = splits.encode(data.distillation(), model.tokenizer, length)
-            work, padding = training_work(
-                model, [len(ids) for ids in encoded.input_ids], recipe.distill, seed
-            )
-            use = {"work_flop": work, "padding": padding}
-    seconds = median(each.seconds for each in found)
-    middle = {
-        "seconds": seconds,
-        "examples_per_s": median(each.examples_per_s for each in found),
-        "score": median(each.score for each in found),
-        "retained": median(each.retained for each in found),
-    }
-    use |= {
-        "bf16_matrix_tflop_s": rate / 1e12,
-        "training_tflop_s": use["work_flop"] / seconds / 1e12,
-    }
-    use["share"] = use["training_tflop_s"] / use["bf16_matrix_tflop_s"]
-    print_table(recipe, data, found, teacher, middle)
-    print(
-        f"\na training is {use['work_flop']:.2e} FLOP of the model, {use['padding']:.1%} of its "
-        "positions padding: "
-        f"{use['training_tflop_s']:.3f} TFLOP/s, {use['share']:.2%} of the "
-        f"{use['bf16_matrix_tflop_s']:.2f} TFLOP/s of a large bf16 product"
-    )
-    return {
-        "teacher": teacher,
-        "median": middle,
-        "students": [asdict(each) for each in found],
-        "use_of_the_device": use,
-    }
-
-
-def print_table(
-    recipe: Recipe, data: Data, found: list[Student], teacher: float, middle: dict[str, float]
-) -> None:
-    """Print the students, their median and their teacher."""
-    metric = " and ".join(recipe.data.judged_by)
-    print(
-        f"\n{len(data.train)} training rows, {recipe.distill.epochs} epochs, batches of "
-        f"{recipe.distill.batch_size}, {recipe.compute.precision}; teacher: {metric} "
-        f"{teacher:.4f} on {len(data.validation)} validation rows\n"
-    )
-    print(f"| seed | seconds | examples/s | peak VRAM MB | peak RSS MB | {metric} | retained |")
+def students(bench: Bench, seeds: int) -> list[dict[str, Any]]:
+    """Train the students of all seeds, or find them; print a row of each, with its cost."""
+    rows = []
+    print("| seed | seconds | examples/s | peak VRAM MB | peak RSS MB | validation | retained |")
     print("|---|---|---|---|---|---|---|")
-    for each in found:
+    for seed in range(bench.recipe.seed, bench.recipe.seed + seeds):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        row = bench.student(seed)
+        memory_mb = row["peak_memory_mb"]
         print(
-            f"| {each.seed} | {each.seconds:.1f} | {each.examples_per_s:.0f} | "
-            f"{each.vram_mb:.0f} | {each.rss_mb:.0f} | {each.score:.4f} | {each.retained:.2%} |"
+            f"| {seed} | {row['seconds']:.1f} | {row['examples_per_s']:.0f} | "
+            f"{memory_mb.get('vram', 0):.0f} | {memory_mb['rss']:.0f} | "
+            f"{row['validation']:.4f} | {row['validation'] / row['teacher']['validation']:.2%} |"
         )
-    print(
-        f"| median | {middle['seconds']:.1f} | {middle['examples_per_s']:.0f} | | | "
-        f"{middle['score']:.4f} | {middle['retained']:.2%} |"
-    )
-
-
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """Return the recipe `sst2-minilm` with what the options change."""
-    recipe = load_recipe("sst2-minilm")
-    assert recipe.teacher.finetune is not None
-    changes = {
-        "data.source": options.data,
-        "teacher.model": options.model,
-        "data.max_train_rows": options.rows,
-        "distill.epochs": options.epochs,
-        "teacher.finetune.epochs": (
-            options.epochs and min(options.epochs, recipe.teacher.finetune.epochs)
-        ),
-        "compute.device": options.device,
-        "compute.precision": options.precision,
-    }
-    wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    return load_recipe("sst2-minilm", [*wanted, *options.overrides])
-
-
-def machine(recipe: Recipe) -> dict[str, str]:
-    """Return hardware and versions."""
-    device = make_accelerator(recipe.compute).device
-    found = environment(torch.get_num_threads(), device.type)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "card": properties.name,
-            "card_memory_mb": f"{properties.total_memory / 1e6:.0f}",
-            "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
-        }
-    return found
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     """Check, train, judge; exit code 1 if a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder of SST-2's train and validation")
-    parser.add_argument("--model", help="folder of the teacher; default: the recipe's package")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--rows", type=int, help="default: all 67,349")
-    parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
-    options = parser.parse_intermixed_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check-only", action="store_true", help="train nothing")
+    bench, seeds, options = set_up(parser)
     show_messages()
-    recipe = recipe_of(options)
-    data = splits.load_data(recipe.data, recipe.seed)
-    result: dict[str, Any] = {"rows": len(data.train) + len(data.select)}
-    settings = {"data", "teacher", "student", "distill", "compute"}
-    result["recipe"] = recipe.model_dump(mode="json", include=settings)
-    found = Checks(recipe, data).run()
-    result["checks"] = {name: asdict(finding) for name, finding in found.items()}
-    if options.seeds:
-        result |= students(recipe, data, options.seeds, options.runs_dir)
-    result["environment"] = machine(recipe)
-    for key, value in result["environment"].items():
-        print(f"{key}: {value}", file=sys.stderr)
+    recipe = bench.recipe
+    result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    findings = Checks(recipe, bench.data).run()
+    result["checks"] = {name: asdict(finding) for name, finding in findings.items()}
+    if not options.check_only:
+        result["students"] = students(bench, len(seeds))
+    device = make_accelerator(recipe.compute).device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    result["environment"] = environment(torch.get_num_threads(), card)
     print(json.dumps(result, ensure_ascii=False))
-    sys.exit(any(finding.passed is False for finding in found.values()))
+    sys.exit(any(finding.passed is False for finding in findings.values()))
 
 
 if __name__ == "__main__":
