@@ -151,6 +151,7 @@ def desk(packaged: tuple[RunDir, BentoRecord], tmp_path: Path) -> Path:
     others = opinions(1, train_rows=100, validation_rows=2).train
     for name in ("texts.txt", "more.txt"):
         (tmp_path / name).write_text("".join(f"{text}\n" for text, _ in others))
+    (tmp_path / "keys.txt").write_text("key\n")
     return tmp_path
 
 
