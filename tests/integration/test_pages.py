@@ -51,7 +51,7 @@ SMALL = (
     "teacher.accept=true",
     "student.layers=[0,1]",
     "distill.epochs=1",
-    "distill.min_updates=8",
+    "distill.min_updates=40",
     "distill.evaluations=2",
     "distill.lr=1e-3",
     "export.search_seconds=0",
@@ -265,4 +265,4 @@ def test_what_is_not_run_has_a_reason_and_what_fails_is_seen(desk: Path) -> None
 def test_the_small_recipe_is_one() -> None:
     """The overrides that make a training small still name keys of the recipe."""
     recipe = load_recipe("custom", [*SMALL, *SMALL_TEACHER])
-    assert json.loads(recipe.model_dump_json())["distill"]["min_updates"] == 8
+    assert json.loads(recipe.model_dump_json())["distill"]["min_updates"] == 40
