@@ -212,7 +212,7 @@ class Ad2kitClassifier:
             "task": artifact.task,
             "labels": list(artifact.labels),
             "text_columns": artifact.text_columns,
-            "max_length_tokens": artifact.max_length_tokens,
+            **artifact.length._asdict(),
             "model_sha256": artifact.files["model.onnx"],
             "limits": {
                 "texts": MAX_TEXTS,

@@ -154,6 +154,11 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             only one class, too many validation texts are training texts, or the hub cannot be
             reached.
     """
+    if recipe.long_texts != "cut":  # until the training reads windows, too
+        raise DataError(
+            f"data.long_texts: expected cut, found {recipe.long_texts}: only artefacts read those",
+            hint="set data.long_texts=cut",
+        )
     source = open_source(recipe)
     bad = BadRows(skip=recipe.bad_rows == "skip")
     reader = LabelReader(recipe, source.labels)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ad2kit.data import windows
 from ad2kit.data.labels import answers, scores
 from ad2kit.data.texts import is_text
 from ad2kit.exporting.records import OnnxArtifact
-from ad2kit.exporting.tokenise import Tokenise
+from ad2kit.exporting.tokenise import Tokenise, stop_at_long_text
 from ad2kit.run.errors import MissingExtra, ModelError, UserError
 from ad2kit.run.files import check_sha256
 from ad2kit.run.machine import available_cpus
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.data.texts import Text
-    from ad2kit.exporting.tokenise import Tokens
+    from ad2kit.exporting.tokenise import Refuse, Tokens
     from ad2kit.run.sections import Provider
 
 
@@ -48,10 +50,13 @@ class Prediction:
     A single-label model sets ``label`` and its probability ``score``. A multi-label model sets
     ``labels``, all labels with a probability above one half. A regression sets ``value``.
     ``scores`` holds the probabilities of all labels, in label order; a regression has none.
+    ``tokens`` counts what the model read, special tokens included; ``windows`` is set by a model
+    that reads long texts in windows.
     """
 
     tokens: int
     truncated: bool
+    windows: int | None = None
     label: str | None = None
     score: float | None = None
     labels: tuple[str, ...] | None = None
@@ -154,19 +159,28 @@ class OnnxClassifier:
         self.tokenise = Tokenise(
             self.tokenizer,
             self.artifact.tokenisation,
-            self.artifact.max_length_tokens,
+            self.artifact.length,
             self.artifact.text_columns,
         )
+        self._has_windows = self.artifact.long_texts == "windows"
 
-    def encode(self, texts: Sequence[Text], first: int = 0) -> list[Tokens]:
-        """Tokenise texts, cut to the model's maximum length.
+    def encode(
+        self, texts: Sequence[Text], first: int = 0, refuse: Refuse = stop_at_long_text
+    ) -> list[Tokens]:
+        """Tokenise texts; a long text is cut, refused or divided into windows, as in the recipe.
 
         Args:
             texts: the texts, or pairs of texts.
             first: the number of the first text, for the message about a refused text.
+            refuse: called with the number of each text that is too long, and the reason. If it
+                returns, the text has no tokens in the result.
+
+        Returns:
+            The inputs of the model: of each text its windows one after the other, or one.
 
         Raises:
             UserError: ``texts`` is no list of texts, a text is empty, or the model needs pairs.
+            TextTooLong: from ``refuse``.
         """
         if isinstance(texts, str):
             raise UserError("expected a list of texts, found one str", hint="pass [text]")
@@ -186,7 +200,7 @@ class OnnxClassifier:
                     hint="leave empty texts out, and mend those that were decoded wrongly",
                 )
             examples.append(columns)
-        return self.tokenise(examples)
+        return self.tokenise(examples, lambda position, reason: refuse(first + position, reason))
 
     def run(self, encodings: Sequence[Tokens], *, left: bool = False) -> NDArray[np.float32]:
         """Return the logits of one batch, padded on the right or ``left``; float32 [texts, labels].
@@ -235,7 +249,7 @@ class OnnxClassifier:
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def run_sorted(self, encodings: Sequence[Tokens], batch_size: int) -> NDArray[np.float32]:
-        """Return logits, float32 [texts, labels], in the order of the texts.
+        """Return logits, float32 [texts or windows, labels], in the order of ``encodings``.
 
         Texts of similar length share a batch.
         """
@@ -246,13 +260,21 @@ class OnnxClassifier:
             logits[rows] = self.run([encodings[row] for row in rows])
         return logits
 
+    def by_text(self, encodings: Sequence[Tokens], logits: NDArray[Any]) -> NDArray[Any]:
+        """Return the logits of texts, [texts, outputs], from those of :meth:`run_sorted`."""
+        if not self._has_windows:
+            return logits
+        tokens = [len(encoding.ids) for encoding in encodings]
+        return windows.average(logits, tokens, _first_windows(encodings))
+
     def predictions(self, encodings: Sequence[Tokens], logits: NDArray[Any]) -> list[Prediction]:
-        """Return the predictions for logits of shape [texts, outputs]."""
+        """Return the predictions for logits of shape [texts or windows, outputs]."""
         task = self.artifact.task
         predictions = []
+        logits = self.by_text(encodings, logits)
         probabilities = scores(task, logits / self.artifact.temperature)
-        rows = zip(encodings, answers(task, logits), probabilities, strict=True)
-        for encoding, answer, row in rows:
+        rows = zip(self._read(encodings), answers(task, logits), probabilities, strict=True)
+        for read, answer, row in rows:
             score_by_label = dict(zip(self.labels, row.tolist(), strict=True))
             fields: dict[str, Any] = {"scores": score_by_label}
             if task == "single_label":
@@ -263,16 +285,30 @@ class OnnxClassifier:
                 )
             else:
                 fields = {"value": float(answer)}
-            predictions.append(
-                Prediction(tokens=len(encoding.ids), truncated=encoding.truncated, **fields)
-            )
+            predictions.append(Prediction(*read, **fields))
         return predictions
+
+    def _read(self, encodings: Sequence[Tokens]) -> list[tuple[int, bool, int | None]]:
+        """Return the fields ``tokens``, ``truncated`` and ``windows`` of each text."""
+        if not self._has_windows:
+            return [(len(encoding.ids), encoding.truncated, None) for encoding in encodings]
+        edges = [*_first_windows(encodings), len(encodings)]
+        return [
+            (sum(len(window.ids) for window in encodings[first:end]), False, end - first)
+            for first, end in itertools.pairwise(edges)
+        ]
 
     def logits(self, texts: Sequence[Text], batch_size: int = 32) -> NDArray[np.float32]:
         """Return the logits of texts, float32 [texts, labels]."""
-        return self.run_sorted(self.encode(texts), batch_size)
+        encodings = self.encode(texts)
+        return self.by_text(encodings, self.run_sorted(encodings, batch_size))
 
     def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[Prediction]:
         """Return one prediction per text, in order."""
         encodings = self.encode(texts)
         return self.predictions(encodings, self.run_sorted(encodings, batch_size))
+
+
+def _first_windows(encodings: Sequence[Tokens]) -> list[int]:
+    """Return the position of the first window of each text."""
+    return [index for index, window in enumerate(encodings) if not window.continues]

@@ -9,7 +9,7 @@ import time
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ad2kit import __version__
 from ad2kit.data import splits
@@ -114,7 +114,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             inputs=inputs,
             task=distilled.task,
             labels=distilled.labels,
-            max_length_tokens=recipe.data.max_length_tokens,
+            **recipe.data.length._asdict(),
             tokenisation=settings,
             text_columns=len(recipe.data.text_columns),
             provider=recipe.export.provider,
@@ -144,12 +144,12 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
 def _inputs(run: RunDir, variant: Variant, tools: dict[str, str]) -> str:
     """Return the fingerprint of everything that a variant depends on."""
     recipe = run.recipe
-    parts = [
+    parts: list[Any] = [
         __version__,
         variant,
         sha256_of(run.student / text_model.MANIFEST),
         tools,
-        recipe.data.max_length_tokens,
+        *recipe.data.length.facts,
         recipe.export.provider,
         recipe.export.calibrate,
     ]

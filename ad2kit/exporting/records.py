@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from ad2kit.run.records import Part, Record
-from ad2kit.run.sections import Provider, Task
+from ad2kit.run.sections import LongTexts, Provider, Task, TextLength
 
 Verdict = Literal["passed", "FAILED", "not shown"]
 """``not shown``: there are too few validation rows to say whether the check passed or failed."""
@@ -146,7 +146,7 @@ class Check(Part):
 class Tokenisation(Part):
     """The settings of tokenisation beside ``tokenizer.json``; see :mod:`ad2kit.exporting.tokenise`.
 
-    A text that is too long loses its end, or its beginning if ``truncation_side`` is "left". The
+    A text that is cut loses its end, or its beginning if ``truncation_side`` is "left". The
     model gets the segment ids of a pair if ``segment_ids``, else zeros.
     """
 
@@ -160,7 +160,9 @@ class Tokenisation(Part):
 class OnnxArtifact(Record):
     """``manifest.json`` of one ONNX variant: the contents of the folder and their origin.
 
-    ``provider`` is the default execution provider. ``nodes`` counts the nodes of each fused kind.
+    ``long_texts`` says what happens to a text of more than ``max_length_tokens`` tokens, as in the
+    recipe; an artefact of an older version cuts it. ``provider`` is the default execution provider.
+    ``nodes`` counts the nodes of each fused kind.
     The logits are divided by ``temperature`` before they become probabilities. For int8,
     ``weights_in_8_bits`` is the share of the weights in 8 bits, and ``in_float`` names the nodes
     that keep a hundredth or more of all weights in float.
@@ -174,6 +176,9 @@ class OnnxArtifact(Record):
     task: Task
     labels: tuple[str, ...]
     max_length_tokens: int
+    long_texts: LongTexts = "cut"
+    window_overlap_tokens: int = Field(default=0, ge=0)
+    max_windows: int = Field(default=1, ge=1)
     tokenisation: Tokenisation
     text_columns: int
     provider: Provider
@@ -184,3 +189,10 @@ class OnnxArtifact(Record):
     weights_in_8_bits: float | None = None
     in_float: tuple[str, ...] = ()
     lineage: dict[str, str]
+
+    @property
+    def length(self) -> TextLength:
+        """The maximum length of a text, and what happens to a longer one."""
+        return TextLength(
+            self.max_length_tokens, self.long_texts, self.window_overlap_tokens, self.max_windows
+        )

@@ -10,6 +10,9 @@ because a normaliser may drop any number of them. So a prefix is tokenised, and 
 twice the memory, until it has more tokens than the model reads. The last words of a prefix are not
 counted, because the following text may change them. If the tokenizer cuts on the left, a suffix is
 tokenised, and its first words are not counted.
+
+A long text that is read in windows becomes several :class:`Tokens`, one after the other in the flat
+list of all texts. Only as many tokens of it are read as show that it has too many windows.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import json
 import unicodedata
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from ad2kit.data import windows
 from ad2kit.exporting.records import Tokenisation
-from ad2kit.run.errors import MissingExtra, ModelError
+from ad2kit.run.errors import MissingExtra, ModelError, TextTooLong
 
 try:
     from tokenizers import Encoding, Tokenizer
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerFast
+
+    from ad2kit.run.sections import TextLength
+
+    Refuse = Callable[[int, str], None]
 
 CHUNK_CHARACTERS = 65_536
 """Short texts are tokenised together up to this many characters, on all cores."""
@@ -90,11 +98,28 @@ _PROBE = "a 1 . 一"
 
 
 class Tokens(NamedTuple):
-    """One tokenised text or pair: the inputs of the model, and whether the text was cut."""
+    """The inputs of the model for one text, one pair, or one window of a long text.
+
+    ``truncated`` tells whether the text was cut, and ``continues`` whether this window goes on with
+    the text of the :class:`Tokens` before it.
+    """
 
     ids: list[int]
     type_ids: list[int]
     truncated: bool
+    continues: bool = False
+
+
+def stop_at_long_text(position: int, reason: str) -> NoReturn:
+    """Refuse a text that is too long, and with it all texts.
+
+    Raises:
+        TextTooLong: always.
+    """
+    raise TextTooLong(
+        f"text {position}: {reason}",
+        hint="shorten the text, or send its parts as texts of their own",
+    )
 
 
 def tokenisation(tokenizer: PreTrainedTokenizerFast) -> Tokenisation:
@@ -125,64 +150,83 @@ class Tokenise:
     """Turns texts into the inputs of a model. Safe to call from several threads.
 
     For texts of any length, the ids, the segment ids and the flag of a cut text equal those of
-    transformers with ``truncation=True``.
+    transformers with ``truncation=True``. Windows equal those of transformers with
+    ``return_overflowing_tokens=True``, ``truncation_side="right"`` and, for pairs,
+    ``truncation="only_second"``.
 
     Args:
         tokenizer: the tokenizer of ``tokenizer.json``. This object changes it: its truncation and
             its padding are switched off.
         settings: the settings that ``tokenizer.json`` does not hold.
-        max_length_tokens: the maximum length of one example, with its special tokens.
+        length: the maximum length of one example, and what happens to a longer one.
         columns: the number of texts of an example, 1 or 2.
 
     Raises:
         ModelError: the post-processor does more than put special tokens around texts, or its tokens
-            leave no room for a text.
+            leave no room for a text, or for more of it than a window shares with the one before.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: Tokenisation, max_length_tokens: int, columns: int
+        self, tokenizer: Tokenizer, settings: Tokenisation, length: TextLength, columns: int
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = settings.split_special_tokens
         self.tokenizer = tokenizer
         self.settings = settings
-        self._left = settings.truncation_side == "left"
+        self._left = settings.truncation_side == "left" and length.long_texts == "cut"
         self._columns = columns
-        self._max_length_tokens = max_length_tokens
+        self._length = length
+        self._max_length_tokens = length.max_length_tokens
         self._frame = _Frame.of(tokenizer, columns)
         # With BERT's own post-processor encode_batch_fast gives both texts the same segment.
         fast_probe = tokenizer.encode_batch_fast([(_PROBE, _PROBE) if columns > 1 else _PROBE])[0]
         self._knows_segments = fast_probe.type_ids == self._frame.probe.type_ids
-        self._room = max_length_tokens - self._frame.special
-        if self._room < 1:
+        self._room = length.max_length_tokens - self._frame.special
+        step = self._room - length.window_overlap_tokens
+        if step < 1:
+            overlap = f" and {length.window_overlap_tokens} of the window before"
             raise ModelError(
-                f"a length of {max_length_tokens} tokens leaves no room for a text beside "
-                f"{self._frame.special} special tokens",
+                f"a length of {length.max_length_tokens} tokens leaves no room for a text beside "
+                f"{self._frame.special} special tokens"
+                f"{overlap if length.window_overlap_tokens else ''}",
                 hint="set data.max_length_tokens to more",
             )
+        # More tokens are never read of a text. For a pair in windows this is an upper bound.
+        self._most = self._room + (length.max_windows - 1) * step
         self._local, self._open_words = _locality(tokenizer, left=self._left)
-        self.short_characters = _CHARACTERS_A_TOKEN * (max_length_tokens + self._open_words)
+        most_tokens = length.max_length_tokens + self._most - self._room
+        self.short_characters = _CHARACTERS_A_TOKEN * (most_tokens + self._open_words)
+        if length.max_windows > 1:  # most texts are shorter than the longest that is allowed
+            self.short_characters = min(self.short_characters, CHUNK_CHARACTERS)
 
-    def __call__(self, examples: Sequence[tuple[str, ...]]) -> list[Tokens]:
-        """Tokenise texts (one column each) or pairs (two columns), and cut them to the length."""
+    def __call__(
+        self, examples: Sequence[tuple[str, ...]], refuse: Refuse = stop_at_long_text
+    ) -> list[Tokens]:
+        """Tokenise texts (one column each) or pairs (two columns), and fit them to the length.
+
+        Args:
+            examples: the texts or pairs.
+            refuse: called with the position of each text that is too long, and the reason. If it
+                returns, the text has no tokens in the result.
+        """
         tokens: list[Tokens] = []
         chunk: list[tuple[str, ...]] = []
         chunk_size = 0
-        for example in examples:
+        for position, example in enumerate(examples):
             size = sum(map(len, example))
             is_long = size > self.short_characters
             if chunk and (is_long or chunk_size + size > CHUNK_CHARACTERS):
-                tokens += self._read_short(chunk)
+                tokens += self._read_short(chunk, position - len(chunk), refuse)
                 chunk = []
                 chunk_size = 0
             if is_long:  # alone, so that its memory is free before the next one is read
-                tokens.append(self._fit(self._read_enough(example)))
+                tokens += self._fit(self._read_enough(example), position, refuse)
             else:
                 chunk.append(example)
                 chunk_size += size
         if chunk:
-            tokens += self._read_short(chunk)
+            tokens += self._read_short(chunk, len(examples) - len(chunk), refuse)
         return tokens
 
     def bytes_at_once(self, examples: Sequence[tuple[str, ...]]) -> int:
@@ -202,22 +246,24 @@ class Tokenise:
                 short_bytes += size
         return max(min(short_bytes, 4 * CHUNK_CHARACTERS), *long_bytes)
 
-    def _read_short(self, examples: list[tuple[str, ...]]) -> list[Tokens]:
-        """Tokenise whole texts, on all cores."""
+    def _read_short(
+        self, examples: list[tuple[str, ...]], first: int, refuse: Refuse
+    ) -> list[Tokens]:
+        """Tokenise whole texts, on all cores; ``first`` is the position of the first one."""
         # encode_batch_fast gives the same ids as encode_batch, without the offsets of the tokens.
         encodings = self.tokenizer.encode_batch_fast(
             examples if self._columns > 1 else [text for (text,) in examples]
         )
         has_segments = self.settings.segment_ids
         tokens = []
-        for encoding in encodings:
+        for position, encoding in enumerate(encodings, first):
             ids = encoding.ids
             fits = len(ids) <= self._max_length_tokens
             if fits and (self._knows_segments or not has_segments):
                 type_ids = encoding.type_ids if has_segments else [0] * len(ids)
                 tokens.append(Tokens(ids, type_ids, truncated=False))
             else:
-                tokens.append(self._fit(self._columns_of(encoding)))
+                tokens += self._fit(self._columns_of(encoding), position, refuse)
         return tokens
 
     def _columns_of(self, encoding: Encoding) -> list[_Column]:
@@ -232,7 +278,7 @@ class Tokenise:
         """Tokenise as much of each text as decides which tokens of all texts are kept."""
         sizes = [self.short_characters] * len(example)
         columns = [self._read(text, size) for text, size in zip(example, sizes, strict=True)]
-        while not _is_settled(columns, self._room):
+        while not self._is_settled(columns):
             shortest = min(
                 (index for index, column in enumerate(columns) if not column.whole),
                 key=lambda index: columns[index].count,
@@ -262,8 +308,15 @@ class Tokenise:
         ids = encoding.ids[first:last]
         return self._column(ids, whole=False, open_tokens=len(encoding.ids) - len(ids))
 
+    def _is_settled(self, columns: Sequence[_Column]) -> bool:
+        """Tell whether the unread rest of the texts can change nothing."""
+        if self._length.long_texts == "cut":
+            return _is_settled(columns, self._room)
+        partial = [column for column in columns if not column.whole]
+        return not partial or any(column.count > self._most for column in partial)
+
     def _column(self, ids: list[int], *, whole: bool, open_tokens: int = 0) -> _Column:
-        return _Column(self._cut(ids, self._room), len(ids), whole, open_tokens)
+        return _Column(self._cut(ids, self._most), len(ids), whole, open_tokens)
 
     def _cut(self, ids: list[int], most: int) -> list[int]:
         """Return at most ``most`` tokens of a text; the truncation side says which are cut off."""
@@ -271,20 +324,64 @@ class Tokenise:
             return ids
         return ids[len(ids) - most :] if self._left else ids[:most]
 
-    def _fit(self, columns: list[_Column]) -> Tokens:
-        """Cut texts to the length of the model, and put the special tokens around them."""
+    def _fit(self, columns: list[_Column], position: int, refuse: Refuse) -> list[Tokens]:
+        """Fit a text or a pair to the length of the model, and put the special tokens around it."""
         counts = [column.count for column in columns]
         contents = [column.ids for column in columns]
-        truncated = sum(counts) > self._room
-        if truncated and len(columns) > 1:
+        is_long = sum(counts) > self._room
+        if is_long and self._length.long_texts != "cut":
+            return self._windows(columns, position, refuse)
+        if is_long and len(columns) > 1:
             kept_counts = _longest_first(counts, self._room)
             contents = [
                 self._cut(ids, count) for ids, count in zip(contents, kept_counts, strict=True)
             ]
+        return [self._framed(contents, truncated=is_long)]
+
+    def _windows(self, columns: list[_Column], position: int, refuse: Refuse) -> list[Tokens]:
+        """Return the windows of a long text, or of the second text of a pair; or refuse it."""
+        *earlier, last = columns
+        room = self._room - sum(column.count for column in earlier)
+        reason = self._too_long(columns, room)
+        if reason:
+            refuse(position, reason)
+            return []
+        before = [column.ids for column in earlier]
+        parts = windows.cut(last.ids, room, self._length.window_overlap_tokens)
+        return [
+            self._framed([*before, part], truncated=False, continues=index > 0)
+            for index, part in enumerate(parts)
+        ]
+
+    def _too_long(self, columns: list[_Column], room: int) -> str:
+        """Return the reason to refuse a long text whose windows have so much room; "" if none."""
+        length = self._length
+        overlap = length.window_overlap_tokens
+        at_least = "" if all(column.whole for column in columns) else "at least "
+        if length.max_windows == 1:
+            tokens = sum(column.count for column in columns) + self._frame.special
+            return f"expected at most {length.max_length_tokens} tokens, found {at_least}{tokens}"
+        if room <= overlap:
+            return (
+                "expected a first text that leaves room for the second in "
+                f"{length.max_length_tokens} tokens, found {at_least}{columns[0].count} tokens"
+            )
+        count = windows.window_count(columns[-1].count, room, overlap)
+        if count <= length.max_windows:
+            return ""
+        return (
+            f"expected at most {length.max_windows} windows of {length.max_length_tokens} tokens, "
+            f"found {at_least}{count}"
+        )
+
+    def _framed(
+        self, contents: Sequence[list[int]], *, truncated: bool, continues: bool = False
+    ) -> Tokens:
+        """Put the special tokens around texts."""
         ids, type_ids = self._frame.around(contents)
         if not self.settings.segment_ids:
             type_ids = [0] * len(ids)
-        return Tokens(ids, type_ids, truncated)
+        return Tokens(ids, type_ids, truncated, continues)
 
 
 @dataclass(frozen=True, slots=True)

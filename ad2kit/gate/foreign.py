@@ -327,7 +327,7 @@ def _adopt(folder: Path, scratch: Path, labels: tuple[str, ...], recipe: Recipe)
         inputs=fingerprint(file_hashes),
         task=recipe.data.task,
         labels=labels,
-        max_length_tokens=recipe.data.max_length_tokens,
+        **recipe.data.length._asdict(),
         tokenisation=settings,
         text_columns=len(recipe.data.text_columns),
         provider=recipe.export.provider,

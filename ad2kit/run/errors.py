@@ -7,6 +7,7 @@
     │   ├── DataError       a data set, a column, a row or a label is wrong
     │   ├── ModelError      a teacher, a student or an artefact cannot be used
     │   ├── RunError        a run folder is missing, busy, foreign or damaged
+    │   ├── TextTooLong     a text has more tokens than the model may read
     │   └── DivergedError   the loss or a gradient is no longer a number
     └── MissingExtra    an optional dependency is not installed         exit code 3
 
@@ -70,6 +71,10 @@ class ModelError(UserError):
 
 class RunError(UserError):
     """A run folder is missing, in use, from another recipe, or lacks an earlier stage."""
+
+
+class TextTooLong(UserError):
+    """A text has more tokens, or more windows, than the model may read."""
 
 
 class DivergedError(UserError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -31,6 +31,24 @@ Variant = Literal["fp32", "fused", "fp16", "int8"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 Task = Literal["single_label", "multi_label", "regression"]
 Metric = Literal["accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"]
+LongTexts = Literal["cut", "refuse", "windows"]
+
+
+class TextLength(NamedTuple):
+    """The maximum length of a text with its special tokens, and the treatment of longer texts.
+
+    See :class:`DataRecipe`. Only ``windows`` uses the overlap and the number of windows.
+    """
+
+    max_length_tokens: int
+    long_texts: LongTexts = "cut"
+    window_overlap_tokens: int = 0
+    max_windows: int = 1
+
+    @property
+    def facts(self) -> tuple[int | str, ...]:
+        """The settings that decide how a text is read, for fingerprints."""
+        return self[:1] if self.long_texts == "cut" else tuple(self)
 
 
 class Section(BaseModel):
@@ -59,6 +77,15 @@ class DataRecipe(Section):
     scores on them too good. ``max_leakage`` is the largest share of the validation texts that may
     also be training texts.
 
+    A text of more than ``max_length_tokens`` tokens (with the special tokens) is a long text.
+    ``long_texts`` says what happens to it, in training, gate, service and bulk scoring alike:
+    ``cut`` cuts it to the maximum length, on the side that the tokenizer says. ``refuse`` refuses
+    it. ``windows`` reads it in windows of the maximum length; its logits are the mean of their
+    logits, weighted by their tokens. A window shares ``window_overlap_tokens`` tokens with the
+    window before; null stands for an eighth of the maximum length. A text of more than
+    ``max_windows`` windows is refused. The windows of a pair go over its second text; each holds
+    the whole first text.
+
     ``csv_quotes`` says how a quotation mark inside of a quoted cell of CSV is written: ``doubled``,
     or with a ``backslash`` before it, as Spark writes it. A row that cannot be read is an error
     with ``bad_rows: refuse``; with ``skip`` it is left out and listed in the run folder.
@@ -74,6 +101,9 @@ class DataRecipe(Section):
     label_column: str
     labels: Annotated[tuple[LabelName, ...], Field(min_length=2)] | None = None
     max_length_tokens: Annotated[int, Field(ge=8)]
+    long_texts: LongTexts = "cut"
+    window_overlap_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_windows: Positive = 32
     max_train_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
     max_leakage: Fraction = 0.1
@@ -108,6 +138,35 @@ class DataRecipe(Section):
             msg = "a regression task has a number and no 'labels'"
             raise ValueError(msg)
         return self
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> Self:
+        overlap = self.window_overlap_tokens
+        if overlap is None:
+            return self
+        if self.long_texts != "windows":
+            msg = (
+                f"'window_overlap_tokens' belongs to windows, and 'long_texts' is "
+                f"'{self.long_texts}': set data.long_texts=windows, or leave it out"
+            )
+            raise ValueError(msg)
+        if overlap > self.max_length_tokens // 2:
+            msg = (
+                f"'window_overlap_tokens' is {overlap}: expected at most half of "
+                f"'max_length_tokens', {self.max_length_tokens // 2}"
+            )
+            raise ValueError(msg)
+        return self
+
+    @property
+    def length(self) -> TextLength:
+        """The maximum length of a text, and what happens to a longer one."""
+        if self.long_texts != "windows":
+            return TextLength(self.max_length_tokens, self.long_texts)
+        overlap = self.window_overlap_tokens
+        if overlap is None:
+            overlap = self.max_length_tokens // 8
+        return TextLength(self.max_length_tokens, "windows", overlap, self.max_windows)
 
     @property
     def judged_by(self) -> tuple[Metric, ...]:

@@ -29,6 +29,7 @@ from ad2kit.data.labels import answers, scores
 from ad2kit.data.tables import known_format
 from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.exporting.tokenise import stop_at_long_text
 from ad2kit.run.errors import DataError, MissingExtra, UserError
 from ad2kit.run.ray_cluster import ray_cluster
 from ad2kit.scoring import text_blocks
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.data.text_files import Quotes
-    from ad2kit.exporting.tokenise import Tokens
+    from ad2kit.exporting.tokenise import Refuse, Tokens
     from ad2kit.run.sections import Task
     from ad2kit.scoring.blocks import Layout, Rows, Survey
     from ad2kit.scoring.records import InputFile
@@ -163,8 +164,14 @@ class Scorer:
             else:
                 good.append(position)
         start = time.perf_counter()
-        answer_columns = self.answers([rows.texts[position] for position in good])
+        refused = dict[int, str]()
+        answer_columns = self.answers(
+            [rows.texts[position] for position in good], refused.__setitem__
+        )
         seconds = time.perf_counter() - start
+        for index, reason in refused.items():
+            rows.refuse(rows.places[good[index]], reason)
+        good = [position for index, position in enumerate(good) if index not in refused]
         content = block_format.write(rows, good, layout, answer_columns)
         bad = sorted(rows.bad, key=lambda row: row.row)
         self.output.write_part(part_name(index, known_format(block.url).of_parts), content, bad)
@@ -196,10 +203,15 @@ class Scorer:
             )
         return rows
 
-    def answers(self, texts: Sequence[Any]) -> dict[str, NDArray[Any]]:
-        """Return the columns of the answers by name; the texts must be checked."""
+    def answers(
+        self, texts: Sequence[Any], refuse: Refuse = stop_at_long_text
+    ) -> dict[str, NDArray[Any]]:
+        """Return the columns of the answers by name; the texts must be checked.
+
+        A text that is too long has no answer: ``refuse`` is called with its index and the reason.
+        """
         classifier = self.classifier
-        encodings = classifier.encode(texts)
+        encodings = classifier.encode(texts, refuse=refuse)
         logits = classifier.run_sorted(encodings, self.work.batch_size)
         values = columns(classifier, encodings, logits)
         return dict(zip(self.work.layout.added, values, strict=True))
@@ -208,15 +220,18 @@ class Scorer:
 def columns(
     classifier: OnnxClassifier, encodings: Sequence[Tokens], logits: NDArray[np.float32]
 ) -> list[NDArray[Any]]:
-    """Return the columns of :data:`ADDED` for logits of shape [rows, outputs].
+    """Return the columns of :data:`ADDED` for logits of shape [rows or windows, outputs].
 
     The values are those of :meth:`OnnxClassifier.predictions`. The arrays have the types str, float
     and bool; those of a multi-label model are objects, which are lists of labels.
     """
     task = classifier.artifact.task
     names = np.array(classifier.labels)
+    logits = classifier.by_text(encodings, logits)
     predictions = answers(task, logits)
-    truncated = np.array([encoding.truncated for encoding in encodings], dtype=bool)
+    truncated = np.array(
+        [encoding.truncated for encoding in encodings if not encoding.continues], dtype=bool
+    )
     if task == "regression":
         return [predictions.astype(np.float64), truncated]
     if task == "multi_label":

@@ -1,6 +1,7 @@
 """A micro-batcher for serving: bounded queue, token budget, deadlines, fairness. No torch, no HTTP.
 
-The engine has a thread of its own. As soon as a batch is done, the thread takes the next one: the
+An item is a text, or a window of a long text; all windows of a text are items of one call. The
+engine has a thread of its own. As soon as a batch is done, the thread takes the next one: the
 texts that arrived meanwhile, sorted by length and cut to a budget of padded tokens. So the engine
 never waits for the event loop while there is work, and a lone request never waits for company.
 While the engine computes a batch, the event loop tokenises the next one.
@@ -40,6 +41,10 @@ class BatcherClosed(Exception):
     """The batcher accepts no more texts, because its process ends."""
 
 
+class TooMuch(Exception):
+    """The texts of one call are more than the empty queue holds; trying again is of no use."""
+
+
 class QueueFull(Exception):
     """The queue is full; the caller may try again after ``retry_after_s`` seconds."""
 
@@ -50,7 +55,10 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BatchFacts:
-    """Facts about one computed batch; ``queue_s`` holds the waiting time of each of its texts."""
+    """Facts about one computed batch; ``queue_s`` holds the waiting time of each of its items.
+
+    ``texts`` counts the items: the windows of a long text count each.
+    """
 
     texts: int
     tokens: int
@@ -86,7 +94,7 @@ class _Call:
 
 @dataclass(eq=False, slots=True)
 class _Item:
-    """One text that waits: its call, its row in the answer, and its turn."""
+    """One text or window that waits: its call, its row in the answer, and its turn."""
 
     call: _Call
     row: int
@@ -177,15 +185,16 @@ class Batcher:
             raise QueueFull(1 if math.isnan(wait_s) else max(1, math.ceil(wait_s)))
 
     async def submit(self, tokenised: Sequence[Any], timing: Timing | None = None) -> NDArray[Any]:
-        """Return the logits of some texts, shape [texts, labels], in order.
+        """Return the logits of some texts or windows, shape [items, labels], in order.
 
         Cancelling the call (a deadline, a client that left) takes its texts out of the queue.
 
         Args:
-            tokenised: the texts, each with its token ids, without padding, in ``ids``.
+            tokenised: the texts or windows, each with its token ids, without padding, in ``ids``.
             timing: receives the times of this call.
 
         Raises:
+            TooMuch: the empty queue does not hold so many texts, windows or tokens.
             QueueFull: too much is waiting; none of these texts was accepted.
             BatcherClosed: the batcher accepts no more texts.
             ValueError: there is no text, so that nothing would ever answer the call.
@@ -200,6 +209,11 @@ class Batcher:
         texts = len(tokenised)
         call = _Call(self._loop.create_future(), [None] * texts, texts, timing or Timing())
         lengths = [len(tokens.ids) for tokens in tokenised]
+        if texts > self._max_queue_texts or sum(lengths) > self._max_queue_tokens:
+            raise TooMuch(
+                f"expected at most {self._max_queue_texts} texts or windows with "
+                f"{self._max_queue_tokens} tokens in all, found {texts} with {sum(lengths)}"
+            )
         with self._changed:
             if self._closing:
                 raise BatcherClosed

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import from_json, to_json
 
-from ad2kit.run.errors import UserError, nearest
-from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing
+from ad2kit.run.errors import TextTooLong, UserError, nearest
+from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing, TooMuch
 from ad2kit.service.errors import Problem, send_json
 from ad2kit.service.openapi import MAX_TEXTS, TIMING, ClassifyRequest
 
@@ -214,6 +214,10 @@ class Classify:
                 stages.tokenise_s = time.perf_counter() - stages.start
                 self.metrics.tokenised(stages.tokenise_s)
                 logits = await self.batcher.submit(encodings, stages.timing)
+        except TextTooLong as error:
+            raise Problem(413, error.message, hint=error.hint) from error
+        except TooMuch as error:
+            raise Problem(413, str(error), hint="send fewer texts in one request") from error
         except UserError as error:
             columns = self.classifier.artifact.text_columns
             raise Problem(422, error.message, hint=expected(columns)) from error

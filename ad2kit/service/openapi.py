@@ -51,10 +51,11 @@ class ClassifyRequest(BaseModel):
 
 
 class ClassifyPrediction(BaseModel):
-    """The answer for one text, and whether it was cut.
+    """The answer for one text, the number of its tokens, and whether it was cut.
 
-    Which fields there are depends on the model's task (see /info): label and score; labels; or
-    value. The probabilities of all labels are in scores, if they were asked for.
+    A model that reads long texts in windows gives their number, too. Which other fields there are
+    depends on the model's task (see /info): label and score; labels; or value. The probabilities of
+    all labels are in scores, if they were asked for.
     """
 
     label: str | None = _Optional
@@ -64,6 +65,7 @@ class ClassifyPrediction(BaseModel):
     scores: dict[str, float] | None = _Optional
     tokens: int
     truncated: bool
+    windows: int | None = _Optional
 
 
 class ClassifyResponse(BaseModel):

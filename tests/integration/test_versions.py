@@ -21,6 +21,7 @@ from ad2kit.exporting.tokenise import Tokenise, tokenisation, write_tokenizer
 from ad2kit.models import text_model, translate
 from ad2kit.models.text_model import load_model, predict_logits
 from ad2kit.run.errors import ModelError
+from ad2kit.run.sections import TextLength
 from tests import teachers
 from tests.models import LABELS
 
@@ -92,7 +93,7 @@ def test_a_teacher_of_any_version_answers_as_it_did(
     for columns, texts in enumerate(READINGS.values(), start=1):
         backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         settings = tokenisation(model.tokenizer)
-        tokens = Tokenise(backend, settings, teachers.LENGTH, columns)(texts)
+        tokens = Tokenise(backend, settings, TextLength(teachers.LENGTH), columns)(texts)
         split = Split.of(tuple(texts), np.zeros(len(texts), np.int64))
         encoded = encode(split, model.tokenizer, teachers.LENGTH)
         assert [each.ids for each in tokens] == [list(ids) for ids in encoded.input_ids]

