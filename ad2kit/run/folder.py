@@ -2,6 +2,7 @@
 
     runs/<recipe>-<fingerprint>/    written by
         recipe.json                 the first stage: the resolved recipe
+        hub.json                    the first stage: the commit of each hub:// reference, if any
         .lock                       held by the stage that writes
         teacher/  student/          distill: safetensors, tokenizer, sha256 manifest
         teacher.json                distill: the teacher beside simpler models
@@ -39,14 +40,15 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
+from ad2kit.run import hub
 from ad2kit.run.errors import RecipeError, RunError, no_room_left
-from ad2kit.run.files import LOCK, TEMPORARY, fingerprint, locked, write_record
+from ad2kit.run.files import LOCK, TEMPORARY, fingerprint, locked, write_record, write_text
 from ad2kit.run.machine import first_process_first, is_first_process
 from ad2kit.run.recipe import Recipe, from_data, load_recipe
 from ad2kit.run.records import CampaignRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from filelock import BaseFileLock
 
@@ -66,17 +68,25 @@ class RunDir:
             folder, so that a refused command changes nothing.
         campaign: record of the campaign that opened the run; None if a command asked for the run.
         lock: lock of the folder; set in the run that :meth:`locked` yields.
+        commits: the commit of each ``hub://`` reference, of a run that is opened for the first
+            time; None takes those in the folder.
     """
 
     path: Path
     asked: Recipe | None = field(default=None, compare=False, repr=False)
     campaign: CampaignRecord | None = field(default=None, compare=False, repr=False)
     lock: BaseFileLock | None = field(default=None, compare=False, repr=False)
+    commits: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def recipe_file(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.json"
+
+    @property
+    def hub_file(self) -> Path:
+        """The commits that the references to the hub named when the run began."""
+        return self.path / "hub.json"
 
     @property
     def teacher(self) -> Path:
@@ -172,11 +182,32 @@ class RunDir:
     def resolved(self) -> Recipe:
         """Return the recipe that the run was opened with, or else the recipe in the folder.
 
+        Its references to the hub name the commits that the run began with, if these were recorded.
+
         Raises:
             RunError: this is not a run folder, or its recipe is damaged.
         """
-        if self.asked is not None:
-            return self.asked
+        recipe = self._stored() if self.asked is None else self.asked
+        commits = self._stored_commits() if self.commits is None else self.commits
+        return hub.pinned(recipe, commits)
+
+    def _stored_commits(self) -> dict[str, str]:
+        """Return the commits in the folder; none if nothing was read from the hub."""
+        if not self.hub_file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.hub_file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(self.hub_file, error) from error
+
+    def _damaged(self, path: Path, error: Exception) -> RunError:
+        return RunError(
+            f"{path} is damaged: {error}",
+            hint=f"restore it, or delete {self.path} and run the recipe again",
+        )
+
+    def _stored(self) -> Recipe:
+        """Return the recipe in the folder, as it was asked for."""
         if not self.recipe_file.is_file():
             raise RunError(
                 f"{self.path} is not a run folder: it has no recipe.json",
@@ -186,10 +217,7 @@ class RunDir:
             data = json.loads(self.recipe_file.read_text(encoding="utf-8"))
             return from_data(data, where=str(self.recipe_file))
         except (ValueError, RecipeError) as error:
-            raise RunError(
-                f"{self.recipe_file} is damaged: {error}",
-                hint=f"restore it, or delete {self.path} and run the recipe again",
-            ) from error
+            raise self._damaged(self.recipe_file, error) from error
 
     def require(self, path: Path, *, command: str) -> None:
         """Insist that an earlier stage has written ``path``.
@@ -246,6 +274,9 @@ class RunDir:
             if self.distill_report.is_file():
                 # A campaign must not change the gate of a finished run.
                 return RunDir(self.path).recipe
+        if self.commits:
+            # Before the recipe: a folder with a recipe reads the commits that are there.
+            write_text(self.hub_file, json.dumps(dict(self.commits), indent=2) + "\n")
         write_record(self.recipe_file, self.asked)
         return self.asked
 
@@ -298,8 +329,12 @@ def open_run(
         campaign: record of the campaign that makes the run; None if a command asks for the run.
             A campaign does not change the recipe of a run that is already distilled.
 
+    The first time, the hub is asked which commit each ``hub://`` reference names. The run reads
+    these commits to its end, also if a branch moves meanwhile.
+
     Raises:
         RecipeError: there is no such recipe, or it has a wrong key or value.
+        DataError, ModelError: see :func:`ad2kit.run.hub.commit_of`.
         RunError: ``folder`` holds a run of another recipe, is not a run folder, or cannot be made.
     """
     if not isinstance(recipe, Recipe):
@@ -308,6 +343,8 @@ def open_run(
     # The first of several processes makes the folder; the others find it.
     with first_process_first(recipe.compute):
         _check_weights(run, recipe)
+        if not run.recipe_file.is_file():
+            run = replace(run, commits=hub.commits(recipe))
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -323,7 +360,7 @@ def open_run(
 def _check_weights(run: RunDir, recipe: Recipe) -> None:
     """Refuse a folder that holds a run with other weights, or other files."""
     if run.recipe_file.is_file():
-        stored = RunDir(run.path).recipe
+        stored = RunDir(run.path)._stored()  # noqa: SLF001  (of the same module)
         if _training_fingerprint(stored) != _training_fingerprint(recipe):
             raise RunError(
                 f"{run.path} holds a run of recipe '{stored.name}' with other data, teacher, "
@@ -331,7 +368,8 @@ def _check_weights(run: RunDir, recipe: Recipe) -> None:
                 hint="leave --run out to get a folder of its own, or name another one",
             )
     elif run.path.is_dir():
-        run_files = {LOCK, CampaignRecord.file_name}  # the files of a run without a recipe yet
+        # The files of a run without a recipe yet.
+        run_files = {LOCK, CampaignRecord.file_name, run.hub_file.name}
         names = [path.name for path in run.path.iterdir()]
         if any(name not in run_files and TEMPORARY not in name for name in names):
             raise RunError(

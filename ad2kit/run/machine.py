@@ -198,22 +198,6 @@ def peak_memory_mb() -> dict[str, float]:
     return peaks
 
 
-def hub_or_its_cache() -> None:
-    """Switch the hub's libraries to offline mode if the hub does not answer within seconds.
-
-    In offline mode they read their caches. On their own they would retry for half a minute first.
-    """
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except OSError as error:
-        logger.info("the hub does not answer (%s); looking into the cache", type(error).__name__)
-        constants.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the warnings of transformers about a model inside the block; ad2kit gives its own."""

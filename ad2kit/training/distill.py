@@ -21,6 +21,7 @@ from ad2kit.models.head import MOST_ROWS, start_head
 from ad2kit.models.pretrained import RANDOM, find_model
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import padded, predict_in_blocks, predict_logits
+from ad2kit.run import hub
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
@@ -344,6 +345,7 @@ class _Stage:
             mean_adversarial_gain=gain,
             verdict=words,
             environment=self.trainer.surroundings,
+            hub=hub.references(self.recipe),
         )
 
     def data_sha256(self) -> str:

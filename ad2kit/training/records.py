@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from ad2kit.data.splits import SplitFacts
 from ad2kit.run.files import read_lines
@@ -100,7 +101,8 @@ class DistillReport(Record):
     ``learning_rates`` holds the peak rates of teacher and student, from the recipe or by the width
     of the encoder. ``mean_clean_kl`` and ``mean_adversarial_gain`` are means over the evaluations
     (see :class:`StepRecord`); without an adversary ``mean_clean_kl`` is a mean over the updates.
-    ``selection`` is None if nothing was trained.
+    ``selection`` is None if nothing was trained. ``hub`` holds the references to the hub, with the
+    commits that were read, by their keys in the recipe.
     """
 
     # Version 1 had the best update, but no reason for it.
@@ -126,6 +128,7 @@ class DistillReport(Record):
     mean_adversarial_gain: float | None
     verdict: str
     environment: dict[str, str]
+    hub: dict[str, str] = Field(default_factory=dict)
 
 
 def read_curve(path: Path) -> list[StepRecord]:

@@ -393,25 +393,6 @@ def test_an_unknown_source_is_refused(source: str, expected: str) -> None:
         load_data(recipe(source), 1)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its open files
-def test_a_hub_set_that_is_not_what_its_card_says_is_no_defect(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``datasets`` finds a folder of this name and builds it as it would one of the hub."""
-    folder_of = tmp_path / "some" / "set"
-    folder_of.mkdir(parents=True)
-    (folder_of / "train.csv").write_text("text,label\na,1\nb,0\n")
-    card = "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n"
-    card += "    dtype: int64\n  splits:\n  - name: train\n    num_bytes: 10\n    num_examples: 7\n"
-    (folder_of / "README.md").write_text(f"{card}---\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    with pytest.raises(DataError, match="cannot load the data set 'some/set'") as caught:
-        load_data(recipe("hub://some/set"), 1)
-    assert "NonMatchingSplitsSizesError" in caught.value.message
-    assert "differ" in caught.value.hint
-
-
 @pytest.mark.parametrize("way", ["rename", "a stem", "both files"])
 def test_files_of_other_names_are_read_as_the_hint_says(tmp_path: Path, way: str) -> None:
     source = folder(tmp_path)

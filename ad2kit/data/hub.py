@@ -1,0 +1,108 @@
+"""Data sets of the hub, read at one commit, from the hub or from its cache.
+
+``datasets`` has the files of a commit prepared as Arrow files in its own cache. Whatever goes wrong
+on the way to the hub, it takes the newest of these, of any commit; so the commit is checked here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ad2kit.run import hub
+from ad2kit.run.errors import MissingExtra, no_room_left
+
+if TYPE_CHECKING:
+    from ad2kit.run.hub import Address
+
+
+def load(reference: str, *, key: str) -> Any:
+    """Load a data set ``hub://owner/name[/config][@revision]``: a mapping of its splits.
+
+    Args:
+        reference: the address; a ``#split`` at its end is left out.
+        key: the key of the recipe that holds it, for messages.
+
+    Raises:
+        DataError: the hub cannot be reached or refuses, there is no such data set, configuration or
+            revision, or its files cannot be read or are not what its card says.
+        MissingExtra: datasets is not installed.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise MissingExtra("datasets", extra="cpu") from error
+
+    address = hub.parse(reference, "dataset", key)
+    commit = hub.commit_of(address)
+    prepared = _prepared(address, commit)
+    config = address.config
+    if config is None and hub.is_offline() and len(prepared) == 1:
+        (config,) = prepared
+    if config in prepared:
+        return _open_prepared(address, prepared[config])
+    try:
+        # "hf://": without it, a folder of this name beside the user is read in place of the hub.
+        loaded = datasets.load_dataset(
+            f"hf://datasets/{address.name}", address.config, revision=commit
+        )
+    except Exception as error:
+        # Whatever datasets raises here, its cause is the content of the repository or the hub.
+        if no_room_left(error):
+            raise
+        raise _explained(error, address) from error
+    for split in loaded.values():
+        if any(commit not in Path(file["filename"]).parts for file in split.cache_files):
+            raise address.error(
+                f"the hub stopped answering, and the cache holds no commit {commit} of it",
+                "run the same command again when the hub answers",
+            )
+    return loaded
+
+
+def _prepared(address: Address, commit: str) -> dict[str | None, Path]:
+    """Return the folders of prepared Arrow files of a commit in the cache, by configuration."""
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, slash, name = address.name.rpartition("/")
+    folder = f"{owner}{'___' if slash else ''}{camelcase_to_snakecase(name)}"
+    folders = Path(config.HF_DATASETS_CACHE, folder).glob(f"*/*/{commit}")
+    return {path.parts[-3]: path for path in folders if path.is_dir()}
+
+
+def _open_prepared(address: Address, folder: Path) -> Any:
+    """Open the prepared Arrow files of a commit."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    config, version, commit = folder.parts[-3:]
+    return Cache(
+        dataset_name=address.name.rpartition("/")[2],
+        config_name=config,
+        version=version,
+        hash=commit,
+        repo_id=address.name,
+    ).as_dataset()
+
+
+def _explained(error: Exception, address: Address) -> Exception:
+    """Return an error of datasets as one of the user's."""
+    from datasets import exceptions
+
+    words = f"{type(error).__name__}: {error}"
+    if isinstance(error, exceptions.SplitsVerificationError):
+        # Its splits have other names or sizes than its card says.
+        return address.error(
+            words,
+            f"its files and its own card differ: take another revision, @REVISION at the end of "
+            f"{address.key}; or download its files and give data.source=FOLDER",
+        )
+    if isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError):
+        return address.error(
+            words,
+            f"its files are not what datasets reads: see {address.page}; or download them "
+            "and give data.source=FOLDER",
+        )
+    if isinstance(error, ValueError) and "config" in str(error).lower():
+        return address.error(words, f"write {hub.HUB}{address.name}/CONFIG, with one of these")
+    return hub.explained(error, address)
