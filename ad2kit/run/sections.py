@@ -61,13 +61,14 @@ class DataRecipe(Section):
     """Where the texts lie and how they are read.
 
     ``source`` is a folder (of tsv, csv, jsonl or parquet files), ``hub://owner/name`` or
-    ``hub://owner/name/config``, or ``embedded://opinions``. ``train`` and ``validation`` then name
-    its files (without suffix) or splits; null stands for "train" and "validation". Without a
-    source both are paths of files. ``unlabelled`` lists files (also .txt, one text a line) or
-    ``hub://owner/name[/config]#split``: on these texts the teacher alone teaches the student.
-    ``labels`` lists the names in the order of the teacher's outputs. This is also the order of
-    their ids, unless the source names the ids. Null takes the names from the source, or else from
-    the rows, sorted.
+    ``hub://owner/name/config``, with ``@revision`` at the end for one branch, tag or commit, or
+    ``embedded://opinions``. ``train`` and ``validation`` then name its files (without suffix) or
+    splits; null stands for "train" and "validation". Without a source both are paths of files.
+    ``unlabelled`` lists files (also .txt, one text a line) or
+    ``hub://owner/name[/config][@revision]#split``: on these texts the teacher alone teaches the
+    student. ``labels`` lists the names in the order of the teacher's outputs. This is also the
+    order of their ids, unless the source names the ids. Null takes the names from the source, or
+    else from the rows, sorted.
 
     ``task`` is ``single_label`` (one of several classes), ``multi_label`` (any number of labels:
     a list, names separated by commas, or 0 or 1 for each of ``labels``) or ``regression`` (a
@@ -261,7 +262,7 @@ class PlanRecipe(Section):
 
 
 class TeacherRecipe(Section):
-    """The model to distil: ``hub://owner/name``, ``package://module/folder``,
+    """The model to distil: ``hub://owner/name[@revision]``, ``package://module/folder``,
     ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
     teacher that is a finished classifier. With ``accept`` the run goes on even if a simpler model
     is far better than the teacher; ``accept`` changes no weight.

@@ -53,9 +53,10 @@ def test_a_run_is_pinned_and_keeps_its_folder(tmp_path: Path) -> None:
     assert set(hub.references(recipe).values()) == set(commits)
     run = RunDir(run_folder(recipe, tmp_path), recipe, commits=commits)
     run.path.mkdir()
-    opened = (lambda: run, lambda: RunDir(run.path), lambda: open_run(recipe, tmp_path))
-    for each in opened:
-        with each().locked() as held:
+    with run.locked():
+        pass
+    for each in (run, RunDir(run.path), open_run(recipe, tmp_path)):
+        with each.locked() as held:
             assert held.recipe.data.source == f"hub://nyu-mll/glue/sst2@{ONE}"
             assert held.recipe.data.unlabelled == (f"hub://a/b@{ONE}#more", "mine.txt")
             assert held.recipe.teacher.model == f"hub://google-bert/bert-base-uncased@{TWO}"
