@@ -41,8 +41,8 @@ Table = Annotated[
     Path,
     typer.Argument(
         metavar="FILE",
-        help="The training table (csv, tsv, jsonl, parquet), or a folder with "
-        "train and validation tables.",
+        help="The training table (csv, tsv, jsonl, parquet ...), or a folder with train and "
+        "validation tables.",
     ),
 ]
 Validation = Annotated[
@@ -84,7 +84,9 @@ RecipeOption = Annotated[
     str | None,
     typer.Option("--recipe", help="Columns, task and thresholds for --model; default: custom."),
 ]
-TextFile = Annotated[Path | None, typer.Option(help="A UTF-8 file, one text per line.")]
+TextFile = Annotated[
+    Path | None, typer.Option(help="A table, or a UTF-8 file with one text per line.")
+]
 
 VariantName = Annotated[
     str | None, typer.Option(help="Default: of those that passed, by export.ship.")
@@ -113,7 +115,7 @@ Price = Annotated[
 Input = Annotated[
     str,
     typer.Argument(
-        metavar="INPUT", help="Parquet, CSV, TSV or JSON lines: a file, folder, glob or URL."
+        metavar="INPUT", help="Parquet, Arrow, CSV, TSV, JSON: a file, folder, glob or URL."
     ),
 ]
 Output = Annotated[
@@ -122,6 +124,12 @@ Output = Annotated[
 TextColumns = Annotated[
     str | None,
     typer.Option(metavar="A[,B]", help="Columns to read; default: those of the run's recipe."),
+]
+CsvQuotes = Annotated[
+    Literal["doubled", "backslash"] | None,
+    typer.Option(
+        help="How CSV writes a quotation mark in a quoted cell; default: as in the run's recipe."
+    ),
 ]
 Prefix = Annotated[str, typer.Option(help="Put before the names of the columns that are added.")]
 Engine = Annotated[
@@ -184,3 +192,8 @@ def numbers(option: str, text: str | None) -> tuple[int, ...]:
                 hint=f"for example: {option} 2,3",
             )
     return tuple(map(int, parts))
+
+
+def columns(text: str | None) -> tuple[str, ...] | None:
+    """Return the names in a list with commas; None if the option was left out."""
+    return tuple(map(str.strip, text.split(","))) if text else None

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ad2kit.data import text_files
-from ad2kit.data.texts import is_text, text_of
+from ad2kit.data import tables, text_files
+from ad2kit.data.rows import Place
+from ad2kit.data.texts import Text, is_text, text_of
 from ad2kit.gate.records import RowAnswers
 from ad2kit.gate.shipping import latest_passed_run
 from ad2kit.gate.summary import HEADER, caption, model_rows
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ad2kit.campaigns.compare_report import CompareReport
     from ad2kit.campaigns.fit.records import FitReport
     from ad2kit.campaigns.sweep.report import SweepReport
+    from ad2kit.data.text_files import Quotes
     from ad2kit.exporting.classifier import OnnxClassifier
     from ad2kit.run.folder import RunDir
     from ad2kit.training.records import StepRecord
@@ -259,35 +261,60 @@ def _example(folder: RunDir) -> tuple[str, ...]:
     return short[0] if short else min(rows, key=lambda texts: sum(map(len, texts)))
 
 
-def typed_texts(file: Path | None) -> Iterator[str]:
-    """Yield the texts of a file or of stdin, one a line.
+def typed_texts(
+    file: Path | None, settings: Callable[[], tuple[tuple[str, ...], Quotes]]
+) -> Iterator[Text]:
+    """Yield the texts of a table, or of a file or stdin with one text a line.
 
-    Lines without a visible character are left out, and a message at the end names them.
+    Rows without a visible character are left out, and a message at the end names them.
+
+    Args:
+        file: the file; the ending of its name tells whether it is a table. None for stdin.
+        settings: returns the text columns of a table, and how CSV writes quotation marks.
 
     Raises:
-        UserError: no such file, or a line that is not UTF-8.
+        UserError: no such file, a bad row, or a line that is not UTF-8.
     """
-    if file is not None and not file.is_file():
-        raise UserError(f"no file '{file}'", hint="give the path of a text file, one text per line")
-    name = "stdin" if file is None else str(file)
-    with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
-        empty = list[int]()
-        for number, text in text_files.text_lines(stream, name):
-            if is_text(text):
-                yield text
-            else:
-                empty.append(number)
-    if empty:
-        rest = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
-        lines = ", ".join(map(str, empty[:_NAMED]))
-        _note(f"{name}: left out {len(empty)} empty lines: {lines}{rest}")
+    empty: dict[tuple[str, str], list[str]] = {}
+    rows = _stdin_lines() if file is None else _rows_of(file, settings)
+    for place, texts in rows:
+        if all(map(is_text, texts)):
+            yield text_of(texts)
+        else:
+            key = (place.file, "lines" if place.line else "rows")
+            empty.setdefault(key, []).append(str(place.line or place.row))
+    for (name, unit), numbers in empty.items():
+        rest = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+        some = ", ".join(numbers[:_NAMED])
+        _note(f"{name}: left out {len(numbers)} empty {unit}: {some}{rest}")
 
 
-def answer_lines(classifier: OnnxClassifier, lines: Iterator[str]) -> Iterator[str]:
-    """Yield one line of JSON for each line, which is a text, or a pair separated by a tab."""
+def _stdin_lines() -> Iterator[tuple[Place, tuple[str]]]:
+    for number, text in text_files.text_lines(sys.stdin.buffer, "stdin"):
+        yield Place("stdin", number, number), (text,)
+
+
+def _rows_of(
+    file: Path, settings: Callable[[], tuple[tuple[str, ...], Quotes]]
+) -> Iterator[tuple[Place, tuple[Any, ...]]]:
+    """Yield the texts of each row of a table, or the lines of another file."""
+    if file.is_file() and not tables.is_table(file.name):
+        with file.open("rb") as stream:
+            for number, text in tables.text_lines(stream, str(file)):
+                yield Place(str(file), number, number), (text,)
+        return
+    columns, csv_quotes = settings()
+    for place, cells in tables.read_rows(file, columns, csv_quotes):
+        yield place, tuple([cells.get(column) for column in columns])
+
+
+def answer_lines(classifier: OnnxClassifier, texts: Iterator[Text]) -> Iterator[str]:
+    """Yield one line of JSON for each text; a line of a pair has a tab between its texts."""
     pair = classifier.artifact.text_columns == 2
-    while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
-        items: list[Any] = [tuple(line.split("\t")) if pair else line for line in chunk]
+    while chunk := list(itertools.islice(texts, _LINES_AT_ONCE)):
+        items: list[Any] = [
+            tuple(text.split("\t")) if pair and isinstance(text, str) else text for text in chunk
+        ]
         for text, prediction in zip(chunk, classifier.predict(items), strict=True):
             answer = {"text": text, **prediction.as_dict()}
             yield json.dumps(answer, ensure_ascii=False)

@@ -5,6 +5,7 @@ They translate options. Heavy imports sit inside.
 
 from __future__ import annotations
 
+import functools
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -282,16 +283,23 @@ def predict(
     run: options.RunOption = None,
     runs_dir: options.RunsDir = options.RUNS,
     file: options.TextFile = None,
+    text_columns: options.TextColumns = None,
+    csv_quotes: options.CsvQuotes = None,
 ) -> None:
     """Classify texts, and print a JSON line for each.
 
-    The two texts of a pair are separated by a tab.
+    The two texts of a pair are separated by a tab, or stand in two columns of a table.
     """
     import ad2kit
     from ad2kit.cli.show import answer_lines, typed_texts, use_servable
+    from ad2kit.gate.shipping import servable_artifact, table_settings
 
-    classifier = ad2kit.load(use_servable(runs_dir, run))
-    for answer in answer_lines(classifier, iter(texts) if texts else typed_texts(file)):
+    folder = servable_artifact(use_servable(runs_dir, run))
+    classifier = ad2kit.load(folder)
+    settings = functools.partial(
+        table_settings, folder, classifier.artifact, options.columns(text_columns), csv_quotes
+    )
+    for answer in answer_lines(classifier, iter(texts) if texts else typed_texts(file, settings)):
         typer.echo(answer)
 
 
@@ -301,6 +309,7 @@ def score(
     run: options.RunOption = None,
     runs_dir: options.RunsDir = options.RUNS,
     text_columns: options.TextColumns = None,
+    csv_quotes: options.CsvQuotes = None,
     prefix: options.Prefix = "",
     engine: options.Engine = "process",
     address: options.Address = None,
@@ -319,14 +328,14 @@ def score(
     from ad2kit.cli.show_score import check_all_rows, scoring_progress, summary
 
     show_messages()
-    columns = tuple(map(str.strip, text_columns.split(","))) if text_columns else None
     model = use_servable(runs_dir, run)
     with scoring_progress() as on_progress:
         report = ad2kit.score(
             model,
             input_url,
             output_url,
-            text_columns=columns,
+            text_columns=options.columns(text_columns),
+            csv_quotes=csv_quotes,
             prefix=prefix,
             engine=engine,
             address=address,

@@ -1,8 +1,9 @@
 """Labels: from the cells of a file or a hub data set to arrays, by the kind of task.
 
 A class is a text or a whole number. Several labels are a list (also as JSON in a text), names
-separated by commas, or one cell of 0 or 1 for each label. The label of a regression is a finite
-number. A label that is ambiguous, or of any other form, is an error that names the row.
+separated by commas, one cell of 0 or 1 for each label in a list, or one column of 0 or 1 for each
+label. The label of a regression is a finite number. A label that is ambiguous, or of any other
+form, is an error that names the row.
 
 Logits, answers and labels for each kind of task:
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ad2kit.data.rows import SourceLabels
 from ad2kit.run.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.data.rows import Place
-    from ad2kit.data.sources import SourceLabels
     from ad2kit.run.sections import DataRecipe, Task
 
 
@@ -58,7 +59,8 @@ _WRITTEN_LIST = re.compile(
     r"|\[\s*['\"].*",
     re.DOTALL,
 )
-_OTHER_SEPARATOR = re.compile(r"[;|/\n\t]")
+# What may separate labels in place of the separator of the recipe.
+_SEPARATORS = ",;|/\n\t"
 # Variation selectors choose between two pictures of one character.
 _UNSEEN = {"\ufe0e", "\ufe0f"}
 _HOW_TO_WRITE_LISTS = (
@@ -100,7 +102,9 @@ class LabelReader:
 
     def __init__(self, recipe: DataRecipe, source: SourceLabels | None) -> None:
         self._recipe = recipe
-        self._column = recipe.label_column
+        self._column = ", ".join(recipe.label_columns)
+        if len(recipe.label_columns) > 1:
+            source = SourceLabels(recipe.label_columns, only_ids=False)
         self._codes: dict[Any, int] = {}
         self._cells: list[tuple[Place, Any]] = []
         self._labels: LabelSet | None = None
@@ -138,11 +142,20 @@ class LabelReader:
             if self._labels is not None:
                 _index(place, name, self._labels)
             return
-        cells = _several(place, cell, self._column, self._labels)
+        if len(self._recipe.label_columns) > 1:
+            for column, value in zip(self._recipe.label_columns, cell, strict=True):
+                if str(value).strip() not in _CELLS:
+                    raise DataError(
+                        f"{place}: '{column}' must be 0 or 1, found {value!r:.80}",
+                        hint="correct or remove the row",
+                    )
+            return
+        cells = _several(place, cell, self._recipe, self._labels)
         # A row of 0 and 1 may be that, or ids: all rows together decide.
-        if self._labels is not None and _multi_hot_width([cells]) is None:
+        if _multi_hot_width([cells]) is None:
             for name in _names(place, cells, self._column):
-                _index(place, name, self._labels)
+                if self._labels is not None:
+                    _index(place, name, self._labels)
 
     def fix(self) -> LabelSet:
         """Return the labels of the recipe, else of the source, else all that occurred so far.
@@ -177,19 +190,19 @@ class LabelReader:
                 for place, cell in self._cells
             ]
             return np.take(np.asarray(ids, dtype=np.int64), codes)
-        return np.take(_indicators(self._cells, self._column, labels), codes, axis=0)
+        return np.take(_indicators(self._cells, self._recipe, labels), codes, axis=0)
 
 
 def _found_labels(cells_of_rows: Sequence[tuple[Place, Any]], recipe: DataRecipe) -> LabelSet:
     """Return the labels that occur in cells, sorted."""
-    column = recipe.label_column
+    column = recipe.label_columns[0]
     first_seen: dict[str, Place] = {}
     if recipe.task == "single_label":
         for place, cell in cells_of_rows:
             first_seen.setdefault(_name(place, cell, column), place)
         _check_classes(first_seen, column)
     else:
-        split_cells = [_several(place, cell, column) for place, cell in cells_of_rows]
+        split_cells = [_several(place, cell, recipe) for place, cell in cells_of_rows]
         if (width := _multi_hot_width(split_cells)) is not None:
             raise DataError(
                 f"{cells_of_rows[0][0]}: every row of '{column}' holds {width} cells of 0 or 1, "
@@ -199,7 +212,7 @@ def _found_labels(cells_of_rows: Sequence[tuple[Place, Any]], recipe: DataRecipe
         for (place, _), cells in zip(cells_of_rows, split_cells, strict=True):
             for name in _names(place, cells, column):
                 first_seen.setdefault(name, place)
-        _check_commas(first_seen, column)
+        _check_separators(first_seen, recipe)
     _check_names_differ(first_seen, column)
     are_numbers = all(_WHOLE.fullmatch(name) for name in first_seen)
     names = tuple(sorted(first_seen, key=int) if are_numbers else sorted(first_seen))
@@ -208,10 +221,11 @@ def _found_labels(cells_of_rows: Sequence[tuple[Place, Any]], recipe: DataRecipe
 
 
 def _indicators(
-    cells_of_rows: Sequence[tuple[Place, Any]], column: str, labels: LabelSet
+    cells_of_rows: Sequence[tuple[Place, Any]], recipe: DataRecipe, labels: LabelSet
 ) -> NDArray[np.float32]:
     """Return 0 or 1 for each cell and label."""
-    split_cells = [_several(place, cell, column, labels) for place, cell in cells_of_rows]
+    column = ", ".join(recipe.label_columns)
+    split_cells = [_several(place, cell, recipe, labels) for place, cell in cells_of_rows]
     indicators = np.zeros((len(cells_of_rows), len(labels.names)), dtype=np.float32)
     if (width := _multi_hot_width(split_cells)) is not None:
         if width != len(labels.columns):
@@ -326,29 +340,33 @@ def _name(where: Place, value: object, column: str) -> str:
     )
 
 
-def _several(where: Place, value: Any, column: str, labels: LabelSet | None = None) -> list[Any]:
+def _several(
+    where: Place, value: Any, recipe: DataRecipe, labels: LabelSet | None = None
+) -> list[Any]:
     """Return the stripped cells of a row of several labels; the row may have no label.
 
     If ``labels`` is given, a text that looks like a list may still be the name of one label.
     """
     if isinstance(value, str):
-        value = _split(where, value.strip(), column, {} if labels is None else labels.outputs)
+        value = _split(where, value.strip(), recipe, {} if labels is None else labels.outputs)
     if not isinstance(value, list):
         raise DataError(
-            f"{where}: '{column}' must be a list of labels, or names separated by commas, "
-            f"found {value!r}",
+            f"{where}: '{', '.join(recipe.label_columns)}' must be a list of labels, or names "
+            f"separated by {_in_words(recipe.label_separator)}, found {value!r}",
             hint="remove or correct the row; a row without labels has [] or an empty text",
         )
     return [cell.strip() if isinstance(cell, str) else cell for cell in value]
 
 
-def _split(where: Place, text: str, column: str, outputs: dict[str, int]) -> list[Any]:
-    """Return the labels in a text of several labels: a JSON list, or names between commas.
+def _split(where: Place, text: str, recipe: DataRecipe, outputs: dict[str, int]) -> list[Any]:
+    """Return the labels in a text of several labels: a JSON list, or names between separators.
 
     ``outputs`` holds the texts that are labels already, if the labels are known.
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if all(part in outputs for part in parts) and not ("," in text and text in outputs):
+    column = recipe.label_columns[0]
+    separator = recipe.label_separator
+    parts = [part.strip() for part in text.split(separator) if part.strip()]
+    if all(part in outputs for part in parts) and not (separator in text and text in outputs):
         return parts
     closing = _CLOSING.get(text[:1])
     if closing == "]":
@@ -364,13 +382,17 @@ def _split(where: Place, text: str, column: str, outputs: dict[str, int]) -> lis
             f"{where}: '{column}' holds a list as Python writes it, which is no list here: {text}",
             hint=_HOW_TO_WRITE_LISTS,
         )
-    if any("," in name for name in outputs) and "," in text:
+    if any(separator in name for name in outputs) and separator in text:
         raise DataError(
-            f"{where}: '{column}' holds {text!r}, where a comma may separate two labels or be part "
-            "of one",
+            f"{where}: '{column}' holds {text!r}, where {_in_words(separator)} may separate two "
+            "labels or be part of one",
             hint=_HOW_TO_WRITE_LISTS,
         )
     return parts
+
+
+def _in_words(separator: str) -> str:
+    return "a comma" if separator == "," else repr(separator)
 
 
 def _multi_hot_width(cells_of_rows: Iterable[list[Any]]) -> int | None:
@@ -444,15 +466,19 @@ def _check_classes(first_seen: dict[str, Place], column: str) -> None:
             )
 
 
-def _check_commas(first_seen: dict[str, Place], column: str) -> None:
-    """Refuse several labels whose separator is not a comma."""
+def _check_separators(first_seen: dict[str, Place], recipe: DataRecipe) -> None:
+    """Refuse several labels whose separator is another one than in the recipe."""
+    others = _SEPARATORS.replace(recipe.label_separator, "")
     for name, where in first_seen.items():
-        parts = [part.strip() for part in _OTHER_SEPARATOR.split(name)]
+        parts = [part.strip() for part in re.split(f"[{re.escape(others)}]", name)]
         if len(parts) > 1 and all(part in first_seen for part in parts):
+            separator = next(character for character in name if character in others)
             raise DataError(
-                f"{where}: '{column}' holds {name!r}, and {', '.join(map(repr, parts))} are labels "
-                "too",
-                hint=f"{_HOW_TO_WRITE_LISTS}; if it is one label, list all labels in data.labels",
+                f"{where}: '{recipe.label_columns[0]}' holds {name!r}, and "
+                f"{', '.join(map(repr, parts))} are labels too",
+                hint=f"if {separator!r} separates labels, give "
+                f"data.label_separator={json.dumps(separator)}; if it is one label, list all "
+                "labels in data.labels",
             )
 
 

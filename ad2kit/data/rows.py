@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ad2kit.run.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ad2kit.run.errors import DataError
 
@@ -52,6 +52,16 @@ class Row(NamedTuple):
     label: Any = None
 
 
+class SourceLabels(NamedTuple):
+    """The names of the labels in the order of their ids, as a source gives them.
+
+    ``only_ids`` says that the cells of the label column are ids, even if the names are numbers.
+    """
+
+    names: tuple[str, ...]
+    only_ids: bool
+
+
 class BadRow(Record):
     """One bad row in a list of them: its place, and the reason.
 
@@ -63,6 +73,13 @@ class BadRow(Record):
     row: int
     line: int | None
     reason: str
+
+
+def bad_rows_words(rows: Sequence[BadRow]) -> str:
+    """Return in words how many rows were left out, and the first of them; there is at least one."""
+    first = rows[0]
+    place = Place(first.file, first.row, first.line)
+    return f"{len(rows)} bad rows were left out, such as {place}: {first.reason}"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ad2kit.data import demo_reviews, hub, tables, text_files
-from ad2kit.data.rows import BadRows, Cells, Place, Row
+from ad2kit.data.rows import BadRows, Cells, Place, Row, SourceLabels
 from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError
 
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 
 # Fixed, because the data belong to the recipe: they are the same for every training seed.
 _OPINIONS_SEED = 7
-
-
-class SourceLabels(NamedTuple):
-    """The names of the labels in the order of their ids, as a source gives them.
-
-    ``only_ids`` says that the cells of the label column are ids, even if the names are numbers.
-    """
-
-    names: tuple[str, ...]
-    only_ids: bool
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,8 @@ class SplitRows:
     @property
     def settings(self) -> dict[str, Any]:
         """The keys of the recipe that decide what is read from the content."""
-        keys = {"text_columns", "label_column", "task", "csv_quotes", "bad_rows"}
+        keys = {"text_columns", "label_column", "label_separator", "task"}
+        keys |= {"labels", "csv_quotes", "bad_rows"}
         return self.recipe.model_dump(mode="json", include=keys)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
@@ -68,7 +59,7 @@ class SplitRows:
             DataError: a file is missing, malformed, or lacks a column; or there is no row at all.
         """
         columns = self.recipe.text_columns
-        label_column = self.recipe.label_column if self.has_labels else None
+        label_columns = self.recipe.label_columns if self.has_labels else ()
         is_empty = True
         for place, cells, error in self.cells():
             is_empty = False
@@ -77,8 +68,8 @@ class SplitRows:
                 continue
             texts: tuple[Any, ...] = tuple([cells.get(column) for column in columns])
             if all(map(is_text, texts)):
-                label = None if label_column is None else cells.get(label_column)
-                yield Row(place, texts, label)
+                labels = [cells.get(column) for column in label_columns]
+                yield Row(place, texts, labels if len(labels) > 1 else next(iter(labels), None))
             else:
                 bad.refuse(place, _no_text(place, columns, texts))
         if is_empty:
@@ -126,7 +117,7 @@ def open_source(recipe: DataRecipe) -> Source:
     if scheme == "hub":
         loaded = hub.load(recipe.source, key="data.source")
         train, validation = (_hub_split(loaded, address, name, recipe) for name in names)
-        class_names = _hub_class_names(loaded[names[0]], recipe.label_column)
+        class_names = _hub_class_names(loaded[names[0]], recipe.label_columns)
         labels = None if class_names is None else SourceLabels(class_names, only_ids=True)
         return Source(train, validation, labels)
     raise DataError(
@@ -144,10 +135,10 @@ def open_file(path: Path, recipe: DataRecipe, name: str) -> tuple[SplitRows, Sou
     Raises:
         DataError: see :func:`open_source`.
     """
-    columns = (*recipe.text_columns, recipe.label_column)
+    columns = (*recipe.text_columns, *recipe.label_columns)
     cells = partial(tables.read, path, columns, recipe.csv_quotes)
     rows = SplitRows(name, recipe, cells, files=tables.files_of(path))
-    class_names = tables.class_names(path, recipe.label_column)
+    class_names = tables.class_names(path, recipe.label_columns)
     return rows, None if class_names is None else SourceLabels(class_names, only_ids=True)
 
 
@@ -170,7 +161,7 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
 
 def _embedded(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> SplitRows:
     """Return (text, label) pairs of the embedded corpus as rows with the columns of the recipe."""
-    columns = (recipe.text_columns[0], recipe.label_column)
+    columns = (recipe.text_columns[0], recipe.label_columns[0])
 
     def cells() -> Iterator[Cells]:
         for number, pair in enumerate(pairs, 1):
@@ -207,8 +198,8 @@ def _from_folder(recipe: DataRecipe, folder: Path, names: tuple[str, str]) -> So
     names_in_file = tuple(name for _, name in pairs)
     if source.labels is not None and source.labels.names != names_in_file:
         raise DataError(
-            f"{label_file} names other labels than the column '{recipe.label_column}' of {train}: "
-            f"{', '.join(names_in_file)}; {', '.join(source.labels.names)}",
+            f"{label_file} names other labels than the column '{recipe.label_columns[0]}' of "
+            f"{train}: {', '.join(names_in_file)}; {', '.join(source.labels.names)}",
             hint=f"delete {label_file}, or write the same names into it",
         )
     return source._replace(labels=source.labels or SourceLabels(names_in_file, only_ids=False))
@@ -220,7 +211,7 @@ def _from_files(recipe: DataRecipe, train: Path, validation: Path) -> Source:
     validation_rows, others = open_file(validation, recipe, "validation")
     if labels and others and labels != others:
         raise DataError(
-            f"the column '{recipe.label_column}' has other classes in {train} than in "
+            f"the column '{recipe.label_columns[0]}' has other classes in {train} than in "
             f"{validation}: {', '.join(labels.names)}; {', '.join(others.names)}",
             hint="write both tables with one ClassLabel feature, or with names in their cells",
         )
@@ -240,7 +231,7 @@ def _hub_split(
             f"hub data set '{address}' has no split '{name}', only {', '.join(loaded)}",
             hint="name its splits with data.train and data.validation",
         )
-    columns = [*recipe.text_columns, *([recipe.label_column] if has_labels else [])]
+    columns = [*recipe.text_columns, *(recipe.label_columns if has_labels else ())]
 
     def cells() -> Iterator[Cells]:
         from ad2kit.data import arrow_files
@@ -253,8 +244,10 @@ def _hub_split(
     return SplitRows(name, recipe, cells, has_labels, identity=loaded[name]._fingerprint)  # noqa: SLF001
 
 
-def _hub_class_names(split: Any, column: str) -> tuple[str, ...] | None:
+def _hub_class_names(split: Any, columns: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the class names of a column of classes, or of lists of classes; else None."""
-    feature = split.features.get(column)
+    if len(columns) > 1:
+        return None
+    feature = split.features.get(columns[0])
     feature = getattr(feature, "feature", feature)
     return tuple(feature.names) if hasattr(feature, "names") else None

@@ -90,6 +90,22 @@ def format_of(name: str) -> Format | None:
     return found
 
 
+def is_table(name: str) -> bool:
+    """Tell whether the name of a file is that of a table, and not of one text a line."""
+    found = format_of(name)
+    return found is not None and found.name in FORMATS
+
+
+def text_lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Yield number, from 1, and text of each line of a file; it may be compressed.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    format_ = format_of(name) or Format("txt")
+    yield from text_files.text_lines(open_text(stream, name, format_), name)
+
+
 def open_text(stream: IO[bytes], name: str, format_: Format) -> IO[bytes]:
     """Return a text file as its lines: decompressed, and a JSON array as JSON lines.
 
@@ -156,9 +172,10 @@ def files_of(path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if glob.has_magic(path.name) and (files := sorted(path.parent.glob(path.name))):
+        _check_shards(path, files)
         return tuple(part for each in files for part in files_of(each))
     if not path.is_dir():
-        raise DataError(f"no file '{path}'", hint="correct the path in the data section")
+        raise DataError(f"no file '{path}'", hint="correct the path")
     if (path / SAVED).is_file():
         return tuple(path / name for name in saved_files((path / SAVED).read_bytes(), str(path)))
     files = [each for each in path.iterdir() if not each.name.startswith(("_", "."))]
@@ -176,6 +193,19 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return tuple(part for each in sorted(files) for part in files_of(each))
 
 
+def _check_shards(pattern: Path, files: Sequence[Path]) -> None:
+    """Refuse files that are numbered, and of which some are missing."""
+    shards = [match for each in files if (match := _SHARD.fullmatch(each.name))]
+    for number_of_files in {int(match[3]) for match in shards}:
+        found = [int(match[2]) for match in shards if int(match[3]) == number_of_files]
+        if missing := sorted(set(range(number_of_files)) - set(found)):
+            raise DataError(
+                f"{pattern}: expected {number_of_files} files, found {len(found)}; number "
+                f"{missing[0]} is missing",
+                hint="bring the missing file, or write the data set again",
+            )
+
+
 def split_of(folder: Path, stem: str, key: str) -> Path:
     """Return the one table of a split in a folder: a file, a folder of parts, or a glob of shards.
 
@@ -187,39 +217,36 @@ def split_of(folder: Path, stem: str, key: str) -> Path:
     Raises:
         DataError: there is no such table, there are several, or a shard is missing.
     """
-    names = sorted(each.name for each in folder.iterdir())
-    found = [name for name in names if name == stem or _is_table(name, stem)]
-    shards: dict[str, list[str]] = {}
-    for name in names:
-        if (match := _SHARD.fullmatch(name)) and match[1] == stem and format_of(match[4]):
-            shards.setdefault(f"{glob.escape(stem)}-*-of-{match[3]}{match[4]}", []).append(match[2])
-    if len(found) + len(shards) != 1:
-        listed = [*found, *shards]
+    found = named(folder, stem)
+    if len(found) != 1:
         raise DataError(
             f"expected exactly one {stem}.({'|'.join(FORMATS)}) in {folder}, "
-            f"found {', '.join(listed) or 'none'}",
+            f"found {', '.join(each.name for each in found) or 'none'}",
             hint=f"rename a file, or give its name without the ending (data.{key}=held-out), or "
             "name both files: data.source=null data.train=FILE data.validation=FILE",
         )
-    if found:
-        return folder / found[0]
-    ((pattern, numbers),) = shards.items()
-    count = int(pattern.rpartition("-of-")[2].partition(".")[0])
-    missing = sorted(set(range(count)) - set(map(int, numbers)))
-    if missing or len(numbers) > count:
-        raise DataError(
-            f"{folder / pattern}: expected {count} files, found {len(numbers)}; number "
-            f"{missing[0] if missing else count} is {'missing' if missing else 'one too many'}",
-            hint="bring the missing file, or write the data set again",
-        )
-    return folder / pattern
+    return found[0]
 
 
-def _is_table(name: str, stem: str) -> bool:
-    """Tell whether a name is a stem with the ending of a table."""
-    found = format_of(name)
-    endings = {f".{found.name}", f".{found.name}.{found.compression}"} if found else ()
-    return found is not None and found.name in FORMATS and name.removeprefix(stem) in endings
+def named(folder: Path, stem: str) -> list[Path]:
+    """Return the tables of a name in a folder; see :func:`split_of`."""
+    paths = sorted(folder.iterdir())
+    found = [each for each in paths if _is_named(each, stem)]
+    patterns = [
+        f"{glob.escape(stem)}-*-of-{match[3]}{match[4]}"
+        for each in paths
+        if (match := _SHARD.fullmatch(each.name)) and match[1] == stem and is_table(match[4])
+    ]
+    return found + [folder / pattern for pattern in dict.fromkeys(patterns)]
+
+
+def _is_named(path: Path, stem: str) -> bool:
+    """Tell whether a path is a folder of a name, or a name with the ending of a table."""
+    found = format_of(path.name)
+    if found is None or found.name not in FORMATS:
+        return path.name == stem and path.is_dir()
+    endings = (f".{found.name}", f".{found.name}.{found.compression}")
+    return path.name.removeprefix(stem) in endings
 
 
 def saved_files(state: bytes, folder: str) -> tuple[str, ...]:
@@ -244,12 +271,17 @@ def saved_files(state: bytes, folder: str) -> tuple[str, ...]:
     return names
 
 
-def class_names(path: Path, column: str) -> tuple[str, ...] | None:
+def class_names(path: Path, columns: Sequence[str]) -> tuple[str, ...] | None:
     """Return the names of the classes of a column, if the files of a table hold them; else None.
+
+    Several columns have no such names.
 
     Raises:
         DataError: the files hold different names.
     """
+    if len(columns) > 1:
+        return None
+    column = columns[0]
     found = {}
     for file in files_of(path):
         if known_format(file.name).is_arrow:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from statistics import geometric_mean
+from typing import TYPE_CHECKING
 
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import LatencyReport, ParityReport
-from ad2kit.run.errors import GateFailed, ModelError, RunError
+from ad2kit.run.errors import DataError, GateFailed, ModelError, RunError
 from ad2kit.run.files import sha256_of
 from ad2kit.run.folder import RunDir, judged_runs
 from ad2kit.run.records import CampaignRecord
+
+if TYPE_CHECKING:
+    from ad2kit.data.text_files import Quotes
 
 logger = logging.getLogger(__name__)
 
@@ -180,3 +184,33 @@ def servable_artifact(folder: str | Path) -> Path:
             hint=f"run `ad2kit export {path}`, or give the folder of one variant, {path}/onnx/fp32",
         )
     return variants[0]
+
+
+def table_settings(
+    folder: Path,
+    artifact: OnnxArtifact,
+    text_columns: tuple[str, ...] | None = None,
+    csv_quotes: Quotes | None = None,
+) -> tuple[tuple[str, ...], Quotes]:
+    """Return how a variant reads tables: the text columns, and how CSV writes quotation marks.
+
+    What is None is taken from the recipe of the run that the variant is part of.
+
+    Raises:
+        DataError: the variant is not part of a run, or reads another number of columns.
+    """
+    run = RunDir(folder.resolve().parent.parent)
+    data = run.recipe.data if run.recipe_file.is_file() else None
+    if text_columns is None and data is None:
+        raise DataError(
+            f"{folder} is not part of a run, so that no recipe says which columns to read",
+            hint="name them with --text-columns a or --text-columns a,b",
+        )
+    columns = text_columns or (data.text_columns if data else ())
+    if len(columns) != artifact.text_columns:
+        raise DataError(
+            f"this model reads {artifact.text_columns} text column(s), found {len(columns)}: "
+            f"{', '.join(columns)}",
+            hint="name one column, or two of a pair, with --text-columns a,b",
+        )
+    return columns, csv_quotes or (data.csv_quotes if data else "doubled")

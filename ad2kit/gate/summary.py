@@ -149,6 +149,8 @@ def caption(run: RunDir) -> str:
         "differences below "
         f"{100 * difference:.1f} points are within their noise."
     )
+    if bad_rows := DistillReport.read(run.distill_report).bad_rows:
+        text += f" {bad_rows} bad rows were left out of the data ({run.bad_rows.name})."
     if untested := untested_words(parity):
         text += f" {untested}"
     if run.recipe.data.select_from == "validation":

@@ -15,6 +15,7 @@ import torch
 
 from ad2kit.data import sample_size, splits
 from ad2kit.data.labels import balance, counts
+from ad2kit.data.rows import bad_rows_words
 from ad2kit.run.machine import available_cpus
 from ad2kit.run.records import Part
 from ad2kit.training.schedule import Schedule
@@ -76,13 +77,16 @@ class CheckReport(Part):
     :mod:`ad2kit.data.sample_size`, as in the gate; null means that no number of rows is enough.
     ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows,
     for which it cannot be tested whether a student lost them. Memory and minutes are rough: they
-    come from the number of parameters, and from one forward pass on this machine.
+    come from the number of parameters, and from one forward pass on this machine. ``bad_rows`` is
+    the number of rows that ``data.bad_rows: skip`` leaves out, and ``bad_rows_words`` names one.
     """
 
     task: str
     labels: tuple[str, ...]
     ordered: bool
     splits: dict[str, SplitCheck]
+    bad_rows: int
+    bad_rows_words: str
     max_length_tokens: int
     half_width: float
     rows_to_pass: int | None
@@ -122,6 +126,8 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         labels=data.labels,
         ordered=data.order_given,
         splits=split_checks,
+        bad_rows=len(data.bad_rows),
+        bad_rows_words=bad_rows_words(data.bad_rows) if data.bad_rows else "",
         max_length_tokens=recipe.data.max_length_tokens,
         **_evidence(recipe, data),
         teacher=recipe.teacher.model,
@@ -171,6 +177,8 @@ def check_words(report: CheckReport) -> str:
             f"{train.quoted:.0%} of the training texts stand in quotation marks, which belong to "
             "the text: TSV has no quoting; if they are not meant, write CSV"
         )
+    if report.bad_rows:
+        lines.append(report.bad_rows_words)
     lines += [
         f"first row: {' | '.join(_short(text) for text in train.example)}",
         f"validation texts that are also training texts: {validation.known or 0:.1%}",

@@ -10,6 +10,7 @@
         teacher-checkpoint/  teacher-snapshots/                  distill, only while training
         checkpoint/  snapshots/                                  distill, only while training
         select-logits.safetensors   distill: the student's logits on `select`
+        bad-rows.jsonl              distill: the rows that data.bad_rows=skip left out, if any
         distill.json                distill, at its end
         onnx/<variant>/             export: model.onnx, tokenizer, manifest.json, golden.json;
                                     judge: a copy of parity.json
@@ -107,6 +108,11 @@ class RunDir:
     def select_logits(self) -> Path:
         """The student's logits on ``select``."""
         return self.path / "select-logits.safetensors"
+
+    @property
+    def bad_rows(self) -> Path:
+        """The rows that were left out, one JSON line each; absent if there are none."""
+        return self.path / "bad-rows.jsonl"
 
     @property
     def distill_report(self) -> Path:

@@ -87,6 +87,9 @@ class DataRecipe(Section):
     ``max_windows`` windows is refused. The windows of a pair go over its second text; each holds
     the whole first text.
 
+    ``label_column`` may list several columns, one for each label, with 0 or 1 in each cell.
+    ``label_separator`` stands between several labels in one cell.
+
     ``csv_quotes`` says how a quotation mark inside of a quoted cell of CSV is written: ``doubled``,
     or with a ``backslash`` before it, as Spark writes it. A row that cannot be read is an error
     with ``bad_rows: refuse``; with ``skip`` it is left out and listed in the run folder.
@@ -99,7 +102,8 @@ class DataRecipe(Section):
     task: Task = "single_label"
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
-    label_column: str
+    label_column: str | Annotated[tuple[str, ...], Field(min_length=2)]
+    label_separator: Annotated[str, Field(min_length=1)] = ","
     labels: Annotated[tuple[LabelName, ...], Field(min_length=2)] | None = None
     max_length_tokens: Annotated[int, Field(ge=8)]
     long_texts: LongTexts = "cut"
@@ -135,6 +139,9 @@ class DataRecipe(Section):
             if names.count(name) > 1:
                 msg = f"labels: {name!r} is there twice"
                 raise ValueError(msg)
+        if self.task != "multi_label" and not isinstance(self.label_column, str):
+            msg = "several columns of labels are for the task multi_label"
+            raise ValueError(msg)
         if self.task == "regression" and self.labels is not None:
             msg = "a regression task has a number and no 'labels'"
             raise ValueError(msg)
@@ -168,6 +175,11 @@ class DataRecipe(Section):
         if overlap is None:
             overlap = self.max_length_tokens // 8
         return TextLength(self.max_length_tokens, "windows", overlap, self.max_windows)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The one column of the label, or a column for each label."""
+        return (self.label_column,) if isinstance(self.label_column, str) else self.label_column
 
     @property
     def judged_by(self) -> tuple[Metric, ...]:

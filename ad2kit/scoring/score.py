@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Literal
 from ad2kit.data.tables import known_format
 from ad2kit.exporting.classifier import read_artifact
 from ad2kit.exporting.records import OnnxArtifact
-from ad2kit.gate.shipping import servable_artifact
+from ad2kit.gate.shipping import servable_artifact, table_settings
 from ad2kit.run.errors import DataError, UserError
 from ad2kit.run.files import sha256_of
-from ad2kit.run.folder import RunDir
 from ad2kit.run.machine import available_cpus, versions
 from ad2kit.scoring.blocks import (
     check_partition_columns,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.data.text_files import Quotes
-    from ad2kit.run.sections import DataRecipe
     from ad2kit.scoring.blocks import Survey
     from ad2kit.scoring.records import InputFile
     from ad2kit.scoring.workers import Done, Numbered
@@ -121,10 +119,7 @@ def score(
     for file in files:
         _check_apart(file.url, output)
     suffix = known_format(files[0].url).of_parts
-    run = RunDir(folder.resolve().parent.parent)
-    data = run.recipe.data if run.recipe_file.is_file() else None
-    text_columns = _columns_to_read(artifact, data, text_columns, folder)
-    csv_quotes = csv_quotes or (data.csv_quotes if data else "doubled")
+    text_columns, csv_quotes = table_settings(folder, artifact, text_columns, csv_quotes)
     surveys = _survey(files, block_rows, text_columns, csv_quotes)
     check_partition_columns(input_url, surveys)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
@@ -232,28 +227,6 @@ def _run(
     if workers > 1:
         return score_in_processes(work, blocks, workers)
     return score_here(work, blocks)
-
-
-def _columns_to_read(
-    artifact: OnnxArtifact,
-    data: DataRecipe | None,
-    text_columns: tuple[str, ...] | None,
-    folder: Path,
-) -> tuple[str, ...]:
-    """Return ``text_columns``; if None, the text columns that the run of a variant trained on."""
-    if text_columns is None and data is None:
-        raise DataError(
-            f"{folder} is not part of a run, so that no recipe says which columns to read",
-            hint="name them with --text-columns a or --text-columns a,b",
-        )
-    columns = text_columns or (data.text_columns if data else ())
-    if len(columns) != artifact.text_columns:
-        raise DataError(
-            f"this model reads {artifact.text_columns} text column(s), found {len(columns)}: "
-            f"{', '.join(columns)}",
-            hint="name one column, or two of a pair, with --text-columns a,b",
-        )
-    return columns
 
 
 def _check_apart(input_url: str, output: OutputFolder) -> None:

@@ -102,7 +102,8 @@ class DistillReport(Record):
     of the encoder. ``mean_clean_kl`` and ``mean_adversarial_gain`` are means over the evaluations
     (see :class:`StepRecord`); without an adversary ``mean_clean_kl`` is a mean over the updates.
     ``selection`` is None if nothing was trained. ``hub`` holds the references to the hub, with the
-    commits that were read, by their keys in the recipe.
+    commits that were read, by their keys in the recipe. ``bad_rows`` is the number of rows that
+    ``data.bad_rows: skip`` left out; `bad-rows.jsonl` lists them.
     """
 
     # Version 1 had the best update, but no reason for it.
@@ -110,6 +111,7 @@ class DistillReport(Record):
     inputs: str
     labels: tuple[str, ...]
     splits: dict[str, SplitFacts]
+    bad_rows: int = 0
     teacher_sha256: str
     student_sha256: str
     teacher_parameters: int

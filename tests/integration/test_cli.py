@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
+import pandas as pd
 import pytest
 
 from ad2kit.cli.show import next_steps
@@ -272,6 +274,30 @@ def test_predict_leaves_out_empty_lines_and_says_which(
     assert outcome.code == 0
     assert [json.loads(line)["text"] for line in outcome.out.splitlines()] == ["good", "bad"]
     assert f"{file}: left out 4 empty lines: 1, 3, 5, 6" in outcome.err
+
+
+@pytest.mark.parametrize("name", ["in.csv", "in.jsonl.gz", "in.json", "parts"])
+def test_predict_reads_tables(ad2kit: Any, finished_run: RunDir, tmp_path: Path, name: str) -> None:
+    (column,) = finished_run.recipe.data.text_columns
+    rows = [{"id": 1, column: "never dull"}, {"id": 2, column: " "}, {"id": 3, column: "so; so"}]
+    file = tmp_path / name
+    if name == "in.csv":
+        pd.DataFrame(rows).to_csv(file, index=False, sep=";")
+    elif name == "parts":
+        file.mkdir()
+        for part in range(3):
+            pd.DataFrame(rows[part : part + 1]).to_parquet(file / f"part-{part}.parquet")
+    else:
+        pd.DataFrame(rows).to_json(file, orient="records", lines=name != "in.json")
+    given = ad2kit("predict", "never dull", "so; so", "--run", finished_run.path)
+    read = ad2kit("predict", "--file", file, "--run", finished_run.path)
+    assert (read.code, read.out) == (0, given.out)
+    assert re.search(r"left out 1 empty (lines: [23]|rows: [12])", read.err)
+    refused = ad2kit(
+        "predict", "--file", file, "--run", finished_run.path, "--text-columns", "nothing"
+    )
+    assert refused.code == 2
+    assert "no column 'nothing'" in refused.err
 
 
 def test_predict_declares_a_text_that_was_cut(ad2kit: Any, finished_run: RunDir) -> None:

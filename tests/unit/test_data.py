@@ -467,6 +467,49 @@ def test_a_split_in_several_files_is_read_in_their_order(tmp_path: Path, kind: s
             load_data(recipe(source), 1)
 
 
+def bad_rows_of(path: Path) -> Path:
+    """Rows that are no JSON, hold no text or no label; and one whose label no training row has."""
+    good = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(30)]
+    train = [json.dumps(row) for row in good]
+    train[3:3] = ["[1]", '{"text": " ", "label": "a"}', '{"text": "x", "label": null}']
+    other = [json.dumps({**row, "text": f"other {n}"}) for n, row in enumerate(good)]
+    other += ['{"text": "odd", "label": "c"}', '{"text": "odd"']
+    source = folder(path, "\n".join(train), "\n".join(other), suffix="jsonl")
+    (path / "more.txt").write_bytes(b"fine\n\xe2\x80\x8b\n")
+    return source
+
+
+def test_bad_rows_are_refused_or_listed(tmp_path: Path) -> None:
+    source = bad_rows_of(tmp_path)
+    more = (str(tmp_path / "more.txt"),)
+    with pytest.raises(DataError, match=r"train\.jsonl, line 4: expected a JSON object"):
+        load_data(recipe(source, unlabelled=more), 1)
+    data = load_data(recipe(source, unlabelled=more, bad_rows="skip", select_from="validation"), 1)
+    assert sorted(data.train.texts) == sorted((f"text {n}",) for n in range(30))
+    assert tuple(data.validation.texts) == tuple((f"other {n}",) for n in range(30))
+    assert tuple(data.unlabelled.texts) == (("fine",),)
+    found = [
+        (row.file.rpartition("/")[2], row.row, row.line, row.reason) for row in data.bad_rows
+    ]
+    text = "'text' must be a text with at least one visible character, found "
+    assert found == [
+        ("train.jsonl", 4, 4, "expected a JSON object, found list"),
+        ("train.jsonl", 5, 5, f"{text}' '"),
+        ("train.jsonl", 6, 6, "'label' must be a label, a text or a whole number, found None"),
+        ("validation.jsonl", 31, 31, "label 'c' is not in the label set (a, b)"),
+        ("validation.jsonl", 32, 32, found[4][3]),
+        ("more.txt", 2, 2, f"{text}'\\u200b'"),
+    ]
+    assert found[4][3].startswith("not JSON: ")
+
+
+def test_a_table_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
+    source = folder(tmp_path, GOOD, "text\tlabel\n \t1\n", suffix="tsv")
+    with pytest.raises(DataError, match="no row of the validation split can be read") as caught:
+        load_data(recipe(source, bad_rows="skip"), 1)
+    assert "at least one visible character" in caught.value.message
+
+
 def test_label_names_keep_what_splits_lines_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes("\ufeff0\ta\u2028b\r\n1\tc\x85d\r\n".encode())
     assert load_data(recipe(folder(tmp_path)), 1).labels == ("a\u2028b", "c\x85d")

@@ -14,8 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ad2kit.data.labels import LabelReader
-from ad2kit.data.rows import Place
-from ad2kit.data.sources import SourceLabels
+from ad2kit.data.rows import Place, SourceLabels
 from ad2kit.data.splits import load_data
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe
@@ -434,3 +433,45 @@ def test_several_labels_are_read_as_they_were_meant_or_refused(
     assert found in several
     # Of two readings the one is taken that the rows leave possible: 0 and 1 for each label.
     assert found == several[0]
+
+
+def test_a_separator_other_than_a_comma() -> None:
+    several: dict[str, Any] = {"task": "multi_label", "label_separator": ";"}
+    names, labels = read(["a;b, c", " b, c ;", "", '["a"]'], **several)
+    assert names == ("a", "b, c")
+    assert labels == [[1, 1], [0, 1], [0, 0], [1, 0]]
+    with pytest.raises(DataError, match="holds 'a,b', and 'a', 'b' are labels too") as caught:
+        read(["a", "b", "a,b"], **several)
+    assert 'data.label_separator=","' in caught.value.hint
+    with pytest.raises(DataError, match=r"'a\|b', and 'a', 'b' are labels too") as caught:
+        read(["a", "b", "a|b"], task="multi_label")
+    assert 'data.label_separator="|"' in caught.value.hint
+    assert read(["a", "b", "a|b"], task="multi_label", label_separator="|")[1][2] == [1, 1]
+
+
+def test_one_column_a_label() -> None:
+    columns: dict[str, Any] = {"task": "multi_label", "label_column": ("toxic", "insult")}
+    cells = [[0, 1], ["1", "0.0"], [True, 1.0], [" 0", False]]
+    assert read(cells, **columns) == (
+        ("toxic", "insult"),
+        [[0, 1], [1, 0], [1, 1], [0, 0]],
+    )
+    # The recipe may have them in another order, or under other names.
+    assert read(cells, labels=("insult", "toxic"), **columns)[1][0] == [1, 0]
+    assert read(cells, labels=("giftig", "gemein"), **columns)[1][0] == [0, 1]
+    for wrong in (None, 2, 0.5, "yes", float("nan")):
+        with pytest.raises(DataError, match=r"line 3: 'insult' must be 0 or 1, found "):
+            read([[0, 1], [0, wrong]], **columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_column": ("a", "b")}, "for the task multi_label"),
+        ({"label_column": ("a",), "task": "multi_label"}, "at least 2 items"),
+        ({"label_separator": "", "task": "multi_label"}, "at least 1 character"),
+    ],
+)
+def test_keys_of_labels_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
