@@ -54,7 +54,11 @@ TextOfTable = Annotated[
 ]
 LabelOfTable = Annotated[
     str | None,
-    typer.Option("--label", metavar="C", help="Column of the label; guessed if left out."),
+    typer.Option(
+        "--label",
+        metavar="C[,D...]",
+        help="Column of the label, or a column for each of several; guessed if left out.",
+    ),
 ]
 NewName = Annotated[
     str | None, typer.Option("--name", help="Of the recipe; default: after the table.")
@@ -128,7 +132,8 @@ TextColumns = Annotated[
 CsvQuotes = Annotated[
     Literal["doubled", "backslash"] | None,
     typer.Option(
-        help="How CSV writes a quotation mark in a quoted cell; default: as in the run's recipe."
+        help="How CSV writes a quotation mark in a quoted cell; default: as in the run's recipe, "
+        "or doubled."
     ),
 ]
 Prefix = Annotated[str, typer.Option(help="Put before the names of the columns that are added.")]

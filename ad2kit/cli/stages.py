@@ -64,6 +64,7 @@ def init(
     validation: options.Validation = None,
     text: options.TextOfTable = None,
     label: options.LabelOfTable = None,
+    csv_quotes: options.CsvQuotes = None,
     name: options.NewName = None,
     as_json: options.Json = False,
 ) -> None:
@@ -76,8 +77,14 @@ def init(
     from ad2kit.planning import init as planning
 
     recipe = Path(f"{name or planning.recipe_name(table)}.yaml")
-    columns = tuple(map(str.strip, text.split(","))) if text else ()
-    guess = planning.init(table, recipe, validation=validation, text=columns, label=label)
+    guess = planning.init(
+        table,
+        recipe,
+        validation=validation,
+        text=options.columns(text) or (),
+        label=options.columns(label) or (),
+        csv_quotes=csv_quotes or "doubled",
+    )
     next_command = f"ad2kit check {recipe}"
     if as_json:
         print_json(

@@ -51,7 +51,8 @@ _NUMBER = re.compile(
     r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(e[-+]?[0-9]{1,3})?", re.IGNORECASE
 )
 _DECIMAL = re.compile(r"-?[0-9]+\.[0-9]+")
-_CELLS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
+FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1, "false": 0, "true": 1}
+"""What a cell may hold that says whether a row has a label."""
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 # A list, a tuple, a set or an array of texts or numbers, as Python and numpy print it.
 _WRITTEN_LIST = re.compile(
@@ -144,7 +145,7 @@ class LabelReader:
             return
         if len(self._recipe.label_columns) > 1:
             for column, value in zip(self._recipe.label_columns, cell, strict=True):
-                if str(value).strip() not in _CELLS:
+                if str(value).strip() not in FLAGS:
                     raise DataError(
                         f"{place}: '{column}' must be 0 or 1, found {value!r:.80}",
                         hint="correct or remove the row",
@@ -235,7 +236,7 @@ def _indicators(
                 hint="give data.labels a name for each cell, in their order",
             )
         indicators[:, labels.columns] = [
-            [_CELLS[str(cell)] for cell in cells] for cells in split_cells
+            [FLAGS[str(cell)] for cell in cells] for cells in split_cells
         ]
         return indicators
     for row_indicators, (place, _), cells in zip(
@@ -400,7 +401,7 @@ def _multi_hot_width(cells_of_rows: Iterable[list[Any]]) -> int | None:
     width = None
     for cells in cells_of_rows:
         width = len(cells) if width is None else width
-        if width < 2 or len(cells) != width or any(str(cell) not in _CELLS for cell in cells):
+        if width < 2 or len(cells) != width or any(str(cell) not in FLAGS for cell in cells):
             return None
     return width
 

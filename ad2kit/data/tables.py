@@ -127,13 +127,20 @@ def open_text(stream: IO[bytes], name: str, format_: Format) -> IO[bytes]:
     return _made(lambda: _array_lines(text, name))
 
 
-def read(path: Path, columns: Sequence[str] = (), quotes: Quotes = "doubled") -> Iterator[Cells]:
+def read(
+    path: Path,
+    columns: Sequence[str] = (),
+    quotes: Quotes = "doubled",
+    *,
+    every: bool = False,
+) -> Iterator[Cells]:
     """Yield the rows of a table, which is a file or a folder of parts, as a stream.
 
     Args:
         path: the file or the folder.
-        columns: the columns to read; without them, all.
+        columns: the columns to read; without them, all. They show the delimiter of CSV.
         quotes: how CSV files write a quotation mark.
+        every: read all columns, whether or not ``columns`` are among them.
 
     Raises:
         DataError: there is no such table, it lacks a column, or a file of it is damaged.
@@ -152,9 +159,9 @@ def read(path: Path, columns: Sequence[str] = (), quotes: Quotes = "doubled") ->
             if format_.is_arrow:
                 from ad2kit.data import arrow_files
 
-                yield from arrow_files.read(stream, str(file), columns)
+                yield from arrow_files.read(stream, str(file), () if every else columns)
             else:
-                yield from _read_text(stream, str(file), format_, columns, quotes)
+                yield from _read_text(stream, str(file), format_, columns, quotes, every=every)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -316,7 +323,13 @@ def known_format(name: str) -> Format:
 
 
 def _read_text(
-    stream: IO[bytes], name: str, format_: Format, columns: Sequence[str], quotes: Quotes
+    stream: IO[bytes],
+    name: str,
+    format_: Format,
+    columns: Sequence[str],
+    quotes: Quotes,
+    *,
+    every: bool,
 ) -> Iterator[Cells]:
     """Yield the rows of a text file; see :func:`read`."""
     text = open_text(stream, name, format_)
@@ -331,7 +344,7 @@ def _read_text(
     if dialects := format_.dialects(quotes):
         header = text_files.header(text, name, dialects, columns)
         dialect, names, start = header.dialect, header.columns, header.lines
-        check_columns(f"{name}, line {start}", columns, names)
+        check_columns(f"{name}, line {start}", () if every else columns, names)
     decoded = text_files.Lines(text)
     lines = itertools.islice(decoded, start, None)
     rows = text_files.checked_rows(lines, dialect, names, decoded)
@@ -340,7 +353,7 @@ def _read_text(
         if reason:
             yield Cells(place, {}, text_files.bad_row(str(place), reason))
             continue
-        if dialect is None and number == 1:
+        if dialect is None and number == 1 and not every:
             check_columns(str(place), columns, cells)
         yield Cells(place, cells if dialect is None else dict(zip(names, cells, strict=True)))
 
@@ -500,14 +513,18 @@ def _array_lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
 
 
 def read_rows(
-    path: Path, columns: Sequence[str] = (), quotes: Quotes = "doubled"
+    path: Path,
+    columns: Sequence[str] = (),
+    quotes: Quotes = "doubled",
+    *,
+    every: bool = False,
 ) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     """Yield the place and the cells of each row of a table, like :func:`read`.
 
     Raises:
         DataError: see :func:`read`; or a row is bad.
     """
-    for place, cells, error in read(path, columns, quotes):
+    for place, cells, error in read(path, columns, quotes, every=every):
         if error is not None:
             raise error
         yield place, cells

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.data import tables
-from ad2kit.data.labels import balance
+from ad2kit.data.labels import FLAGS, balance
 from ad2kit.data.tables import FORMATS
 from ad2kit.data.texts import is_text
 from ad2kit.models.pretrained import find_model, read_config, read_tokenizer
@@ -29,6 +29,7 @@ from ad2kit.run.recipe import from_data, parse_yaml, recipes_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ad2kit.data.text_files import Quotes
     from ad2kit.run.sections import Task
 
 # Names of validation tables, without their suffix.
@@ -64,6 +65,8 @@ _SPECIAL_TOKENS = 3
 _SHORTEST, _STEP, _LONGEST = 16, 8, 512
 # Parts of a table in the hint to hold rows out, as they stand in the names of their files.
 _PARTS = ("train", "held-out")
+# What may separate labels in a cell.
+_SEPARATORS = ",;|"
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
@@ -96,7 +99,8 @@ def init(
     *,
     validation: Path | None = None,
     text: Sequence[str] = (),
-    label: str | None = None,
+    label: Sequence[str] = (),
+    csv_quotes: Quotes = "doubled",
 ) -> Guess:
     """Write an annotated recipe for a table.
 
@@ -105,7 +109,8 @@ def init(
         recipe: the .yaml file to write.
         validation: the validation table, if ``source`` has none.
         text: the one or two text columns; guessed if empty.
-        label: the label column; guessed if None.
+        label: the label column, or a column of 0 and 1 for each label; guessed if empty.
+        csv_quotes: how CSV writes a quotation mark inside of a quoted cell.
 
     Raises:
         RecipeError: ``recipe`` exists already, its name is not a valid name of a recipe, or it
@@ -121,11 +126,16 @@ def init(
             hint=f"--name {_slug(recipe.stem)}",
         )
     guess, train = _files(source, validation)
-    columns = _columns(train)
-    label = _label(columns, text, label, guess)
-    texts = _texts(columns, text, label, guess)
-    guess.data.update(text_columns=texts, label_column=label, labels=None)
-    _task(columns[label], guess)
+    columns = _columns(train, (*text, *label), csv_quotes)
+    labels = _labels(columns, text, label, guess)
+    texts = _texts(columns, text, labels, guess)
+    guess.data.update(text_columns=texts, label_column=labels, labels=None, csv_quotes=csv_quotes)
+    if len(labels) > 1:
+        guess.data["task"] = "multi_label"
+        guess.note("label_column", "One column of 0 and 1 for each label.")
+    else:
+        guess.data["label_column"] = labels[0]
+        _task(columns[labels[0]], tables.class_names(train, labels), guess)
     _length([columns[name] for name in texts], guess)
     content = _recipe(recipe.stem, source, guess)
     from_data(parse_yaml(content), where=str(recipe))
@@ -176,30 +186,26 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
     Raises:
         DataError: a table is missing, or there are several.
     """
-    if validation is not None and not validation.is_file():
-        raise DataError(f"no file '{validation}'", hint="correct --validation")
-    if not source.is_dir():
-        if validation is None and source.is_file():
+    if validation is not None:
+        tables.files_of(validation)
+    train = tables.named(source, "train") if source.is_dir() else []
+    if not train:
+        _check_is_table(source)
+        if validation is None:
             raise DataError(
                 f"{source} has no validation table beside it, and a gate needs rows that no "
                 "training sees",
-                hint="hold some rows out, and name both files:\n" + _hold_out(source),
+                hint="hold some rows out, and name both tables:\n" + _hold_out(source),
             )
         return Guess({"source": None, "train": str(source), "validation": str(validation)}), source
-    train = _split(source, "train")
-    if not train:
-        raise DataError(
-            f"{source} holds no train.({'|'.join(FORMATS)})",
-            hint="name the training table itself: ad2kit init FILE --validation FILE",
-        )
-    tables = [path for stem in _VALIDATION for path in _split(source, stem)]
-    if validation is None and len(tables) == 1:
-        stem = None if tables[0].stem == "validation" else tables[0].stem
+    others = [(stem, path) for stem in _VALIDATION for path in tables.named(source, stem)]
+    if validation is None and len(train) == len(others) == 1:
+        stem = None if others[0][0] == "validation" else others[0][0]
         return Guess({"source": str(source), "train": None, "validation": stem}), train[0]
     if len(train) > 1 or validation is None:
-        names = ", ".join(path.name for path in (*train, *tables))
-        hint = "name the files: ad2kit init FILE --validation FILE"
-        if not tables:
+        names = ", ".join(path.name for path in (*train, *(path for _, path in others)))
+        hint = "name the tables: ad2kit init FILE --validation FILE"
+        if not others:
             hint += f"; to hold rows out:\n{_hold_out(train[0])}"
         raise DataError(
             f"{source}: expected one train.({'|'.join(FORMATS)}) and one "
@@ -210,93 +216,122 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
     return Guess({"source": None, **paths}), train[0]
 
 
-def _split(folder: Path, stem: str) -> list[Path]:
-    """Return the tables of a name in a folder, in any format."""
-    paths = [folder / f"{stem}.{suffix}" for suffix in FORMATS]
-    return [path for path in paths if path.is_file()]
+def _check_is_table(source: Path) -> None:
+    """Insist that a folder without a train table is a table itself."""
+    try:
+        tables.files_of(source)
+    except DataError as error:
+        if not source.is_dir():
+            raise
+        raise DataError(
+            f"{source} holds no train.({'|'.join(FORMATS)}), and is no table: {error.message}",
+            hint="name the training table itself: ad2kit init FILE --validation FILE",
+        ) from error
 
 
 def _hold_out(path: Path) -> str:
-    """Return the commands that hold a fifth of a table out for validation."""
-    cells = "dtype=str, keep_default_na=False"
-    to_csv = "to_csv({}, index=False)"
-    to_json = 'to_json({}, orient="records", lines=True, force_ascii=False)'
-    reader, writer, suffix = {
-        ".tsv": (f'read_csv({{}}, sep="\\t", quoting=3, {cells})', to_csv, "csv"),
-        ".jsonl": ("read_json({}, lines=True, dtype=False, convert_dates=False)", to_json, "jsonl"),
-        ".parquet": ("read_parquet({})", "to_parquet({}, index=False)", "parquet"),
-    }.get(path.suffix, (f"read_csv({{}}, {cells})", to_csv, "csv"))
-    train, held_out = (path.with_name(f"{path.stem}-{part}.{suffix}") for part in _PARTS)
+    """Return the commands that hold a fifth of a table out for validation, as JSON lines."""
+    stem = path.name.split(".")[0].partition("-*")[0]
+    train, held_out = (str(path.with_name(f"{stem}-{part}.jsonl")) for part in _PARTS)
     code = (
-        f"import pandas; rows = pandas.{reader.format(json.dumps(str(path)))}; "
-        "held_out = rows.sample(frac=0.2, random_state=17); "
-        f"held_out.{writer.format(json.dumps(str(held_out)))}; "
-        f"rows.drop(held_out.index).{writer.format(json.dumps(str(train)))}"
+        "import json, random; from pathlib import Path; from ad2kit.data.tables import read_rows; "
+        f"rows = [dict(cells) for _, cells in read_rows(Path({json.dumps(str(path))}))]; "
+        "random.Random(17).shuffle(rows); part = round(len(rows) / 5); "
+        "[Path(name).write_text(''.join(json.dumps(row, default=str) + chr(10) for row in some)) "
+        f"for name, some in (({json.dumps(held_out)}, rows[:part]), "
+        f"({json.dumps(train)}, rows[part:]))]"
     )
-    files = f"{shlex.quote(str(train))} --validation {shlex.quote(str(held_out))}"
+    files = f"{shlex.quote(train)} --validation {shlex.quote(held_out)}"
     return f"    python -c {shlex.quote(code)}\n    ad2kit init {files}"
 
 
-def _columns(path: Path) -> dict[str, list[Any]]:
-    """Return the cells of each column of a table; a key that a JSON object lacks gives None."""
-    rows = [cells for _, cells in tables.read_rows(path)]
+def _columns(path: Path, names: Sequence[str], csv_quotes: Quotes) -> dict[str, list[Any]]:
+    """Return the cells of each column of a table; a key that a JSON object lacks gives None.
+
+    ``names`` are columns that it should have; they show the delimiter of CSV.
+    """
+    rows = [cells for _, cells in tables.read_rows(path, names, csv_quotes, every=True)]
     if not rows:
         raise DataError(f"{path} holds no rows", hint="give a table that holds rows")
-    names = tuple(dict.fromkeys(name for row in rows for name in row))
-    return {name: [row.get(name) for row in rows] for name in names}
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in columns}
 
 
-def _label(
-    columns: dict[str, list[Any]], text: Sequence[str], label: str | None, guess: Guess
-) -> str:
-    """Return the label column, named by the user or guessed.
+def _labels(
+    columns: dict[str, list[Any]], text: Sequence[str], labels: Sequence[str], guess: Guess
+) -> list[str]:
+    """Return the label column or the columns of labels, named by the user or guessed.
 
     Raises:
         DataError: named columns are missing or cannot hold text and label, or no column or several
             columns look like the label.
     """
-    for name in (*text, *([] if label is None else [label])):
+    for name in (*text, *labels):
         if name not in columns:
             raise DataError(
                 f"no column '{name}'{nearest(name, columns)}; columns: {', '.join(columns)}",
-                hint="name columns of the table with --text A[,B] and --label C",
+                hint="name columns of the table with --text A[,B] and --label C[,D...]",
             )
     if len(text) > 2:
         raise DataError(
             f"expected one or two columns of text, found {len(text)}: {', '.join(text)}",
             hint="name one with --text A, or the two of a pair with --text A,B",
         )
-    if label in text:
+    if both := sorted(set(labels) & set(text)):
         raise DataError(
-            f"'{label}' is both text and label", hint="name two columns, or leave --label out"
+            f"'{both[0]}' is both text and label", hint="name two columns, or leave --label out"
         )
-    if label is not None:
-        cells = columns[label]
-        different = len(set(map(str, cells)))
-        are_numbers = _are_numbers(cells)
-        if label_task(cells) is None and not are_numbers and different > len(cells) / 2:
-            raise DataError(
-                f"'{label}' holds {different} different values in {len(cells)} rows, which are no "
-                "classes",
-                hint=f"name another column with --label; the columns are\n{_table(columns)}",
-            )
-        return label
+    if labels:
+        for name in labels:
+            _check_labels(name, columns, one_of_several=len(labels) > 1)
+        return list(labels)
     candidates = [name for name, cells in columns.items() if name not in text and label_task(cells)]
     usual = [name for name in candidates if name.lower() in _LABEL_NAMES]
     if len(candidates) == 1:
-        return candidates[0]
+        return candidates
     if len(usual) == 1:
         others = ", ".join(name for name in candidates if name != usual[0])
         guess.doubt("label_column", f"Taken for its name; {others} could be labels too.")
-        return usual[0]
+        return usual
+    if candidates and all(_are_flags(columns[name]) for name in candidates):
+        guess.doubt(
+            "label_column",
+            "Several columns hold 0 or 1: each is taken for one of several labels. If one of "
+            "them is the label, name it with --label.",
+        )
+        return candidates
     fault = "no column looks like a label"
     if candidates:
         fault = f"the label could be in {' or '.join(candidates)}"
     raise DataError(fault, hint=f"name it with --label; the columns are\n{_table(columns)}")
 
 
+def _check_labels(name: str, columns: dict[str, list[Any]], *, one_of_several: bool) -> None:
+    """Refuse a column that the user named, and that can be no label."""
+    cells = columns[name]
+    if one_of_several:
+        if not _are_flags(cells):
+            raise DataError(
+                f"'{name}' is one of several columns of labels, and does not hold 0 or 1 alone",
+                hint=f"name other columns with --label; the columns are\n{_table(columns)}",
+            )
+        return
+    different = len(set(map(str, cells)))
+    if label_task(cells) is None and not _are_numbers(cells) and different > len(cells) / 2:
+        raise DataError(
+            f"'{name}' holds {different} different values in {len(cells)} rows, which are no "
+            "classes",
+            hint=f"name another column with --label; the columns are\n{_table(columns)}",
+        )
+
+
+def _are_flags(cells: Sequence[Any]) -> bool:
+    """Tell whether all cells are 0 or 1."""
+    return {str(cell).strip() for cell in cells} <= FLAGS.keys()
+
+
 def _texts(
-    columns: dict[str, list[Any]], text: Sequence[str], label: str, guess: Guess
+    columns: dict[str, list[Any]], text: Sequence[str], labels: Sequence[str], guess: Guess
 ) -> list[str]:
     """Return the text columns, named by the user or guessed.
 
@@ -308,7 +343,7 @@ def _texts(
     lengths = {
         name: float(np.mean([len(cell) for cell in cells]))
         for name, cells in columns.items()
-        if name != label and _holds_sentences(cells)
+        if name not in labels and _holds_sentences(cells)
     }
     candidates = sorted(lengths, key=lambda name: -lengths[name])
     if len(candidates) == 2 and lengths[candidates[1]] >= _PAIR * lengths[candidates[0]]:
@@ -369,7 +404,7 @@ def label_task(cells: Sequence[Any]) -> Task | None:
         return "single_label" if few else None
     if sum(map(len, texts)) > _CLASS_CHARACTERS * len(texts):
         return None
-    if _is_several(texts):
+    if _separator(texts):
         return "multi_label"
     return "single_label" if few else None
 
@@ -387,19 +422,27 @@ def _is_json_list(cell: Any) -> bool:
         return False
 
 
-def _is_several(texts: Sequence[str]) -> bool:
-    """Tell whether commas separate labels: most of the parts between them occur in other cells."""
-    cells_of: dict[str, set[str]] = {}
-    for text in set(texts):
-        for part in text.split(","):
-            cells_of.setdefault(part.strip(), set()).add(text)
-    separated = [cells for cells in cells_of.values() if any("," in text for text in cells)]
-    # The part "New York" of "New York, NY" occurs in this cell only.
-    return sum(len(cells) > 1 for cells in separated) > len(separated) / 2
+def _separator(texts: Sequence[str]) -> str | None:
+    """Return what separates several labels: most of the parts between it occur in other cells."""
+    for separator in _SEPARATORS:
+        cells_of: dict[str, set[str]] = {}
+        for text in set(texts):
+            for part in text.split(separator):
+                cells_of.setdefault(part.strip(), set()).add(text)
+        separated = [
+            cells for cells in cells_of.values() if any(separator in text for text in cells)
+        ]
+        # The part "New York" of "New York, NY" occurs in this cell only.
+        if sum(len(cells) > 1 for cells in separated) > len(separated) / 2:
+            return separator
+    return None
 
 
-def _task(cells: list[Any], guess: Guess) -> None:
-    """Add the task to the guess, with notes and doubts about its labels."""
+def _task(cells: list[Any], names: tuple[str, ...] | None, guess: Guess) -> None:
+    """Add the task to the guess, with notes and doubts about its labels.
+
+    ``names`` are the names of the classes if the table holds them.
+    """
     task = label_task(cells)
     if task is None:
         task = "regression" if _are_numbers(cells) else "single_label"
@@ -428,7 +471,9 @@ def _task(cells: list[Any], guess: Guess) -> None:
                 f"{len(rows_by_label)} whole numbers are taken for classes. If 3 is more "
                 "than 2, set it to regression.",
             )
-    if are_numbered and not (Path(guess.data["source"] or "") / "labels.txt").is_file():
+    if names is not None:
+        guess.note("labels", f"The table names its classes: {', '.join(names)}.")
+    elif are_numbered and not (Path(guess.data["source"] or "") / "labels.txt").is_file():
         guess.doubt(
             "labels",
             "Nothing says what the numbers are called: give the names in their "
@@ -436,24 +481,25 @@ def _task(cells: list[Any], guess: Guess) -> None:
         )
 
 
-def _labels_of(cell: Any) -> list[Any]:
-    """Return the labels of a multi-label cell: a list, a JSON list, or a text with commas."""
+def _labels_of(cell: Any, separator: str) -> list[Any]:
+    """Return the labels of a multi-label cell: a list, a JSON list, or a text with separators."""
     if isinstance(cell, list):
         return cell
     if _is_json_list(cell):
         labels: list[Any] = json.loads(cell)
         return labels
-    return [part.strip() for part in cell.split(",")]
+    return [part.strip() for part in cell.split(separator)]
 
 
 def _multi_label(cells: list[Any], guess: Guess) -> None:
     """Add the labels of a multi-label column to the guess, with notes and doubts about them."""
-    rows = [_labels_of(cell) for cell in cells]
+    texts = [cell for cell in cells if isinstance(cell, str) and not _is_json_list(cell)]
+    separator = _separator(texts) or ","
+    guess.data["label_separator"] = separator
+    rows = [_labels_of(cell, separator) for cell in cells]
     width = len(rows[0])
     if width > 1 and all(
-        len(row) == width
-        and {str(cell) for cell in row} <= {"0", "1", "0.0", "1.0", "True", "False"}
-        for row in rows
+        len(row) == width and {str(cell) for cell in row} <= FLAGS.keys() for row in rows
     ):
         guess.data["labels"] = [f"label-{number}" for number in range(width)]
         guess.doubt(
@@ -465,11 +511,11 @@ def _multi_label(cells: list[Any], guess: Guess) -> None:
     rows_by_label = Counter(str(name) for row in rows for name in row)
     guess.note("task", "Any number of labels a row.")
     guess.note("labels", f"In the training table: {balance(dict(rows_by_label), len(rows))}.")
-    if any(isinstance(cell, str) and not _is_json_list(cell) for cell in cells):
+    if texts:
         guess.doubt(
             "task",
-            "Commas are taken to separate labels. If they are part of a name, set "
-            "it to single_label.",
+            f"{separator!r} is taken to separate labels. If it is part of a name, set the task to "
+            "single_label.",
         )
 
 

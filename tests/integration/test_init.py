@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import shlex
@@ -117,6 +118,35 @@ def test_several_labels(guessed: Any, suffix: str, cell: Any) -> None:
     assert (data.label_column, data.task, data.labels) == ("tags", "multi_label", None)
 
 
+@pytest.mark.parametrize("options", [(), ("--label", "angry,sad")])
+def test_one_column_a_label(guessed: Any, options: tuple[str, ...]) -> None:
+    flags = {"angry": lambda row: row % 2, "sad": lambda row: int(row % 3 == 0)}
+    data = guessed("csv", options, **flags)
+    assert (data.label_column, data.task) == (("angry", "sad"), "multi_label")
+
+
+def test_a_table_as_others_write_it(here: Path, ad2kit: Any) -> None:
+    """Semicolons between the columns, bars between the labels, a backslash before the quotes."""
+    for name, rows in (("mine", range(ROWS)), ("held", range(ROWS, 2 * ROWS))):
+        texts = [f'the man said \\"never; really\\" to {n} dogs' for n in rows]
+        tags = ["|".join(TOPICS[: 1 + n % 3]) for n in rows]
+        lines = [f'"{text}";{tag}' for text, tag in zip(texts, tags, strict=True)]
+        with gzip.open(here / f"{name}.csv.gz", "wt") as stream:
+            stream.write("\n".join(["text;tags", *lines]))
+    refused = ad2kit("init", "mine.csv.gz", "--validation", "held.csv.gz")
+    assert refused.code == 2
+    assert "--csv-quotes backslash" in refused.err
+    options = ("--csv-quotes", "backslash", "--name", "mine")
+    assert ad2kit("init", "mine.csv.gz", "--validation", "held.csv.gz", *options).code == 0
+    data = load_recipe("mine.yaml").data
+    assert (data.csv_quotes, data.label_separator) == ("backslash", "|")
+    checked = ad2kit("check", "mine.yaml", "--json")
+    assert checked.code == 0, checked.err
+    report = json.loads(checked.out)
+    assert report["labels"] == sorted(TOPICS)
+    assert report["splits"]["train"]["example"][0].startswith('the man said "never; really" to ')
+
+
 def test_rows_of_zeros_and_ones_get_names_to_replace(guessed: Any, here: Path) -> None:
     data = guessed("parquet", tags=lambda row: [row % 2, 1 - row % 2, int(row % 3 == 0)])
     assert (data.task, data.labels) == ("multi_label", ("label-0", "label-1", "label-2"))
@@ -177,7 +207,7 @@ def test_what_is_unclear_is_asked_for_with_the_columns(here: Path, ad2kit: Any) 
         (("--label", "text"), "'text' holds 60 different values in 60 rows", "--label"),
         (("--text", "text,id,topic"), "expected one or two columns of text, found 3", "--text"),
         (("--text", "topic", "--label", "topic"), "'topic' is both text and label", "--label"),
-        (("--validation", "nowhere.csv"), "no file 'nowhere.csv'", "correct --validation"),
+        (("--validation", "nowhere.csv"), "no file 'nowhere.csv'", "correct the path"),
         (("--name", "My Data"), "'My Data' cannot be the name of a recipe", "--name my-data"),
     ],
 )

@@ -488,9 +488,7 @@ def test_bad_rows_are_refused_or_listed(tmp_path: Path) -> None:
     assert sorted(data.train.texts) == sorted((f"text {n}",) for n in range(30))
     assert tuple(data.validation.texts) == tuple((f"other {n}",) for n in range(30))
     assert tuple(data.unlabelled.texts) == (("fine",),)
-    found = [
-        (row.file.rpartition("/")[2], row.row, row.line, row.reason) for row in data.bad_rows
-    ]
+    found = [(row.file.rpartition("/")[2], row.row, row.line, row.reason) for row in data.bad_rows]
     text = "'text' must be a text with at least one visible character, found "
     assert found == [
         ("train.jsonl", 4, 4, "expected a JSON object, found list"),
