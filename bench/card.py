@@ -1,7 +1,7 @@
 """Checks that only a CUDA card can answer: half precision, memory, compilation; then students.
 
-    python -m bench.cuda sst2-minilm data.source=FOLDER data.max_train_rows=60000 --seeds 5
-    python -m bench.cuda smoke compute.device=cpu --seeds 1 --unseen 500
+    python -m bench.card sst2-minilm data.source=FOLDER data.max_train_rows=60000 --seeds 5
+    python -m bench.card smoke compute.device=cpu --seeds 1 --unseen 500
 
 First come the checks, on random texts and an untrained student of the recipe. Then one teacher is
 fine-tuned, and students of several seeds are trained from it and judged as in `levers.py`, each a
