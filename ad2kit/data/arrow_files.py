@@ -97,7 +97,7 @@ class StreamTable:
         self._stream.seek(0)
         self._next = 0
         with readable(self._name, _STREAM):
-            self._reader = pa.ipc.open_stream(pa.PythonFile(self._stream, "r"))
+            self._reader = pa.ipc.open_stream(pa.PythonFile(_Kept(self._stream), "r"))
 
     @property
     def sizes(self) -> list[int]:
@@ -225,9 +225,22 @@ def decompressed(stream: IO[bytes], name: str, compression: str) -> Iterator[byt
     Raises:
         DataError: it is damaged.
     """
-    with (
-        readable(name, f"{compression} file"),
-        pa.CompressedInputStream(pa.PythonFile(stream, "r"), compression) as content,
-    ):
+    with readable(name, f"{compression} file"):
+        content = pa.CompressedInputStream(pa.PythonFile(_Kept(stream), "r"), compression)
         while chunk := content.read(_BUFFER_BYTES):
             yield chunk
+
+
+class _Kept:
+    """A stream that stays open when Arrow closes it: its owner may read it again."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.closed = False
+        self.read = stream.read
+        self.readable = stream.readable
+        self.seek = stream.seek
+        self.seekable = stream.seekable
+        self.tell = stream.tell
+
+    def close(self) -> None:
+        self.closed = True

@@ -10,7 +10,7 @@ import io
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,12 @@ from ad2kit.data.text_files import Dialect, Lines
 from ad2kit.run.errors import DataError
 from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.workers import blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ad2kit.data.text_files import Quotes
+    from ad2kit.scoring.records import InputFile
 
 # What ends a line for somebody, what quotes for somebody, and what is no character for some.
 ODD = "\",;\\'\n\r\t \ufeff\u2028\u2029\u0085\x0b\x0c\x1c\x00"
@@ -43,15 +49,25 @@ def for_training(path: Path) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in NAMES) for _, row in tables.read_rows(path, NAMES)]
 
 
-def for_scoring(path: Path, block_rows: int) -> list[tuple[str, ...]]:
+def for_scoring(path: Path, block_rows: int, quotes: Quotes = "doubled") -> list[tuple[str, ...]]:
     """The same rows in blocks; each is written with a label and read again."""
-    (file,) = find_inputs(str(path))
+    found = list[tuple[str, ...]]()
+    for file in find_inputs(str(path)):
+        found += scored(file, block_rows, quotes, path.with_name("written"))
+    return found
+
+
+def scored(
+    file: InputFile, block_rows: int, quotes: Quotes, folder: Path
+) -> Iterator[tuple[str, ...]]:
     blocks, answer = blocks_of(file.url), LABELS
     suffix = tables.known_format(file.url).of_parts
     if suffix == "tsv":
         answer = LABELS[:2]  # TSV cannot hold the others, and `ad2kit score` refuses them
-    survey, found = blocks.survey(file, block_rows, NAMES), list[tuple[str, ...]]()
+    survey = blocks.survey(file, block_rows, NAMES, quotes)
     layout = Layout(survey.columns, NAMES, ("label",), survey.dialect)
+    folder.mkdir(exist_ok=True)
+    written = folder / f"part.{suffix}"
     with closing(blocks.Reader(file.url, layout)) as reader:
         for number, block in enumerate(survey.blocks):
             rows = reader.read(block)
@@ -59,15 +75,13 @@ def for_scoring(path: Path, block_rows: int) -> list[tuple[str, ...]]:
             if rows.bad:
                 raise DataError(rows.bad[0].reason, hint="")
             labels = answer[(number + np.arange(len(rows.texts))) % len(answer)]
-            written = path.with_name(f"part.{suffix}")
             good = range(len(rows.texts))
             written.write_bytes(blocks.write(rows, good, layout, {"label": labels}))
-            again = tables.read_rows(written, (*NAMES, "label"))
-            assert [tuple(row.values()) for _, row in again] == [
+            again = tables.read_rows(written, (*NAMES, "label"), quotes)
+            assert [tuple(row[name] for name in (*NAMES, "label")) for _, row in again] == [
                 (*texts, label) for texts, label in zip(rows.texts, labels, strict=True)
             ]
-            found += rows.texts
-    return found
+            yield from rows.texts
 
 
 def both(path: Path, block_rows: int) -> list[tuple[str, ...]] | None:
