@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 import ad2kit
+from ad2kit.data import tables
+from ad2kit.data.rows import BadRow
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
 from ad2kit.gate.report import report as write_report
 from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import DataError, ModelError
+from ad2kit.run.files import read_lines
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.scoring.score import score
 from ad2kit.training.distill import distill
@@ -262,3 +266,50 @@ def test_weights_of_the_classes_reach_both_trainings(tmp_path: Path, task: str) 
     taught_losses, distilled_losses = first["balanced", "none"], first["none", "balanced"]
     assert plain_losses["teacher"] != pytest.approx(taught_losses["teacher"], rel=1e-4)
     assert plain_losses["student"] != pytest.approx(distilled_losses["student"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bad_rows_are_left_out_and_listed_in_the_run(tmp_path: Path, ad2kit: Any) -> None:
+    """From a table as Spark and a data team write it: one column a label, two bad rows."""
+    for seed, name in enumerate(("train", "validation")):
+        lines = ["first;red;green;blue"]
+        for row in rows("several labels", seed, 60):
+            flags = [str(int(colour in row["label"])) for colour in ("red", "green", "blue")]
+            lines.append(";".join((f'"\\"{row["first"]}\\""', *flags)))
+        lines[3:3] = ['" ";0;0;1', '"maybe red";2;0;0']
+        with gzip.open(tmp_path / f"{name}.csv.gz", "wt") as stream:
+            stream.write("\n".join(lines))
+    plain = recipes.load_recipe("smoke", [*QUICK, "teacher.accept=true"]).model_dump(mode="json")
+    plain["teacher"]["finetune"]["epochs"] = 1
+    plain["data"] = {
+        "source": str(tmp_path),
+        "text_columns": ["first"],
+        "label_column": ["red", "green", "blue"],
+        "task": "multi_label",
+        "max_length_tokens": 32,
+        "csv_quotes": "backslash",
+    }
+    with pytest.raises(DataError, match=r"train\.csv\.gz, line 4: 'first' must be a text"):
+        distill(open_run(recipes.from_data(plain, where="strict"), tmp_path / "runs"))
+    plain["data"]["bad_rows"] = "skip"
+    run = open_run(recipes.from_data(plain, where="skip"), tmp_path / "runs")
+    report = distill(run)
+    assert report.bad_rows == 4
+    assert report.labels == ("red", "green", "blue")
+    assert report.splits["validation"].rows == 60
+    listed = [BadRow.parse(line.encode(), "") for line in read_lines(run.bad_rows)]
+    assert [(row.file.rpartition("/")[2], row.row, row.line) for row in listed] == [
+        (f"{name}.csv.gz", number, number + 1)
+        for name in ("train", "validation")
+        for number in (3, 4)
+    ]
+    assert listed[1].reason == "'red' must be 0 or 1, found '2'"
+    scored = tmp_path / "scored"
+    export(run)
+    done = ad2kit("score", tmp_path / "train.csv.gz", scored, "--run", run.onnx("fp32"))
+    assert done.code == 2  # the row without a text
+    assert "1 of 62 rows" in done.out + done.err
+    again = tables.read_rows(scored, ("first", "red", "labels"), "backslash")
+    found = [row["first"] for _, row in again]
+    assert len(found) == 61
+    assert found[:2] == [f'"{row["first"]}"' for row in rows("several labels", 0, 2)]
