@@ -65,7 +65,7 @@ _SEPARATORS = ",;|/\n\t"
 # Variation selectors choose between two pictures of one character.
 _UNSEEN = {"\ufe0e", "\ufe0f"}
 _HOW_TO_WRITE_LISTS = (
-    'write a,b or a list in JSON: ["a", "b"] in JSON lines, or json.dumps(labels) in a cell'
+    'write a list in JSON: ["a", "b"] in JSON lines, or json.dumps(labels) in a cell'
 )
 
 
