@@ -12,8 +12,10 @@ from ad2kit.exporting.records import QuantisationSearch
 from ad2kit.gate.parity import judge
 from ad2kit.gate.records import ParityReport, RowAnswers, VariantParity
 from ad2kit.gate.report import report
+from ad2kit.gate.summary import caption
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import sha256_of, write_record
+from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,6 +120,13 @@ def test_what_belongs_to_other_artefacts_is_not_shown(copied_run: RunDir) -> Non
     assert "fp16 (ONNX)" in page
     assert "p50 latency" not in page  # fp16 was not there when the others were measured
     assert "<h2>int8</h2>" not in page
+
+
+def test_rows_that_were_left_out_are_counted_below_the_table(copied_run: RunDir) -> None:
+    assert "bad rows" not in caption(copied_run)
+    distilled = DistillReport.read(copied_run.distill_report)
+    write_record(copied_run.distill_report, distilled.model_copy(update={"bad_rows": 3}))
+    assert "3 bad rows were left out of the data (bad-rows.jsonl)." in caption(copied_run)
 
 
 def test_a_report_before_parity_or_bench(copied_run: RunDir) -> None:

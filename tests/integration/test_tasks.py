@@ -12,15 +12,17 @@ import pytest
 import ad2kit
 from ad2kit.data import tables
 from ad2kit.data.rows import BadRow
+from ad2kit.data.splits import load_data
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
 from ad2kit.gate.report import report as write_report
+from ad2kit.planning.check import check, check_words
 from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import DataError, ModelError
 from ad2kit.run.files import read_lines
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.scoring.score import score
-from ad2kit.training.distill import distill
+from ad2kit.training.distill import distill, open_models
 from ad2kit.training.records import read_curve
 from tests.conftest import QUICK
 
@@ -292,7 +294,11 @@ def test_bad_rows_are_left_out_and_listed_in_the_run(tmp_path: Path, ad2kit: Any
     with pytest.raises(DataError, match=r"train\.csv\.gz, line 4: 'first' must be a text"):
         distill(open_run(recipes.from_data(plain, where="strict"), tmp_path / "runs"))
     plain["data"]["bad_rows"] = "skip"
-    run = open_run(recipes.from_data(plain, where="skip"), tmp_path / "runs")
+    recipe = recipes.from_data(plain, where="skip")
+    data = load_data(recipe.data, recipe.seed)
+    words = check_words(check(recipe, data, open_models(recipe, data)))
+    assert f"4 bad rows were left out, such as {tmp_path}/train.csv.gz, line 4: 'first'" in words
+    run = open_run(recipe, tmp_path / "runs")
     report = distill(run)
     assert report.bad_rows == 4
     assert report.labels == ("red", "green", "blue")
@@ -306,7 +312,12 @@ def test_bad_rows_are_left_out_and_listed_in_the_run(tmp_path: Path, ad2kit: Any
     assert listed[1].reason == "'red' must be 0 or 1, found '2'"
     scored = tmp_path / "scored"
     export(run)
-    done = ad2kit("score", tmp_path / "train.csv.gz", scored, "--run", run.onnx("fp32"))
+    model = ("--run", run.onnx("fp32"))
+    refused = ad2kit(
+        "predict", "--file", f"{tmp_path}/train.csv.gz", *model, "--csv-quotes", "doubled"
+    )
+    assert (refused.code, "line 2: not CSV: ';' expected after" in refused.err) == (2, True)
+    done = ad2kit("score", tmp_path / "train.csv.gz", scored, *model)
     assert done.code == 2  # the row without a text
     assert "1 of 62 rows" in done.out + done.err
     again = tables.read_rows(scored, ("first", "red", "labels"), "backslash")

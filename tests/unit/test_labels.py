@@ -475,3 +475,32 @@ def test_one_column_a_label() -> None:
 def test_keys_of_labels_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+THREE = ("b", "a", "c d")
+# One row of several labels in every way of writing it, and the keys of the recipe for each way.
+WRITINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "list of names": (lambda row: [THREE[n] for n in row], {}),
+    "list of ids": (sorted, {}),
+    "JSON in a cell": (lambda row: json.dumps([THREE[n] for n in row]), {}),
+    "commas": (lambda row: " , ".join(THREE[n] for n in row), {}),
+    "bars": (lambda row: "|".join(THREE[n] for n in row), {"label_separator": "|"}),
+    "two characters": (lambda row: "::".join(THREE[n] for n in row), {"label_separator": "::"}),
+    "row of 0 and 1": (lambda row: [int(n in row) for n in range(3)], {}),
+    "row of 0.0 and 1.0": (lambda row: [float(n in row) for n in range(3)], {}),
+    "JSON of 0 and 1": (lambda row: json.dumps([int(n in row) for n in range(3)]), {}),
+    "columns": (lambda row: [int(n in row) for n in range(3)], {"label_column": THREE}),
+    "columns of texts": (
+        lambda row: [str(n in row).lower() for n in range(3)],
+        {"label_column": THREE},
+    ),
+}
+
+
+@given(st.lists(st.frozensets(st.integers(0, 2)), min_size=2, max_size=8))
+def test_several_labels_are_the_same_however_they_are_written(rows: list[frozenset[int]]) -> None:
+    expected = [[int(n in row) for n in range(3)] for row in rows]
+    for way, (write, keys) in WRITINGS.items():
+        changes = {"task": "multi_label", "labels": THREE, **keys}
+        names, labels = read([write(row) for row in rows], **changes)
+        assert (names, labels) == (THREE, expected), way
