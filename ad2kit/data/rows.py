@@ -5,15 +5,20 @@ A bad row refuses its table, or is listed and left out (``data.bad_rows: skip``,
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ad2kit.run.files import write_text
 from ad2kit.run.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from ad2kit.run.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -80,6 +85,15 @@ def bad_rows_words(rows: Sequence[BadRow]) -> str:
     first = rows[0]
     place = Place(first.file, first.row, first.line)
     return f"{len(rows)} bad rows were left out, such as {place}: {first.reason}"
+
+
+def write_bad_rows(path: Path, rows: Sequence[BadRow]) -> None:
+    """Write the rows that were left out, one JSON line each, and warn; delete the file of none."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    write_text(path, "".join(f"{row.model_dump_json()}\n" for row in rows))
+    logger.warning("%s; all are listed in %s", bad_rows_words(rows), path)
 
 
 @dataclass

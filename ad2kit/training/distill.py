@@ -15,7 +15,7 @@ from ad2kit.data import splits
 from ad2kit.data.label_order import check_order
 from ad2kit.data.labels import answers, balance, counts
 from ad2kit.data.metrics import mean_metric
-from ad2kit.data.rows import bad_rows_words
+from ad2kit.data.rows import write_bad_rows
 from ad2kit.models import text_model
 from ad2kit.models.baselines import look_at_teacher, untrained_encoder
 from ad2kit.models.head import MOST_ROWS, start_head
@@ -24,14 +24,7 @@ from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import padded, predict_in_blocks, predict_logits
 from ad2kit.run import hub
 from ad2kit.run.errors import RunError
-from ad2kit.run.files import (
-    fingerprint,
-    sha256_of,
-    sha256_of_folder,
-    whole_file,
-    write_record,
-    write_text,
-)
+from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment, peak_memory_mb
@@ -210,15 +203,6 @@ def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel
     return build_student(source, layers) if layers else source
 
 
-def _list_bad_rows(run: RunDir, data: Data) -> None:
-    """Write the rows that were left out into the run, and say how many there are."""
-    if not data.bad_rows:
-        run.bad_rows.unlink(missing_ok=True)
-        return
-    write_text(run.bad_rows, "".join(f"{row.model_dump_json()}\n" for row in data.bad_rows))
-    logger.warning("%s; all are listed in %s", bad_rows_words(data.bad_rows), run.bad_rows)
-
-
 @dataclass(frozen=True)
 class _Stage:
     """The distill stage of one run: run, recipe, data and trainer, with the steps as methods."""
@@ -241,11 +225,10 @@ class _Stage:
         }
         data = splits.load_data(recipe.data, recipe.seed)
         if accelerator.is_main_process:
-            _list_bad_rows(run, data)
+            write_bad_rows(run.bad_rows, data.bad_rows)
         if data.task != "regression":
-            train = data.train
-            shares = balance(counts(data.task, train.labels, data.labels), len(train))
-            logger.info("train: %d rows; %s", len(train), shares)
+            shares = balance(counts(data.task, data.train.labels, data.labels), len(data.train))
+            logger.info("train: %d rows; %s", len(data.train), shares)
         trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
         return cls(run, recipe, data, trainer)
 
@@ -392,12 +375,8 @@ class _Stage:
         text_model.check_length(model, length, key="data.max_length_tokens")
         store = self.run.shared if keep else None
         encoded = splits.encode(split, model.tokenizer, length, store)
-        if encoded.truncated.any():
-            logger.info(
-                "%d texts are longer than %d tokens and were truncated",
-                encoded.truncated.sum(),
-                length,
-            )
+        if cut := encoded.truncated.sum():
+            logger.info("%d texts are longer than %d tokens and were truncated", cut, length)
         return encoded
 
     def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
