@@ -27,8 +27,8 @@ from pyarrow import parquet
 
 from ad2kit.data.tables import read_rows
 from ad2kit.scoring.blocks import Layout, find_inputs
+from ad2kit.scoring.parts import blocks_of
 from ad2kit.scoring.score import BLOCK_ROWS
-from ad2kit.scoring.workers import blocks_of
 
 if TYPE_CHECKING:
     from ad2kit.scoring.blocks import Block

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ad2kit.run.errors import RunError, no_room_left
 from ad2kit.run.files import locked, whole_file
 from ad2kit.scoring.blocks import address_of, filesystem, is_local
-from ad2kit.scoring.records import ScoreJob
+from ad2kit.scoring.records import Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ class OutputFolder:
         self.is_local = is_local(self.store)
 
     @contextmanager
-    def claimed(self, job: ScoreJob) -> Iterator[None]:
+    def claimed(self, job: Job) -> Iterator[None]:
         """Hold the folder for ``job``, without the temporary files of a killed process.
 
         Only a local folder can be locked. Elsewhere two processes may do the same job at once, and
@@ -69,7 +69,7 @@ class OutputFolder:
             ) from error
         with locked(Path(self.path)) if self.is_local else self._swept():
             self._check_same_job(job)  # another job may have begun here before the lock
-            self.write(ScoreJob.file_name, job.model_dump_json(indent=2).encode() + b"\n")
+            self.write(Job.file_name, job.model_dump_json(indent=2).encode() + b"\n")
             yield
 
     @contextmanager
@@ -80,11 +80,12 @@ class OutputFolder:
                 self.store.rm_file(path)
         yield
 
-    def _check_same_job(self, job: ScoreJob) -> None:
+    def _check_same_job(self, job: Job) -> None:
         """Refuse a folder that holds the results of another job, or other files."""
-        file = f"{self.path}/{ScoreJob.file_name}"
+        file = f"{self.path}/{Job.file_name}"
         if self.store.exists(file):
-            previous = ScoreJob.parse(self.store.cat_file(file), f"{self.url}/{ScoreJob.file_name}")
+            content = self.store.cat_file(file)
+            previous = type(job).parse(content, f"{self.url}/{Job.file_name}")
             if differences := job.differences(previous):
                 raise RunError(
                     f"{self.url} holds the results of another job:\n  " + "\n  ".join(differences),
@@ -92,8 +93,8 @@ class OutputFolder:
                 )
         elif self.names():
             raise RunError(
-                f"{self.url} is not empty, and no job of `ad2kit score`: it has no "
-                f"{ScoreJob.file_name}",
+                f"{self.url} is not empty, and no job of `{job.command}`: it has no "
+                f"{Job.file_name}",
                 hint="name an empty or a new folder",
             )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import computed_field
+from pydantic import BaseModel, computed_field
 
 from ad2kit.run.records import Part, Record
 
@@ -20,35 +20,22 @@ class InputFile(Part):
     version: str
 
 
-class ScoreJob(Record):
-    """``_job.json`` of an output folder: everything that its parts depend on.
-
-    The sizes of blocks and batches belong to it: a dynamic int8 graph quantises a batch together,
-    so an answer depends a little on the other texts of its batch. ``form`` is the version of the
-    format of parts; version 1 quoted the cells of text files anew.
-    """
+class Job(Record):
+    """``_job.json`` of an output folder: everything that its parts depend on."""
 
     file_name: ClassVar[str] = "_job.json"
+    cure: ClassVar[str] = "name another OUTPUT"
+    command: ClassVar[str]
 
-    form: int = 1
-    artifact_sha256: str
     text_columns: tuple[str, ...]
     csv_quotes: Literal["doubled", "backslash"] = "doubled"
     prefix: str
     block_rows: int
-    batch_size: int
-    versions: dict[str, str]
     inputs: tuple[InputFile, ...]
 
-    def differences(self, previous: ScoreJob) -> list[str]:
+    def differences(self, previous: Self) -> list[str]:
         """Return a line for each setting and each input file that differs from a previous job."""
-        lines = []
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            previous_value = getattr(previous, name)
-            if name == "inputs" or value == previous_value:
-                continue
-            lines.append(f"{name}: {_plain(previous_value)} there, {_plain(value)} now")
+        lines = _differences("", self, previous)
         files = {file.url: file for file in self.inputs}
         previous_files = {file.url: file for file in previous.inputs}
         for url in sorted(files.keys() | previous_files.keys()):
@@ -57,6 +44,22 @@ class ScoreJob(Record):
             elif files[url] != previous_files[url]:
                 lines.append(f"{url} has changed since")
         return lines
+
+
+class ScoreJob(Job):
+    """The job of `ad2kit score`.
+
+    The sizes of blocks and batches belong to it: a dynamic int8 graph quantises a batch together,
+    so an answer depends a little on the other texts of its batch. ``form`` is the version of the
+    format of parts; version 1 quoted the cells of text files anew.
+    """
+
+    command: ClassVar[str] = "ad2kit score"
+
+    form: int = 1
+    artifact_sha256: str
+    batch_size: int
+    versions: dict[str, str]
 
 
 class ScoreReport(Record):
@@ -97,9 +100,21 @@ class ScoreReport(Record):
         return self.answered_here / self.classifier_seconds if self.answered_here else 0.0
 
 
+def _differences(path: str, now: BaseModel, previous: BaseModel) -> list[str]:
+    """Return a line for each value but the inputs that differs, also inside of its sections."""
+    lines = []
+    for name in type(now).model_fields:
+        value, there = getattr(now, name), getattr(previous, name)
+        if isinstance(value, BaseModel) and isinstance(there, BaseModel):
+            lines += _differences(f"{path}{name}.", value, there)
+        elif name != "inputs" and value != there:
+            lines.append(f"{path}{name}: {_plain(there)} there, {_plain(value)} now")
+    return lines
+
+
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return f"{value:.80}" if isinstance(value, str) else str(value)

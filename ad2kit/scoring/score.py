@@ -11,26 +11,18 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ad2kit.data.tables import known_format
 from ad2kit.exporting.classifier import read_artifact
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.shipping import servable_artifact, table_settings
-from ad2kit.run.errors import DataError, UserError
+from ad2kit.run.errors import UserError
 from ad2kit.run.files import sha256_of
 from ad2kit.run.machine import available_cpus, versions
-from ad2kit.scoring.blocks import (
-    check_partition_columns,
-    filesystem,
-    find_inputs,
-    layout_of,
-)
-from ad2kit.scoring.output import OutputFolder, part_name
+from ad2kit.scoring.output import OutputFolder
+from ad2kit.scoring.parts import open_tables
 from ad2kit.scoring.records import ScoreJob, ScoreReport
 from ad2kit.scoring.workers import (
     ADDED,
     Work,
-    blocks_of,
-    cannot_read,
     score_here,
     score_in_processes,
 )
@@ -40,9 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.data.text_files import Quotes
-    from ad2kit.scoring.blocks import Survey
-    from ad2kit.scoring.records import InputFile
-    from ad2kit.scoring.workers import Done, Numbered
+    from ad2kit.scoring.parts import Done, Numbered
 
 Engine = Literal["process", "ray"]
 
@@ -114,44 +104,38 @@ def score(
     input_url = str(input_url)
     output_url = str(output_url)
     output = OutputFolder(output_url)
-    _check_apart(input_url, output)
-    files = find_inputs(input_url)
-    for file in files:
-        _check_apart(file.url, output)
-    suffix = known_format(files[0].url).of_parts
     text_columns, csv_quotes = table_settings(folder, artifact, text_columns, csv_quotes)
-    surveys = _survey(files, block_rows, text_columns, csv_quotes)
-    check_partition_columns(input_url, surveys)
     added = tuple(f"{prefix}{name}" for name in ADDED[artifact.task])
-    _check_writable(suffix, (*added, *artifact.labels))
-    layout = layout_of(surveys, text_columns, added)
-    blocks = list(enumerate(block for survey in surveys.values() for block in survey.blocks))
+    tables = open_tables(
+        input_url, output, text_columns, csv_quotes, added, artifact.labels, block_rows
+    )
     workers = _usable_workers(workers, engine, address, (input_url, output_url))
     job = ScoreJob(
         form=_FORM,
         artifact_sha256=sha256_of(folder / OnnxArtifact.file_name),
         versions=versions(_VERSIONED),
-        text_columns=layout.text_columns,
+        text_columns=text_columns,
         csv_quotes=csv_quotes,
         prefix=prefix,
         block_rows=block_rows,
         batch_size=batch_size,
-        inputs=files,
+        inputs=tables.files,
     )
-    work = Work(str(folder.resolve()), output.url, layout, batch_size)
+    work = Work(str(folder.resolve()), output.url, tables.layout, batch_size)
     with output.claimed(job):
-        finished = output.names() & {part_name(index, suffix) for index, _ in blocks}
+        finished = output.names() & {tables.part(number) for number, _ in tables.blocks}
         remaining = [
-            (index, block) for index, block in blocks if part_name(index, suffix) not in finished
+            (number, block)
+            for number, block in tables.blocks
+            if tables.part(number) not in finished
         ]
         workers = min(workers, max(1, len(remaining)))
-        rows = sum(block.rows for _, block in blocks)
-        rows_done = rows - sum(block.rows for _, block in remaining)
+        rows_done = tables.rows - sum(block.rows for _, block in remaining)
         initial_report = ScoreReport(
             output=output.url,
-            rows=rows,
+            rows=tables.rows,
             bad_rows=output.count_bad(finished),
-            parts=len(blocks),
+            parts=len(tables.blocks),
             engine=engine,
             workers=workers,
             scored_here=0,
@@ -200,20 +184,6 @@ def _watched(
     )
 
 
-def _survey(
-    files: tuple[InputFile, ...], block_rows: int, text_columns: tuple[str, ...], quotes: Quotes
-) -> dict[str, Survey]:
-    """Return the survey of each file, by its address."""
-    surveys = {}
-    for file in files:
-        survey = blocks_of(file.url).survey
-        try:
-            surveys[file.url] = survey(file, block_rows, text_columns, quotes)
-        except OSError as error:
-            raise cannot_read(file.url, error) from error
-    return surveys
-
-
 def _run(
     engine: Engine, work: Work, blocks: list[Numbered], workers: int, address: str | None
 ) -> Iterator[Done]:
@@ -227,31 +197,6 @@ def _run(
     if workers > 1:
         return score_in_processes(work, blocks, workers)
     return score_here(work, blocks)
-
-
-def _check_apart(input_url: str, output: OutputFolder) -> None:
-    """Refuse an output inside an input folder, and an input inside the output."""
-    store, path = filesystem(input_url)
-    output_inside = f"{output.path}/".startswith(f"{path.rstrip('/')}/") and store.isdir(path)
-    input_inside = path.startswith(f"{output.path}/")
-    if store.protocol == output.store.protocol and (output_inside or input_inside):
-        raise DataError(
-            f"{output.url} and the input {input_url} lie in one another: parts would be read as "
-            "input",
-            hint="give an OUTPUT beside it",
-        )
-
-
-def _check_writable(suffix: str, words: Iterable[str]) -> None:
-    """Refuse names of labels or columns that TSV cannot hold."""
-    if suffix != "tsv":
-        return
-    for word in words:
-        if any(character in word for character in "\t\r\n"):
-            raise DataError(
-                f"TSV has no quoting, and cannot hold {word!r}, which the answers need",
-                hint="convert INPUT to CSV, JSON lines or Parquet",
-            )
 
 
 def _usable_workers(

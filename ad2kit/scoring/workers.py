@@ -16,36 +16,30 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ad2kit.data.labels import answers, scores
-from ad2kit.data.tables import known_format
-from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.tokenise import stop_at_long_text
-from ad2kit.run.errors import DataError, MissingExtra, UserError
+from ad2kit.run.errors import MissingExtra, UserError
 from ad2kit.run.ray_cluster import ray_cluster
-from ad2kit.scoring import text_blocks
 from ad2kit.scoring.blocks import Block
-from ad2kit.scoring.output import OutputFolder, part_name
+from ad2kit.scoring.parts import BlockWorker, Done
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.text_files import Quotes
     from ad2kit.exporting.tokenise import Refuse, Tokens
     from ad2kit.run.sections import Task
-    from ad2kit.scoring.blocks import Layout, Rows, Survey
-    from ad2kit.scoring.records import InputFile
+    from ad2kit.scoring.blocks import Layout
 
     Numbered = tuple[int, Block]
 
@@ -62,37 +56,6 @@ ADDED: dict[Task, tuple[str, ...]] = {
 _BLOCKS_IN_FLIGHT = 2
 
 
-class BlockReader(Protocol):
-    """Reads blocks of one file; reading them in order is fastest."""
-
-    def read(self, block: Block) -> Rows:
-        """Read a block."""
-
-    def close(self) -> None:
-        """Close the file."""
-
-
-class BlockFormat(Protocol):
-    """The functions of a module that reads and writes blocks of one family of formats."""
-
-    def survey(
-        self,
-        file: InputFile,
-        block_rows: int,
-        text_columns: Sequence[str] = (),
-        quotes: Quotes = "doubled",
-    ) -> Survey:
-        """Cut a file into blocks."""
-
-    def Reader(self, url: str, layout: Layout) -> BlockReader:  # noqa: N802  (a class there)
-        """Open a file for reading."""
-
-    def write(
-        self, rows: Rows, good: Sequence[int], layout: Layout, answers: Mapping[str, NDArray[Any]]
-    ) -> bytes:
-        """Return the content of a part: the rows at the positions ``good`` with their answers."""
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """The settings of a worker beside its blocks: plain values that can be sent to any machine."""
@@ -103,37 +66,7 @@ class Work:
     batch_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The result of one block; ``seconds`` is the time of the classifier alone."""
-
-    rows: int
-    bad: int
-    seconds: float
-
-
-def blocks_of(url: str) -> BlockFormat:
-    """Return the module that reads and writes the format of a file.
-
-    Raises:
-        MissingExtra: the format needs pyarrow, which is not installed.
-    """
-    if not known_format(url).is_arrow:
-        return text_blocks
-    from ad2kit.scoring import arrow_blocks
-
-    return arrow_blocks
-
-
-def cannot_read(url: str, error: OSError) -> DataError:
-    """Return the error for a file that exists but cannot be read."""
-    return DataError(
-        f"cannot read {url}: {error}",
-        hint="put it back, or correct its access rights, then run the same command again",
-    )
-
-
-class Scorer:
+class Scorer(BlockWorker):
     """A loaded classifier that turns blocks into parts.
 
     Raises:
@@ -141,67 +74,9 @@ class Scorer:
     """
 
     def __init__(self, work: Work) -> None:
+        super().__init__(work.output, work.layout)
         self.work = work
-        self.output = OutputFolder(work.output)
         self.classifier = OnnxClassifier(work.artifact, threads=1)
-        self._url = ""
-        self._reader: BlockReader | None = None
-
-    def __call__(self, index: int, block: Block) -> Done:
-        """Score one block and write its part.
-
-        Raises:
-            DataError: the file is gone, or has changed since it was surveyed.
-        """
-        layout = self.work.layout
-        block_format = blocks_of(block.url)
-        rows = self._read(block_format, block)
-        good = []
-        for position, (texts, place) in enumerate(zip(rows.texts, rows.places, strict=True)):
-            reason = _wrong(texts, layout.text_columns)
-            if reason:
-                rows.refuse(place, reason)
-            else:
-                good.append(position)
-        start = time.perf_counter()
-        refused = dict[int, str]()
-        answer_columns = self.answers(
-            [rows.texts[position] for position in good], refused.__setitem__
-        )
-        seconds = time.perf_counter() - start
-        for index, reason in refused.items():
-            rows.refuse(rows.places[good[index]], reason)
-        good = [position for index, position in enumerate(good) if index not in refused]
-        content = block_format.write(rows, good, layout, answer_columns)
-        bad = sorted(rows.bad, key=lambda row: row.row)
-        self.output.write_part(part_name(index, known_format(block.url).of_parts), content, bad)
-        return Done(block.rows, len(bad), seconds)
-
-    def close(self) -> None:
-        """Close the file of the last block."""
-        if self._reader is not None:
-            self._reader.close()
-        self._url = ""
-        self._reader = None
-
-    def _read(self, block_format: BlockFormat, block: Block) -> Rows:
-        """Read a block, and check that it has as many rows as in the survey."""
-        try:
-            if self._reader is None or block.url != self._url:
-                self.close()
-                self._reader = block_format.Reader(block.url, self.work.layout)
-                self._url = block.url
-            rows = self._reader.read(block)
-        except OSError as error:
-            raise cannot_read(block.url, error) from error
-        row_count = len(rows.places) + len(rows.bad)
-        if row_count != block.rows:
-            raise DataError(
-                f"{block.url} has changed while it was scored: expected {block.rows} rows from row "
-                f"{block.first_row} on, found {row_count}",
-                hint="score it into a new folder once it is complete",
-            )
-        return rows
 
     def answers(
         self, texts: Sequence[Any], refuse: Refuse = stop_at_long_text
@@ -241,14 +116,6 @@ def columns(
     probabilities = scores(task, logits / classifier.artifact.temperature)
     label_scores = np.take_along_axis(probabilities, predictions[:, None], axis=1)[:, 0]
     return [names[predictions], label_scores, truncated]
-
-
-def _wrong(texts: tuple[Any, ...], names: tuple[str, ...]) -> str:
-    """Return the reason to refuse the texts of a row; "" if they are good."""
-    for name, text in zip(names, texts, strict=True):
-        if not is_text(text):
-            return f"'{name}': expected at least one visible character, found {text!r:.60}"
-    return ""
 
 
 _work: Work

@@ -25,7 +25,7 @@ from ad2kit.scoring.blocks import (
     find_inputs,
     layout_of,
 )
-from ad2kit.scoring.workers import blocks_of
+from ad2kit.scoring.parts import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,7 +24,7 @@ from ad2kit.data import tables, text_files
 from ad2kit.data.text_files import Dialect, Lines
 from ad2kit.run.errors import DataError
 from ad2kit.scoring.blocks import Layout, find_inputs
-from ad2kit.scoring.workers import blocks_of
+from ad2kit.scoring.parts import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

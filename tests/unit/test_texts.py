@@ -14,7 +14,7 @@ from ad2kit.data.splits import load_split
 from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.run.errors import DataError, UserError
-from ad2kit.scoring.workers import _wrong
+from ad2kit.scoring.parts import _wrong
 from ad2kit.service.openapi import document
 
 if TYPE_CHECKING:
