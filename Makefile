@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  "ad2kit needs Python 3.11 or newer, found %d.%d; name one: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[cpu,scale,demo,dev]'
+	  --constraint constraints.txt --editable '.[cpu,scale,ask,demo,dev]'
 	touch $@
 
 $(VENV)/.docs: $(INSTALLED)

@@ -219,7 +219,7 @@ def _schema(schema: dict[str, Any]) -> str:
         return f"`{schema['const']}`"
     if schema.get("type") == "array" and "items" in schema:
         return f"list{_bounds(schema, 'minItems', 'maxItems')} of {_schema(schema['items'])}"
-    if schema.get("type") == "object" and "additionalProperties" in schema:
+    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"object of {_schema(schema['additionalProperties'])}"
     return f"{schema.get('type', 'any')}{_bounds(schema, 'minimum', 'maximum')}"
 

@@ -44,6 +44,7 @@ for command in (
     stages.report,
     stages.predict,
     stages.score,
+    stages.ask,
     campaigns.run,
     campaigns.compare,
     campaigns.fit,

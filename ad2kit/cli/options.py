@@ -146,6 +146,37 @@ Workers = Annotated[
 BlockRows = Annotated[int, typer.Option(min=1, help="Rows of a part; sorted by length in it.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts that are computed at once.")]
 
+# Options of `ask`.
+BaseUrl = Annotated[
+    str,
+    typer.Option(metavar="URL", help="An OpenAI-compatible endpoint: http://127.0.0.1:8000/v1."),
+]
+AskedModel = Annotated[str, typer.Option("--model", help="The model to ask, by its exact version.")]
+Concurrency = Annotated[int, typer.Option(min=1, max=1000, help="Requests at once.")]
+MaxRows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows to ask about, drawn at random; more later takes the same."),
+]
+MaxCost = Annotated[
+    float | None, typer.Option(min=0.0, help="Of the whole job, by the prices of the recipe.")
+]
+RequestsPerMinute = Annotated[float | None, typer.Option(min=0.01, help="The server's limit.")]
+TokensPerMinute = Annotated[float | None, typer.Option(min=1.0, help="The server's limit.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")]
+Proxy = Annotated[
+    str | None, typer.Option(metavar="URL", help="A proxy; those of the environment are not used.")
+]
+TeacherPrefix = Annotated[
+    str, typer.Option("--prefix", help="Put before the names of the columns that are added.")
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Compare with the answers of another `ad2kit ask`."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Ask nothing; estimate tokens and cost, show a request.")
+]
+
 # Options of `sweep`; `score` has the address too.
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, instead of this machine.")

@@ -5,6 +5,7 @@ They translate options. Heavy imports sit inside.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 from pathlib import Path
@@ -353,3 +354,67 @@ def score(
         )
     print_result(report, summary(report), as_json=as_json)
     check_all_rows(report)
+
+
+def ask(
+    recipe_name: options.RecipeName,
+    input_url: options.Input,
+    output_url: options.Output,
+    base_url: options.BaseUrl,
+    model: options.AskedModel,
+    overrides: options.Overrides = None,
+    concurrency: options.Concurrency = 8,
+    max_rows: options.MaxRows = None,
+    max_cost: options.MaxCost = None,
+    requests_per_minute: options.RequestsPerMinute = None,
+    tokens_per_minute: options.TokensPerMinute = None,
+    timeout_s: options.Timeout = 120.0,
+    proxy: options.Proxy = None,
+    prefix: options.TeacherPrefix = "teacher_",
+    against: options.Against = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Ask a language model about every row of a table: the answers of a teacher.
+
+    The section `ask` of the recipe says what is asked. The key is that of the environment variable
+    AD2KIT_ASK_KEY. Each answer is kept at once, and the same command goes on where it was stopped.
+    Rows that get no answer are listed in OUTPUT/_errors, and the exit code is 2 if there are any.
+    """
+    from ad2kit.asking import ask as asking
+    from ad2kit.cli import show_ask
+    from ad2kit.cli.show import print_json, print_result, show_messages
+    from ad2kit.run.recipe import load_recipe
+
+    show_messages()
+    recipe = load_recipe(recipe_name, overrides or ())
+    limits = asking.Limits(
+        concurrency=concurrency,
+        max_rows=max_rows,
+        max_cost=max_cost,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        timeout_s=timeout_s,
+    )
+    if dry_run:
+        found = asking.estimate(recipe, input_url, output_url, limits)
+        if as_json:
+            print_json(dataclasses.asdict(found))
+        else:
+            typer.echo(show_ask.estimate_words(found))
+        return
+    with show_ask.asking_progress() as on_progress:
+        report = asking.ask(
+            recipe,
+            input_url,
+            output_url,
+            base_url=base_url,
+            model=model,
+            limits=limits,
+            prefix=prefix,
+            proxy=proxy,
+            against=against,
+            on_progress=on_progress,
+        )
+    print_result(report, show_ask.summary(report), as_json=as_json)
+    show_ask.check_all_rows(report)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ad2kit.run.ask_section import AskRecipe, wrong_ask
 from ad2kit.run.errors import RecipeError, nearest
 from ad2kit.run.sections import (
     BenchRecipe,
@@ -54,7 +55,14 @@ class Recipe(Section):
     bench: BenchRecipe = BenchRecipe()
     sweep: SweepRecipe = SweepRecipe()
     compute: ComputeRecipe = ComputeRecipe()
+    ask: AskRecipe | None = None
     plan: PlanRecipe | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_its_labels(self) -> Self:
+        if self.ask is not None and (reason := wrong_ask(self.ask, self.data)):
+            raise ValueError(f"ask: {reason}")
+        return self
 
     @model_validator(mode="after")
     def _has_probabilities_to_calibrate(self) -> Self:

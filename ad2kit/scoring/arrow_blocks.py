@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The types of the answer columns by the kind of their array, also for a block without answers.
 _TYPES = {
     "U": pa.string(),
+    "S": pa.string(),
     "O": pa.list_(pa.string()),
     "f": pa.float64(),
     "b": pa.bool_(),

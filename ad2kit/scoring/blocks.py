@@ -156,7 +156,10 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
 
 
 def layout_of(
-    surveys: Mapping[str, Survey], text_columns: tuple[str, ...], added: tuple[str, ...]
+    surveys: Mapping[str, Survey],
+    text_columns: tuple[str, ...],
+    added: tuple[str, ...],
+    naming: str = "--text-columns a, or a,b for a pair",
 ) -> Layout:
     """Return the common layout of the files with rows.
 
@@ -164,6 +167,7 @@ def layout_of(
         surveys: the survey of each file, by its address.
         text_columns: the columns to read.
         added: the columns to add.
+        naming: how the command names the columns to read, for hints.
 
     Raises:
         DataError: there are no rows; a column is missing or would occur twice; the files differ.
@@ -184,12 +188,12 @@ def layout_of(
                 raise DataError(
                     f"{url}: no column '{column}'{nearest(column, survey.columns)}; "
                     f"columns: {', '.join(survey.columns)}",
-                    hint="name the columns to read: --text-columns a, or a,b for a pair",
+                    hint=f"name the columns to read: {naming}",
                 )
             if column not in survey.texts:
                 raise DataError(
                     f"{url}: expected texts in the column '{column}', found {survey.kind}",
-                    hint="name the columns to read with --text-columns",
+                    hint=f"name the columns to read: {naming}",
                 )
         for column in added:
             if column in survey.columns:

@@ -114,6 +114,12 @@ class OutputFolder:
             self.write(f"{_ERRORS}/{_errors_name(name)}", lines.encode())
         self.write(name, content)
 
+    def forget_errors(self) -> None:
+        """Delete the lists of bad rows, before all parts are written anew."""
+        folder = f"{self.path}/{_ERRORS}"
+        if self.store.isdir(folder):
+            self.store.rm(folder, recursive=True)
+
     def count_bad(self, parts: set[str]) -> int:
         """Return the number of bad rows of finished parts, which are given by name."""
         folder = f"{self.path}/{_ERRORS}"

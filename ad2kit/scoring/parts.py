@@ -217,6 +217,7 @@ def open_tables(
     added: tuple[str, ...],
     labels: tuple[str, ...],
     block_rows: int,
+    naming: str = "--text-columns a, or a,b for a pair",
 ) -> Tables:
     """Find the tables of a job, and divide them into blocks.
 
@@ -228,6 +229,7 @@ def open_tables(
         added: the names of the columns of the answers.
         labels: the labels that the answers may hold.
         block_rows: the most rows of a block.
+        naming: how the command names the columns to read, for hints.
 
     Raises:
         DataError: an input or a column is missing, would occur twice, or cannot be read or written.
@@ -239,7 +241,7 @@ def open_tables(
     surveys = _survey(files, block_rows, text_columns, csv_quotes)
     check_partition_columns(input_url, surveys)
     _check_writable(known_format(files[0].url).of_parts, (*added, *labels))
-    layout = layout_of(surveys, text_columns, added)
+    layout = layout_of(surveys, text_columns, added, naming)
     blocks = enumerate(block for survey in surveys.values() for block in survey.blocks)
     return Tables(files, layout, list(blocks))
 

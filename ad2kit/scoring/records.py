@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, computed_field
+from pydantic import computed_field
 
 from ad2kit.run.records import Part, Record
 
@@ -35,7 +35,12 @@ class Job(Record):
 
     def differences(self, previous: Self) -> list[str]:
         """Return a line for each setting and each input file that differs from a previous job."""
-        lines = _differences("", self, previous)
+        lines = []
+        settings, previous_settings = self._settings(), previous._settings()
+        for name in sorted(settings.keys() | previous_settings.keys()):
+            now, there = (each.get(name) for each in (settings, previous_settings))
+            if now != there:
+                lines.append(f"{name}: {_plain(there)} there, {_plain(now)} now")
         files = {file.url: file for file in self.inputs}
         previous_files = {file.url: file for file in previous.inputs}
         for url in sorted(files.keys() | previous_files.keys()):
@@ -44,6 +49,17 @@ class Job(Record):
             elif files[url] != previous_files[url]:
                 lines.append(f"{url} has changed since")
         return lines
+
+    def _settings(self) -> dict[str, object]:
+        """Return the settings by name; those in a mapping have the names of both."""
+        settings: dict[str, object] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                settings |= {f"{name}.{key}": item for key, item in value.items()}
+            elif name != "inputs":
+                settings[name] = value
+        return settings
 
 
 class ScoreJob(Job):
@@ -100,21 +116,7 @@ class ScoreReport(Record):
         return self.answered_here / self.classifier_seconds if self.answered_here else 0.0
 
 
-def _differences(path: str, now: BaseModel, previous: BaseModel) -> list[str]:
-    """Return a line for each value but the inputs that differs, also inside of its sections."""
-    lines = []
-    for name in type(now).model_fields:
-        value, there = getattr(now, name), getattr(previous, name)
-        if isinstance(value, BaseModel) and isinstance(there, BaseModel):
-            lines += _differences(f"{path}{name}.", value, there)
-        elif name != "inputs" and value != there:
-            lines.append(f"{path}{name}: {_plain(there)} there, {_plain(value)} now")
-    return lines
-
-
 def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return f"{value:.80}" if isinstance(value, str) else str(value)

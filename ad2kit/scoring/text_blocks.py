@@ -222,8 +222,16 @@ def _text_columns(layout: Layout) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _cells(column: NDArray[Any], dialect: Dialect | None) -> list[str]:
-    """Return the cells of a column of answers: JSON, except for single labels in CSV and TSV."""
+    """Return the cells of a column of answers: JSON, except for single labels in CSV and TSV.
+
+    Bytes are JSON already.
+    """
     values = column.tolist()
+    if column.dtype.kind == "S":
+        texts = [value.decode() for value in values]
+        if dialect is None or dialect == TSV:
+            return texts
+        return [text_files.csv_cell(text, dialect) for text in texts]
     if column.dtype.kind == "f":
         return [repr(value) if math.isfinite(value) else json.dumps(value) for value in values]
     is_label = column.dtype.kind == "U"

@@ -74,7 +74,7 @@ def test_parts_and_errors_of_a_job(output: OutputFolder) -> None:
         ({"batch_size": 8}, "batch_size: 8 there, 4 now"),
         ({"form": 2}, "form: 2 there, 1 now"),
         ({"text_columns": ("a", "b")}, "text_columns: a,b there, text now"),
-        ({"versions": {"onnxruntime": "1.30"}}, "onnxruntime 1.30 there, onnxruntime 1.31 now"),
+        ({"versions": {"onnxruntime": "1.30"}}, "versions.onnxruntime: 1.30 there, 1.31 now"),
         (
             {"inputs": (InputFile(url="in.csv", size_bytes=4, version="1"),)},
             "in.csv has changed since",

@@ -30,7 +30,7 @@ from ad2kit.data.splits import load_data
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe
 from ad2kit.scoring.blocks import Layout, find_inputs
-from ad2kit.scoring.workers import blocks_of
+from ad2kit.scoring.parts import blocks_of
 from tests.unit.test_text_rows import AS_THEY_ARE, CELL, NAMES, PLAIN_CELL, for_scoring
 
 if TYPE_CHECKING:

@@ -1,0 +1,142 @@
+"""Agreement of a language model's answers: with labels of the table, and with another pass.
+
+The labels say whether the teacher is good enough. Another pass, with another prompt, seed or model,
+says how far the teacher agrees with itself: no student can be expected to agree with it more often.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ad2kit.asking.records import Agreement, AskJob
+from ad2kit.asking.results import label_column
+from ad2kit.data import sample_size
+from ad2kit.data.labels import LabelReader
+from ad2kit.data.tables import read
+from ad2kit.run.errors import DataError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from ad2kit.data.rows import Place
+    from ad2kit.data.text_files import Quotes
+    from ad2kit.run.sections import DataRecipe
+    from ad2kit.scoring.parts import Tables
+
+
+class Other(NamedTuple):
+    """The answers of another job: the cell of the label by the texts of a row."""
+
+    folder: Path
+    column: str
+    cells: dict[tuple[Any, ...], Any]
+
+
+def other_answers(folder: Path, job: AskJob) -> Other:
+    """Read the answers of another job.
+
+    Raises:
+        RunError: it is no job of `ad2kit ask`, or has other labels or columns.
+    """
+    other = AskJob.read(folder / AskJob.file_name)
+    for name in ("labels", "text_columns", "task"):
+        there, here = getattr(other, name), getattr(job, name)
+        if sorted(there) != sorted(here):
+            raise RunError(
+                f"{folder} has other {name}: {there!r} there, {here!r} here",
+                hint="compare with a folder of the same task",
+            )
+    column = label_column(other.task, other.prefix)
+    rows = _rows(folder, (*other.text_columns, column), other.csv_quotes)
+    return Other(folder, column, {tuple(texts): answer for _, (*texts, answer) in rows})
+
+
+def agreements(
+    data: DataRecipe, job: AskJob, tables: Tables, folder: Path, other: Other | None
+) -> Iterator[Agreement]:
+    """Yield the agreement with the columns of labels, if the table has them, and with another job.
+
+    Args:
+        data: names the columns of the labels.
+        job: the job.
+        tables: its input.
+        folder: its parts.
+        other: the answers of another job to the same texts.
+    """
+    answered = label_column(job.task, job.prefix)
+    columns = data.label_columns
+    if set(columns) <= set(tables.layout.columns):
+        rows = _rows(folder, (*columns, answered), job.csv_quotes)
+        pairs = (
+            (place, cells[0] if len(columns) == 1 else cells, answer)
+            for place, (*cells, answer) in rows
+        )
+        yield _agreement(data, ", ".join(columns), columns, answered, pairs)
+    if other is not None:
+        rows = _rows(folder, (*job.text_columns, answered), job.csv_quotes)
+        pairs = (
+            (place, other.cells[tuple(texts)], answer)
+            for place, (*texts, answer) in rows
+            if tuple(texts) in other.cells
+        )
+        yield _agreement(data, str(other.folder), (other.column,), answered, pairs)
+
+
+def _rows(
+    folder: Path, columns: tuple[str, ...], quotes: Quotes
+) -> Iterator[tuple[Place, list[Any]]]:
+    """Yield the place and some cells of each row of the parts of a job."""
+    for place, cells, error in read(folder, columns, quotes):
+        if error is not None:
+            raise error
+        yield place, [cells[column] for column in columns]
+
+
+def _agreement(
+    data: DataRecipe,
+    with_what: str,
+    given_columns: tuple[str, ...],
+    answered_column: str,
+    pairs: Iterable[tuple[Place, Any, Any]],
+) -> Agreement:
+    """Compare the labels in two columns of cells, as a training would read them.
+
+    Args:
+        data: names the labels.
+        with_what: the name of the given labels.
+        given_columns: the columns of the given labels.
+        answered_column: the column of the answers.
+        pairs: the place of each row, its given cell or cells, and its answered cell.
+    """
+    given_column = given_columns if len(given_columns) > 1 else given_columns[0]
+    readers = [
+        LabelReader(data.model_copy(update={"label_column": column}), None)
+        for column in (given_column, answered_column)
+    ]
+    codes: list[list[float]] = []
+    reasons: list[str] = []
+    for place, *cells in pairs:
+        if cells[0] is None or cells[0] == "":
+            continue
+        try:
+            row = [reader.code(place, cell) for reader, cell in zip(readers, cells, strict=True)]
+        except DataError as error:
+            reasons.append(error.message)
+        else:
+            codes.append(row)
+    equal = 0
+    if codes:
+        both = np.array(codes, dtype=readers[0].code_type).T
+        given, answered = (r.read(column) for r, column in zip(readers, both, strict=True))
+        equal = int((given == answered).reshape(len(codes), -1).all(axis=1).sum())
+    return Agreement(
+        with_what=with_what,
+        rows=len(codes),
+        equal=equal,
+        interval=sample_size.share(equal, len(codes)).interval if codes else (0.0, 1.0),
+        left_out=len(reasons),
+        reason=reasons[0] if reasons else "",
+    )

@@ -1,0 +1,193 @@
+"""Questions to a language model, what its replies mean, and the journal of both."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import openai
+import pytest
+
+from ad2kit.asking.endpoint import Pace, _retry_after
+from ad2kit.asking.journal import Journal
+from ad2kit.asking.prompts import Prompt, Question, parsed
+from ad2kit.asking.records import Answer, Usage
+from ad2kit.run.ask_section import AskRecipe, wrong_ask
+from ad2kit.run.errors import RecipeError, RunError
+from ad2kit.run.recipe import load_recipe
+from ad2kit.run.sections import DataRecipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ASK = {"prompt": "Which?\n{labels}", "text": "{text}"}
+DATA = {
+    "source": "embedded://opinions",
+    "text_columns": ["text"],
+    "label_column": "label",
+    "max_length_tokens": 64,
+    "labels": ["a", "ab", "abc"],
+}
+
+
+def section(**changes: Any) -> AskRecipe:
+    return AskRecipe.model_validate_json(json.dumps(ASK | changes))
+
+
+def data(**changes: Any) -> DataRecipe:
+    return DataRecipe.model_validate_json(json.dumps(DATA | changes))
+
+
+def reply(tokens: dict[str, float], **message: Any) -> bytes:
+    top = [{"token": token, "logprob": math.log(share)} for token, share in tokens.items()]
+    choice = {
+        "message": {"content": "A", **message},
+        "logprobs": {"content": [{"top_logprobs": top}]},
+    }
+    return json.dumps({"model": "m", "choices": [choice]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("ask", "changes", "reason"),
+    [
+        ({}, {"labels": None}, "set data.labels"),
+        ({}, {"labels": None, "task": "regression"}, "data.task is regression"),
+        ({}, {"labels": [f"l{n}" for n in range(21)]}, "at most 20 log-probabilities"),
+        ({"descriptions": {"d": "x"}}, {}, "'d' is none of data.labels"),
+        ({"examples": [{"texts": ["x"], "label": "d"}]}, {}, "'d' is none of data.labels"),
+        ({"examples": [{"texts": ["x", "y"], "label": "a"}]}, {}, "expected 1 texts"),
+        ({"prompt": "Which?"}, {}, "prompt: expected {labels} in it"),
+        ({"text": "{sentence}"}, {}, "text: expected {text} in it"),
+        ({"text": "{text}"}, {"text_columns": ["text", "b"]}, "text: expected {b} in it"),
+        ({"extra": {"n": 3}}, {}, "ad2kit sets 'n' itself"),
+        ({}, {"task": "multi_label"}, "prompt: expected {label} in it"),
+    ],
+)
+def test_a_section_that_does_not_fit_the_data(
+    ask: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    assert reason in wrong_ask(section(**ask), data(**changes))
+
+
+def test_a_section_that_fits_and_one_that_every_command_refuses() -> None:
+    assert wrong_ask(section(), data()) == ""
+    labels = [f"l{n}" for n in range(21)]
+    assert wrong_ask(section(answer="samples"), data(labels=labels)) == ""
+    with pytest.raises(RecipeError, match="ask: it needs the names of the labels"):
+        load_recipe("smoke", ["ask.prompt='{labels}'", "ask.text='{text}'"])
+
+
+def test_the_distribution_is_that_of_the_letters() -> None:
+    prompt = Prompt(section(), data())
+    found = parsed(reply({"A": 0.4, " A": 0.1, "C": 0.2, "The": 0.2, "AB": 0.05, "a": 0.05}))
+    assert found is not None
+    answer = prompt.answer(found)
+    assert answer.probabilities == pytest.approx({"a": 5 / 7, "abc": 2 / 7})
+    assert answer.mass == pytest.approx(0.7)
+    outside = parsed(reply({"The": 0.6, "A": 0.4}))
+    assert outside is not None
+    assert not prompt.answer(outside).probabilities
+    assert "first token 'The', 0.40 of the probability" in prompt.answer(outside).reason
+
+
+def test_another_seed_is_another_order_and_the_text_comes_last() -> None:
+    first, other = Prompt(section(), data()), Prompt(section(seed=1), data())
+    bodies = [p.request(Question(("x {labels}",)), 2) for p in (first, other)]
+    assert bodies[0]["messages"][0]["content"].startswith("Which?\nA. a\nB. ab\nC. abc\n\n")
+    assert set(other.choices) == set(first.choices)
+    assert other.choices != first.choices
+    assert [body["messages"][-1]["content"] for body in bodies] == ["x {labels}"] * 2
+    assert [body["seed"] for body in bodies] == [2, 1002]
+    assert first.fingerprint != other.fingerprint
+    assert first.fingerprint == Prompt(section(input_price=3.0), data()).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        ('{"label": "ab"}', "ab"),
+        (' {"label": "abc", "why": 1}', "abc"),
+        ('{"label": "AB"}', None),
+        ('{"label": ["ab"]}', None),
+        ('"ab"', None),
+        ("ab", None),
+        (None, None),
+    ],
+)
+def test_a_structured_output_is_one_of_the_labels_or_outside(
+    content: str | None, label: str | None
+) -> None:
+    found = parsed(reply({"A": 1.0}, content=content))
+    assert found is not None
+    answer = Prompt(section(answer="label"), data()).answer(found)
+    assert answer.probabilities == ({label: 1.0} if label else {})
+    assert bool(answer.reason) == (label is None)
+
+
+NO_CHOICE = b'{"model": "m", "choices": []}'
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", NO_CHOICE, reply({"A": 1})[:50]])
+def test_half_a_reply_is_none(content: bytes) -> None:
+    assert parsed(content) is None
+
+
+def test_a_journal_keeps_what_was_sent_and_how_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    answer = Answer(probabilities={"a": 1.0})
+    with journal.writing():
+        for name in ("x", "y", "z"):
+            journal.sent(name)
+        journal.failed("x", "429")
+        journal.sent("x")
+        journal.got("x", answer, Usage(prompt_tokens=7, completion_tokens=2), "m")
+        journal.got("z", Answer(reason="refused"), Usage(prompt_tokens=1), "m")
+    with path.open("ab") as file:
+        file.write(b'{"got": "y", "answ')
+    again = Journal(path)
+    assert again.answers == journal.answers == {"x": answer, "z": Answer(reason="refused")}
+    assert (again.lost, dict(again.failures), again.model) == (1, {"429": 1}, "m")
+    assert again.tokens == Usage(prompt_tokens=8, completion_tokens=2)
+    with again.writing():
+        again.sent("y")
+        again.got("y", answer, Usage(), "m")
+    assert Journal(path).lost == 1  # the first try of y has no end, and stays counted
+    assert path.read_bytes().count(b"\n") == 9
+    path.write_bytes(b"[]\n" + path.read_bytes())
+    with pytest.raises(RunError, match="line 1: expected an event"):
+        Journal(path)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "7", "retry-after-ms": "1500"}, 1.5),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "soon"}, None),
+    ],
+)
+def test_how_long_the_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    response = httpx2.Response(429, headers=headers, request=httpx2.Request("POST", "http://x"))
+    error = openai.RateLimitError("slow down", response=response, body=None)
+    assert _retry_after(error) == seconds
+
+
+@pytest.mark.parametrize(
+    ("pace", "tokens", "starts"),
+    [
+        (Pace(None, None), 1e6, [100.0, 100.0, 100.0]),
+        (Pace(120, None), 9.0, [100.0, 100.5, 101.0]),
+        (Pace(None, 6000), 50.0, [100.0, 100.5, 101.0]),
+        (Pace(120, 6000), 100.0, [100.0, 101.0, 102.0]),
+    ],
+)
+def test_requests_keep_the_limits_of_a_minute(
+    pace: Pace, tokens: float, starts: list[float]
+) -> None:
+    assert [pace.start(100.0, tokens) for _ in starts] == starts
+    assert pace.start(1000.0, tokens) == 1000.0  # nothing is saved up, and nothing is owed
