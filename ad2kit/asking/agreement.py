@@ -68,7 +68,7 @@ def agreements(
     """
     answered = label_column(job.task, job.prefix)
     columns = data.label_columns
-    if set(columns) <= set(tables.layout.columns):
+    if columns and set(columns) <= set(tables.layout.columns):
         rows = _rows(folder, (*columns, answered), job.csv_quotes)
         pairs = (
             (place, cells[0] if len(columns) == 1 else cells, answer)
