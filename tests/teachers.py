@@ -95,6 +95,9 @@ CASES = {
     "modernbert-scaled": Case(
         "modernbert", config=_rope(rope_type="linear", factor=4.0), majors=(5,)
     ),
+    "modernbert-scaling": Case(
+        "modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, majors=(4,)
+    ),
     # What version 5 cannot express.
     "bert-relative": Case("bert", {"position_embedding_type": "relative_key"}, majors=(4,)),
     "bert-heads": Case("bert", heads={0: [1], 1: [0, 3]}, majors=(4,)),
@@ -105,6 +108,7 @@ CASES = {
         "bert", tokenizer={"model_input_names": ["input_ids", "attention_mask"]}
     ),
     "bert-cased": Case("bert", tokenizer={"do_lower_case": False}),
+    "bert-resized": Case("bert", {"vocab_size": 384}),
     "bert-left": Case("bert", tokenizer={"truncation_side": "left"}),
 }
 _SMALL = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.exporting.fuse import fuse, to_fp16
 from ad2kit.exporting.int8 import Way, quantize
+from ad2kit.models.layers import LAYER_PARTS, layers_of
 from ad2kit.run.errors import ModelError, RecipeError
 from ad2kit.run.sections import StudentRecipe
 from ad2kit.training import students
@@ -64,7 +65,7 @@ def shapes(teacher: TextModel, recipe: StudentRecipe, grid: Grid) -> list[Shape]
     def parts(number: int, shares: Sequence[float]) -> list[int]:
         return sorted({max(1, round(number * share)) for share in shares})
 
-    names = students.LAYER_PARTS.get(teacher.module.config.model_type)
+    names = LAYER_PARTS.get(teacher.module.config.model_type)
     cuttable = {"attention_heads": names and names.heads_out, "feed_forward": names}
     widths = {
         key: getattr(grid, key) or parts(getattr(full, key), _WIDTHS if can_be_cut else (1,))
@@ -110,7 +111,7 @@ def untrained(teacher: TextModel, shape: Shape) -> TextModel:
     """Return an untrained student of a shape, as fast as a trained one; it has the first units."""
     student = build_student(teacher, shape.layers)
     full = whole(teacher)
-    layers = len(students.layers_of(student))
+    layers = len(layers_of(student.module))
     if shape.attention_heads < full.attention_heads:
         students.keep_heads(student, [range(shape.attention_heads)] * layers)
     if shape.feed_forward < full.feed_forward:

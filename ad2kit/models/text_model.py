@@ -18,6 +18,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from ad2kit.data import splits
 from ad2kit.data.label_order import check_given_order, numbers_of
+from ad2kit.models.layers import classifier_class
 from ad2kit.models.pretrained import (
     RANDOM,
     check_weights,
@@ -158,11 +159,10 @@ def _load_module(
     try:
         # transformers would warn about a new head; _check_loaded decides from the missing keys.
         with seeded(seed), quiet_transformers():
-            module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            module, info = classifier_class(config).from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
-                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -204,7 +204,9 @@ def _check_loaded(
             if finished
             else "give an encoder checkpoint of the architecture that its config.json names",
         )
-    mismatched = [key for key in info["mismatched_keys"] if finished or key.startswith(prefix)]
+    # Version 5 gives the two shapes with each key.
+    other_shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    mismatched = [key for key in other_shapes if finished or key.startswith(prefix)]
     if mismatched:
         key = min(mismatched)
         raise ModelError(

@@ -53,8 +53,8 @@ _INPUTS = ["input_ids", "attention_mask"]
 _INPUTS_WITH_SEGMENTS = ["input_ids", "token_type_ids", "attention_mask"]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# Version 4's name and default for the base of the rotary positions of each kind of layer.
-_THETAS = {_FULL: ("global_rope_theta", 160_000.0), _SLIDING: ("local_rope_theta", 10_000.0)}
+# Version 4's name for the base of the rotary positions of each kind of layer.
+_THETAS = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}
 _EVERY = "global_attn_every_n_layers"
 _HINT = "read the folder with transformers {}, in an environment of its own: pip install '{}'"
 
@@ -117,6 +117,28 @@ def period(full: Sequence[bool]) -> int | None:
     return None
 
 
+def choose_layers(config: transformers.PretrainedConfig, layers: Sequence[int]) -> None:
+    """Give a ModernBERT's configuration the attention of some layers of it, in their new order.
+
+    A layer that was trained with global attention would compute something else with a window.
+
+    Raises:
+        ModelError: version 4 cannot express the pattern.
+    """
+    if RUNNING >= 5:
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+        return
+    every = getattr(config, _EVERY)
+    new_every = period([layer % every == 0 for layer in layers])
+    if new_every is None:
+        raise ModelError(
+            f"in a 'modernbert' every n-th layer from its first on sees the whole text, and layers "
+            f"{list(layers)} would not see what they were trained on for any n",
+            hint="choose them at equal distances from layer 0, such as [0, 2, 4] or [0, 3, 6]",
+        )
+    setattr(config, _EVERY, new_every)
+
+
 def _modernbert_in_4(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of a ModernBERT of version 5 in the words of version 4."""
     config = dict(config)
@@ -139,7 +161,7 @@ def _modernbert_in_4(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{path}: rope_parameters has {min(unknown)!r}, expected {' and '.join(_THETAS)}",
             hint="write the base and the kind of the rotary positions of both kinds of layers",
         )
-    for kind, (theta, _) in _THETAS.items():
+    for kind, theta in _THETAS.items():
         values = dict(rope.get(kind) or {})
         if "rope_theta" in values:
             config[theta] = values.pop("rope_theta")
@@ -153,19 +175,13 @@ def _modernbert_in_4(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _modernbert_in_5(_path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a ModernBERT of version 4 in the words of version 5."""
-    config = dict(config)
-    # Version 4 ignores these, and would write them again if it found them.
-    for key in ("layer_types", "rope_parameters", "rope_scaling"):
-        config.pop(key, None)
-    every = config.pop(_EVERY, 3)
-    layers = config.get("num_hidden_layers", 22)
-    config["layer_types"] = [_SLIDING if index % every else _FULL for index in range(layers)]
-    config["rope_parameters"] = {
-        kind: {"rope_type": "default", "rope_theta": config.pop(theta, default)}
-        for kind, (theta, default) in _THETAS.items()
-    }
-    return config
+    """Return the configuration of a ModernBERT of version 4 without what version 4 ignores.
+
+    Version 5 understands the other keys. These are there if version 4 has read what version 5 had
+    saved, and they had no effect on the training.
+    """
+    ignored = ("layer_types", "rope_parameters")
+    return {key: value for key, value in config.items() if key not in ignored}
 
 
 def tokenizer_arguments(

@@ -200,15 +200,19 @@ def peak_memory_mb() -> dict[str, float]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings of transformers about a model inside the block; ad2kit gives its own."""
+    """Silence transformers inside the block: warnings, for ad2kit gives its own, and progress."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
+    shows_progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if shows_progress:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

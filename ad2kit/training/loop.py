@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
+from ad2kit.models.layers import layer_stack
 from ad2kit.models.text_model import padded
 from ad2kit.run.errors import DivergedError, ModelError
 from ad2kit.run.files import write_text
@@ -32,7 +33,6 @@ from ad2kit.training.checkpoint import (
 )
 from ad2kit.training.records import StepRecord, read_curve
 from ad2kit.training.schedule import Schedule
-from ad2kit.training.students import layer_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -20,7 +20,16 @@ import torch
 from transformers.pytorch_utils import prune_linear_layer
 
 from ad2kit.data.splits import by_length
+from ad2kit.models.layers import (
+    LAYER_PARTS,
+    classifier_class,
+    cut_heads,
+    layer_stack,
+    layers_of,
+    pruned_heads,
+)
 from ad2kit.models.text_model import TextModel, padded
+from ad2kit.models.translate import choose_layers
 from ad2kit.run.errors import ModelError
 from ad2kit.run.machine import seeded
 from ad2kit.training.losses import supervised
@@ -28,7 +37,6 @@ from ad2kit.training.losses import supervised
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import transformers
     from accelerate import Accelerator
 
     from ad2kit.data.splits import Encoded
@@ -53,22 +61,6 @@ def check_layers(source: TextModel, layers: Sequence[int]) -> None:
             f"'{source.module.config.model_type}' to copy from are 0 to {depth - 1}",
             hint=f"choose from 0 to {depth - 1}",
         )
-
-
-def layer_stack(module: torch.nn.Module, depth: int) -> str | None:
-    """Return the prefix of the layers in a state dict; None if the layers share their weights.
-
-    It is the only prefix whose index runs over all ``depth`` layers. Its name depends on the
-    family: ``bert.encoder.layer.``, ``distilbert.transformer.layer.``, ``model.layers.``.
-    """
-    indices: dict[str, set[int]] = {}
-    for key in module.state_dict():
-        match = re.match(r"(.*?\.layers?\.)(\d+)\.", key)
-        if match:
-            indices.setdefault(match[1], set()).add(int(match[2]))
-    all_layers = set(range(depth))
-    stacks = [stack for stack, layers in indices.items() if layers == all_layers]
-    return stacks[0] if len(stacks) == 1 else None
 
 
 def build_student(source: TextModel, layers: Sequence[int]) -> TextModel:
@@ -103,14 +95,14 @@ def build_student(source: TextModel, layers: Sequence[int]) -> TextModel:
     student_config = copy.deepcopy(config)
     student_config.num_hidden_layers = len(layers)
     if stack is not None:
-        pruned = config.pruned_heads
+        pruned = pruned_heads(config)
         student_config.pruned_heads = {
             new: pruned[old] for new, old in enumerate(layers) if old in pruned
         }
     if config.model_type == "modernbert":
-        student_config.global_attn_every_n_layers = _global_every(config, layers)
+        choose_layers(student_config, layers)
     with seeded(0):
-        module = type(source.module)(student_config)
+        module = classifier_class(student_config)(student_config)
     try:
         # Strict: no weight of the student stays at its random initial value.
         module.load_state_dict(weights, strict=True)
@@ -134,53 +126,6 @@ def _renumbered(
             if match and int(match[1]) == old:
                 student_weights[f"{stack}{new}.{match[2]}"] = weights[key]
     return student_weights
-
-
-def _global_every(config: transformers.PretrainedConfig, layers: Sequence[int]) -> int:
-    """Return the n such that every n-th of these layers of a ModernBERT has global attention.
-
-    The configuration can express no other pattern. A layer that was trained with global attention
-    would compute something else with a window.
-    """
-    is_global = [layer % config.global_attn_every_n_layers == 0 for layer in layers]
-    for every in range(1, len(layers) + 1):
-        if is_global == [index % every == 0 for index in range(len(layers))]:
-            return every
-    raise ModelError(
-        f"in a 'modernbert' every n-th layer from its first on sees the whole text, and layers "
-        f"{list(layers)} would not see what they were trained on for any n",
-        hint="choose them at equal distances from layer 0, such as [0, 2, 4] or [0, 3, 6]",
-    )
-
-
-class _Names(NamedTuple):
-    """The names of a family for the parts of a layer, and for the width of its feed-forward block.
-
-    The input of ``heads_out`` is the output of the heads. ``up`` computes the neurons, and ``down``
-    reads them. ``heads_out`` is None if heads cannot be cut. ``width`` is a configuration key.
-    """
-
-    heads_out: str | None
-    up: str
-    down: str
-    width: str = "intermediate_size"
-
-
-_BERT = _Names("attention.output.dense", "intermediate.dense", "output.dense")
-_NO_HEADS = _BERT._replace(heads_out=None)
-LAYER_PARTS = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "distilbert": _Names("attention.out_lin", "ffn.lin1", "ffn.lin2", "hidden_dim"),
-    "albert": _Names("attention.dense", "ffn", "ffn_output"),
-    # Their relative positions have a bias or a table for each head, which cannot be cut.
-    "mpnet": _NO_HEADS,
-    "deberta-v2": _NO_HEADS,
-    "modernbert": _Names(None, "mlp.Wi", "mlp.Wo"),
-}
 
 
 class Importance(NamedTuple):
@@ -217,10 +162,10 @@ def check_widths(source: TextModel, settings: StudentRecipe) -> None:
                 f"{', '.join(families)}",
                 hint=f"leave student.{key} out" + ("; feed_forward can be cut" if names else ""),
             )
-        if key == "attention_heads" and config.pruned_heads:
+        if key == "attention_heads" and (pruned := pruned_heads(config)):
             raise ModelError(
                 f"student.attention_heads: the '{config.model_type}' to copy from has had heads "
-                f"cut out of layers {', '.join(map(str, sorted(config.pruned_heads)))} already",
+                f"cut out of layers {', '.join(map(str, sorted(pruned)))} already",
                 hint="leave student.attention_heads out: the layers keep the heads that they have",
             )
         if count > limit:
@@ -234,16 +179,8 @@ def check_widths(source: TextModel, settings: StudentRecipe) -> None:
 def widths(model: TextModel) -> tuple[int, int]:
     """Return the number of heads and the number of feed-forward neurons of a layer."""
     config = model.module.config
-    names = LAYER_PARTS.get(config.model_type, _BERT)
+    names = LAYER_PARTS.get(config.model_type, LAYER_PARTS["bert"])
     return config.num_attention_heads, getattr(config, names.width)
-
-
-def layers_of(model: TextModel) -> list[torch.nn.Module]:
-    """Return the layers of a model in their order; a single one if they share their weights."""
-    stack = layer_stack(model.module, model.module.config.num_hidden_layers)
-    if stack is None:
-        return [model.module.get_submodule("albert.encoder.albert_layer_groups.0.albert_layers.0")]
-    return list(model.module.get_submodule(stack.rstrip(".")).children())
 
 
 def narrow(
@@ -271,7 +208,7 @@ def narrow(
     scores = importance(teacher, rows(), accelerator)
     # Layers that share their weights count as one layer, in the student and in the teacher.
     sources = [layer % len(scores.neurons) for layer in settings.layers or ()]
-    sources = sources[: len(layers_of(student))]
+    sources = sources[: len(layers_of(student.module))]
     if settings.attention_heads is not None and scores.heads is not None:
         keep_heads(student, most_important(scores.heads[sources], settings.attention_heads))
     if settings.feed_forward is not None:
@@ -295,7 +232,7 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
     readers = {"neurons": (names.down, neurons)}
     if names.heads_out is not None:
         readers["heads"] = (names.heads_out, heads)
-    layers = layers_of(model)
+    layers = layers_of(model.module)
     totals = {kind: torch.zeros(len(layers), units) for kind, (_, units) in readers.items()}
     lengths = encoded.lengths[:IMPORTANCE_TEXTS]
     batches = by_length(lengths, _BATCH)
@@ -337,13 +274,8 @@ def most_important(scores: torch.Tensor, count: int) -> list[list[int]]:
 def keep_heads(model: TextModel, kept: Units) -> None:
     """Cut all attention heads except ``kept`` out of a model, in place."""
     heads, _ = widths(model)
-    module: Any = model.module
-    module.prune_heads(
-        {
-            layer: sorted(set(range(heads)) - set(kept_heads))
-            for layer, kept_heads in enumerate(kept)
-        }
-    )
+    cut = [sorted(set(range(heads)) - set(kept_heads)) for kept_heads in kept]
+    cut_heads(model.module, dict(enumerate(cut)))
 
 
 def keep_neurons(model: TextModel, kept: Units) -> None:
@@ -354,7 +286,7 @@ def keep_neurons(model: TextModel, kept: Units) -> None:
     config = model.module.config
     names = LAYER_PARTS[config.model_type]
     _, neurons = widths(model)
-    for layer, units in zip(layers_of(model), kept, strict=True):
+    for layer, units in zip(layers_of(model.module), kept, strict=True):
         up: Any = layer.get_submodule(names.up)
         down: Any = layer.get_submodule(names.down)
         # If a gate multiplies the neurons, `up` computes neurons and gate one after the other.

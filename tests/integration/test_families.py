@@ -18,6 +18,7 @@ from ad2kit.exporting.export import export
 from ad2kit.exporting.fuse import read_first_token_only
 from ad2kit.gate.parity import judge
 from ad2kit.models import text_model
+from ad2kit.models.layers import layer_stack
 from ad2kit.run import recipe
 from ad2kit.run.errors import ModelError
 from ad2kit.run.folder import open_run
@@ -27,7 +28,7 @@ from ad2kit.training.ad2 import distillation
 from ad2kit.training.distill import distill
 from ad2kit.training.loop import prepare
 from ad2kit.training.losses import Comparison, comparison
-from ad2kit.training.students import build_student, layer_stack
+from ad2kit.training.students import build_student
 from tests import families
 from tests.models import LABELS, TEXTS, batch, cpu, gradients, settings
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from ad2kit.data.demo_reviews import opinions
 from ad2kit.models import pretrained, text_model
+from ad2kit.models.layers import LAYER_PARTS
 from ad2kit.models.pretrained import RANDOM
 from ad2kit.run.errors import ModelError
-from ad2kit.training.students import LAYER_PARTS
 from tests import families
 from tests.conftest import TINY_STEPS
 from tests.models import LABELS, TEXTS, batch

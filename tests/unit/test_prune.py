@@ -13,6 +13,7 @@ from ad2kit.exporting.export import export_fp32
 from ad2kit.exporting.fuse import fuse, node_counts
 from ad2kit.exporting.int8 import Way, quantize
 from ad2kit.models import text_model
+from ad2kit.models.layers import LAYER_PARTS, layers_of
 from ad2kit.run.errors import ModelError, RecipeError
 from ad2kit.run.machine import cpu_flags, dot_products
 from ad2kit.run.recipe import load_recipe
@@ -44,7 +45,7 @@ def forward(model: TextModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def silenced(model: TextModel, name: str, kept: list[list[int]], units: int) -> TextModel:
     """The model with zeros in place of what the other units compute: a mask, and no cut."""
-    for layer, stay in zip(students.layers_of(model), kept, strict=True):
+    for layer, stay in zip(layers_of(model.module), kept, strict=True):
         mask = torch.zeros(len(TEXTS), units)
         mask[:, stay] = 1.0
         layer.get_submodule(name).register_forward_pre_hook(students._multiply(mask))
@@ -61,7 +62,7 @@ def cut(family: str, kind: str) -> tuple[TextModel, TextModel]:
     """A student of two layers without half of its heads or neurons, and one that has them mute."""
     teacher = families.tiny(family)
     student, whole = build_student(teacher, [0, 1]), build_student(teacher, [0, 1])
-    names, layers = students.LAYER_PARTS[family], len(students.layers_of(student))
+    names, layers = LAYER_PARTS[family], len(layers_of(student.module))
     keep, out, units = {
         "heads": (students.keep_heads, names.heads_out, families.HEADS),
         "neurons": (students.keep_neurons, names.down, NEURONS),
@@ -85,7 +86,7 @@ def test_what_is_cut_computes_what_it_would_with_zeros_in_its_place(family: str,
     full = build_student(families.tiny(family), [0, 1])
     # Or the cut would have cost nothing to be equal to.
     assert (forward(student, inputs) - forward(full, inputs)).abs().max() > 1e-3
-    layers = len(students.layers_of(student))
+    layers = len(layers_of(student.module))
     units, width = (2, families.WIDTH // families.HEADS) if kind == "heads" else (32, 1)
     # Of queries, keys and values the weights and biases, of the projection back the weights.
     each = (3 * (families.WIDTH + 1) + families.WIDTH) * width
@@ -148,9 +149,9 @@ def test_the_layers_of_the_teacher_keep_their_own_ranks() -> None:
     settings = StudentRecipe(layers=(3, 1), feed_forward=5)
     student = build_student(teacher, settings.layers or ())
     students.narrow(student, teacher, settings, lambda: encoded(teacher), cpu())
-    for layer, place in zip(students.layers_of(student), (3, 1), strict=True):
+    for layer, place in zip(layers_of(student.module), (3, 1), strict=True):
         stay = sorted(found.neurons[place].argsort(descending=True)[:5].tolist())
-        theirs: Any = students.layers_of(teacher)[place].get_submodule("intermediate.dense")
+        theirs: Any = layers_of(teacher.module)[place].get_submodule("intermediate.dense")
         ours: Any = layer.get_submodule("intermediate.dense")
         assert torch.equal(ours.weight, theirs.weight[stay])
     assert student.module.config.intermediate_size == 5
@@ -162,7 +163,7 @@ def test_a_unit_that_nothing_reads_ranks_last_and_one_that_is_read_loudly_first(
     heads, neurons = students.widths(teacher)
     size = teacher.module.config.hidden_size // heads
     with torch.no_grad():
-        for layer in students.layers_of(teacher):
+        for layer in layers_of(teacher.module):
             down: Any = layer.get_submodule("output.dense")
             down.weight[:, 7] = 0.0
             down.weight[:, 11] *= 300.0
@@ -170,7 +171,7 @@ def test_a_unit_that_nothing_reads_ranks_last_and_one_that_is_read_loudly_first(
             out.weight[:, :size] = 0.0
             out.weight[:, size : 2 * size] *= 30.0
     found = students.importance(teacher, encoded(teacher), cpu())
-    of_heads, depth = torch.as_tensor(found.heads), len(students.layers_of(teacher))
+    of_heads, depth = torch.as_tensor(found.heads), len(layers_of(teacher.module))
     assert found.neurons.shape == (depth, neurons)
     assert of_heads.shape == (depth, heads)
     assert found.neurons[:, 7].tolist() == [0.0] * depth
@@ -189,7 +190,7 @@ def test_importance_is_the_mean_over_texts_of_the_slope_of_their_losses() -> Non
     found = students.importance(teacher, texts, cpu())
     labels = torch.from_numpy(split().labels)
     place, unit, step = 2, 1, 1e-2
-    module = students.layers_of(teacher)[place].get_submodule("attention.output.dense")
+    module = layers_of(teacher.module)[place].get_submodule("attention.output.dense")
 
     def losses(value: float) -> np.ndarray:
         mask = torch.ones(1, heads)
