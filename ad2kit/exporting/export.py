@@ -1,7 +1,12 @@
-"""The export stage: convert the student to ONNX by optimum, and derive the variants from it."""
+"""The export stage: convert the student to ONNX, and derive the variants from it.
+
+optimum converts where it is installed and works. It needs transformers 4; elsewhere
+``torch.onnx.export`` converts. The gate judges both alike.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 import tempfile
@@ -24,21 +29,27 @@ from ad2kit.models import text_model
 from ad2kit.run.errors import MissingExtra, RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_folder, write_record
 from ad2kit.run.folder import exclusive
-from ad2kit.run.machine import onnxruntime_distribution, quiet_transformers
+from ad2kit.run.machine import onnxruntime_distribution, quiet_transformers, versions
 from ad2kit.run.sections import Variant
 from ad2kit.training.records import DistillReport
 
 try:
     import onnx
     import torch
-    from optimum.exporters.onnx import main_export
     from torch.jit._trace import TracerWarning
+    from transformers import __version__ as transformers_version
 
     from ad2kit.exporting.fuse import fuse, node_counts, read_first_token_only, to_fp16
     from ad2kit.exporting.int8 import Int8Search, weights_in_8_bits
     from ad2kit.models.text_model import predict_logits
 except ModuleNotFoundError as error:
-    raise MissingExtra(error.name or "optimum", extra="cpu") from error
+    raise MissingExtra(error.name or "onnx", extra="cpu") from error
+
+try:
+    from optimum.exporters.onnx import main_export
+except ImportError as error:  # it is not installed, or does not work with this transformers
+    main_export = None
+    _NO_OPTIMUM = str(error).partition("\n")[0]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +64,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOOLS = ("onnx", "optimum", "optimum-onnx", "torch", "transformers")
+# What optimum takes for these families.
+_OPSET = 18
 # A static quantisation learns the range of activations from this many training texts.
 _CALIBRATION_TEXTS = 128
 # All activations of a calibration batch are in memory at once.
@@ -82,7 +95,7 @@ def export(run: RunDir) -> list[OnnxArtifact]:
 def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
     recipe = run.recipe
     distilled = DistillReport.read(run.distill_report)
-    tools = {tool: metadata.version(tool) for tool in (*_TOOLS, onnxruntime_distribution())}
+    tools = versions((*_TOOLS, onnxruntime_distribution()))
     inputs = _inputs(run, variant, tools)
     folder = run.onnx(variant)
     existing = _existing_artifact(folder)
@@ -245,22 +258,66 @@ def _calibration(
     return [{name: feed[name] for name in classifier.input_names} for feed in feeds]
 
 
+def exporter() -> tuple[str, str]:
+    """Return the name of the exporter that is in use, and why it is this one."""
+    if main_export is not None:
+        version = metadata.version("optimum-onnx")
+        return "optimum", f"optimum-onnx {version} works with transformers {transformers_version}"
+    return "torch.onnx", f"optimum does not work here: {_NO_OPTIMUM}"
+
+
 def export_fp32(student: Path, folder: Path) -> None:
-    """Trace a saved model with optimum; the gate tests whether the graph is faithful."""
+    """Trace a model that ad2kit saved; the gate tests whether the graph is faithful.
+
+    Writes the graph, its configuration and its tokenizer; see :func:`exporter`.
+    """
     with warnings.catch_warnings(), quiet_transformers():
         # The warnings are about constants of the mask, which do not depend on the example input.
         warnings.simplefilter("ignore", TracerWarning)
         # optimum 2.1 still passes an argument that torch and transformers have renamed.
         warnings.simplefilter("ignore", FutureWarning)
+        # torch would rather trace in another way, whose graphs are not fused.
         warnings.simplefilter("ignore", DeprecationWarning)
-        main_export(
-            str(student),
-            output=folder,
-            task="text-classification",
-            device="cpu",
-            do_validation=False,
-            no_post_process=True,
-            trust_remote_code=False,
+        if main_export is None:
+            _export_by_torch(text_model.load_saved(student), folder)
+            return
+        with text_model.saved_by_this_version(student) as source:
+            main_export(
+                str(source),
+                output=folder,
+                task="text-classification",
+                device="cpu",
+                do_validation=False,
+                no_post_process=True,
+                trust_remote_code=False,
+            )
+
+
+def _export_by_torch(model: TextModel, folder: Path) -> None:
+    """Trace a model with ``torch.onnx.export``; the graph has the inputs that its tokenizer gives.
+
+    Attention is computed step by step (``eager``): the traced kernels would not be exact for each
+    mask, and are not fused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    module = model.module.eval()
+    module.config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    module.set_attn_implementation("eager")
+    example = model.tokenizer(["a", "a b c d"], padding=True, return_tensors="pt")
+    # In the order of the arguments, as the graphs of optimum.
+    names = [name for name in inspect.signature(module.forward).parameters if name in example]
+    axes = {0: "batch_size", 1: "sequence_length"}
+    with torch.no_grad():
+        torch.onnx.export(
+            module,
+            ({name: example[name] for name in names},),
+            folder / MODEL_FILE,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={**dict.fromkeys(names, axes), "logits": {0: "batch_size"}},
+            opset_version=_OPSET,
+            dynamo=False,
         )
 
 

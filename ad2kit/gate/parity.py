@@ -38,7 +38,7 @@ from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.run.folder import exclusive
-from ad2kit.run.machine import available_cpus, environment
+from ad2kit.run.machine import available_cpus, environment, quiet_transformers
 from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
@@ -260,7 +260,13 @@ def _joined_checks(fidelity: dict[str, tuple[Check, ...]]) -> tuple[Check, ...]:
 
 @torch.inference_mode()
 def _forward(model: TextModel, feed: dict[str, NDArray[np.int64]], names: Sequence[str]) -> Logits:
-    """Return the logits of a PyTorch model for the inputs of a graph, float32 [texts, outputs]."""
+    """Return the logits of a PyTorch model for the inputs of a graph, float32 [texts, outputs].
+
+    The attention is computed step by step, as in the graph. The other kernels answer zeros at a
+    position that sees no token, such as padding beyond the window of a layer.
+    """
+    with quiet_transformers():  # some families have one kernel only, and say so
+        model.module.set_attn_implementation("eager")
     inputs = {name: torch.from_numpy(feed[name]) for name in names}
     logits: Logits = model.module.eval()(**inputs).logits.numpy()
     return logits

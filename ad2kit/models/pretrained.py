@@ -124,6 +124,11 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
     return config
 
 
+def saved_by(folder: Path) -> int:
+    """Return the major version of transformers that saved a model folder."""
+    return translate.saved_by(folder / _CONFIG, _read_json(folder / _CONFIG))
+
+
 def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     """Read the tokenizer, which has to be a fast one: a service reads only tokenizer.json.
 
@@ -132,13 +137,14 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
             missing, it has no padding token, or its files are damaged.
     """
     class_name = _check_tokenizer_files(folder)
-    config = _read_json(folder / _CONFIG)
-    saved = translate.saved_by(folder / _CONFIG, config)
+    saved = saved_by(folder)
     settings, serialised = (
         _read_json(folder / name) if (folder / name).is_file() else {}
         for name in (_TOKENIZER_CONFIG, _TOKENIZER)
     )
-    arguments = translate.tokenizer_arguments(settings, serialised, saved, config["model_type"])
+    arguments = translate.tokenizer_arguments(
+        settings, serialised, saved, _read_json(folder / _CONFIG).get("model_type")
+    )
     reader: Any = transformers.AutoTokenizer
     if class_name in translate.GENERIC:
         reader = transformers.PreTrainedTokenizerFast

@@ -6,8 +6,11 @@ import inspect
 import json
 import logging
 import re
+import tempfile
 import unicodedata
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
@@ -26,8 +29,10 @@ from ad2kit.models.pretrained import (
     read_config,
     read_tokenizer,
     refuse_adapter,
+    saved_by,
 )
 from ad2kit.models.records import ModelManifest
+from ad2kit.models.translate import RUNNING
 from ad2kit.run.errors import ModelError
 from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
 from ad2kit.run.machine import quiet_transformers, seeded
@@ -35,7 +40,6 @@ from ad2kit.run.sections import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -268,6 +272,9 @@ def head_config(labels: tuple[str, ...], task: Task) -> dict[str, Any]:
     }
 
 
+_TASK_OF: dict[str, Task] = {head_config((), each)["problem_type"]: each for each in get_args(Task)}
+
+
 def most_tokens(model: TextModel) -> int | None:
     """Return the number of tokens that the model has positions for; None if there is no limit."""
     config = model.module.config
@@ -340,6 +347,31 @@ def save(model: TextModel, folder: Path, *, inputs: str) -> None:
         write_record(new / MANIFEST, manifest)
 
 
+def load_saved(folder: Path) -> TextModel:
+    """Load a model that :func:`save` wrote, with the labels and the task that it says itself.
+
+    Raises:
+        ModelError: see :func:`load_model`.
+    """
+    config = read_config(folder)
+    task = _TASK_OF.get(config.problem_type or "", "single_label")
+    return load_model(folder, _output_names(config), task)
+
+
+@contextmanager
+def saved_by_this_version(folder: Path) -> Iterator[Path]:
+    """Give a folder of a model that the running version of transformers reads exactly by itself.
+
+    It is ``folder``, or a copy for the time of the block if another major version saved it.
+    """
+    if saved_by(folder) == RUNNING:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="ad2kit-model-") as temporary:
+        save(load_saved(folder), Path(temporary) / "model", inputs="")
+        yield Path(temporary) / "model"
+
+
 def saved_inputs(folder: Path) -> str:
     """Return the fingerprint of the inputs of a saved model."""
     return ModelManifest.read(folder / MANIFEST).inputs
@@ -369,8 +401,7 @@ def _check_labels(
         The index of the label whose probability is the sigmoid of a single output; None if each
         label has its own output.
     """
-    id2label = config.id2label or {}
-    output_names = tuple(id2label[index] for index in sorted(id2label))
+    output_names = _output_names(config)
     one_of_two = task == "single_label" and len(output_names) == 1 and len(labels) == 2
     _check_task(folder, config.problem_type, task, one_of_two=one_of_two)
     as_many = one_of_two or len(output_names) == len(labels)
@@ -398,12 +429,15 @@ def _check_labels(
     return _plain(labels).index(_plain(output_names)[0])
 
 
+def _output_names(config: transformers.PretrainedConfig) -> tuple[str, ...]:
+    """Return the names that a configuration has for its outputs, in their order."""
+    id2label = config.id2label or {}
+    return tuple(id2label[index] for index in sorted(id2label))
+
+
 def _check_task(folder: Path, problem_type: str | None, task: Task, *, one_of_two: bool) -> None:
     """Refuse a classifier that was trained with the loss of another task."""
-    task_of: dict[str | None, Task] = {
-        head_config((), each)["problem_type"]: each for each in get_args(Task)
-    }
-    teacher_task = task_of.get(problem_type, task)
+    teacher_task = _TASK_OF.get(problem_type or "", task)
     if teacher_task == task:
         return
     if one_of_two and teacher_task == "multi_label":  # its one label has a sigmoid
