@@ -276,6 +276,8 @@ def export_fp32(student: Path, folder: Path) -> None:
         warnings.simplefilter("ignore", TracerWarning)
         # optimum 2.1 still passes an argument that torch and transformers have renamed.
         warnings.simplefilter("ignore", FutureWarning)
+        # The indices of a mask are positions of tokens, and never negative.
+        warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
         # torch would rather trace in another way, whose graphs are not fused.
         warnings.simplefilter("ignore", DeprecationWarning)
         if main_export is None:

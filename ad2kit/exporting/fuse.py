@@ -90,8 +90,12 @@ def fuse(fp32: Path, fused: Path) -> None:
     options.attention_mask_format = AttentionMaskFormat.AttentionMask
     # With opt_level 0 the optimisations of a session are left to the session, because they would
     # fit the graph to the machine that exports it.
-    # Pruned heads are narrower than the layer: the fusion warns about it, and fuses them.
-    with without_message("fusion_attention", "Input hidden size"):
+    # Pruned heads are narrower than the layer: the fusion warns about it, and fuses them. The
+    # attention of a graph by torch.onnx stays as it is, and costs no more.
+    with (
+        without_message("fusion_attention", "Input hidden size"),
+        without_message("fusion_attention", "Failed to detect num_heads"),
+    ):
         model = optimize_model(
             str(fp32),
             model_type="bert",

@@ -27,7 +27,7 @@ from ad2kit.exporting.tokenise import tokenisation, write_tokenizer
 from ad2kit.gate.questions import Reference, distillation_quality
 from ad2kit.gate.records import ParityReport
 from ad2kit.models import text_model
-from ad2kit.models.pretrained import find_model
+from ad2kit.models.pretrained import find_model, load_tokenizer
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import ModelError
 from ad2kit.run.files import fingerprint, sha256_of_folder, write_record
@@ -228,9 +228,7 @@ def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
         # Without tokenizer_config.json, AutoTokenizer guesses the settings from config.json. For a
         # cased BERT it guesses a tokenizer that lower-cases all letters.
         if (folder / "tokenizer_config.json").is_file():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = load_tokenizer(folder)
         else:
             tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:

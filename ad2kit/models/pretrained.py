@@ -136,26 +136,9 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
         ModelError: there is no tokenizer, it has no fast form, a package to make the fast form is
             missing, it has no padding token, or its files are damaged.
     """
-    class_name = _check_tokenizer_files(folder)
-    saved = saved_by(folder)
-    settings, serialised = (
-        _read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (_TOKENIZER_CONFIG, _TOKENIZER)
-    )
-    arguments = translate.tokenizer_arguments(
-        settings, serialised, saved, _read_json(folder / _CONFIG).get("model_type")
-    )
-    reader: Any = transformers.AutoTokenizer
-    if class_name in translate.GENERIC:
-        reader = transformers.PreTrainedTokenizerFast
+    _check_tokenizer_files(folder)
     try:
-        # Each version warns about the other's name of the generic class.
-        with quiet_transformers():
-            tokenizer = reader.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **arguments
-            )
-            if saved < translate.RUNNING and serialised:
-                tokenizer = translate.as_in_4(folder, tokenizer)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:
         # The tokenizers library raises a bare Exception for a file that it did not write.
         raise ModelError(
@@ -172,12 +155,34 @@ def read_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     return cast("transformers.PreTrainedTokenizerFast", tokenizer)
 
 
-def _check_tokenizer_files(folder: Path) -> str | None:
-    """Refuse files that cannot become a fast tokenizer; see :func:`read_tokenizer`.
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder as the version of transformers that saved the model.
 
-    Returns:
-        The name of the tokenizer's class, if the files name one.
+    Raises:
+        ModelError: the version is not known.
+        Exception: of any type; see :func:`read_tokenizer` for the reasons.
     """
+    config = _read_json(folder / _CONFIG)
+    settings, serialised = (
+        _read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (_TOKENIZER_CONFIG, _TOKENIZER)
+    )
+    saved = translate.saved_by(folder / _CONFIG, config)
+    arguments = translate.tokenizer_arguments(settings, serialised, saved, config.get("model_type"))
+    reader: Any = transformers.AutoTokenizer
+    if settings.get("tokenizer_class") in translate.GENERIC:
+        reader = transformers.PreTrainedTokenizerFast
+    with quiet_transformers():  # each version warns about the other's name of the generic class
+        tokenizer = reader.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **arguments
+        )
+        if saved < translate.RUNNING and serialised:
+            tokenizer = translate.as_in_4(folder, tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse files that cannot become a fast tokenizer; see :func:`read_tokenizer`."""
     if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
         raise ModelError(
             f"{folder} holds no tokenizer: expected {_TOKENIZER}, found "
@@ -211,7 +216,6 @@ def _check_tokenizer_files(folder: Path) -> str | None:
             f"{vocabulary.name} is not installed",
             hint=f"pip install {' '.join(missing)}",
         )
-    return class_name
 
 
 def _has_fast_form(class_name: str) -> bool:

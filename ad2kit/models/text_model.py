@@ -340,7 +340,7 @@ def try_out(
 
 def save(model: TextModel, folder: Path, *, inputs: str) -> None:
     """Write the model as safetensors, with its tokenizer and a sha256 manifest, atomically."""
-    with whole_folder(folder) as new:
+    with whole_folder(folder) as new, quiet_transformers():
         model.module.save_pretrained(new, safe_serialization=True)
         model.tokenizer.save_pretrained(new)
         manifest = ModelManifest(inputs=inputs, files=sha256_of_folder(new))

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
-from ad2kit.exporting.export import export
+from ad2kit.exporting.export import export, exporter
 from ad2kit.exporting.fuse import read_first_token_only
 from ad2kit.gate.parity import judge
 from ad2kit.models import text_model
@@ -88,6 +88,12 @@ FIRST_TOKEN = {
     "camembert": 22,
     "deberta-v2": 16,
     "modernbert": 9,
+}
+
+# The graphs of torch.onnx shape the states of the heads with other nodes.
+FIRST_TOKEN_BY_TORCH = {
+    **dict.fromkeys(("bert", "roberta", "distilbert", "electra", "xlm-roberta", "camembert"), 26),
+    "albert": 29,
 }
 
 SHORT = (
@@ -164,10 +170,14 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     nodes = read_artifact(run.onnx("fused")).nodes
     kinds = ("Attention", "EmbedLayerNormalization", "SkipLayerNormalization")
     gelus = sum(count for name, count in nodes.items() if name.endswith("Gelu"))
-    assert (*(nodes.get(kind, 0) for kind in kinds), gelus) == FUSED[family]
+    found = (*(nodes.get(kind, 0) for kind in kinds), gelus)
+    by_optimum = exporter()[0] == "optimum"
+    # Without optimum LayerNormalization and Gelu alone: the rest costs no more as it is.
+    assert found == FUSED[family] if by_optimum else found[2:] == FUSED[family][2:]
 
     narrow = onnx.load(run.onnx("fp32") / MODEL_FILE)
-    assert read_first_token_only(narrow) == FIRST_TOKEN[family]
+    expected = FIRST_TOKEN if by_optimum else FIRST_TOKEN | FIRST_TOKEN_BY_TORCH
+    assert read_first_token_only(narrow) == expected[family]
     onnx.save(narrow, tmp_path / "narrow.onnx")
     whole, first = (
         OnnxClassifier(run.onnx("fp32"), threads=1, graph=graph)

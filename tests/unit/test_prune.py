@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from ad2kit.exporting.export import export_fp32
+from ad2kit.exporting.export import export_fp32, exporter
 from ad2kit.exporting.fuse import fuse, node_counts
 from ad2kit.exporting.int8 import Way, quantize
 from ad2kit.models import text_model
@@ -121,6 +121,8 @@ def test_a_narrow_student_is_saved_loaded_exported_fused_and_quantised(
     quantize(fused, int8, Way(fused=True))
     # No worse than whole heads, which ONNX Runtime fuses into one node a layer.
     attentions = {"albert": 1}.get(family, 0 if family in HEADLESS else 2)
+    if exporter()[0] != "optimum":  # whose attention is fused; that of torch.onnx is not
+        attentions = 0
     assert node_counts(fused).get("Attention", 0) == attentions
     # Without dot products of 8 bits the sums of two products are cut to 16 bits.
     rough = 0.3 if dot_products(cpu_flags()) else 1.0
