@@ -45,6 +45,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "onnx", extra="cpu") from error
 
+_NO_OPTIMUM = ""  # the reason why optimum is not in use
 try:
     from optimum.exporters.onnx import main_export
 except ImportError as error:  # it is not installed, or does not work with this transformers
@@ -262,8 +263,10 @@ def exporter() -> tuple[str, str]:
     """Return the name of the exporter that is in use, and why it is this one."""
     if main_export is not None:
         version = metadata.version("optimum-onnx")
-        return "optimum", f"optimum-onnx {version} works with transformers {transformers_version}"
-    return "torch.onnx", f"optimum does not work here: {_NO_OPTIMUM}"
+        return "optimum", f"optimum-onnx {version} is installed"
+    return "torch.onnx", (
+        f"optimum is not to be had with transformers {transformers_version} here: {_NO_OPTIMUM}"
+    )
 
 
 def export_fp32(student: Path, folder: Path) -> None:
@@ -278,6 +281,8 @@ def export_fp32(student: Path, folder: Path) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         # The indices of a mask are positions of tokens, and never negative.
         warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
+        # DeBERTa makes a constant of a tensor that is one.
+        warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
         # torch would rather trace in another way, whose graphs are not fused.
         warnings.simplefilter("ignore", DeprecationWarning)
         if main_export is None:

@@ -8,6 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from ad2kit.run.errors import MissingExtra
 from ad2kit.run.machine import available_cpus, cpu_flags, dot_products, environment
 from ad2kit.run.records import Part
 
@@ -35,9 +36,7 @@ class Finding(Part):
 def examine() -> list[Finding]:
     """Examine versions, cores, disk, torch and ONNX Runtime, without changing anything."""
     facts = environment(threads=available_cpus())
-    missing = [
-        name for name in ("torch", "transformers", "optimum-onnx", "bentoml") if name not in facts
-    ]
+    missing = [name for name in ("torch", "transformers", "onnx", "bentoml") if name not in facts]
     free_bytes = shutil.disk_usage(Path.cwd()).free
     return [
         Finding(name="python", value=f"{facts['python']} at {sys.executable}"),
@@ -54,6 +53,7 @@ def examine() -> list[Finding]:
             advice=f"missing: {', '.join(missing)}; pip install 'ad2kit[cpu]'" if missing else "",
         ),
         _torch(),
+        _exporter(),
         *_onnxruntime(),
     ]
 
@@ -116,6 +116,20 @@ def _torch() -> Finding:
             f"{torch.version.cuda} needs",
         )
     return Finding(name="torch", value=f"{torch.__version__}, no CUDA device, training on the CPU")
+
+
+def _exporter() -> Finding:
+    """Tell which exporter makes the fp32 graph, and why it is this one."""
+    try:
+        from ad2kit.exporting.export import exporter
+    except MissingExtra as error:
+        return Finding(
+            name="exporter",
+            value=f"none: {error.message}",
+            advice=f"fine for serving; to export: {error.hint}",
+        )
+    exporter_name, reason = exporter()
+    return Finding(name="exporter", value=f"{exporter_name}, because {reason}")
 
 
 def _onnxruntime() -> list[Finding]:

@@ -385,9 +385,10 @@ class DistillRecipe(TrainRecipe):
 class ExportRecipe(Section):
     """The ONNX variants to write, and where they run.
 
-    optimum exports ``fp32``, and the other variants are made from it. ``fused`` has ONNX Runtime's
-    transformer fusions. ``fp16``, for GPUs, is made from ``fused``. ``int8``, for CPUs, is the
-    fastest passing graph among the ways to quantise that could be tried in ``search_seconds``. With
+    optimum exports ``fp32`` (``torch.onnx`` where optimum is absent), and the other variants are
+    made from it. ``fused`` has ONNX Runtime's transformer fusions. ``fp16``, for GPUs, is made from
+    ``fused``. ``int8``, for CPUs, is the fastest passing graph among the ways to quantise that
+    could be tried in ``search_seconds``. With
     0 the first passing graph is taken; this needs no clock and so gives the same graph each time.
     ``provider`` executes the variants in parity, bench and service; an absent provider is an error.
     ``calibrate`` fits one temperature to the labels of ``select``: the student's probabilities get

@@ -19,6 +19,7 @@ import pytest
 
 from ad2kit.cli.show import next_steps
 from ad2kit.data import sample_size
+from ad2kit.exporting import export
 from ad2kit.gate.records import ParityReport
 from ad2kit.planning import doctor
 from ad2kit.run.folder import RunDir
@@ -103,6 +104,17 @@ def test_doctor_looks_at_real_things(ad2kit: Any) -> None:
     assert "belongs to onnxruntime" in findings["onnxruntime"]["value"]
     assert "torch" in findings["versions"]["value"]
     assert f"{available_cpus()} of {os.cpu_count()} cores" in findings["cpu"]["value"]
+    assert findings["exporter"]["value"].startswith(f"{export.exporter()[0]}, because ")
+
+
+def test_doctor_names_the_exporter_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exporter() -> str:
+        return next(found.value for found in doctor.examine() if found.name == "exporter")
+
+    monkeypatch.setattr(export, "main_export", None)
+    monkeypatch.setattr(export, "_NO_OPTIMUM", "No module named 'optimum'")
+    assert exporter().startswith("torch.onnx, because optimum")
+    assert exporter().endswith("No module named 'optimum'")
 
 
 def test_doctor_advises_where_something_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import onnx
 import pytest
 import torch
 import transformers
+from onnxruntime import InferenceSession
 
+from ad2kit.exporting import export as exporting
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.exporting.export import export, exporter
 from ad2kit.exporting.fuse import read_first_token_only
@@ -138,7 +140,13 @@ def forward(model: TextModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Te
     return output.logits, output.hidden_states[-1]
 
 
-@each_family
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.transformers5 if name == "modernbert" else ())
+        for name in families.FAMILIES
+    ],
+)
 @pytest.mark.slow
 def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path) -> None:
     teacher = families.save(family, tmp_path / "teacher")
@@ -187,6 +195,28 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
         encodings = whole.encode(TEXTS)
         gap = abs(whole.run(encodings, left=left) - first.run(encodings, left=left))
         assert gap.max() < 1e-5
+
+
+@each_family
+@pytest.mark.slow
+@pytest.mark.transformers5
+def test_without_optimum_torch_exports_what_the_model_computes(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "main_export", None)
+    model = families.tiny(family)
+    text_model.save(model, tmp_path / "model", inputs="")
+    exporting.export_fp32(tmp_path / "model", tmp_path / "onnx")
+    session = InferenceSession(tmp_path / "onnx" / MODEL_FILE, providers=["CPUExecutionProvider"])
+    model.module.set_attn_implementation("eager")
+    for layout in ("right", "left", "holes"):
+        inputs = laid_out(model, layout)
+        (found,) = session.run(
+            ["logits"], {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
+        )
+        assert abs(found - forward(model, inputs)[0].numpy()).max() < 1e-5
+    reread = text_model.load_saved(tmp_path / "model").tokenizer
+    assert set(reread.model_input_names) == {each.name for each in session.get_inputs()}
 
 
 @each_family

@@ -98,6 +98,7 @@ def test_what_is_cut_computes_what_it_would_with_zeros_in_its_place(family: str,
 
 
 @pytest.mark.slow
+@pytest.mark.transformers5
 @each_family
 def test_a_narrow_student_is_saved_loaded_exported_fused_and_quantised(
     family: str, tmp_path: Path

@@ -382,6 +382,7 @@ def twenty_steps() -> dict[str, list[dict[str, float]]]:
     return curves
 
 
+@pytest.mark.transformers5
 def test_twenty_steps_of_smoke_are_the_golden_ones() -> None:
     """Pins loss terms and gradient norms; to renew: `python -m tests.unit.test_training`."""
     golden = json.loads(GOLDEN.read_text())
