@@ -103,15 +103,15 @@ def make_table(path: Path, rows: int, seed: int) -> None:
         for start in range(0, rows, _BLOCK_ROWS):
             count = min(_BLOCK_ROWS, rows - start)
             labels = generator.integers(0, 2, count)
-            words = generator.integers(0, 8, (count, 6))
+            words = generator.integers(0, 8, (count, 5))
             nouns = generator.integers(0, len(_NOUNS), (count, 3))
             for row, label in enumerate(labels):
                 adjectives = _ADJECTIVES[label]
-                a, b, c, d, e, f = words[row]
+                a, b, c, d, e = words[row]
                 x, y, z = (_NOUNS[noun] for noun in nouns[row])
                 stream.write(
                     f"the {x} is {_ADVERBS[a]} {adjectives[b]} , the {y} {_ADVERBS[c]} "
-                    f"{adjectives[d]} , a {adjectives[e]} {z} no {start + row}\t{label + f * 0}\n"
+                    f"{adjectives[d]} , a {adjectives[e]} {z} no {start + row}\t{label}\n"
                 )
 
 
@@ -169,6 +169,7 @@ def measure(folder: Path, rows: int, processes: list[int]) -> None:
         "data.max_leakage=1",
         "teacher.finetune.epochs=1",
         "teacher.finetune.checkpoint_every_steps=1000000",
+        "compute.threads=1",
         "--runs-dir",
         str(runs),
     ]
@@ -179,7 +180,7 @@ def measure(folder: Path, rows: int, processes: list[int]) -> None:
         launcher += ["--local-addr=127.0.0.1", f"--nproc-per-node={count}", "-m", "ad2kit"]
         for which in ("first", "second"):
             shutil.rmtree(runs / ".shared" / "tokens", ignore_errors=which == "first")
-            run = folder / f"run-{count}-{which}"
+            run = runs / f"run-{count}-{which}"
             shutil.rmtree(run, ignore_errors=True)
             command = [*(launcher if count > 1 else ad2kit), "distill", *settings]
             found = watch([*command, "--run", str(run)], run / "teacher-training.jsonl", UPDATES)

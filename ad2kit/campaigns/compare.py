@@ -95,7 +95,7 @@ def compare(
         UserError, GateFailed: see :func:`ad2kit.training.distill.distill`.
     """
     variants = {method: _variant(recipe, method) for method in methods}
-    data = splits.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
     validation = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
     answers: dict[str, list[Answers]] = {method: [] for method in variants}

@@ -35,12 +35,14 @@ def recipes(as_json: options.Json = False) -> None:
 def check(
     recipe_name: options.RecipeName,
     overrides: options.Overrides = None,
+    runs_dir: options.RunsDir = options.RUNS,
     verbose: options.Verbose = False,
     as_json: options.Json = False,
 ) -> None:
     """Check a recipe, its data and its models, without training.
 
     Shows what the data hold, what the gate can prove with them, and what the training will cost.
+    The rows of large tables are kept with the runs, so that the training does not read them again.
     """
     from ad2kit.cli.show import print_json
     from ad2kit.data.splits import load_data
@@ -49,7 +51,7 @@ def check(
     from ad2kit.training.distill import open_models
 
     recipe = load_recipe(recipe_name, overrides or ())
-    data = load_data(recipe.data, recipe.seed)
+    data = load_data(recipe.data, recipe.seed, runs_dir / ".shared")
     report = planning.check(recipe, data, open_models(recipe, data))
     if as_json:
         plain = recipe.model_dump(mode="json")

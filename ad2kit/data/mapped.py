@@ -6,13 +6,14 @@ share them, and the system drops them when it needs memory.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from ad2kit.run.errors import MissingExtra, RunError
-from ad2kit.run.files import whole_file, writing
+from ad2kit.run.files import fingerprint, remove_leftovers, whole_file, write_text, writing
 
 try:
     import pyarrow as pa
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "pyarrow", extra="cpu") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 # Rows that are turned into Python objects at a time.
 _BLOCK_ROWS = 10_000
 _TOKEN_IDS = pa.list_(pa.int32())
-_TABLE = "rows.arrow"
+_TYPE_IDS = pa.list_(pa.int8())
 
-TOKENS = pa.schema({"input_ids": _TOKEN_IDS, "token_type_ids": _TOKEN_IDS, "truncated": pa.bool_()})
+TOKENS = pa.schema({"input_ids": _TOKEN_IDS, "token_type_ids": _TYPE_IDS, "truncated": pa.bool_()})
 """The columns of tokenised texts; ``truncated`` marks a text that was cut."""
 
 
@@ -43,11 +44,18 @@ class TextRows(Sequence["Texts"]):
     Args:
         table: one column for each text of a row.
         order: the row of the table for each row of this sequence; None for all, in their order.
+        files: the files in which the table lies, in one folder; none for a table in memory.
     """
 
-    def __init__(self, table: pa.Table, order: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        order: NDArray[np.int64] | None = None,
+        files: tuple[Path, ...] = (),
+    ) -> None:
         self.table = table
         self.order = order
+        self.files = files
 
     @classmethod
     def of(cls, rows: Iterable[Texts]) -> TextRows:
@@ -89,11 +97,13 @@ class TextRows(Sequence["Texts"]):
         return TextRows(
             pa.concat_tables([self.table, other.table]),
             np.concatenate([orders[0], orders[1] + len(self.table)]),
+            self.files + other.files if self.files and other.files else (),
         )
 
     def take(self, rows: NDArray[np.int64]) -> TextRows:
         """Return these rows, in this order; no text is copied."""
-        return TextRows(self.table, rows if self.order is None else self.order[rows])
+        order = rows if self.order is None else self.order[rows]
+        return TextRows(self.table, order, self.files)
 
     def blocks(self) -> Iterator[list[Texts]]:
         """Yield the rows in lists of some thousand rows."""
@@ -107,6 +117,22 @@ class TextRows(Sequence["Texts"]):
     def hashes(self) -> NDArray[np.int64]:
         """Return a hash of 64 bits for each row; equal rows have equal hashes in this process."""
         return np.fromiter(map(hash, self), np.int64, len(self))
+
+    def remembered(self, compute: Callable[[], str], *parts: Any) -> str:
+        """Return a fingerprint that depends on the rows and on ``parts``.
+
+        For a table in files the fingerprint is kept beside them: computing it takes seconds for
+        each million of rows.
+        """
+        if not self.files:
+            return compute()
+        order = None if self.order is None else hashlib.sha256(self.order.data).hexdigest()
+        key = fingerprint([file.name for file in self.files], len(self), order, *parts)
+        path = self.files[0].parent / "fingerprints" / key[:16]
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, compute())
+        return path.read_text(encoding="ascii")
 
 
 class TokenRows(Sequence[list[int]]):
@@ -143,12 +169,12 @@ class TokenRows(Sequence[list[int]]):
         numbers: list[int] = self.array(range(len(self))[row]).tolist()
         return numbers
 
-    def array(self, row: int) -> NDArray[np.int32]:
+    def array(self, row: int) -> NDArray[np.integer]:
         """Return a row without copying it."""
         chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         starts = self._starts[chunk]
         place = row - self._first_rows[chunk]
-        values: NDArray[np.int32] = self._values[chunk]
+        values: NDArray[np.integer] = self._values[chunk]
         return values[starts[place] : starts[place + 1]]
 
     def padded(self, rows: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
@@ -165,7 +191,7 @@ def token_batch(encodings: Sequence[Encoding], max_length_tokens: int) -> pa.Rec
     ids = [encoding.ids for encoding in encodings]
     columns = [
         pa.array(ids, _TOKEN_IDS),
-        pa.array([encoding.type_ids for encoding in encodings], _TOKEN_IDS),
+        pa.array([encoding.type_ids for encoding in encodings], _TYPE_IDS),
         # What was cut off is copied when it is asked for.
         pa.array(
             [
@@ -177,30 +203,37 @@ def token_batch(encodings: Sequence[Encoding], max_length_tokens: int) -> pa.Rec
     return pa.record_batch(columns, schema=TOKENS)
 
 
-def stored_table(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """Return the table of a folder, mapped into memory; write it first if it is not there.
+def kept(folder: Path, last_file: str, write: Callable[[], None]) -> None:
+    """Write the files of a folder unless they are there; ``write`` ends with ``last_file``.
 
-    The first process writes it, others wait for it. A process that is killed leaves no table.
+    The first process writes them, others wait for it. After a kill they are written again.
+    """
+    if not (folder / last_file).is_file():
+        with writing(folder):
+            if not (folder / last_file).is_file():
+                try:
+                    write()
+                finally:
+                    remove_leftovers(folder)  # a table that was refused at its last row is large
 
-    Args:
-        folder: a folder of its own, named after everything that the table depends on.
-        schema: the columns of the table.
-        batches: the rows; read only if the table is not there.
+
+def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write a table, whole or not at all, without having all of it in memory."""
+    with whole_file(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def map_table(path: Path) -> pa.Table:
+    """Return a table that :func:`write_table` wrote, mapped into memory.
 
     Raises:
         RunError: the file is damaged.
     """
-    path = folder / _TABLE
-    if not path.is_file():
-        with writing(folder):
-            if not path.is_file():
-                with whole_file(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
     try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
     except pa.ArrowInvalid as error:
         raise RunError(
-            f"{path} is damaged: {error}", hint=f"delete {folder} and run again"
+            f"{path} is damaged: {error}", hint=f"delete {path.parent} and run again"
         ) from error

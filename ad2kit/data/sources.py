@@ -33,9 +33,9 @@ class SplitRows:
         recipe: the recipe, which names the columns.
         cells: starts to read the rows.
         has_labels: whether it has the label column.
-        files: the files that hold it.
-        identity: what else than files identifies its content: for the hub, the fingerprint that
-            ``datasets`` gives it.
+        files: the files that hold it; of a data set of the hub, those in the cache of ``datasets``.
+        identity: what identifies its content, if not the content of ``files``: for the hub, the
+            fingerprint that ``datasets`` gives it.
     """
 
     name: str
@@ -241,7 +241,8 @@ def _hub_split(
         parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
         yield from arrow_files.rows(parts, f"{address} {name}")
 
-    return SplitRows(name, recipe, cells, has_labels, identity=loaded[name]._fingerprint)  # noqa: SLF001
+    files = tuple(Path(file["filename"]) for file in loaded[name].cache_files)
+    return SplitRows(name, recipe, cells, has_labels, files, loaded[name]._fingerprint)  # noqa: SLF001
 
 
 def _hub_class_names(split: Any, columns: tuple[str, ...]) -> tuple[str, ...] | None:

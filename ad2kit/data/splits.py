@@ -7,9 +7,11 @@ otherwise) is for every choice. Only the gate reads ``validation``.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import math
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ad2kit.data.labels import LabelReader, counts, no_labels
-from ad2kit.data.mapped import TOKENS, TextRows, TokenRows, stored_table, token_batch
-from ad2kit.data.rows import BadRow, BadRows
-from ad2kit.data.sources import SplitRows, open_file, open_source, open_unlabelled
+from ad2kit.data.labels import counts, no_labels
+from ad2kit.data.mapped import (
+    TOKENS,
+    TextRows,
+    TokenRows,
+    kept,
+    map_table,
+    token_batch,
+    write_table,
+)
+from ad2kit.data.reading import read_labelled, read_recipe
 from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint
 from ad2kit.run.records import Part
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerFast
 
+    from ad2kit.data.rows import BadRow
     from ad2kit.run.sections import DataRecipe, Task
 
 logger = logging.getLogger(__name__)
@@ -83,8 +93,13 @@ class Split:
     @functools.cached_property
     def sha256(self) -> str:
         """The fingerprint of texts and labels, in order."""
-        labels = (block.tolist() for block in np.array_split(self.labels, len(self) // 10_000 + 1))
-        return fingerprint(self.texts.blocks(), labels)
+        labels = self.labels
+        blocks = (block.tolist() for block in np.array_split(labels, len(self) // 10_000 + 1))
+        return self.texts.remembered(
+            lambda: fingerprint(self.texts.blocks(), blocks),
+            str(labels.dtype),
+            hashlib.sha256(np.ascontiguousarray(labels).data).hexdigest(),
+        )
 
 
 @dataclass(frozen=True)
@@ -146,8 +161,13 @@ class Encoded:
         return self.input_ids.lengths
 
 
-def load_data(recipe: DataRecipe, seed: int) -> Data:
+def load_data(recipe: DataRecipe, seed: int, store: Path | None = None) -> Data:
     """Read, check and split the data of a recipe.
+
+    Args:
+        recipe: the data section.
+        seed: decides which training rows become ``select``, and the order of the others.
+        store: the folder that keeps the rows of large tables, see :mod:`ad2kit.data.reading`.
 
     Raises:
         DataError: a file, column, row or label does not fit the recipe, a split is empty or holds
@@ -159,58 +179,28 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             f"data.long_texts: expected cut, found {recipe.long_texts}: only artefacts read those",
             hint="set data.long_texts=cut",
         )
-    source = open_source(recipe)
-    bad = BadRows(skip=recipe.bad_rows == "skip")
-    reader = LabelReader(recipe, source.labels)
-    train_texts, train_codes = _read(source.train, bad, reader)
-    output_labels = reader.fix()
-    validation_texts, validation_codes = _read(source.validation, bad, reader)
-    row_labels = reader.read(np.concatenate([train_codes, validation_codes]))
-    train = Split.of(train_texts, row_labels[: len(train_texts)])
-    validation = Split.of(validation_texts, row_labels[len(train_texts) :])
-    labels = output_labels.names
+    rows = read_recipe(recipe, store)
+    train = Split(rows.train, rows.row_labels[: len(rows.train)])
+    validation = Split(rows.validation, rows.row_labels[len(rows.train) :])
+    labels = rows.facts.labels
     order = np.random.default_rng([seed, 0]).permutation(len(train))[: recipe.max_train_rows]
     select_rows = _select_rows(recipe, len(order), len(labels))
-    unlabelled: tuple[tuple[str, ...], ...] = ()
-    for reference in recipe.unlabelled:
-        unlabelled += _read(open_unlabelled(reference, recipe), bad)[0]
     data = Data(
         task=recipe.task,
         labels=labels,
         train=train.take(order[select_rows:]),
         select=train.take(order[:select_rows]) if select_rows else validation,
         validation=validation,
-        unlabelled=Split.of(unlabelled, no_labels(recipe.task, len(unlabelled), len(labels))),
-        order_given=output_labels.given,
-        bad_rows=tuple(bad.listed),
+        unlabelled=Split(
+            rows.unlabelled, no_labels(recipe.task, len(rows.unlabelled), len(labels))
+        ),
+        order_given=rows.facts.order_given,
+        bad_rows=rows.facts.bad_rows,
     )
     for name, split in (("train", data.train), ("validation", data.validation)):
         _check_variety(split, recipe, labels, name)
     _check_leakage(data, recipe)
     return data
-
-
-def _read(
-    split: SplitRows, bad: BadRows, reader: LabelReader | None = None
-) -> tuple[tuple[tuple[str, ...], ...], np.ndarray]:
-    """Return the texts of a split and, with a ``reader``, the codes of its label cells."""
-    texts = []
-    codes = []
-    for place, row_texts, cell in split.rows(bad):
-        if reader is not None:
-            try:
-                codes.append(reader.code(place, cell))
-            except DataError as error:
-                bad.refuse(place, error)
-                continue
-        texts.append(row_texts)
-    if not texts:
-        raise DataError(
-            f"no row of the {split.name} split can be read; the first one: "
-            f"{bad.listed[0].reason if bad.listed else 'there is none'}",
-            hint="correct the table, or the columns in the data section",
-        )
-    return tuple(texts), np.asarray(codes, reader.code_type if reader else None)
 
 
 def _select_rows(recipe: DataRecipe, train_rows: int, outputs: int) -> int:
@@ -266,14 +256,7 @@ def load_split(path: Path, recipe: DataRecipe, labels: tuple[str, ...]) -> Split
     Raises:
         DataError: see :func:`load_data`.
     """
-    model_recipe = recipe
-    if recipe.task != "regression":
-        model_recipe = recipe.model_copy(update={"labels": labels})
-    rows, names = open_file(path, recipe, path.name)
-    reader = LabelReader(model_recipe, names)
-    bad = BadRows(skip=recipe.bad_rows == "skip")
-    texts, codes = _read(rows, bad, reader)
-    split = Split.of(texts, reader.read(codes))
+    split = Split(*read_labelled(path, recipe, labels))
     _check_variety(split, recipe, labels, path.name)
     return split
 
@@ -323,8 +306,10 @@ def encode(
     if store is None or len(split) < LARGE_ROWS:
         table = pa.Table.from_batches(batches, TOKENS)
     else:
-        key = fingerprint(split.texts.blocks(), tokenizer_facts(tokenizer), max_length_tokens, 1)
-        table = stored_table(store / "tokens" / key[:16], TOKENS, batches)
+        key = fingerprint(split.sha256, tokenizer_facts(tokenizer), max_length_tokens)
+        path = store / "tokens" / key[:16] / "tokens.arrow"
+        kept(path.parent, path.name, functools.partial(_write_tokens, path, batches, len(split)))
+        table = map_table(path)
     reads_types = "token_type_ids" in tokenizer.model_input_names
     return Encoded(
         TokenRows(table["input_ids"]),
@@ -332,6 +317,16 @@ def encode(
         split.labels,
         table["truncated"].to_numpy(),
     )
+
+
+def _write_tokens(path: Path, batches: Iterable[pa.RecordBatch], rows: int) -> None:
+    """Write the tokens of so many texts, and say how fast it was."""
+    logger.info("tokenising %d texts", rows)
+    start = time.perf_counter()
+    write_table(path, TOKENS, batches)
+    rate = rows / (time.perf_counter() - start)
+    size_mb = path.stat().st_size / 1e6
+    logger.info("tokenised %.0f texts per second; kept in %.0f MB", rate, size_mb)
 
 
 def _token_batches(

@@ -197,7 +197,7 @@ def _temperature(run: RunDir, student: TextModel) -> float:
     recipe = run.recipe
     if not recipe.export.calibrate:
         return 1.0
-    data = splits.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed, run.shared)
     encoded = splits.encode(data.select, student.tokenizer, recipe.data.max_length_tokens)
     logits = predict_logits(student, encoded, torch.device("cpu")).numpy()
     return fit_temperature(data.task, logits, data.select.labels)
@@ -207,7 +207,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
     """Search for an int8 graph, write it to ``target``, and return the record of the search."""
     start = time.monotonic()
     recipe = run.recipe
-    data = splits.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed, run.shared)
     fp32 = run.onnx("fp32")
     with tempfile.TemporaryDirectory(prefix="ad2kit-int8-") as temporary:
         scratch = Path(temporary)

@@ -79,7 +79,7 @@ def judge(run: RunDir) -> ParityReport:
     folders = [run.onnx(variant) for variant in recipe.export.variants]
     for folder in folders:
         run.require(folder / OnnxArtifact.file_name, command="export")
-    data = splits.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed, run.shared)
     expected_sha256 = distilled.splits["validation"].sha256
     sha256 = data.validation.sha256
     if sha256 != expected_sha256:

@@ -82,7 +82,7 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
             "--max-minutes takes one process: it times updates, and all have to follow one plan",
             hint="plan without `accelerate launch`, stop, and give the epochs of its recipe.json",
         )
-    data = splits.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
     key = fingerprint(
         recipe.model_dump(mode="json"),
         max_minutes,

@@ -91,7 +91,7 @@ def compare_service(
     batch, so only equal batches must give equal answers.
     """
     recipe = run.recipe
-    validation = splits.load_data(recipe.data, recipe.seed).validation
+    validation = splits.load_data(recipe.data, recipe.seed, run.shared).validation
     texts = [text_of(row) for row in validation.texts]
     by_length = sorted(texts, key=lambda text: len(str(text)))
     rows = np.unique(np.linspace(0, len(texts) - 1, TEXTS).astype(int))

@@ -223,7 +223,7 @@ class _Stage:
             "compile": str(recipe.compute.compile),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }
-        data = splits.load_data(recipe.data, recipe.seed)
+        data = splits.load_data(recipe.data, recipe.seed, run.shared)
         if accelerator.is_main_process:
             write_bad_rows(run.bad_rows, data.bad_rows)
         if data.task != "regression":
@@ -584,7 +584,12 @@ class _Stage:
         length.
         """
         length = self.recipe.data.max_length_tokens
-        key = fingerprint(self.teacher_sha256(), split.texts.blocks(), length)
+        teacher_sha256 = self.teacher_sha256()
+        key = split.texts.remembered(
+            lambda: fingerprint(teacher_sha256, split.texts.blocks(), length),
+            teacher_sha256,
+            length,
+        )
         path = shared.logits_file(self.run.shared, key)
         if not self._missing(path):
             return shared.read_logits(path)

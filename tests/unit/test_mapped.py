@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ad2kit.data import mapped, splits
-from ad2kit.data.mapped import TextRows, TokenRows, stored_table
+from ad2kit.data.mapped import TextRows, TokenRows, kept, map_table, write_table
 from ad2kit.data.splits import Data, Split, encode, known_rows
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
@@ -25,6 +25,9 @@ from ad2kit.run.files import fingerprint
 from ad2kit.run.recipe import load_recipe
 from ad2kit.training import shared
 from tests.models import cpu, data, tiny_bert
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PAIRS = tuple((f'first {number} é\u2028"\\', f"second {number % 7}") for number in range(50))
 
@@ -135,18 +138,23 @@ def test_tokens_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.Monk
 SCHEMA = pa.schema({"text": pa.string()})
 
 
+def stored(folder: Path, rows: Iterable[pa.RecordBatch]) -> pa.Table:
+    path = folder / "rows.arrow"
+    kept(folder, path.name, lambda: write_table(path, SCHEMA, rows))
+    return map_table(path)
+
+
 def batches(count: int) -> list[pa.RecordBatch]:
     return [pa.record_batch([[f"row {number}"]], schema=SCHEMA) for number in range(count)]
 
 
 def test_a_killed_writer_leaves_no_table(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from ad2kit.data.mapped import *;"
-        "from tests.unit.test_mapped import SCHEMA, batches\n"
+        "import os, signal, sys; from pathlib import Path; from tests.unit.test_mapped import *\n"
         "def some():\n"
         "    yield from batches(1000)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "stored_table(Path(sys.argv[1]), SCHEMA, some())"
+        "stored(Path(sys.argv[1]), some())"
     )
     folder = tmp_path / "key"
     root = Path(__file__).parents[2]
@@ -154,21 +162,21 @@ def test_a_killed_writer_leaves_no_table(tmp_path: Path) -> None:
     assert killed.returncode == -9
     (half,) = (path for path in folder.iterdir() if path.name.startswith(".tmp-"))
     assert half.stat().st_size > 10_000
-    assert len(stored_table(folder, SCHEMA, batches(3))) == 3
+    assert len(stored(folder, batches(3))) == 3
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "rows.arrow"]
 
 
 def test_a_damaged_table_is_refused_and_the_advice_helps(tmp_path: Path) -> None:
     folder = tmp_path / "key"
-    stored_table(folder, SCHEMA, batches(3))
+    stored(folder, batches(3))
     os.truncate(folder / "rows.arrow", 100)
     with pytest.raises(RunError, match=r"rows\.arrow is damaged") as caught:
-        stored_table(folder, SCHEMA, batches(3))
+        stored(folder, batches(3))
     assert f"delete {folder}" in caught.value.hint
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
-    assert len(stored_table(folder, SCHEMA, batches(3))) == 3
+    assert len(stored(folder, batches(3))) == 3
 
 
 def test_logits_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

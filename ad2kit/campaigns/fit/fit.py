@@ -99,7 +99,7 @@ def fit(
             hint="run it without `accelerate launch`",
         )
     recipe = target.applied_to(recipe)
-    data = splits.load_data(recipe.data, recipe.seed)
+    data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
     teacher = _open_teacher(recipe, data, target)
     inputs = fingerprint(
         recipe.model_dump(mode="json"), target.model_dump(mode="json"), grid.model_dump(mode="json")

@@ -100,7 +100,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), ExitStack() as stack:
         search = _Sweep(job, Ledger(folder / "trials.jsonl"), address, stack)
-        data = splits.load_data(recipe.data, recipe.seed)
+        data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
         best = _best(job, data, search.explore())
         search.train((best, seed) for seed in job.seeds())
         report = _report(job, data, inputs, search.trials(), best)
