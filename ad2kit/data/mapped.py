@@ -234,6 +234,9 @@ def map_table(path: Path) -> pa.Table:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
     except pa.ArrowInvalid as error:
-        raise RunError(
-            f"{path} is damaged: {error}", hint=f"delete {path.parent} and run again"
-        ) from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> RunError:
+    """Return the error for a damaged file of a folder that :func:`kept` writes."""
+    return RunError(f"{path} is damaged: {error}", hint=f"delete {path.parent} and run again")

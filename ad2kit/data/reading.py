@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ad2kit import __version__
 from ad2kit.data.labels import LabelReader
-from ad2kit.data.mapped import TextRows, kept, map_table, write_table
+from ad2kit.data.mapped import TextRows, damaged, kept, map_table, write_table
 from ad2kit.data.rows import BadRow, BadRows
 from ad2kit.data.sources import open_file, open_source, open_unlabelled
 from ad2kit.run.errors import DataError
@@ -96,7 +96,10 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
     train, validation, unlabelled_texts = (
         _mapped(folder, name) for name in ("train", "validation", "unlabelled")
     )
-    row_labels = np.asarray(np.load(folder / _LABELS, mmap_mode="r"))
+    try:
+        row_labels = np.asarray(np.load(folder / _LABELS, mmap_mode="r"))
+    except ValueError as error:
+        raise damaged(folder / _LABELS, error) from error
     facts = KeptRows.read(folder / KeptRows.file_name)
     return RecipeRows(train, validation, unlabelled_texts, row_labels, facts)
 
