@@ -5,8 +5,8 @@
 A table of short texts that nobody wrote, each about 17 tokens. Its recipe is checked and trained
 until 100 updates of the teacher are done, by one process and by several beside each other. Each
 process is watched: `RssAnon` is its own memory, `RssFile` are pages of files, which processes share
-and the system takes back. `start` are the seconds before the first update: reading and tokenising,
-and for a second run the same from the cache.
+and the system takes back. `start` are the seconds before the first update. The check reads the
+tables, and the first training tokenises them; the other trainings find both in the cache.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _VALIDATION_ROWS = 2_000
 _BLOCK_ROWS = 100_000
 _WATCH_SECONDS = 0.1
 _MEMORY = re.compile(r"Rss(Anon|File):\s+(\d+) kB")
+_NOTES = re.compile(r"tokenised .*")
 _NOUNS = [
     "film",
     "plot",
@@ -72,6 +73,7 @@ class Watched:
     start_seconds: float = 0.0
     anonymous: dict[int, int] = field(default_factory=dict)
     files: dict[int, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def look(self, process: psutil.Process) -> None:
         """Note the memory of a process and of those that it started."""
@@ -92,6 +94,7 @@ class Watched:
             "start_seconds": round(self.start_seconds, 1),
             "rss_anon_gb": round(max(self.anonymous.values()) / 1e9, 3),
             "rss_file_gb": round(max(self.files.values()) / 1e9, 3),
+            "notes": self.notes,
         }
 
 
@@ -134,8 +137,10 @@ def watch(command: list[str], curve: Path | None = None, updates: int = 0) -> Wa
             time.sleep(_WATCH_SECONDS)
         found.seconds = time.perf_counter() - begin
         output.seek(0)
-        if done < updates:
-            sys.exit(output.read().decode())
+        words = output.read().decode()
+        if done < updates or (not updates and process.returncode):
+            sys.exit(words)
+        found.notes = _NOTES.findall(words)
     return found
 
 
@@ -175,18 +180,16 @@ def measure(folder: Path, rows: int, processes: list[int]) -> None:
     ]
     ad2kit = [sys.executable, "-m", "ad2kit"]
     results = [watch([*ad2kit, "check", *settings]).row("check")]
-    for count in processes:
+    print(results[-1], flush=True)
+    for number, count in enumerate(processes):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += ["--local-addr=127.0.0.1", f"--nproc-per-node={count}", "-m", "ad2kit"]
-        for which in ("first", "second"):
-            shutil.rmtree(runs / ".shared" / "tokens", ignore_errors=which == "first")
-            run = runs / f"run-{count}-{which}"
-            shutil.rmtree(run, ignore_errors=True)
+        for which in ("from the tables", "from the cache")[min(number, 1) :]:
+            run = runs / f"run-{count}-{which.split()[-1]}"
             command = [*(launcher if count > 1 else ad2kit), "distill", *settings]
             found = watch([*command, "--run", str(run)], run / "teacher-training.jsonl", UPDATES)
-            results.append(found.row(f"distill, {count} processes, {which} start"))
-    for result in results:
-        print(result)
+            results.append(found.row(f"distill, {count} processes, {which}"))
+            print(results[-1], flush=True)
     shared = runs / ".shared"
     summary = {
         "rows": rows,
