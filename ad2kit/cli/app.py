@@ -35,6 +35,7 @@ for command in (
     stages.init,
     stages.check,
     stages.doctor,
+    stages.cache,
     stages.distill,
     stages.export,
     stages.parity,

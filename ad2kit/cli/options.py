@@ -36,6 +36,10 @@ MaxMinutes = Annotated[
 ]
 RUNS = Path("runs")
 
+Clear = Annotated[
+    bool, typer.Option("--clear", help="Delete it all: it is read and computed again.")
+]
+
 # Options of `init`.
 Table = Annotated[
     Path,

@@ -1,4 +1,4 @@
-"""The commands of the single stages, and those that only look: recipes, check, doctor.
+"""The commands of the single stages, and those that only look: recipes, check, doctor, cache.
 
 They translate options. Heavy imports sit inside.
 """
@@ -117,6 +117,39 @@ def doctor(as_json: options.Json = False) -> None:
         typer.echo(f"{finding.name}: {finding.value}")
         if finding.advice:
             typer.echo(f"  -> {finding.advice}")
+
+
+def cache(
+    runs_dir: options.RunsDir = options.RUNS,
+    clear: options.Clear = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what runs keep of tables, tokens and logits, and how large it is; or clear it.
+
+    No result of a run is lost. The next command reads, tokenises or computes again what it needs.
+    """
+    from ad2kit.cli.show import print_json
+    from ad2kit.planning import cache as planning
+
+    shared = runs_dir / ".shared"
+    kept = planning.contents(shared)
+    busy = planning.clear(shared) if clear else []
+    if as_json:
+        print_json(
+            {
+                "folder": str(shared),
+                "kept": [each.model_dump() for each in kept],
+                "cleared": clear,
+                "busy": list(map(str, busy)),
+            }
+        )
+        return
+    typer.echo(f"{'cleared' if clear else 'kept'} in {shared}:")
+    for each in kept:
+        size = f"{each.size_bytes / 1e6:,.1f} MB"
+        typer.echo(f"{each.kind:<7} {each.entries:>5}  {size:>14}  {each.content}")
+    for entry in busy:
+        typer.echo(f"left, as another process is writing it: {entry}")
 
 
 def distill(

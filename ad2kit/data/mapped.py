@@ -130,7 +130,7 @@ class TextRows(Sequence["Texts"]):
         key = fingerprint([file.name for file in self.files], len(self), order, *parts)
         path = self.files[0].parent / "fingerprints" / key[:16]
         if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # the cache may have been cleared
             write_text(path, compute())
         return path.read_text(encoding="ascii")
 
