@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.run import hub
-from ad2kit.run.errors import MissingExtra, no_room_left
+from ad2kit.run.errors import MissingExtra, UserError, no_room_left
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from ad2kit.run.hub import Address
+
+    Rows = tuple[str, Callable[[], Iterator[Any]]]
 
 
 def load(reference: str, *, key: str) -> Any:
@@ -58,6 +62,58 @@ def load(reference: str, *, key: str) -> Any:
                 "run the same command again when the hub answers",
             )
     return loaded
+
+
+def stream(reference: str, split: str, columns: Sequence[str], *, key: str) -> Rows:
+    """Return the rows of one split of a data set, which is read as a stream from the hub.
+
+    Args:
+        reference: the address; see :func:`load`.
+        split: the name of the split.
+        columns: the columns to read.
+        key: the key of the recipe that holds it, for messages.
+
+    Returns:
+        The address with its commit, and a function that starts to read. It yields batches of Arrow;
+        its errors are those of :func:`load`.
+
+    Raises:
+        DataError, MissingExtra: see :func:`load`.
+    """
+    address = hub.parse(reference, "dataset", key)
+    commit = hub.commit_of(address)
+
+    def batches() -> Iterator[Any]:
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise MissingExtra("datasets", extra="cpu") from error
+
+        from ad2kit.data import arrow_files, tables
+
+        try:
+            loaded = datasets.load_dataset(
+                f"hf://datasets/{address.name}", address.config, revision=commit, streaming=True
+            )
+            if split not in loaded:
+                raise address.error(
+                    f"it has no split '{split}', only {', '.join(loaded)}",
+                    f"write the split at the end of {key}: #{next(iter(loaded))}",
+                )
+            # The columns of some formats are known only when the first rows are there.
+            rows = loaded[split].with_format("arrow").iter(batch_size=arrow_files.BATCH_ROWS)
+            for number, batch in enumerate(rows):
+                if number == 0:
+                    tables.check_columns(f"{address} {split}", columns, batch.column_names)
+                yield batch.select(list(dict.fromkeys(columns)))
+        except UserError:
+            raise
+        except Exception as error:
+            if no_room_left(error):
+                raise
+            raise _explained(error, address) from error
+
+    return f"{address.name}/{address.config or ''}@{commit}#{split}", batches
 
 
 def _prepared(address: Address, commit: str) -> dict[str | None, Path]:

@@ -83,12 +83,13 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
     unlabelled = tuple(open_unlabelled(reference, recipe) for reference in recipe.unlabelled)
     tables = (source.train, source.validation, *unlabelled)
     size_bytes = sum(file.stat().st_size for rows in tables for file in rows.files)
-    if store is None or size_bytes < LARGE_BYTES:
+    is_large = size_bytes >= LARGE_BYTES or any(rows.streamed for rows in unlabelled)
+    if store is None or not is_large:
         return _read(recipe, source, unlabelled, _in_memory)
     key = fingerprint(
         __version__,
-        recipe.labels,
         source.labels,
+        recipe.max_unlabelled_rows,
         [[rows.settings, rows.identity or _contents(rows.files)] for rows in tables],
     )
     folder = store / "tables" / key[:16]
@@ -139,7 +140,10 @@ def _read(
     labels = reader.fix()
     validation = make_table("validation", schema, _batches(source.validation, bad, reader, codes))
     row_labels = reader.read(np.concatenate(codes))
-    texts = itertools.chain.from_iterable(_batches(rows, bad) for rows in unlabelled)
+    texts = _first_rows(
+        itertools.chain.from_iterable(_batches(rows, bad) for rows in unlabelled),
+        recipe.max_unlabelled_rows,
+    )
     return RecipeRows(
         train,
         validation,
@@ -187,6 +191,17 @@ def _batches(
         )
     if texts:
         yield batch()
+
+
+def _first_rows(batches: Iterable[pa.RecordBatch], count: int | None) -> Iterator[pa.RecordBatch]:
+    """Yield so many rows, or all if ``count`` is None; no further batch is read."""
+    rows = 0
+    for batch in batches:
+        if count is not None and rows + len(batch) >= count:
+            yield batch.slice(0, count - rows)
+            return
+        rows += len(batch)
+        yield batch
 
 
 def _schema(recipe: DataRecipe) -> pa.Schema:

@@ -35,7 +35,8 @@ class SplitRows:
         has_labels: whether it has the label column.
         files: the files that hold it; of a data set of the hub, those in the cache of ``datasets``.
         identity: what identifies its content, if not the content of ``files``: for the hub, the
-            fingerprint that ``datasets`` gives it.
+            fingerprint that ``datasets`` gives it, or its commit.
+        streamed: whether each reading downloads it again.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SplitRows:
     has_labels: bool = True
     files: tuple[Path, ...] = ()
     identity: str = ""
+    streamed: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -151,6 +153,8 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
     columns = recipe.text_columns
     if reference.startswith("hub://"):
         address, _, split = reference.removeprefix("hub://").partition("#")
+        if recipe.max_unlabelled_rows is not None:
+            return _hub_stream(reference, split or "train", recipe)
         loaded = hub.load(reference, key="data.unlabelled")
         return _hub_split(loaded, address, split or "train", recipe, has_labels=False)
     path = Path(reference)
@@ -243,6 +247,18 @@ def _hub_split(
 
     files = tuple(Path(file["filename"]) for file in loaded[name].cache_files)
     return SplitRows(name, recipe, cells, has_labels, files, loaded[name]._fingerprint)  # noqa: SLF001
+
+
+def _hub_stream(reference: str, split: str, recipe: DataRecipe) -> SplitRows:
+    """Return the texts of one split of a data set that is read as a stream."""
+    identity, batches = hub.stream(reference, split, recipe.text_columns, key="data.unlabelled")
+
+    def cells() -> Iterator[Cells]:
+        from ad2kit.data import arrow_files
+
+        yield from arrow_files.rows(batches(), reference)
+
+    return SplitRows(reference, recipe, cells, has_labels=False, identity=identity, streamed=True)
 
 
 def _hub_class_names(split: Any, columns: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -90,6 +90,9 @@ class DataRecipe(Section):
     ``label_column`` may list several columns, one for each label, with 0 or 1 in each cell.
     ``label_separator`` stands between several labels in one cell.
 
+    ``max_unlabelled_rows`` is the largest number of rows of ``unlabelled``, all entries together. If
+    it is set, data sets of the hub are read as streams: nothing but these rows is downloaded.
+
     ``csv_quotes`` says how a quotation mark inside of a quoted cell of CSV is written: ``doubled``,
     or with a ``backslash`` before it, as Spark writes it. A row that cannot be read is an error
     with ``bad_rows: refuse``; with ``skip`` it is left out and listed in the run folder.
@@ -110,6 +113,7 @@ class DataRecipe(Section):
     window_overlap_tokens: Annotated[int, Field(ge=0)] | None = None
     max_windows: Positive = 32
     max_train_rows: Positive | None = None
+    max_unlabelled_rows: Positive | None = None
     select_from: Literal["train", "validation"] = "train"
     max_leakage: Fraction = 0.1
     csv_quotes: Literal["doubled", "backslash"] = "doubled"

@@ -3,6 +3,8 @@
     runs/.shared/teachers/<key>/        as in a run folder
     runs/.shared/teacher-reports/<key>.json
     runs/.shared/logits/<key>.safetensors
+    runs/.shared/tables/<key>/          rows of large tables, see ad2kit.data.reading
+    runs/.shared/tokens/<key>/          token ids of large splits, see ad2kit.data.splits.encode
     runs/.shared/plans/<key>.json       recipes that --max-minutes has planned
     runs/.shared/measured.json          measured costs of systems, see ad2kit.campaigns.fit.costs
 
