@@ -64,13 +64,14 @@ def load(reference: str, *, key: str) -> Any:
     return loaded
 
 
-def stream(reference: str, split: str, columns: Sequence[str], *, key: str) -> Rows:
+def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key: str) -> Rows:
     """Return the rows of one split of a data set, which is read as a stream from the hub.
 
     Args:
         reference: the address; see :func:`load`.
         split: the name of the split.
         columns: the columns to read.
+        most: no more than so many rows are of use.
         key: the key of the recipe that holds it, for messages.
 
     Returns:
@@ -101,8 +102,8 @@ def stream(reference: str, split: str, columns: Sequence[str], *, key: str) -> R
                     f"write the split at the end of {key}: #{next(iter(loaded))}",
                 )
             # The columns of some formats are known only when the first rows are there.
-            rows = loaded[split].with_format("arrow").iter(batch_size=arrow_files.BATCH_ROWS)
-            for number, batch in enumerate(rows):
+            rows = loaded[split].with_format("arrow")
+            for number, batch in enumerate(rows.iter(min(arrow_files.BATCH_ROWS, most))):
                 if number == 0:
                     tables.check_columns(f"{address} {split}", columns, batch.column_names)
                 yield batch.select(list(dict.fromkeys(columns)))

@@ -251,7 +251,10 @@ def _hub_split(
 
 def _hub_stream(reference: str, split: str, recipe: DataRecipe) -> SplitRows:
     """Return the texts of one split of a data set that is read as a stream."""
-    identity, batches = hub.stream(reference, split, recipe.text_columns, key="data.unlabelled")
+    most = recipe.max_unlabelled_rows or 0
+    identity, batches = hub.stream(
+        reference, split, recipe.text_columns, most, key="data.unlabelled"
+    )
 
     def cells() -> Iterator[Cells]:
         from ad2kit.data import arrow_files

@@ -90,8 +90,8 @@ class DataRecipe(Section):
     ``label_column`` may list several columns, one for each label, with 0 or 1 in each cell.
     ``label_separator`` stands between several labels in one cell.
 
-    ``max_unlabelled_rows`` is the largest number of rows of ``unlabelled``, all entries together. If
-    it is set, data sets of the hub are read as streams: nothing but these rows is downloaded.
+    ``max_unlabelled_rows`` is the largest number of rows of ``unlabelled``, all entries together.
+    If it is set, data sets of the hub among them are read as streams, and are not downloaded.
 
     ``csv_quotes`` says how a quotation mark inside of a quoted cell of CSV is written: ``doubled``,
     or with a ``backslash`` before it, as Spark writes it. A row that cannot be read is an error
