@@ -6,6 +6,7 @@ share them, and the system drops them when it needs memory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Texts = tuple[str, ...]
 
 # Rows that are turned into Python objects at a time.
-_BLOCK_ROWS = 10_000
+_BLOCK_ROWS = 50_000
 _TOKEN_IDS = pa.list_(pa.int32())
 _TYPE_IDS = pa.list_(pa.int8())
 
@@ -109,10 +110,33 @@ class TextRows(Sequence["Texts"]):
         """Yield the rows in lists of some thousand rows."""
         for start in range(0, len(self), _BLOCK_ROWS):
             if self.order is None:
-                block = self.table.slice(start, _BLOCK_ROWS)
+                yield _tuples(self.table.slice(start, _BLOCK_ROWS))
             else:
-                block = self.table.take(self.order[start : start + _BLOCK_ROWS])
-            yield list(zip(*(column.to_pylist() for column in block.columns), strict=True))
+                yield self._gathered(self.order[start : start + _BLOCK_ROWS])
+
+    def _gathered(self, places: NDArray[np.int64]) -> list[Texts]:
+        """Return these rows of the table.
+
+        Rows are taken from each batch of the table by itself: `Table.take` would first copy all
+        batches into one.
+        """
+        batches, first_rows = self._batches
+        batch_of = np.searchsorted(first_rows, places, side="right") - 1
+        by_batch = np.argsort(batch_of, kind="stable")
+        ends = np.flatnonzero(np.diff(batch_of[by_batch])) + 1
+        rows: list[Texts] = [()] * len(places)
+        for part in np.split(by_batch, ends):
+            number = batch_of[part[0]]
+            taken = batches[number].take(pa.array(places[part] - first_rows[number]))
+            for row, texts in zip(part.tolist(), _tuples(taken), strict=True):
+                rows[row] = texts
+        return rows
+
+    @functools.cached_property
+    def _batches(self) -> tuple[list[pa.RecordBatch], NDArray[np.int64]]:
+        """The batches of the table, and the row of the table with which each begins."""
+        batches = self.table.to_batches()
+        return batches, np.cumsum([0, *map(len, batches)])[:-1]
 
     def hashes(self) -> NDArray[np.int64]:
         """Return a hash of 64 bits for each row; equal rows have equal hashes in this process."""
@@ -133,6 +157,10 @@ class TextRows(Sequence["Texts"]):
             path.parent.mkdir(parents=True, exist_ok=True)  # the cache may have been cleared
             write_text(path, compute())
         return path.read_text(encoding="ascii")
+
+
+def _tuples(rows: pa.Table | pa.RecordBatch) -> list[Texts]:
+    return list(zip(*(column.to_pylist() for column in rows.columns), strict=True))
 
 
 class TokenRows(Sequence[list[int]]):

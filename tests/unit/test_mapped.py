@@ -27,7 +27,7 @@ from ad2kit.training import shared
 from tests.models import cpu, data, tiny_bert
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 PAIRS = tuple((f'first {number} é\u2028"\\', f"second {number % 7}") for number in range(50))
 
@@ -63,6 +63,25 @@ def test_text_rows_are_a_sequence_of_tuples() -> None:
     assert mixed != expected[::-1]
     with pytest.raises(IndexError):
         rows[50]
+
+
+def test_rows_are_taken_without_a_copy_of_the_table() -> None:
+    batch = pa.record_batch([pa.array(["text " * 200] * 100, pa.large_string())], ["0"])
+    table = pa.Table.from_batches([batch] * 100)
+    few = np.arange(9_999, 0, -1_000)
+    usual = pa.default_memory_pool()
+
+    def most_bytes(take: Callable[[], object]) -> int:
+        pool = pa.proxy_memory_pool(usual)
+        pa.set_memory_pool(pool)
+        try:
+            take()
+        finally:
+            pa.set_memory_pool(usual)
+        return int(pool.max_memory())
+
+    assert most_bytes(lambda: list(TextRows(table, few))) < 100_000
+    assert most_bytes(lambda: table.take(few)) > 5_000_000  # the control
 
 
 @pytest.mark.usefixtures("small_blocks")
