@@ -60,7 +60,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(VENV5)/.installed: pyproject.toml constraints-transformers5.txt
 	$(PYTHON) -m venv $(VENV5)
 	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints-transformers5.txt --editable '.[cpu-transformers5,scale,demo,dev]'
+	  --constraint constraints-transformers5.txt --editable '.[cpu-transformers5,scale,ask,demo,dev]'
 	touch $@
 
 $(VENV)/.docs: $(INSTALLED)

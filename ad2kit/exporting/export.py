@@ -37,7 +37,6 @@ try:
     import onnx
     import torch
     from torch.jit._trace import TracerWarning
-    from transformers import __version__ as transformers_version
 
     from ad2kit.exporting.fuse import fuse, node_counts, read_first_token_only, to_fp16
     from ad2kit.exporting.int8 import Int8Search, weights_in_8_bits
@@ -264,9 +263,7 @@ def exporter() -> tuple[str, str]:
     if main_export is not None:
         version = metadata.version("optimum-onnx")
         return "optimum", f"optimum-onnx {version} is installed"
-    return "torch.onnx", (
-        f"optimum is not to be had with transformers {transformers_version} here: {_NO_OPTIMUM}"
-    )
+    return "torch.onnx", f"optimum cannot be imported: {_NO_OPTIMUM}"
 
 
 def export_fp32(student: Path, folder: Path) -> None:
