@@ -41,10 +41,16 @@ def other_answers(folder: Path, job: AskJob) -> Other:
     Raises:
         RunError: it is no job of `ad2kit ask`, or has other labels or columns.
     """
+    if not (folder / AskJob.file_name).is_file():
+        raise RunError(
+            f"--against: expected the output of `ad2kit ask`, found no {AskJob.file_name} in "
+            f"{folder}",
+            hint="name the OUTPUT of another `ad2kit ask` that has ended",
+        )
     other = AskJob.read(folder / AskJob.file_name)
     for name in ("labels", "text_columns", "task"):
         there, here = getattr(other, name), getattr(job, name)
-        if sorted(there) != sorted(here):
+        if there != here and (name != "labels" or set(there) != set(here)):
             raise RunError(
                 f"{folder} has other {name}: {there!r} there, {here!r} here",
                 hint="compare with a folder of the same task",

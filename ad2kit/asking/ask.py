@@ -162,8 +162,15 @@ def ask(
         results.read_texts(tables.blocks, limits.max_rows)
         asker = Asker(endpoint, prompt, journal, costs, limits.max_cost, on_progress)
         asked_before = len(journal.answers)
-        with journal.writing():
-            asyncio.run(asker.ask(results.texts, limits.concurrency))
+        try:
+            with journal.writing():
+                asyncio.run(asker.ask(results.texts, limits.concurrency))
+        except BaseException:
+            names = {AskJob.file_name, NAME}
+            if not journal.answers and output.names() == names:
+                for name in names:  # what was wrong may be part of the job: the next may differ
+                    (Path(output.path) / name).unlink()
+            raise
         results.write(tables.blocks, journal, asker.unanswered)
         report = _report(results, tables, job, journal, costs, prompt).model_copy(
             update={

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ad2kit.asking.endpoint import Unanswered
 from ad2kit.asking.prompts import OUTSIDE
 from ad2kit.asking.records import Answer, Usage
-from ad2kit.run.errors import Ad2kitError, UserError
+from ad2kit.run.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +136,7 @@ class Asker:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(concurrency):
                         group.create_task(self._work(remaining))
-            except* Ad2kitError as errors:
+            except* Exception as errors:  # a group would hide what it is
                 raise errors.exceptions[0] from None
 
     async def _work(self, remaining: Iterator[tuple[Question, int]]) -> None:

@@ -369,6 +369,10 @@ def test_an_endpoint_that_is_not_there(ad2kit: Any, recipe: Path, tmp_path: Path
     arguments = ("ask", recipe, source, tmp_path / "out")
     outcome = ad2kit(*arguments, *at("http://127.0.0.1:9/v1"))
     assert (outcome.code, "cannot reach http://127.0.0.1:9/v1" in outcome.err) == (2, True)
+    outcome = ad2kit(*arguments, *at("http://127.0.0.1:8/v1"), "--proxy", "http://127.0.0.1:9")
+    assert (outcome.code, "or give --proxy" in outcome.err) == (2, True)
+    with served(LanguageModel(of_words)) as url:  # corrected, as the hint says
+        assert ad2kit(*arguments, *at(url)).code == 0
     for wrong in ("127.0.0.1:8000", "ftp://x/v1", "http://me:word@127.0.0.1/v1"):
         outcome = ad2kit(*arguments, *at(wrong))
         assert (outcome.code, "--base-url: expected an address" in outcome.err) == (2, True)
@@ -509,6 +513,8 @@ def test_a_second_pass_and_labels_say_how_good_the_teacher_is(
     other = write_recipe(tmp_path, {"prompt": PROMPT, "text": "{text}"}, labels=["negative", "b"])
     outcome = ad2kit("ask", other, source, tmp_path / "third", *at(url), "--against", first)
     assert (outcome.code, "has other labels" in outcome.err) == (2, True)
+    outcome = ad2kit("ask", recipe, source, second, *at(url), "--against", tmp_path)
+    assert (outcome.code, "expected the output of `ad2kit ask`" in outcome.err) == (2, True)
 
 
 def test_an_output_of_something_else_is_refused(
