@@ -59,6 +59,19 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+# Keys of the data section that 0.1.0 did not have. With their defaults a recipe has the folder that
+# 0.1.0 gave it, and its run is found again.
+_NEWER_DATA_KEYS = (
+    "bad_rows",
+    "csv_quotes",
+    "label_separator",
+    "long_texts",
+    "max_unlabelled_rows",
+    "max_windows",
+    "window_overlap_tokens",
+)
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The folder of one run. Only this class knows its file names.
@@ -305,6 +318,10 @@ def _training_fingerprint(recipe: Recipe) -> str:
     """Return the fingerprint of the settings that decide the weights."""
     sections = {"seed", "data", "teacher", "student", "distill"}
     settings = recipe.model_dump(mode="json", include=sections, exclude={"teacher": {"accept"}})
+    fields = type(recipe.data).model_fields
+    for key in _NEWER_DATA_KEYS:
+        if settings["data"][key] == fields[key].default:
+            del settings["data"][key]
     return fingerprint(settings, recipe.compute.precision)
 
 
