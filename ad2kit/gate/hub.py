@@ -17,7 +17,7 @@ from ad2kit.gate.shipping import choose_variant
 from ad2kit.run.errors import UserError
 from ad2kit.run.files import write_text
 from ad2kit.run.folder import exclusive
-from ad2kit.run.hub import HUB, causes, parse
+from ad2kit.run.hub import HUB, causes, hub_errors, parse
 from ad2kit.run.markdown import table
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def push(run: RunDir, repository: str, *, variant: str | None = None, private: b
                 folder_path=staged,
                 commit_message=f"{folder.name} of {run.path.name}",
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except hub_errors(ValueError, RuntimeError) as error:
             # A name that the hub does not take is a ValueError, a large file that it does not take
             # a RuntimeError with a cause.
             reasons = [f"{type(each).__name__}: {_first_line(each)}" for each in causes(error)]

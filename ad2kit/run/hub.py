@@ -80,6 +80,18 @@ def parse(reference: str, kind: Kind, key: str) -> Address:
     return address
 
 
+def hub_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return the errors of a network that the hub's library raises, and ``others``.
+
+    From version 1 on they are also those of httpx, which older versions do not install.
+    """
+    try:
+        from httpx import HTTPError
+    except ModuleNotFoundError:
+        return (OSError, *others)
+    return (OSError, HTTPError, *others)
+
+
 def is_offline() -> bool:
     """Tell whether only the cache of the hub is read; ask the hub, if nothing has said so yet.
 
@@ -92,7 +104,7 @@ def is_offline() -> bool:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_S).status_code
             trouble = f"HTTP {status}" if status >= _BROKEN else ""
-        except OSError as error:
+        except hub_errors() as error:
             trouble = type(error).__name__
         if trouble:
             logger.info("the hub does not answer (%s); looking into the cache", trouble)
@@ -123,7 +135,7 @@ def commit_of(address: Address) -> str:
             etag_timeout=_TIMEOUT_S,
             local_files_only=is_offline(),
         )
-    except (OSError, ValueError) as error:
+    except hub_errors(ValueError) as error:
         # The hub names the commit also where the file is missing.
         without_it = getattr(error, "response", None)
         if isinstance(error, EntryNotFoundError) and without_it is not None:
@@ -151,7 +163,7 @@ def snapshot(address: Address, patterns: list[str]) -> Path:
                 local_files_only=is_offline(),
             )
         )
-    except (OSError, ValueError) as error:
+    except hub_errors(ValueError) as error:
         raise explained(error, address) from error
 
 
