@@ -11,8 +11,6 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from optimum.onnxruntime import ORTModelForSequenceClassification
-from optimum.pipelines import pipeline
 from transformers import AutoTokenizer
 
 from ad2kit.data import splits
@@ -24,6 +22,10 @@ from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import DataError, ModelError
 from ad2kit.training.records import DistillReport
 from tests.integration.test_parity import drop_the_mask, edit
+
+# The models of others are optimum's, which does not import under transformers 5.
+optimum_models = pytest.importorskip("optimum.onnxruntime")
+pipelines = pytest.importorskip("optimum.pipelines")
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -253,9 +255,9 @@ def test_an_artefact_is_a_plain_folder_for_other_tools(finished_run: RunDir) -> 
     texts = ["never dull", "not at all convincing"]
     for name in ("fp32", "fused", "int8"):
         folder = finished_run.onnx(name)
-        theirs = pipeline(
+        theirs = pipelines.pipeline(
             "text-classification",
-            model=ORTModelForSequenceClassification.from_pretrained(
+            model=optimum_models.ORTModelForSequenceClassification.from_pretrained(
                 folder, trust_remote_code=False
             ),
             tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
