@@ -107,7 +107,7 @@ class Judge:
     def answers(self, model: TextModel) -> Answers:
         """Return what a model answers."""
         model.module.to(self.device)
-        length = self.recipe.data.max_length_tokens
+        length = self.recipe.data.length
         encoded = encode(self.data.validation, model.tokenizer, length)
         return answers(self.data.task, predict_logits(model, encoded, self.device).numpy())
 

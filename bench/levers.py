@@ -52,7 +52,7 @@ class Bench:
     def answers(self, folder: Path) -> Answers:
         """Return the class ids that a model gives to the rows of both sets."""
         model = text_model.load_model(folder, self.data.labels)
-        length, cpu = self.recipe.data.max_length_tokens, torch.device("cpu")
+        length, cpu = self.recipe.data.length, torch.device("cpu")
         return {
             name: predict_logits(model, splits.encode(split, model.tokenizer, length), cpu)
             .argmax(1)

@@ -91,7 +91,7 @@ def propose(bench: Workbench, split: Split) -> Proposals:
         words = text.split()
         words[place] = str(tokenizer.mask_token)
         masked.append((" ".join(words),))
-    length = bench.recipe.data.max_length_tokens
+    length = bench.recipe.data.length
     encoded = encode(Split.of(masked, np.zeros(len(masked))), tokenizer, length)
     teacher.module.eval()
     for rows in by_length(encoded.lengths, EVALUATION_BATCH):

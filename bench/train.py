@@ -96,7 +96,7 @@ class Workbench:
 
     def logits(self, model: TextModel, split: Split) -> tuple[torch.Tensor, float]:
         """Return a model's logits, and how many seconds it read for them."""
-        encoded = encode(split, model.tokenizer, self.recipe.data.max_length_tokens)
+        encoded = encode(split, model.tokenizer, self.recipe.data.length)
         start = time.perf_counter()
         logits = predict_logits(model, encoded, self.accelerator.device)
         return logits, time.perf_counter() - start
@@ -133,7 +133,7 @@ class Workbench:
         """Return the updates of a training, none of them done yet."""
         return train(
             new_state(model, settings, self.accelerator),
-            encode(split, model.tokenizer, self.recipe.data.max_length_tokens),
+            encode(split, model.tokenizer, self.recipe.data.length),
             logits,
             objective,
             settings,

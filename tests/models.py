@@ -13,7 +13,7 @@ from ad2kit.models.pretrained import RANDOM
 from ad2kit.models.text_model import padded
 from ad2kit.run.machine import accelerator
 from ad2kit.run.recipe import load_recipe
-from ad2kit.run.sections import ComputeRecipe, DistillRecipe
+from ad2kit.run.sections import ComputeRecipe, DistillRecipe, TextLength
 from ad2kit.training.ad2 import Batch
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def tiny_bert(seed: int = 3, *, dropout: bool = False, task: Task = "single_labe
 
 
 def encoded(model: TextModel) -> Encoded:
-    return encode(split(model.task), model.tokenizer, 32)
+    return encode(split(model.task), model.tokenizer, TextLength(32))
 
 
 def batch(model: TextModel, rows: slice = slice(None)) -> Batch:

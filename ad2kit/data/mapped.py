@@ -35,8 +35,19 @@ _BLOCK_ROWS = 50_000
 _TOKEN_IDS = pa.list_(pa.int32())
 _TYPE_IDS = pa.list_(pa.int8())
 
-TOKENS = pa.schema({"input_ids": _TOKEN_IDS, "token_type_ids": _TYPE_IDS, "truncated": pa.bool_()})
-"""The columns of tokenised texts; ``truncated`` marks a text that was cut."""
+TOKENS = pa.schema(
+    {
+        "input_ids": _TOKEN_IDS,
+        "token_type_ids": _TYPE_IDS,
+        "truncated": pa.bool_(),
+        "continues": pa.bool_(),
+    }
+)
+"""The columns of tokenised texts, one row for each text, or for each window of a long text.
+
+``truncated`` marks a text that was cut. ``continues`` marks a window that goes on with the text of
+the row before it.
+"""
 
 
 class TextRows(Sequence["Texts"]):
@@ -215,18 +226,48 @@ class TokenRows(Sequence[list[int]]):
 
 
 def token_batch(encodings: Sequence[Encoding], max_length_tokens: int) -> pa.RecordBatch:
-    """Return the tokens of some texts as a batch of :data:`TOKENS`."""
+    """Return the tokens of some texts, which were cut, as a batch of :data:`TOKENS`."""
     ids = [encoding.ids for encoding in encodings]
+    truncated = [
+        # What was cut off is copied when it is asked for.
+        len(tokens) >= max_length_tokens and bool(encoding.overflowing)
+        for tokens, encoding in zip(ids, encodings, strict=True)
+    ]
+    return _batch(ids, [encoding.type_ids for encoding in encodings], truncated, [False] * len(ids))
+
+
+def window_batch(texts: Sequence[Sequence[Encoding]]) -> pa.RecordBatch:
+    """Return the windows of some texts, which were not cut, as a batch of :data:`TOKENS`."""
+    ids = [window.ids for windows in texts for window in windows]
+    type_ids = [
+        _segments(windows[0], window) if place else window.type_ids
+        for windows in texts
+        for place, window in enumerate(windows)
+    ]
+    continues = [place > 0 for windows in texts for place in range(len(windows))]
+    return _batch(ids, type_ids, [False] * len(ids), continues)
+
+
+def _segments(first: Encoding, window: Encoding) -> list[int]:
+    """Return the segment ids of a window, as in the first window of its text.
+
+    The tokenizers library gives the other windows usual segments, whatever the post-processor says:
+    for example segment 1 to the second text of a pair, which RoBERTa does not have.
+    """
+    segments: list[int] = first.type_ids
+    behind = first.sequence_ids[::-1]  # the special tokens behind the last text
+    end = len(segments) - next(place for place, text in enumerate(behind) if text is not None)
+    return segments[: len(window.ids) - len(segments) + end] + segments[end:]
+
+
+def _batch(
+    ids: list[list[int]], type_ids: list[list[int]], truncated: list[bool], continues: list[bool]
+) -> pa.RecordBatch:
     columns = [
         pa.array(ids, _TOKEN_IDS),
-        pa.array([encoding.type_ids for encoding in encodings], _TYPE_IDS),
-        # What was cut off is copied when it is asked for.
-        pa.array(
-            [
-                len(tokens) >= max_length_tokens and bool(encoding.overflowing)
-                for tokens, encoding in zip(ids, encodings, strict=True)
-            ]
-        ),
+        pa.array(type_ids, _TYPE_IDS),
+        pa.array(truncated, pa.bool_()),
+        pa.array(continues, pa.bool_()),
     ]
     return pa.record_batch(columns, schema=TOKENS)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ad2kit.data import windows
 from ad2kit.data.labels import counts, no_labels
 from ad2kit.data.mapped import (
     TOKENS,
@@ -27,6 +28,7 @@ from ad2kit.data.mapped import (
     kept,
     map_table,
     token_batch,
+    window_batch,
     write_table,
 )
 from ad2kit.data.reading import read_labelled, read_recipe
@@ -39,10 +41,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import ArrayLike
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     from ad2kit.data.rows import BadRow
-    from ad2kit.run.sections import DataRecipe, Task
+    from ad2kit.run.sections import DataRecipe, Task, TextLength
 
 logger = logging.getLogger(__name__)
 
@@ -145,20 +148,59 @@ class Data:
 class Encoded:
     """A tokenised split: ragged ``input_ids`` (and ``token_type_ids`` for the families that read
     them), labels as in the split, and ``truncated``, bool [rows]: texts cut to the maximum length.
+
+    If long texts are read in windows, each row of ``input_ids`` is a window. ``first_windows``,
+    int64 [rows], is the position of the first window of each text; None if each text is one window.
     """  # noqa: D205
 
     input_ids: TokenRows
     token_type_ids: TokenRows | None
     labels: np.ndarray
     truncated: np.ndarray
+    first_windows: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.truncated)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each text, int32 [rows]."""
-        return self.input_ids.lengths
+        """The number of tokens that the model reads of each text, [rows]."""
+        tokens = self.input_ids.lengths
+        return tokens if self.first_windows is None else np.add.reduceat(tokens, self.first_windows)
+
+    def windows_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions of the windows of some texts, in the order of ``rows``."""
+        if self.first_windows is None:
+            return rows
+        ends = np.append(self.first_windows[1:], len(self.input_ids))
+        ranges = zip(self.first_windows[rows], ends[rows], strict=True)
+        return np.concatenate([np.arange(first, end) for first, end in ranges])
+
+    def averaging(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the matrix that averages over the windows of some texts; None if there are none.
+
+        See :func:`ad2kit.data.windows.averaging`; the windows are those of :meth:`windows_of`.
+        """
+        places = self._places(rows)
+        return None if places is None else windows.averaging(*places)
+
+    def average(self, values: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return the values of texts, [rows, ...], from those of their windows, [windows, ...].
+
+        ``rows`` are the texts whose windows have the values; None means all. See
+        :func:`ad2kit.data.windows.average`.
+        """
+        places = self._places(rows)
+        return values if places is None else windows.average(values, *places)
+
+    def _places(self, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the tokens of the windows of some texts, and each text's first window of these."""
+        if self.first_windows is None:
+            return None
+        if rows is None:
+            return self.input_ids.lengths, self.first_windows
+        counts = np.diff(np.append(self.first_windows, len(self.input_ids)))[rows]
+        return self.input_ids.lengths[self.windows_of(rows)], np.cumsum(counts) - counts
 
 
 def load_data(recipe: DataRecipe, seed: int, store: Path | None = None) -> Data:
@@ -174,11 +216,6 @@ def load_data(recipe: DataRecipe, seed: int, store: Path | None = None) -> Data:
             only one class, too many validation texts are training texts, or the hub cannot be
             reached.
     """
-    if recipe.long_texts != "cut":  # until the training reads windows, too
-        raise DataError(
-            f"data.long_texts: expected cut, found {recipe.long_texts}: only artefacts read those",
-            hint="set data.long_texts=cut",
-        )
     rows = read_recipe(recipe, store)
     train = Split(rows.train, rows.row_labels[: len(rows.train)])
     validation = Split(rows.validation, rows.row_labels[len(rows.train) :])
@@ -291,31 +328,43 @@ def facts(
 def encode(
     split: Split,
     tokenizer: PreTrainedTokenizerFast,
-    max_length_tokens: int,
+    length: TextLength,
     store: Path | None = None,
 ) -> Encoded:
-    """Tokenise a split; texts of more than ``max_length_tokens`` tokens are truncated and marked.
+    """Tokenise a split; long texts are cut and marked, refused, or divided into windows.
 
     Args:
         split: texts and labels.
         tokenizer: the tokenizer of the model that reads the token ids.
-        max_length_tokens: the maximum length of a text with its special tokens.
+        length: the maximum length of a text, and what happens to a longer one.
         store: a folder that keeps the token ids of a large split, for all processes and runs.
+
+    Raises:
+        DataError: a text is too long.
     """
-    batches = _token_batches(split.texts, tokenizer, max_length_tokens)
+    if length.long_texts == "cut":
+        batches = _token_batches(split.texts, tokenizer, length.max_length_tokens)
+    else:
+        batches = _window_batches(split.texts, tokenizer, length)
     if store is None or len(split) < LARGE_ROWS:
         table = pa.Table.from_batches(batches, TOKENS)
     else:
-        key = fingerprint(split.sha256, tokenizer_facts(tokenizer), max_length_tokens)
+        key = fingerprint(split.sha256, tokenizer_facts(tokenizer), *length.facts)
         path = store / "tokens" / key[:16] / "tokens.arrow"
         kept(path.parent, path.name, functools.partial(_write_tokens, path, batches, len(split)))
         table = map_table(path)
     reads_types = "token_type_ids" in tokenizer.model_input_names
+    truncated = table["truncated"].to_numpy()
+    first_windows = None
+    if length.long_texts == "windows":
+        first_windows = np.flatnonzero(~table["continues"].to_numpy().astype(bool))
+        truncated = truncated[first_windows]
     return Encoded(
         TokenRows(table["input_ids"]),
         TokenRows(table["token_type_ids"]) if reads_types else None,
         split.labels,
-        table["truncated"].to_numpy(),
+        truncated,
+        first_windows,
     )
 
 
@@ -337,13 +386,86 @@ def _token_batches(
     The backend of the tokenizer is called, because transformers would turn each token into several
     Python objects. The backend uses all cores.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
+    backend = _backend(tokenizer)
     backend.enable_truncation(max_length_tokens, direction=tokenizer.truncation_side)
-    backend.encode_special_tokens = tokenizer.split_special_tokens
     for chunk in _chunks(texts):
-        rows = chunk if len(chunk[0]) > 1 else [text for (text,) in chunk]
-        yield token_batch(backend.encode_batch(rows), max_length_tokens)
+        yield token_batch(backend.encode_batch(_inputs(chunk)), max_length_tokens)
+
+
+def _window_batches(
+    texts: TextRows, tokenizer: PreTrainedTokenizerFast, length: TextLength, name: str = ""
+) -> Iterator[pa.RecordBatch]:
+    """Yield the windows of the texts in batches, and refuse texts that are too long at the end.
+
+    They are those of ``tokenizer(..., return_overflowing_tokens=True, stride=overlap)``, for pairs
+    with ``truncation="only_second"``, and from the left to the right for any tokenizer.
+    """
+    backend = _backend(tokenizer)
+    limit = length.max_length_tokens
+    overlap = length.window_overlap_tokens
+    too_long: list[str] = []
+    for chunk in _chunks(texts):
+        rows, strategy = chunk, "longest_first"
+        if len(chunk[0]) > 1 and length.max_windows > 1:
+            # The library stops at a pair whose first text leaves no room.
+            backend.no_truncation()
+            room = limit - backend.num_special_tokens_to_add(is_pair=True) - overlap
+            whole = backend.encode_batch(chunk)
+            fits = [len(pair) <= limit or pair.sequence_ids.count(0) < room for pair in whole]
+            too_long += [f"{row!r:.80}" for row, fit in zip(chunk, fits, strict=True) if not fit]
+            rows = [row for row, fit in zip(chunk, fits, strict=True) if fit]
+            strategy = "only_second"
+        backend.enable_truncation(limit, stride=overlap, strategy=strategy, direction="right")
+        found = [[each, *each.overflowing] for each in backend.encode_batch(_inputs(rows))]
+        too_long += [
+            f"{row!r:.80}"
+            for row, parts in zip(rows, found, strict=True)
+            if len(parts) > length.max_windows
+        ]
+        if not too_long:
+            yield window_batch(found)
+    if too_long:
+        raise _refusal(too_long, length, f"{len(texts)}{name and ' '}{name}")
+
+
+def check_lengths(data: Data, tokenizer: PreTrainedTokenizerFast, length: TextLength) -> None:
+    """Refuse texts of any split that are too long for a tokenizer, before a model is trained.
+
+    Raises:
+        DataError: names their number and the first one.
+    """
+    if length.long_texts != "cut":
+        for name, split in data.splits().items():
+            for _ in _window_batches(split.texts, tokenizer, length, name):
+                pass
+
+
+def _refusal(too_long: list[str], length: TextLength, of: str) -> DataError:
+    """Return the error for texts that are too long; their beginnings are given."""
+    most = f"{length.max_length_tokens} tokens"
+    if length.max_windows > 1:
+        most = f"{length.max_windows} windows of {most}"
+    first_text = " whose first text leaves room for the second" if length.max_windows > 1 else ""
+    return DataError(
+        f"{len(too_long)} of {of} texts are too long: expected at most {most}{first_text} "
+        f"(data.long_texts: {length.long_texts}), the first is {too_long[0]}",
+        hint="shorten or remove these rows, "
+        + ("raise data.max_windows" if length.max_windows > 1 else "set data.long_texts=windows")
+        + ", or set data.long_texts=cut",
+    )
+
+
+def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return the backend of a tokenizer with the settings that transformers gives it."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def _inputs(rows: list[tuple[str, ...]]) -> list[Any]:
+    """Return rows as the backend of a tokenizer reads them: texts, or pairs."""
+    return [text for (text,) in rows] if rows and len(rows[0]) == 1 else list(rows)
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -407,17 +529,19 @@ def by_length(lengths: ArrayLike, batch_size: int) -> list[np.ndarray]:
 
 
 def collate(
-    encoded: Encoded, rows: Iterable[int], tokenizer: PreTrainedTokenizerFast
+    encoded: Encoded, windows: Iterable[int], tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, np.ndarray]:
-    """Pad some rows on the right to the longest of them; the heads read the first position.
+    """Pad some windows on the right to the longest of them; the heads read the first position.
+
+    A text that is not long is one window; see :meth:`Encoded.windows_of`.
 
     Returns:
         ``input_ids``, ``attention_mask`` and, if the family has them, ``token_type_ids``:
-        int64 arrays of shape [rows, longest].
+        int64 arrays of shape [windows, longest].
     """
-    indices = np.fromiter(rows, np.int64)
+    indices = np.fromiter(windows, np.int64)
     input_ids = encoded.input_ids.padded(indices, tokenizer.pad_token_id)
-    lengths = encoded.lengths[indices]
+    lengths = encoded.input_ids.lengths[indices]
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     arrays = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64)}
     if encoded.token_type_ids is not None:

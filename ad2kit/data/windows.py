@@ -57,6 +57,18 @@ def shares(tokens: Counts, first_windows: Counts) -> NDArray[np.float32]:
     return weights
 
 
+def averaging(tokens: Counts, first_windows: Counts) -> NDArray[np.float32]:
+    """Return the matrix whose product with the logits of windows is the logits of texts.
+
+    The arguments are those of :func:`shares`; the shape is [texts, windows].
+    """
+    windows = len(tokens)
+    texts = np.repeat(np.arange(len(first_windows)), np.diff(np.append(first_windows, windows)))
+    matrix = np.zeros((len(first_windows), windows), np.float32)
+    matrix[texts, np.arange(windows)] = shares(tokens, first_windows)
+    return matrix
+
+
 def average(logits: NDArray[Any], tokens: Counts, first_windows: Counts) -> NDArray[Any]:
     """Return the logits of texts, [texts, outputs], from those of windows, [windows, outputs].
 

@@ -197,7 +197,7 @@ def _temperature(run: RunDir, student: TextModel) -> float:
     if not recipe.export.calibrate:
         return 1.0
     data = splits.load_data(recipe.data, recipe.seed, run.shared)
-    encoded = splits.encode(data.select, student.tokenizer, recipe.data.max_length_tokens)
+    encoded = splits.encode(data.select, student.tokenizer, recipe.data.length)
     logits = predict_logits(student, encoded, torch.device("cpu")).numpy()
     return fit_temperature(data.task, logits, data.select.labels)
 
@@ -225,6 +225,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
             reference.encode([text_of(row) for row in texts])
             for texts in (data.select.texts, data.train.texts[:_CALIBRATION_TEXTS])
         )
+        train_tokens = train_tokens[:_CALIBRATION_TEXTS]  # of long texts there are more windows
         search = Int8Search(
             graphs=graphs,
             reference=reference,

@@ -31,12 +31,19 @@ MAX_GAP = 0.05
 
 
 def add_golden_answers(folder: Path) -> OnnxArtifact:
-    """Write a variant's answers to :data:`TEXTS` into its folder; return the new manifest."""
+    """Write a variant's answers to :data:`TEXTS` into its folder; return the new manifest.
+
+    Texts that the variant refuses, because they are too long, are left out.
+    """
     artifact = read_artifact(folder)
     texts: list[Text] = list(TEXTS)
     if artifact.text_columns == 2:
         texts = [(text, TEXTS[0]) for text in TEXTS]
-    predictions = OnnxClassifier(folder, threads=1).predict(texts, batch_size=1)
+    classifier = OnnxClassifier(folder, threads=1)
+    refused = dict[int, str]()
+    classifier.encode(texts, refuse=refused.__setitem__)
+    texts = [text for position, text in enumerate(texts) if position not in refused]
+    predictions = classifier.predict(texts, batch_size=1)
     examples = [
         {"text": text, "answer": prediction.as_dict()}
         for text, prediction in zip(texts, predictions, strict=True)

@@ -360,7 +360,7 @@ class Int8Search:
         agreement = candidate.agreement
         standard_error = 0.0
         if self.rows.task != "regression":
-            standard_error = math.sqrt(agreement * (1 - agreement) / len(self.encodings))
+            standard_error = math.sqrt(agreement * (1 - agreement) / len(self.rows.labels))
         return candidate.passed and agreement - standard_error >= self.thresholds.min_agreement
 
     def _ways(
@@ -387,7 +387,10 @@ class Int8Search:
         quantize(self.graphs[way.fused], graph, way, self.calibration)
         classifier = self.classifier_of(graph)
         batched, alone = (classifier.run_sorted(self.encodings, size) for size in (_BATCH, 1))
-        checks = conversion_cost(batched, alone, fp32, self.rows, self.thresholds)
+        of_texts = [
+            self.reference.by_text(self.encodings, logits) for logits in (batched, alone, fp32)
+        ]
+        checks = conversion_cost(of_texts[0], of_texts[1], of_texts[2], self.rows, self.thresholds)
         checks += (mostly_8_bits(weights_in_8_bits(graph)[0]),)
         error = max(math.sqrt(np.square(logits - fp32).mean()) for logits in (batched, alone))
         return QuantisedGraph(way, graph, checks, self._cost(classifier), error)

@@ -73,21 +73,22 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
     text_model.check_length(teacher, length, key="data.max_length_tokens")
     split = splits.load_split(rows, recipe.data, labels)
     torch.set_num_threads(recipe.compute.threads or available_cpus())
-    encoded = splits.encode(split, teacher.tokenizer, length)
+    encoded = splits.encode(split, teacher.tokenizer, recipe.data.length)
     texts = [text_of(row) for row in split.texts]
     with tempfile.TemporaryDirectory(prefix="ad2kit-parity-") as temporary:
         model_copy = _adopt(folder, Path(temporary), labels, recipe)
         classifier = _open(model_copy, folder, recipe)
         teacher_logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
         encodings = classifier.encode(texts)
-        logits = classifier.run_sorted(encodings, BATCH)
-        checks = _consistency(classifier, encodings, logits, task, recipe.parity)
+        windows = classifier.run_sorted(encodings, BATCH)
+        checks = _consistency(classifier, encodings, windows, task, recipe.parity)
+        logits = classifier.by_text(encodings, windows)
     reference = Reference(
         task,
         recipe.data.judged_by,
         split.labels,
         teacher=teacher_logits,
-        student=logits,
+        student=windows,
         encoded=encoded,
         student_left=np.empty((0, len(labels)), dtype=np.float32),
     )
@@ -131,8 +132,8 @@ def _consistency(
 
     Args:
         classifier: the graph and its tokenizer.
-        encodings: the tokens of all texts, made by its tokenizer.
-        logits: the logits of all texts, computed in batches, shape [rows, outputs].
+        encodings: the windows of all texts, made by its tokenizer.
+        logits: their logits, computed in batches, shape [windows, outputs].
         task: the task, which says what the logits mean.
         thresholds: those of the recipe. The agreement need not be perfect, because int8 itself
             changes some answers.

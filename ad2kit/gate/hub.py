@@ -114,8 +114,8 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
         f"A text classifier, distilled from a larger teacher ({teacher}) by ad2kit with AD2 "
         "(adversarial data augmentation for task-specific knowledge distillation). This is its "
         f"{folder.name} ONNX variant: {artifact.model_bytes / 1e6:.1f} MB, "
-        f"{artifact.task.replace('_', ' ')}, labels {', '.join(artifact.labels)}; texts are cut to "
-        f"{artifact.max_length_tokens} tokens.\n"
+        f"{artifact.task.replace('_', ' ')}, labels {', '.join(artifact.labels)}; "
+        f"{artifact.length.words}.\n"
     )
     low, high = verdict.retained_interval
     quality = (

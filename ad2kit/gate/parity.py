@@ -34,7 +34,7 @@ from ad2kit.gate.questions import (
 )
 from ad2kit.gate.records import ParityReport, RowAnswers
 from ad2kit.models import text_model
-from ad2kit.models.text_model import predict_logits
+from ad2kit.models.text_model import predict_logits, predict_windows
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.run.folder import exclusive
@@ -130,21 +130,24 @@ def _judge(
 ) -> ParityReport:
     """Compute the answers of all models to the validation rows, write them, judge each variant."""
     recipe = run.recipe
-    length = recipe.data.max_length_tokens
     student = text_model.load_model(run.student, data.labels, data.task)
     texts = _classifier_texts(data.validation)
     encodings = {name: classifier.encode(texts) for name, classifier in classifiers.items()}
     reference = _reference(run, data, student, classifiers["fp32"], encodings["fp32"])
     encoded = reference.encoded
-    long_split = _long_split(encoded, data.validation, length)
-    long_encoded = splits.encode(long_split, student.tokenizer, length)
+    long_split = _long_split(encoded, data.validation, classifiers["fp32"])
+    long_encoded = splits.encode(long_split, student.tokenizer, recipe.data.length)
     long_texts = _classifier_texts(long_split)
-    logits = {
+    windows = {
         name: classifier.run_sorted(encodings[name], BATCH)
         for name, classifier in classifiers.items()
     }
+    logits = {
+        name: classifier.by_text(encodings[name], windows[name])
+        for name, classifier in classifiers.items()
+    }
     fidelity = {
-        name: export_fidelity(classifier, encodings[name], logits[name], reference, recipe.parity)
+        name: export_fidelity(classifier, encodings[name], windows[name], reference, recipe.parity)
         for name, classifier in classifiers.items()
         if name in EXACT
     }
@@ -159,7 +162,12 @@ def _judge(
         if name not in EXACT:
             alone = classifier.run_sorted(encodings[name], batch_size=1)
             checks += conversion_cost(
-                logits[name], alone, logits["fp32"], reference, recipe.parity, recipe.seed
+                logits[name],
+                classifier.by_text(encodings[name], alone),
+                logits["fp32"],
+                reference,
+                recipe.parity,
+                recipe.seed,
             )
         share = classifier.artifact.weights_in_8_bits
         if share is not None:
@@ -184,7 +192,7 @@ def _judge(
         rows=len(encoded),
         truncated=int(encoded.truncated.sum()),
         **reference.of_the_teacher(),
-        student_score=reference.score(reference.student),
+        student_score=reference.score(encoded.average(reference.student)),
         answers_sha256=sha256_of(run.answers),
         variants=variants,
     )
@@ -205,7 +213,7 @@ def _reference(
     cpu = torch.device("cpu")
     teacher = text_model.load_model(run.teacher, data.labels, data.task)
     encoded, teacher_encoded = (
-        splits.encode(data.validation, model.tokenizer, recipe.data.max_length_tokens)
+        splits.encode(data.validation, model.tokenizer, recipe.data.length)
         for model in (student, teacher)
     )
     probes = [tokens[row] for row in probe_rows(encoded)]
@@ -214,7 +222,7 @@ def _reference(
         recipe.data.judged_by,
         data.validation.labels,
         teacher=predict_logits(teacher, teacher_encoded, cpu).numpy(),
-        student=predict_logits(student, encoded, cpu).numpy(),
+        student=predict_windows(student, encoded, cpu).numpy(),
         encoded=encoded,
         student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
     )
@@ -224,7 +232,8 @@ def _write_answers(
     run: RunDir, split: splits.Split, reference: Reference, logits: Mapping[str, Logits]
 ) -> None:
     """Write the logits of each model for each validation row."""
-    logits_by_model = {"teacher": reference.teacher, "student": reference.student, **logits}
+    student = reference.encoded.average(reference.student)
+    logits_by_model = {"teacher": reference.teacher, "student": student, **logits}
     lines = [
         RowAnswers(
             texts=split.texts[row],
@@ -240,9 +249,18 @@ def _write_answers(
     write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
 
 
-def _long_split(encoded: splits.Encoded, split: splits.Split, length: int) -> splits.Split:
-    """Return texts without labels, made from those of ``split`` and longer than the model reads."""
-    return splits.Split.of(longer_texts(encoded, split.texts, length), np.empty(0))
+def _long_split(
+    encoded: splits.Encoded, split: splits.Split, classifier: OnnxClassifier
+) -> splits.Split:
+    """Return texts without labels, made from those of ``split`` and longer than the model reads.
+
+    Texts that the classifier refuses are left out.
+    """
+    texts = longer_texts(encoded, split.texts, classifier.artifact.max_length_tokens)
+    refused = dict[int, str]()
+    classifier.encode([text_of(row) for row in texts], refuse=refused.__setitem__)
+    kept = [row for position, row in enumerate(texts) if position not in refused]
+    return splits.Split.of(kept, np.empty(0))
 
 
 def _classifier_texts(split: splits.Split) -> list[Text]:

@@ -6,6 +6,7 @@ Arrays run over the rows of the labelled validation set; logits have shape [rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,9 +53,10 @@ _LONGER = 8
 class Reference(LabelledRows):
     """The logits that the artefacts are compared with, over the rows of the validation set.
 
-    ``teacher`` and ``student`` hold the logits of the PyTorch models, float32 [rows, outputs].
-    ``student_left`` holds the student's logits of :func:`probe_rows` alone, computed as one batch
-    with padding on the left.
+    ``teacher`` holds the logits of the PyTorch teacher, float32 [rows, outputs], and ``student``
+    those of the PyTorch student for all windows of the texts, [windows, outputs]; see
+    :class:`~ad2kit.data.splits.Encoded`. ``student_left`` holds the student's logits of
+    :func:`probe_rows` alone, computed as one batch with padding on the left.
     """
 
     teacher: Logits
@@ -76,8 +78,8 @@ class Reference(LabelledRows):
 
 
 def probe_rows(encoded: Encoded) -> NDArray[np.intp]:
-    """Return at most :data:`PROBES` rows, evenly spaced in the order of the texts by length."""
-    order = np.argsort(encoded.lengths, kind="stable")
+    """Return at most :data:`PROBES` windows, evenly spaced in the order of all by length."""
+    order = np.argsort(encoded.input_ids.lengths, kind="stable")
     rows: NDArray[np.intp] = order[np.unique(np.linspace(0, len(order) - 1, PROBES).astype(int))]
     return rows
 
@@ -96,8 +98,8 @@ def export_fidelity(
 
     Args:
         classifier: the fp32 variant, or the fused one.
-        encodings: the tokens of all validation texts, made by the serving tokenizer.
-        logits: the logits of all validation texts, computed in batches, shape [rows, labels].
+        encodings: the windows of all validation texts, made by the serving tokenizer.
+        logits: the logits of these windows, computed in batches, shape [windows, labels].
         reference: the student's own logits and token ids.
         thresholds: those of the recipe.
     """
@@ -146,12 +148,15 @@ def same_token_ids(
         what: the name of these texts in the report.
     """
     expected_types = encoded.token_type_ids or [[0] * len(ids) for ids in encoded.input_ids]
+    # A text may have another number of windows.
     mismatches = {
         "token ids": sum(
-            tokens.ids != ids for tokens, ids in zip(encodings, encoded.input_ids, strict=True)
+            found != ids
+            for found, ids in zip_longest([each.ids for each in encodings], encoded.input_ids)
         ),
         "segment ids": sum(
-            tokens.type_ids != ids for tokens, ids in zip(encodings, expected_types, strict=True)
+            found != ids
+            for found, ids in zip_longest([each.type_ids for each in encodings], expected_types)
         ),
     }
     return tuple(

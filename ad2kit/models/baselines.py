@@ -148,7 +148,7 @@ def baseline_answers(
         For each name of a baseline its answers on ``select`` and its answers on validation.
     """
     task = data.task
-    length = recipe.data.max_length_tokens
+    length = recipe.data.length
     train = data.train.take(np.arange(min(len(data.train), TRAIN_ROWS)))
     test_splits = (data.select, data.validation)
     cast("torch.nn.Module", encoder.module).to(device)
@@ -219,7 +219,7 @@ def look_at_teacher(
                 standard_error=float(error),
             )
         )
-    length = recipe.data.max_length_tokens
+    length = recipe.data.length
     return TeacherReport(
         inputs=inputs,
         teacher=recipe.teacher.model,

@@ -132,7 +132,7 @@ def fit_linear(
 
 
 class Vectors(NamedTuple):
-    """Two vectors of each text, float64.
+    """Two vectors of each text, float64; those of a long text are the mean over its windows.
 
     ``head_inputs`` [rows, width] are the inputs of the classifier's last linear layer.
     ``token_means`` [rows, hidden size] are the means of the encoder's last states over all tokens
@@ -175,11 +175,12 @@ def read_vectors(
             lambda _, __, outputs: last_states.append(outputs[0])
         ),
     )
-    row_indices = np.arange(len(encoded)) if chosen is None else chosen
-    batches = splits.by_length(encoded.lengths[row_indices], EVALUATION_BATCH)
+    rows = np.arange(len(encoded)) if chosen is None else chosen
+    windows = encoded.windows_of(rows)
+    batches = splits.by_length(encoded.input_ids.lengths[windows], EVALUATION_BATCH)
     try:
         for batch in batches:
-            inputs = padded(model, encoded, row_indices[batch], device)
+            inputs = padded(model, encoded, windows[batch], device)
             module(**inputs)
             mask = inputs["attention_mask"].unsqueeze(-1).double()
             token_means.append((last_states.pop().double() * mask).sum(dim=1) / mask.sum(dim=1))
@@ -187,7 +188,11 @@ def read_vectors(
         for hook in hooks:
             hook.remove()
     original_order = np.argsort(np.concatenate(batches))
+    head_vectors, mean_vectors = (
+        torch.cat(vectors).double().cpu().numpy()[original_order]
+        for vectors in (head_inputs, token_means)
+    )
     return Vectors(
-        head_inputs=torch.cat(head_inputs).double().cpu().numpy()[original_order],
-        token_means=torch.cat(token_means).double().cpu().numpy()[original_order],
+        head_inputs=encoded.average(head_vectors, rows),
+        token_means=encoded.average(mean_vectors, rows),
     )

@@ -135,7 +135,7 @@ class TeacherReport(Record):
         if self.cut > _CUT and any(each.name == BAG_OF_WORDS for each in self.better):
             advice.append(
                 f"{self.cut:.0%} of its texts are cut, and a bag of words reads on: raise "
-                "data.max_length_tokens"
+                "data.max_length_tokens, or set data.long_texts=windows"
             )
         if self.finetune is None:
             advice.append(

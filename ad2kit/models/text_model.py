@@ -36,7 +36,7 @@ from ad2kit.models.translate import RUNNING
 from ad2kit.run.errors import ModelError
 from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
 from ad2kit.run.machine import quiet_transformers, seeded
-from ad2kit.run.sections import Task
+from ad2kit.run.sections import Task, TextLength
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -317,7 +317,7 @@ def try_out(
     module = model.module
     was_training = module.training
     try:
-        encoded = splits.encode(split, model.tokenizer, length_tokens)
+        encoded = splits.encode(split, model.tokenizer, TextLength(length_tokens))
         arrays = splits.collate(encoded, range(len(encoded)), model.tokenizer)
         inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
         with torch.no_grad():
@@ -511,10 +511,18 @@ def random_bert(
 def predict_logits(
     model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
 ) -> torch.Tensor:
-    """Return the logits of all rows on clean text, without dropout, as float32 [rows, outputs].
+    """Return the logits of all texts on clean text, without dropout, as float32 [rows, outputs].
 
-    If the accelerator has several processes, they share the rows and all get the result.
+    If the accelerator has several processes, they share the windows and all get the result.
     """
+    logits = predict_windows(model, encoded, device, accelerator)
+    return torch.from_numpy(encoded.average(logits.numpy()))
+
+
+def predict_windows(
+    model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
+) -> torch.Tensor:
+    """Return the logits of all windows, float32 [windows, outputs]; see :func:`predict_logits`."""
     blocks = predict_in_blocks(model, encoded, device, accelerator)
     return torch.cat([torch.zeros(0, len(model.labels)), *blocks])
 
@@ -523,28 +531,28 @@ def predict_logits(
 def predict_in_blocks(
     model: TextModel, encoded: Encoded, device: torch.device, accelerator: Accelerator | None = None
 ) -> Iterator[torch.Tensor]:
-    """Yield what :func:`predict_logits` returns in blocks of consecutive rows.
+    """Yield what :func:`predict_windows` returns in blocks of consecutive windows.
 
     All processes have to read all blocks.
     """
     model.module.eval()
-    for start in range(0, len(encoded), _PREDICTED_ROWS):
-        lengths = encoded.lengths[start : start + _PREDICTED_ROWS]
+    for start in range(0, len(encoded.input_ids), _PREDICTED_ROWS):
+        lengths = encoded.input_ids.lengths[start : start + _PREDICTED_ROWS]
         logits = torch.zeros(len(lengths), len(model.labels))
         batches = splits.by_length(lengths, EVALUATION_BATCH)
         if accelerator is not None:
             batches = batches[accelerator.process_index :: accelerator.num_processes]
-        for rows in batches:
-            inputs = padded(model, encoded, start + rows, device)
-            logits[rows] = model.module(**inputs).logits.float().cpu()
+        for windows in batches:
+            inputs = padded(model, encoded, start + windows, device)
+            logits[windows] = model.module(**inputs).logits.float().cpu()
         if accelerator is not None and accelerator.num_processes > 1:
             logits = accelerator.reduce(logits.to(device), "sum").cpu()
         yield logits
 
 
 def padded(
-    model: TextModel, encoded: Encoded, rows: np.ndarray, device: torch.device
+    model: TextModel, encoded: Encoded, windows: np.ndarray, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return rows as padded tensors on a device; see :func:`ad2kit.data.splits.collate`."""
-    arrays = splits.collate(encoded, rows, model.tokenizer)
+    """Return windows as padded tensors on a device; see :func:`ad2kit.data.splits.collate`."""
+    arrays = splits.collate(encoded, windows, model.tokenizer)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

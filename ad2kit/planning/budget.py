@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
-from ad2kit.models.text_model import predict_logits
+from ad2kit.models.text_model import predict_windows
 from ad2kit.run.errors import RecipeError, RunError, UserError
 from ad2kit.run.files import fingerprint, write_record, writing
 from ad2kit.run.machine import accelerator as make_accelerator
@@ -242,7 +242,7 @@ def measured_costs(recipe: Recipe, data: Data) -> Costs:
     """
     accelerator = make_accelerator(recipe.compute)
     teacher = open_models(recipe, data)
-    length = recipe.data.max_length_tokens
+    length = recipe.data.length
     logger.info("--max-minutes: timing some updates")
     seconds: dict[str, float] = {}
 
@@ -275,9 +275,9 @@ def measured_costs(recipe: Recipe, data: Data) -> Costs:
     texts = _sample(data.distillation(), (_TIMED + 1) * recipe.distill.batch_size, recipe.seed)
     teacher.module.to(accelerator.device)
     teacher_inputs = splits.encode(texts, teacher.tokenizer, length)
-    predict_logits(teacher, teacher_inputs, accelerator.device)  # the first call warms up
+    predict_windows(teacher, teacher_inputs, accelerator.device)  # the first call warms up
     start = time.perf_counter()
-    teacher_logits = predict_logits(teacher, teacher_inputs, accelerator.device)
+    teacher_logits = predict_windows(teacher, teacher_inputs, accelerator.device)
     reading_seconds = time.perf_counter() - start
     intermediate = comparison(teacher, student, recipe.distill.intermediate)
     seconds["student"] = seconds_per_update(

@@ -18,6 +18,7 @@ from ad2kit.data.labels import balance, counts
 from ad2kit.data.rows import bad_rows_words
 from ad2kit.run.machine import available_cpus
 from ad2kit.run.records import Part
+from ad2kit.run.sections import LongTexts, TextLength
 from ad2kit.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class CheckReport(Part):
     bad_rows: int
     bad_rows_words: str
     max_length_tokens: int
+    long_texts: LongTexts = "cut"
     half_width: float
     rows_to_pass: int | None
     rows_to_agree: int | None
@@ -129,6 +131,7 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         bad_rows=len(data.bad_rows),
         bad_rows_words=bad_rows_words(data.bad_rows) if data.bad_rows else "",
         max_length_tokens=recipe.data.max_length_tokens,
+        long_texts=recipe.data.long_texts,
         **_evidence(recipe, data),
         teacher=recipe.teacher.model,
         updates=updates,
@@ -182,7 +185,7 @@ def check_words(report: CheckReport) -> str:
     lines += [
         f"first row: {' | '.join(_short(text) for text in train.example)}",
         f"validation texts that are also training texts: {validation.known or 0:.1%}",
-        f"texts are cut to {report.max_length_tokens} tokens, data.max_length_tokens",
+        f"{TextLength(report.max_length_tokens, report.long_texts).words}, data.max_length_tokens",
         *_gate_words(report, validation.rows),
         (
             f"the training: {updates}, roughly {report.minutes:.0f} min and "
@@ -288,6 +291,9 @@ def _memory_bytes(recipe: Recipe, teacher: TextModel, train: SplitCheck) -> floa
     phase = recipe.teacher.finetune or recipe.distill
     tokens = min(train.tokens_longest, recipe.data.max_length_tokens)
     texts = phase.batch_size // phase.accumulation_steps
+    if recipe.data.long_texts == "windows":
+        step = tokens - recipe.data.length.window_overlap_tokens
+        texts *= min(recipe.data.max_windows, math.ceil(train.tokens_longest / step))
     width = config.hidden_size
     heads = config.num_attention_heads
     layer_bytes = 2 * tokens * texts * width * (34 + 5 * heads * tokens / width)
@@ -303,8 +309,9 @@ def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, 
     """
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     rows = data.train.take(np.arange(min(len(data.train), recipe.distill.batch_size)))
-    encoded = splits.encode(rows, teacher.tokenizer, recipe.data.max_length_tokens)
-    batch = splits.collate(encoded, range(len(rows)), teacher.tokenizer)
+    encoded = splits.encode(rows, teacher.tokenizer, recipe.data.length)
+    windows = encoded.windows_of(np.arange(len(rows)))
+    batch = splits.collate(encoded, windows, teacher.tokenizer)
     inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
     teacher.module.eval()
     with torch.inference_mode():

@@ -46,6 +46,15 @@ class TextLength(NamedTuple):
     max_windows: int = 1
 
     @property
+    def words(self) -> str:
+        """What happens to a long text, as a sentence."""
+        return {
+            "cut": f"texts are cut to {self.max_length_tokens} tokens",
+            "refuse": f"texts of more than {self.max_length_tokens} tokens are refused",
+            "windows": f"texts of more than {self.max_length_tokens} tokens are read in windows",
+        }[self.long_texts]
+
+    @property
     def facts(self) -> tuple[int | str, ...]:
         """The settings that decide how a text is read, for fingerprints."""
         return self[:1] if self.long_texts == "cut" else tuple(self)

@@ -16,6 +16,9 @@ of e(x). Our reading is as follows. e(x) is the output of the word-embedding mod
 embeddings and LayerNorm. δ is zero on padding. ``g / ‖g‖`` is ``sign(g)`` for the ℓ∞ ball; for the
 ℓ2 ball it is g over its Euclidean norm over the real tokens of one example. Each pass draws its own
 dropout masks.
+
+If long texts are read in windows, each window is an example x of its own: it imitates the teacher's
+answer to that window, and has its own δ. S is of the mean of the logits of a text's windows.
 """
 
 from __future__ import annotations
@@ -27,28 +30,76 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ad2kit.models.text_model import TextModel
+from ad2kit.models.text_model import TextModel, padded
 from ad2kit.training.losses import soft_targets, supervised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
     from accelerate import Accelerator
 
+    from ad2kit.data.splits import Encoded
     from ad2kit.run.sections import AdversaryRecipe, DistillRecipe
     from ad2kit.training.losses import Comparison
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of some rows, their labels, and the teacher's logits.
+    """Padded tensors of the windows of some texts, the labels, and the teacher's logits.
 
-    Without a teacher the logits have shape [rows, 0].
+    ``inputs`` and ``teacher_logits`` have a row for each window, and ``labels`` one for each text.
+    A text that is not long is one window. Without a teacher the logits have shape [windows, 0].
+    ``averaging``, [texts, windows], turns the logits of windows into those of texts; None if long
+    texts are not read in windows.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     teacher_logits: torch.Tensor
+    averaging: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: TextModel,
+        encoded: Encoded,
+        rows: np.ndarray,
+        teacher_logits: torch.Tensor | None,
+        device: torch.device,
+    ) -> Batch:
+        """Return the batch of some texts, with all their windows.
+
+        ``teacher_logits`` has the logits of all windows of ``encoded``, [windows, outputs].
+        """
+        windows = encoded.windows_of(rows)
+        if teacher_logits is None:
+            window_logits = torch.empty(len(windows), 0)
+        else:
+            window_logits = teacher_logits[windows]
+        averaging = encoded.averaging(rows)
+        return cls(
+            inputs=padded(model, encoded, windows, device),
+            labels=torch.from_numpy(encoded.labels[rows]).to(device),
+            teacher_logits=window_logits.to(device),
+            averaging=None if averaging is None else torch.from_numpy(averaging).to(device),
+        )
+
+    def by_text(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits of texts, [texts, outputs], from those of windows."""
+        if self.averaging is None:
+            return logits
+        # Not a product of matrices, which autocast would compute in half precision.
+        return (self.averaging.unsqueeze(-1) * logits.float()).sum(dim=1)
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """The weights of the windows in a mean over the texts, [windows]; None for equal weights.
+
+        They add up to 1. So each text counts alike, whatever the number of its windows, and a batch
+        may be divided into parts.
+        """
+        return None if self.averaging is None else self.averaging.mean(dim=0)
 
 
 @dataclass
@@ -74,7 +125,7 @@ def finetuning(accelerator: Accelerator, weights: torch.Tensor | None = None) ->
 
     def step(model: TextModel, batch: Batch, share: float) -> StepLosses:
         with accelerator.autocast():
-            logits = model.module(**batch.inputs).logits
+            logits = batch.by_text(model.module(**batch.inputs).logits)
             loss = supervised(model.task, logits, batch.labels, weights)
         accelerator.backward(loss * share)
         return StepLosses(loss.item(), {"supervised": loss.item()})
@@ -183,16 +234,16 @@ def _clean_terms(
             logits = model.module(**batch.inputs).logits
         else:
             logits, student_states = comparison.read(model, batch.inputs)
-    kd = soft_targets(model.task, logits, batch.teacher_logits, settings.temperature)
+    kd = soft_targets(model.task, logits, batch.teacher_logits, settings.temperature, batch.weights)
     weighted_terms = {"kd": (settings.kd_weight, kd)}
     if settings.hard_label_weight:
-        hard_label_loss = supervised(model.task, logits, batch.labels, weights)
+        hard_label_loss = supervised(model.task, batch.by_text(logits), batch.labels, weights)
         weighted_terms["supervised"] = (settings.hard_label_weight, hard_label_loss)
     if comparison is not None and student_states is not None:
         with torch.no_grad(), accelerator.autocast():
             _, teacher_states = comparison.read(comparison.teacher, batch.inputs)
         mask = batch.inputs["attention_mask"]
-        weighted_terms |= comparison.terms(student_states, teacher_states, mask)
+        weighted_terms |= comparison.terms(student_states, teacher_states, mask, batch.weights)
     return weighted_terms
 
 
@@ -218,7 +269,7 @@ def _inner_loss(
             logits = model.module(**batch.inputs).logits
         if rng_state is not None:  # else the next update would draw the same masks again
             _set_rng_state(delta.device, current_state)
-        return soft_targets(model.task, logits, teacher_logits, settings.temperature)
+        return soft_targets(model.task, logits, teacher_logits, settings.temperature, batch.weights)
 
     return inner_loss
 

@@ -21,14 +21,14 @@ from ad2kit.models.baselines import look_at_teacher, untrained_encoder
 from ad2kit.models.head import MOST_ROWS, start_head
 from ad2kit.models.pretrained import RANDOM, find_model
 from ad2kit.models.records import ModelManifest, TeacherReport
-from ad2kit.models.text_model import padded, predict_in_blocks, predict_logits
+from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
-from ad2kit.run.errors import RunError
+from ad2kit.run.errors import ModelError, RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment, peak_memory_mb
-from ad2kit.run.sections import TrainRecipe
+from ad2kit.run.sections import TextLength, TrainRecipe
 from ad2kit.training import selection, shared
 from ad2kit.training.ad2 import Batch, distillation, finetuning, inner_losses
 from ad2kit.training.checkpoint import Evaluation
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The training rows that tokenizers are compared on.
+_COMPARED_ROWS = 200
 # The rows of `select` on which the effect of the adversary is measured; one batch.
 _ATTACKED_ROWS = 32
 
@@ -105,7 +107,7 @@ def distill(
     if (finished_report := stage.finished(inputs)) is not None:
         return finished_report
 
-    teacher_logits = stage.select_logits(teacher)
+    teacher_windows, teacher_logits = stage.select_logits(teacher)
     stage.look_at(teacher, teacher_logits)
     student = stage.student(teacher)
     settings = with_rate(recipe.distill, student)
@@ -118,9 +120,9 @@ def distill(
     select = stage.encode(student, data.select)
     train = stage.encode(student, data.distillation(), keep=True)
     steps, student_selection = stage.train_student(
-        teacher, student, settings, train, select, teacher_logits, inputs=inputs
+        teacher, student, settings, train, select, teacher_windows, inputs=inputs
     )
-    validation = splits.encode(data.validation, student.tokenizer, recipe.data.max_length_tokens)
+    validation = splits.encode(data.validation, student.tokenizer, recipe.data.length)
     report = stage.report(
         teacher,
         student,
@@ -149,7 +151,8 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
     """
     stage = _Stage.of(run, lambda _record: None, allow_inexact)
     teacher = stage.teacher()
-    stage.look_at(teacher, stage.select_logits(teacher))
+    _, teacher_logits = stage.select_logits(teacher)
+    stage.look_at(teacher, teacher_logits)
     stage.teacher_logits(teacher, stage.data.distillation())
 
 
@@ -163,8 +166,9 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
 
     Raises:
         ModelError: a model cannot be read or served, its labels differ from the data's, it has too
-            few positions, layers or widths, the pair cannot have a loss term, or the family does
-            not support a setting of ``compute``.
+            few positions, layers or widths, the pair cannot have a loss term or the same windows,
+            or the family does not support a setting of ``compute``.
+        DataError: a text is too long.
     """
     teacher = text_model.load_reference(
         recipe.teacher.model,
@@ -176,13 +180,38 @@ def open_models(recipe: Recipe, data: Data) -> TextModel:
     student = before_training(teacher, recipe, data)
     check_widths(teacher, recipe.student)
     check_terms(teacher, student, recipe.distill.intermediate)
+    _check_windows(teacher, student, recipe, data)
     length = recipe.data.max_length_tokens
     models = {"teacher.model": teacher, "student.model": student}
     for key, model in models.items():
         check_compute(model, recipe.compute)
         text_model.check_length(model, length, key="data.max_length_tokens")
         text_model.try_out(model, data.train.texts[:2], length, key=key)
+    for tokenizer in dict.fromkeys(model.tokenizer for model in models.values()):
+        splits.check_lengths(data, tokenizer, recipe.data.length)
     return teacher
+
+
+def _check_windows(teacher: TextModel, student: TextModel, recipe: Recipe, data: Data) -> None:
+    """Refuse a student that would have other windows than its teacher, whose logits they imitate.
+
+    Raises:
+        ModelError: the two tokenise the first training texts differently.
+    """
+    if recipe.data.long_texts != "windows":
+        return
+    first_rows = data.train.take(np.arange(min(len(data.train), _COMPARED_ROWS)))
+    teacher_ids, student_ids = (
+        list(splits.encode(first_rows, model.tokenizer, TextLength(2**20)).input_ids)
+        for model in (teacher, student)
+    )
+    if teacher_ids != student_ids:
+        raise ModelError(
+            "data.long_texts is windows, and each window of the student imitates the same window "
+            "of the teacher, but the student has a tokenizer of its own",
+            hint="make the student from a model with the teacher's tokenizer, or set "
+            "data.long_texts=cut",
+        )
 
 
 def with_rate(settings: Training, model: TextModel) -> Training:
@@ -273,7 +302,7 @@ class _Stage:
             settings: settings of the training.
             encoded: the student's training rows.
             select: the rows that choose the kept update.
-            teacher_select: the teacher's logits on ``select``, shape [rows, outputs].
+            teacher_select: the teacher's logits on ``select``, shape [windows, outputs].
             inputs: fingerprint of the student's inputs.
 
         Returns:
@@ -358,7 +387,7 @@ class _Stage:
             self.data.train.sha256,
             self.data.select.sha256,
             self.data.validation.sha256,
-            self.recipe.data.max_length_tokens,
+            *self.recipe.data.length.facts,
             self.recipe.data.judged_by,
         )
 
@@ -367,16 +396,19 @@ class _Stage:
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
     def encode(self, model: TextModel, split: Split, *, keep: bool = False) -> Encoded:
-        """Tokenise a split for a model, to the maximum length of the recipe.
+        """Tokenise a split for a model, with the lengths of the recipe.
 
         With ``keep`` the token ids of a large split are kept for other processes and runs.
         """
-        length = self.recipe.data.max_length_tokens
-        text_model.check_length(model, length, key="data.max_length_tokens")
+        length = self.recipe.data.length
+        most_tokens = length.max_length_tokens
+        text_model.check_length(model, most_tokens, key="data.max_length_tokens")
         store = self.run.shared if keep else None
         encoded = splits.encode(split, model.tokenizer, length, store)
         if cut := encoded.truncated.sum():
-            logger.info("%d texts are longer than %d tokens and were truncated", cut, length)
+            logger.info("%d texts are longer than %d tokens and were truncated", cut, most_tokens)
+        if encoded.first_windows is not None:
+            logger.info("%d texts are read in %d windows", len(encoded), len(encoded.input_ids))
         return encoded
 
     def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
@@ -392,26 +424,25 @@ class _Stage:
         self,
         model: TextModel,
         encoded: Encoded,
-        teacher_logits: torch.Tensor | None = None,
+        teacher_windows: torch.Tensor | None = None,
         settings: DistillRecipe | None = None,
     ) -> Evaluation:
-        """Evaluate a model on ``select``, and measure its adversary if the settings have one."""
+        """Evaluate a model on ``select``, and measure its adversary if the settings have one.
+
+        ``teacher_windows`` are the teacher's logits, shape [windows, outputs].
+        """
         logits = self.logits(model, encoded)
         distance = None
-        if teacher_logits is not None:
+        if teacher_windows is not None:
             temperature = self.recipe.distill.temperature
+            teacher_logits = torch.from_numpy(encoded.average(teacher_windows.numpy()))
             distance = soft_targets(self.data.task, logits, teacher_logits, temperature).item()
         model_answers = answers(self.data.task, logits.numpy())
         constant = bool((model_answers == model_answers[0]).all())
         distances: tuple[float, float] | tuple[None, None] = (None, None)
-        if settings is not None and settings.alpha and teacher_logits is not None:
+        if settings is not None and settings.alpha and teacher_windows is not None:
             rows = np.arange(min(len(encoded), _ATTACKED_ROWS))
-            device = self.accelerator.device
-            batch = Batch(
-                inputs=padded(model, encoded, rows, device),
-                labels=torch.from_numpy(encoded.labels[rows]).to(device),
-                teacher_logits=teacher_logits[rows].to(device),
-            )
+            batch = Batch.of(model, encoded, rows, teacher_windows, self.accelerator.device)
             distances = inner_losses(model, batch, self.accelerator, settings)
         return Evaluation(
             score=self.score(logits, encoded),
@@ -429,7 +460,7 @@ class _Stage:
         return selection.keep(points, model_answers, encoded.labels, self.recipe.data.judged_by)
 
     def head_start(
-        self, settings: TrainRecipe, encoded: Encoded, teacher_logits: torch.Tensor | None
+        self, settings: TrainRecipe, encoded: Encoded, teacher_windows: torch.Tensor | None
     ) -> Callable[[TextModel], None] | None:
         """Return a function that fits the head of a model before its training, or None.
 
@@ -438,8 +469,9 @@ class _Stage:
         if not settings.start_head:
             return None
         targets = encoded.labels
-        if teacher_logits is not None:
-            targets = answers(self.data.task, teacher_logits[:MOST_ROWS].numpy())
+        if teacher_windows is not None:
+            teacher_logits = encoded.average(teacher_windows.numpy())
+            targets = answers(self.data.task, teacher_logits[:MOST_ROWS])
         return lambda model: start_head(model, encoded, targets, self.accelerator)
 
     def teacher(self) -> TextModel:
@@ -532,11 +564,17 @@ class _Stage:
         narrow(student, teacher, self.recipe.student, encode_rows, self.accelerator)
         return student
 
-    def select_logits(self, teacher: TextModel) -> torch.Tensor:
-        """Return the teacher's logits on ``select``; refuse a teacher with a wrong label order."""
+    def select_logits(self, teacher: TextModel) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the teacher's logits on ``select``; refuse a teacher with a wrong label order.
+
+        Returns:
+            The logits of the windows, [windows, outputs], and of the texts, [rows, outputs].
+        """
         data = self.data
         teacher.module.to(self.accelerator.device)
-        logits = self.logits(teacher, self.encode(teacher, data.select))
+        encoded = self.encode(teacher, data.select)
+        window_logits = predict_windows(teacher, encoded, self.accelerator.device, self.accelerator)
+        logits = torch.from_numpy(encoded.average(window_logits.numpy()))
         check_order(
             data.task,
             answers(data.task, logits.numpy()),
@@ -544,7 +582,7 @@ class _Stage:
             data.labels,
             finished=self.recipe.teacher.finetune is None,
         )
-        return logits
+        return window_logits, logits
 
     def look_at(self, teacher: TextModel, select_logits: torch.Tensor) -> None:
         """Compare the teacher with simpler models, once for all runs; stop if it is too weak.
@@ -580,15 +618,15 @@ class _Stage:
     def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
         """Return the teacher's logits on the student's training texts, computed once for all runs.
 
-        The key of the file is the fingerprint of teacher (with its tokenizer), texts and maximum
-        length.
+        The key of the file is the fingerprint of teacher (with its tokenizer), texts and lengths.
+        The shape is [windows, outputs].
         """
-        length = self.recipe.data.max_length_tokens
+        length = self.recipe.data.length
         teacher_sha256 = self.teacher_sha256()
         key = split.texts.remembered(
-            lambda: fingerprint(teacher_sha256, split.texts.blocks(), length),
+            lambda: fingerprint(teacher_sha256, split.texts.blocks(), *length.facts),
             teacher_sha256,
-            length,
+            length.facts,
         )
         path = shared.logits_file(self.run.shared, key)
         if not self._missing(path):
@@ -597,7 +635,8 @@ class _Stage:
         encoded = self.encode(teacher, split, keep=True)
         blocks = predict_in_blocks(teacher, encoded, self.accelerator.device, self.accelerator)
         if self.accelerator.is_main_process:
-            shared.write_logits(path, (len(split), len(self.data.labels)), blocks)
+            shape = (len(encoded.input_ids), len(self.data.labels))
+            shared.write_logits(path, shape, blocks)
         else:
             for _ in blocks:  # takes part in the computation
                 pass

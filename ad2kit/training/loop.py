@@ -19,7 +19,6 @@ import torch
 
 from ad2kit.data import splits
 from ad2kit.models.layers import layer_stack
-from ad2kit.models.text_model import padded
 from ad2kit.run.errors import DivergedError, ModelError
 from ad2kit.run.files import write_text
 from ad2kit.run.machine import deferred_interrupt
@@ -96,7 +95,7 @@ def train(
     Args:
         state: the training to advance, in place.
         encoded: the training rows.
-        teacher_logits: logits of the same rows, shape [rows, outputs]; None without a teacher.
+        teacher_logits: logits of their windows, shape [windows, outputs]; None without a teacher.
         objective: computes losses and gradients of a batch.
         settings: settings of the training.
         evaluate: evaluates the model on ``select``.
@@ -213,15 +212,7 @@ def _accumulate(
     sums = StepLosses(0.0, {})
     for chunk in chunks:
         share = weight * len(chunk) / len(rows)
-        if teacher_logits is None:
-            chunk_logits = torch.empty(len(chunk), 0)
-        else:
-            chunk_logits = teacher_logits[chunk]
-        batch = Batch(
-            inputs=padded(model, encoded, chunk, device),
-            labels=torch.from_numpy(encoded.labels[chunk]).to(device),
-            teacher_logits=chunk_logits.to(device),
-        )
+        batch = Batch.of(model, encoded, chunk, teacher_logits, device)
         losses = objective(model, batch, share)
         sums.loss += share * losses.loss
         for name, value in losses.terms.items():

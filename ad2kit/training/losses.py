@@ -1,6 +1,8 @@
 """Loss terms: on the logits, and on intermediate states of teacher and student, layer by layer.
 
-The terms are pure functions of tensors. All return the mean over the rows of the batch.
+The terms are pure functions of tensors. All return the mean over the rows of the batch. If long
+texts are read in windows, a row of the terms that imitate the teacher is a window, and ``weights``,
+which add up to 1, are those of the windows in the mean.
 """
 
 from __future__ import annotations
@@ -96,7 +98,11 @@ def supervised(
 
 
 def soft_targets(
-    task: Task, student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+    task: Task,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the distance of the student's logits from the teacher's; both terms of AD2 use it.
 
@@ -108,21 +114,31 @@ def soft_targets(
         student_logits: shape [batch, outputs].
         teacher_logits: shape [batch, outputs].
         temperature: t > 0; a regression ignores it.
+        weights: weights of the rows, which add up to 1; None for equal weights.
     """
     if task == "single_label":
-        return soft_target_kl(student_logits, teacher_logits, temperature)
+        return soft_target_kl(student_logits, teacher_logits, temperature, weights)
     if task == "multi_label":
         # The probability of a label is the softmax of its logit and 0.
         student_pairs, teacher_pairs = (
             torch.stack([logits, torch.zeros_like(logits)], dim=-1).flatten(0, 1)
             for logits in (student_logits, teacher_logits)
         )
-        return soft_target_kl(student_pairs, teacher_pairs, temperature)
-    return functional.mse_loss(student_logits.float(), teacher_logits.float())
+        if weights is not None:
+            labels = student_logits.shape[1]
+            weights = weights.repeat_interleave(labels) / labels
+        return soft_target_kl(student_pairs, teacher_pairs, temperature, weights)
+    if weights is None:
+        return functional.mse_loss(student_logits.float(), teacher_logits.float())
+    squared_error = (student_logits.float() - teacher_logits.float()) ** 2
+    return _mean(squared_error.mean(dim=-1), weights)
 
 
 def soft_target_kl(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``t² · KL(softmax(teacher / t) ‖ softmax(student / t))`` in nats, mean over the batch.
 
@@ -133,15 +149,28 @@ def soft_target_kl(
         student_logits: shape [batch, classes].
         teacher_logits: shape [batch, classes].
         temperature: t > 0.
+        weights: as in :func:`soft_targets`.
     """
     teacher = functional.log_softmax(teacher_logits.float() / temperature, dim=-1)
     student = functional.log_softmax(student_logits.float() / temperature, dim=-1)
-    kl = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if weights is None:
+        kl = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    else:
+        each = functional.kl_div(student, teacher, reduction="none", log_target=True)
+        kl = _mean(each.sum(dim=-1), weights)
     return temperature**2 * kl
 
 
+def _mean(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of a value for each row; None means equal weights."""
+    return rows.mean() if weights is None else (rows * weights).sum()
+
+
 def pkd(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``Σ over layers ‖s / ‖s‖ - t / ‖t‖‖²`` of the first real token, such as [CLS].
 
@@ -152,6 +181,7 @@ def pkd(
         student: hidden states of the student's layers below the last, [batch, tokens, width] each.
         teacher: hidden states of the teacher's layers that they imitate; same widths.
         mask: 1 for real tokens, shape [batch, tokens].
+        weights: as in :func:`soft_targets`.
     """
     first_token = mask.argmax(dim=1)
     rows = torch.arange(len(mask), device=mask.device)
@@ -159,12 +189,15 @@ def pkd(
     for student_states, teacher_states in zip(student, teacher, strict=True):
         student_cls = functional.normalize(student_states[rows, first_token].float(), dim=-1)
         teacher_cls = functional.normalize(teacher_states[rows, first_token].float(), dim=-1)
-        total = total + ((student_cls - teacher_cls) ** 2).sum(dim=-1).mean()
+        total = total + _mean(((student_cls - teacher_cls) ** 2).sum(dim=-1), weights)
     return total
 
 
 def hidden_states(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean squared error of the states of all real tokens, averaged over the layers.
 
@@ -175,16 +208,20 @@ def hidden_states(
         student: states of the embeddings and of each layer, [batch, tokens, width] each.
         teacher: the teacher's states that they imitate; same shapes.
         mask: 1 for real tokens, shape [batch, tokens].
+        weights: as in :func:`soft_targets`.
     """
     layer_losses = []
     for student_states, teacher_states in zip(student, teacher, strict=True):
         squared_error = (student_states.float() - teacher_states.float()) ** 2
-        layer_losses.append(_row_mean(squared_error.mean(dim=-1), mask))
+        layer_losses.append(_row_mean(squared_error.mean(dim=-1), mask, weights))
     return torch.stack(layer_losses).mean()
 
 
 def attentions(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the KL of the attention distributions of each real token, mean over heads and layers.
 
@@ -195,16 +232,21 @@ def attentions(
         student: attention of each layer, [batch, heads, tokens, tokens]; rows sum to 1.
         teacher: attention of the teacher's layers that they imitate; as many heads.
         mask: 1 for real tokens, shape [batch, tokens].
+        weights: as in :func:`soft_targets`.
     """
     layer_losses = [
-        _row_mean(_kl_of_rows(student_attention, teacher_attention).mean(dim=1), mask)
+        _row_mean(_kl_of_rows(student_attention, teacher_attention).mean(dim=1), mask, weights)
         for student_attention, teacher_attention in zip(student, teacher, strict=True)
     ]
     return torch.stack(layer_losses).mean()
 
 
 def value_relations(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, heads: int
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor,
+    heads: int,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the KL of the value-value relations ``softmax(V Vᵀ / √d)`` of real tokens.
 
@@ -216,6 +258,7 @@ def value_relations(
         teacher: values of one layer of the teacher, likewise; the width may differ.
         mask: 1 for real tokens, shape [batch, tokens].
         heads: number of relation heads; divides both widths.
+        weights: as in :func:`soft_targets`.
     """
     padding = (mask == 0)[:, None, None, :]
 
@@ -226,7 +269,8 @@ def value_relations(
         masked: torch.Tensor = products.masked_fill(padding, torch.finfo(products.dtype).min)
         return masked.softmax(dim=-1)
 
-    return _row_mean(_kl_of_rows(relations(student), relations(teacher)).mean(dim=1), mask)
+    kl = _kl_of_rows(relations(student), relations(teacher)).mean(dim=1)
+    return _row_mean(kl, mask, weights)
 
 
 def _kl_of_rows(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -237,9 +281,11 @@ def _kl_of_rows(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return kl
 
 
-def _row_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _row_mean(
+    per_token: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
     """Return the mean of [batch, tokens] over the real tokens of each row, then over the rows."""
-    return ((per_token * mask).sum(dim=1) / mask.sum(dim=1)).mean()
+    return _mean((per_token * mask).sum(dim=1) / mask.sum(dim=1), weights)
 
 
 @dataclass(frozen=True)
@@ -298,26 +344,40 @@ class Comparison:
         return output.logits, insides
 
     def terms(
-        self, student: Insides, teacher: Insides, mask: torch.Tensor
+        self,
+        student: Insides,
+        teacher: Insides,
+        mask: torch.Tensor,
+        row_weights: torch.Tensor | None = None,
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Return weight and value of each term whose weight is not 0."""
+        """Return weight and value of each term whose weight is not 0.
+
+        ``row_weights`` are the ``weights`` of :func:`soft_targets`.
+        """
         weights = self.weights
         teacher_states = [
             teacher.hidden_states[layer + 1] for layer in self.layers if teacher.hidden_states
         ]
         terms = {}
         if weights.pkd:
-            terms["pkd"] = pkd(student.hidden_states[1:-1], teacher_states[:-1], mask)
+            terms["pkd"] = pkd(student.hidden_states[1:-1], teacher_states[:-1], mask, row_weights)
         if weights.hidden_states:
             terms["hidden_states"] = hidden_states(
-                student.hidden_states, [teacher.hidden_states[0], *teacher_states], mask
+                student.hidden_states,
+                [teacher.hidden_states[0], *teacher_states],
+                mask,
+                row_weights,
             )
         if weights.attentions:
             teacher_attentions = [teacher.attentions[layer] for layer in self.layers]
-            terms["attentions"] = attentions(student.attentions, teacher_attentions, mask)
+            terms["attentions"] = attentions(
+                student.attentions, teacher_attentions, mask, row_weights
+            )
         if student.values is not None and teacher.values is not None:
             heads = self.teacher.module.config.num_attention_heads
-            terms["value_relations"] = value_relations(student.values, teacher.values, mask, heads)
+            terms["value_relations"] = value_relations(
+                student.values, teacher.values, mask, heads, row_weights
+            )
         return {name: (getattr(weights, name), value) for name, value in terms.items()}
 
 

@@ -32,7 +32,7 @@ from ad2kit.data import metrics, splits
 from ad2kit.data.labels import answers
 from ad2kit.models import text_model
 from ad2kit.models.records import ModelManifest
-from ad2kit.models.text_model import predict_in_blocks
+from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import (
     fingerprint,
@@ -160,17 +160,17 @@ class ValidationScores:
     def answers(self, folder: Path) -> Answers:
         """Return the answers on the validation set of the model in ``folder``, computed once."""
         data = self.data
-        length = self.recipe.data.max_length_tokens
+        length = self.recipe.data.length
         files = ModelManifest.read(folder / text_model.MANIFEST).files
-        key = fingerprint(files, data.validation.texts.blocks(), length)
+        key = fingerprint(files, data.validation.texts.blocks(), *length.facts)
         path = logits_file(self.runs_dir / ".shared", key)
         if not path.is_file():
             device = accelerator(self.recipe.compute).device
             model = text_model.load_model(folder, data.labels, data.task)
             model.module.to(device)
             encoded = splits.encode(data.validation, model.tokenizer, length)
-            shape = (len(encoded), len(data.labels))
-            write_logits(path, shape, predict_in_blocks(model, encoded, device))
+            logits = predict_logits(model, encoded, device)
+            write_logits(path, (len(encoded), len(data.labels)), [logits])
         return answers(data.task, read_logits(path).numpy())
 
     def score(self, model_answers: Answers) -> float:

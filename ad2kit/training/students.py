@@ -28,10 +28,11 @@ from ad2kit.models.layers import (
     layers_of,
     pruned_heads,
 )
-from ad2kit.models.text_model import TextModel, padded
+from ad2kit.models.text_model import TextModel
 from ad2kit.models.translate import choose_layers
 from ad2kit.run.errors import ModelError
 from ad2kit.run.machine import seeded
+from ad2kit.training.ad2 import Batch
 from ad2kit.training.losses import supervised
 
 if TYPE_CHECKING:
@@ -237,8 +238,10 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
     lengths = encoded.lengths[:IMPORTANCE_TEXTS]
     batches = by_length(lengths, _BATCH)
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        batch = Batch.of(model, encoded, rows, None, device)
+        windows = len(batch.teacher_logits)
         masks = {
-            kind: torch.ones(len(layers), len(rows), units, device=device, requires_grad=True)
+            kind: torch.ones(len(layers), windows, units, device=device, requires_grad=True)
             for kind, (_, units) in readers.items()
         }
         with ExitStack() as hooks:
@@ -247,10 +250,9 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
                     hook = _multiply(mask)
                     handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                     hooks.callback(handle.remove)
-            logits = module(**padded(model, encoded, rows, device)).logits
-        labels = torch.from_numpy(encoded.labels[rows]).to(device)
+            logits = batch.by_text(module(**batch.inputs).logits)
         # The sum and not the mean, so that the mask of a text has the gradient of its own loss.
-        loss = supervised(model.task, logits, labels) * len(rows)
+        loss = supervised(model.task, logits, batch.labels) * len(rows)
         gradients = torch.autograd.grad(loss, list(masks.values()))
         for kind, gradient in zip(masks, gradients, strict=True):
             totals[kind] += gradient.abs().sum(dim=1).cpu()

@@ -114,7 +114,7 @@ def test_serving_reads_every_text_as_training_did(
     encoded = splits.encode(
         splits.Split.of((example,), np.zeros(1)),
         student.tokenizer,
-        classifier.artifact.max_length_tokens,
+        classifier.artifact.length,
     )
     (tokens,) = classifier.encode([example if columns > 1 else first])  # type: ignore[list-item]
     assert tokens.ids == encoded.input_ids[0]

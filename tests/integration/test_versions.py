@@ -67,7 +67,7 @@ def gaps(folder: Path, model: TextModel) -> dict[str, float]:
     found = {}
     for reading, texts in READINGS.items():
         split = Split.of(tuple(texts), np.zeros(len(texts), np.int64))
-        encoded = encode(split, model.tokenizer, teachers.LENGTH)
+        encoded = encode(split, model.tokenizer, TextLength(teachers.LENGTH))
         logits = predict_logits(model, encoded, torch.device("cpu"))
         found[reading] = (logits - torch.tensor(said[reading])).abs().max().item()
     return found
@@ -100,7 +100,7 @@ def test_a_teacher_of_any_version_answers_as_it_did(
         settings = tokenisation(model.tokenizer)
         tokens = Tokenise(backend, settings, TextLength(teachers.LENGTH), columns)(texts)
         split = Split.of(tuple(texts), np.zeros(len(texts), np.int64))
-        encoded = encode(split, model.tokenizer, teachers.LENGTH)
+        encoded = encode(split, model.tokenizer, TextLength(teachers.LENGTH))
         assert [each.ids for each in tokens] == [list(ids) for ids in encoded.input_ids]
 
 

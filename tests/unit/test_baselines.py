@@ -16,6 +16,7 @@ from ad2kit.models.head import last_linear, read_vectors
 from ad2kit.models.records import BAG_OF_WORDS, Baseline, TeacherReport
 from ad2kit.run import recipe
 from ad2kit.run.errors import GateFailed, RunError
+from ad2kit.run.sections import TextLength
 from ad2kit.training.records import StepRecord, scores_before_decay
 from tests import families, models
 
@@ -101,7 +102,7 @@ def test_texts_of_signs_and_single_characters_have_words() -> None:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_last_layer_makes_the_logits_of_the_vectors_that_a_probe_reads(family: str) -> None:
     model, split = families.tiny(family), models.split()
-    encoded = encode(split, model.tokenizer, 32)
+    encoded = encode(split, model.tokenizer, TextLength(32))
     found = read_vectors(model, encoded, torch.device("cpu"))
     head = last_linear(model.module)
     weight, bias = (part.detach().double().numpy() for part in (head.weight, head.bias))

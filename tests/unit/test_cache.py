@@ -12,6 +12,7 @@ from ad2kit.data import reading, splits
 from ad2kit.data.splits import encode, load_data
 from ad2kit.planning import cache
 from ad2kit.run.files import writing
+from ad2kit.run.sections import TextLength
 from ad2kit.training import shared
 from tests.models import tiny_bert
 from tests.unit.test_reading import facts, recipe
@@ -27,7 +28,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(splits, "LARGE_ROWS", 0)
     store = tmp_path / "runs" / ".shared"
     data = load_data(recipe(tmp_path), 3, store)
-    encode(data.train, tiny_bert().tokenizer, 32, store)
+    encode(data.train, tiny_bert().tokenizer, TextLength(32), store)
     shared.write_logits(shared.logits_file(store, "key"), (2, 2), [torch.zeros(2, 2)])
     (store / "teachers" / "key").mkdir(parents=True)
     return store

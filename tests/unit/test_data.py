@@ -17,7 +17,7 @@ from ad2kit.data.rows import BadRows
 from ad2kit.data.sources import open_source
 from ad2kit.data.splits import Data, Split, _chunks, encode, epoch_batches, load_data
 from ad2kit.run.errors import DataError
-from ad2kit.run.sections import DataRecipe
+from ad2kit.run.sections import DataRecipe, TextLength
 from tests.models import tiny_bert
 
 if TYPE_CHECKING:
@@ -523,13 +523,13 @@ def test_few_texts_are_tokenised_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     tokenizer = tiny_bert().tokenizer
     texts = tuple((f"good {'! ' * number}", f"dull {number}") for number in range(60))
     split = Split.of(texts, np.arange(60))
-    whole = encode(split, tokenizer, 32)
+    whole = encode(split, tokenizer, TextLength(32))
     monkeypatch.setattr("ad2kit.data.splits._CHUNK_CHARACTERS", 300)
     sizes = [sum(len(text) for row in chunk for text in row) for chunk in _chunks(texts)]
     assert len(sizes) > 10
     # The one text that reaches the limit is part of it.
     assert max(sizes) < 300 + max(sum(map(len, columns)) for columns in texts)
-    parts = encode(split, tokenizer, 32)
+    parts = encode(split, tokenizer, TextLength(32))
     assert whole.token_type_ids is not None
     assert parts.token_type_ids is not None
     assert list(parts.input_ids) == list(whole.input_ids)
@@ -537,7 +537,7 @@ def test_few_texts_are_tokenised_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert {0, 1} == {kind for row in whole.token_type_ids for kind in row}
     assert parts.truncated.tolist() == whole.truncated.tolist()
     assert 0 < whole.truncated.sum() < 60
-    assert len(encode(split.take(np.arange(0)), tokenizer, 32)) == 0
+    assert len(encode(split.take(np.arange(0)), tokenizer, TextLength(32))) == 0
 
 
 def test_an_epoch_holds_every_row_once_in_batches_of_similar_length() -> None:

@@ -23,6 +23,7 @@ from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint
 from ad2kit.run.recipe import load_recipe
+from ad2kit.run.sections import TextLength
 from ad2kit.training import shared
 from tests.models import cpu, data, tiny_bert
 
@@ -133,24 +134,24 @@ def test_tokens_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     split = Split.of(PAIRS, np.arange(50))
     monkeypatch.setattr(splits, "LARGE_ROWS", 50)
     monkeypatch.setattr(splits, "_CHUNK_CHARACTERS", 200)
-    in_memory = encode(split, tokenizer, 16)
-    first = encode(split, tokenizer, 16, tmp_path)
+    in_memory = encode(split, tokenizer, TextLength(16))
+    first = encode(split, tokenizer, TextLength(16), tmp_path)
     (file,) = tmp_path.rglob("*.arrow")
     written = file.stat().st_mtime_ns
     with monkeypatch.context() as context:
         context.setattr(splits, "_token_batches", lambda *_: iter(()))  # not read
-        again = encode(split, tokenizer, 16, tmp_path)
+        again = encode(split, tokenizer, TextLength(16), tmp_path)
     for found in (first, again):
         assert list(found.input_ids) == list(in_memory.input_ids)
         assert list(found.token_type_ids or ()) == list(in_memory.token_type_ids or ())
         assert found.truncated.tolist() == in_memory.truncated.tolist()
     assert file.stat().st_mtime_ns == written
     # Whatever decides the ids leads to another file; fewer rows are not kept.
-    encode(split, tokenizer, 15, tmp_path)
+    encode(split, tokenizer, TextLength(15), tmp_path)
     tokenizer.truncation_side = "left"
-    encode(split, tokenizer, 16, tmp_path)
-    encode(split.take(np.arange(50)[::-1]), tokenizer, 16, tmp_path)
-    encode(split.take(np.arange(49)), tokenizer, 16, tmp_path)
+    encode(split, tokenizer, TextLength(16), tmp_path)
+    encode(split.take(np.arange(50)[::-1]), tokenizer, TextLength(16), tmp_path)
+    encode(split.take(np.arange(49)), tokenizer, TextLength(16), tmp_path)
     assert len(list(tmp_path.rglob("*.arrow"))) == 4
 
 
@@ -200,7 +201,7 @@ def test_a_damaged_table_is_refused_and_the_advice_helps(tmp_path: Path) -> None
 
 def test_logits_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert()
-    encoded = encode(data().train, model.tokenizer, 32)
+    encoded = encode(data().train, model.tokenizer, TextLength(32))
     whole = predict_logits(model, encoded, torch.device("cpu"), cpu())
     monkeypatch.setattr("ad2kit.models.text_model._PREDICTED_ROWS", 3)
     parts = predict_logits(model, encoded, torch.device("cpu"))

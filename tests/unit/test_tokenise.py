@@ -29,7 +29,7 @@ from ad2kit.data.splits import Split, encode
 from ad2kit.exporting.records import Tokenisation
 from ad2kit.exporting.tokenise import CHUNK_CHARACTERS, Tokenise, Tokens, tokenisation
 from ad2kit.models.pretrained import find_model
-from ad2kit.run.errors import ModelError, TextTooLong
+from ad2kit.run.errors import DataError, ModelError, TextTooLong
 from ad2kit.run.sections import TextLength
 from tests import families
 
@@ -262,7 +262,7 @@ def test_training_reads_what_transformers_makes(kind: str) -> None:
     for side, columns in itertools.product(("right", "left"), (1, 2)):
         tokenizer = original(kind, side)
         rows = [(piece * 9, *[f"fine {piece}"] * (columns - 1)) for piece in PIECES]
-        found = encode(Split.of(rows, np.zeros(len(rows))), tokenizer, 16)
+        found = encode(Split.of(rows, np.zeros(len(rows))), tokenizer, TextLength(16))
         told = [expected(tokenizer, row, 16) for row in rows]
         assert list(found.input_ids) == [tokens.ids for tokens in told]
         assert found.truncated.tolist() == [tokens.truncated for tokens in told]
@@ -271,6 +271,33 @@ def test_training_reads_what_transformers_makes(kind: str) -> None:
             assert list(found.token_type_ids) == [tokens.type_ids for tokens in told]
         else:
             assert found.token_type_ids is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_service_have_the_same_windows(kind: str) -> None:
+    for side, columns in itertools.product(("right", "left"), (1, 2)):
+        tokenizer = original(kind, side)
+        tokenise = windowed(kind, side, 16, columns)
+        rows = [("fine", piece * 9)[-columns:] for piece in PIECES]
+        refused = dict[int, str]()
+        tokens = tokenise(rows, refused.__setitem__)
+        kept = [row for position, row in enumerate(rows) if position not in refused]
+        length = TextLength(16, "windows", OVERLAP, MAX_WINDOWS)
+        found = encode(Split.of(kept, np.zeros(len(kept))), tokenizer, length)
+        assert len(found) == len(kept) < len(tokens)
+        assert list(found.input_ids) == [each.ids for each in tokens]
+        if found.token_type_ids is not None:
+            assert list(found.token_type_ids) == [each.type_ids for each in tokens]
+        assert found.first_windows is not None
+        assert found.first_windows.tolist() == [
+            place for place, each in enumerate(tokens) if not each.continues
+        ]
+        assert not found.truncated.any()
+        for position in refused:
+            with pytest.raises(
+                DataError, match=r"^1 of 1 texts are too long: expected at most 5 w"
+            ):
+                encode(Split.of([rows[position]], np.zeros(1)), tokenizer, length)
 
 
 def texts(most: int) -> st.SearchStrategy[str]:

@@ -350,7 +350,7 @@ def twenty_steps() -> dict[str, list[dict[str, float]]]:
     teacher = text_model.load_reference(
         RANDOM, data, seed=recipe.seed, finished=False, key="teacher.model"
     )
-    split = encode(data.train, teacher.tokenizer, recipe.data.max_length_tokens)
+    split = encode(data.train, teacher.tokenizer, recipe.data.length)
     curves: dict[str, list[dict[str, float]]] = {}
 
     def follow(phase: Any, model: Any, logits: Any, objective: Any, part: Any) -> None:

@@ -363,7 +363,7 @@ class _ShapeSearch:
             return False
         if self.teacher_score is None:
             teacher = text_model.load_model(run.teacher, self.data.labels, self.data.task)
-            encoded = splits.encode(select, teacher.tokenizer, self.recipe.data.max_length_tokens)
+            encoded = splits.encode(select, teacher.tokenizer, self.recipe.data.length)
             logits = predict_logits(teacher, encoded, torch.device("cpu")).numpy()
             teacher_answers = answers(self.data.task, logits)
             self.teacher_score = _positive_score(
