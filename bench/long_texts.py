@@ -73,17 +73,17 @@ def rows(
     """
     rng = random.Random(seed)  # noqa: S311  (repeatable, not secret)
     plain: list[list[str]] = [[], []]
-    drawn = opinions(0 if distinct else seed, train_rows=20 * count + 600, validation_rows=0)
-    for text, label in drawn.train:
+    most = 2_000 if distinct else 20 * count + 600
+    for text, label in opinions(0 if distinct else seed, most, validation_rows=0).train:
         if len(text.split()) <= _WORDS_OF_AN_OPINION and _PLAIN.match(text):
             plain[label].append(text)
     for number in range(count):
         label = number % len(LABELS)
         opinion = plain[label][number // len(LABELS) % (distinct or count)]
-        most = rng.randint(*tokens) - len(re.findall(r"\w+|[^\w\s]", opinion))
+        least = rng.randint(*tokens) - len(re.findall(r"\w+|[^\w\s]", opinion))
         sentences: list[str] = []
         length = 0
-        while length < most:
+        while length < least:
             sentences.append(facts(rng))
             length += len(re.findall(r"\w+|[^\w\s]", sentences[-1]))
         yield {"text": " ".join([*sentences[:-1], opinion]), "label": LABELS[label]}

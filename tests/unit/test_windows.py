@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ad2kit.data import windows
+from ad2kit.data.splits import Split, encode
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.models.head import last_linear, read_vectors
+from ad2kit.models.text_model import predict_logits, predict_windows
 from ad2kit.run.errors import RecipeError, TextTooLong
 from ad2kit.run.files import write_record
 from ad2kit.run.recipe import load_recipe
@@ -24,13 +28,20 @@ from ad2kit.scoring.score import score
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.errors import Problem
 from ad2kit.service.http import Classify
+from ad2kit.training.ad2 import Batch, distillation
+from ad2kit.training.loop import _accumulate
+from ad2kit.training.losses import comparison, soft_targets
+from tests.models import TEXTS, cpu, gradients, settings, split, teacher_logits, tiny_bert
 from tests.unit.test_http_api import Uncounted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from ad2kit.data.splits import Encoded
+    from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
+    from ad2kit.run.sections import Task
 
 LENGTH = TextLength(16, "windows", 4, 6)
 ROOM = 14  # beside [CLS] and [SEP]
@@ -263,3 +274,125 @@ def test_bulk_scoring_reads_windows_and_lists_what_is_too_long(
     assert [row["row"] for row in bad] == [2, 5]
     assert bad[0]["reason"] == "expected at most 6 windows of 16 tokens, found 7"
     assert bad[1]["reason"].startswith("expected at most 6 windows of 16 tokens, found at least ")
+
+
+# Windows in training: tests.models' texts and longer ones, in windows of 8 tokens.
+TRAINED = TextLength(8, "windows", 2, 8)
+LABELS = np.array([1, 0, 0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def model() -> TextModel:
+    return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def rows(model: TextModel) -> Encoded:
+    texts = (TEXTS[0], " ".join(TEXTS[:4]), TEXTS[2], " ".join(TEXTS[3:]), TEXTS[4])
+    return encode(Split.of([(text,) for text in texts], LABELS), model.tokenizer, TRAINED)
+
+
+def test_the_logits_of_a_text_are_the_mean_over_its_windows(
+    model: TextModel, rows: Encoded
+) -> None:
+    device = torch.device("cpu")
+    counts = np.diff(np.append(rows.first_windows, len(rows.input_ids)))  # type: ignore[arg-type]
+    assert counts.tolist() == [1, 4, 1, 6, 2]
+    window_logits = predict_windows(model, rows, device).numpy()
+    lengths = [len(ids) for ids in rows.input_ids]
+    first = 0
+    for text, count in enumerate(counts):
+        part = slice(first, first + count)
+        expected = np.average(window_logits[part], axis=0, weights=lengths[part])
+        np.testing.assert_allclose(
+            predict_logits(model, rows, device)[text], expected, rtol=1e-5, atol=1e-6
+        )
+        assert rows.lengths[text] == sum(lengths[part])
+        first += count
+    # The head's input of a text is the mean, too: the head of the mean is the mean of the logits.
+    vectors = read_vectors(model, rows, device, np.array([3, 0])).head_inputs
+    layer = last_linear(model.module)
+    with torch.no_grad():
+        logits = layer(torch.from_numpy(vectors).float()).numpy()
+    np.testing.assert_allclose(
+        logits, predict_logits(model, rows, device)[[3, 0]], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_each_window_imitates_its_teacher_and_the_text_has_the_label(
+    model: TextModel, rows: Encoded
+) -> None:
+    seeded = torch.Generator().manual_seed(11)
+    teacher = 2 * torch.randn(len(rows.input_ids), 2, generator=seeded)
+    chosen = np.array([1, 0, 3])
+    batch = Batch.of(model, rows, chosen, teacher, torch.device("cpu"))
+    losses = distillation(cpu(), settings(alpha=0.0, hard_label_weight=1.0))(model, batch, 1.0)
+    windows_of = [rows.windows_of(chosen[place : place + 1]) for place in range(3)]
+    with torch.no_grad():
+        logits = predict_windows(model, rows, torch.device("cpu"))
+        distances, answers = [], []
+        for indices in windows_of:
+            weights = torch.tensor([float(len(rows.input_ids[index])) for index in indices])
+            weights /= weights.sum()
+            target, student = teacher[indices].softmax(-1), logits[indices].log_softmax(-1)
+            each = (target * (target.log() - student)).sum(dim=-1)
+            distances.append((weights * each).sum())
+            answers.append((weights[:, None] * logits[indices]).sum(dim=0))
+        hard = torch.nn.functional.cross_entropy(
+            torch.stack(answers), torch.from_numpy(LABELS[chosen])
+        )
+    assert losses.terms["kd"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
+    assert losses.terms["supervised"] == pytest.approx(float(hard), rel=1e-4)
+    # Control: windows of equal weight are another loss.
+    equal = soft_targets(
+        "single_label", logits[np.concatenate(windows_of)], batch.teacher_logits, 1
+    )
+    assert abs(losses.terms["kd"] - float(equal)) > 1e-3
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_an_update_in_parts_is_the_update_in_one(task: Task) -> None:
+    texts = [(TEXTS[0],), (" ".join(TEXTS[:4]),), (" ".join(TEXTS[3:]),), (TEXTS[2],)]
+    changes = {
+        "alpha": 1.0,
+        "hard_label_weight": 1.0,
+        "radius": 0.01,
+        "step_size": 0.01,
+        "norm": "l2",
+        "intermediate": {"value_relations": 0.5, "hidden_states": 0.5},
+    }
+    found = []
+    for parts in (1, 4):
+        model = tiny_bert(task=task)
+        labels = split(task).labels[:4]
+        encoded = encode(Split.of(texts, labels), model.tokenizer, TRAINED)
+        outputs = len(model.labels)
+        teacher = torch.randn(
+            len(encoded.input_ids), outputs, generator=torch.Generator().manual_seed(2)
+        )
+        recipe = settings(**changes)
+        terms = comparison(tiny_bert(seed=5, task=task), model, recipe.intermediate)
+        objective = distillation(cpu(), recipe, terms)
+        losses = _accumulate(model, encoded, teacher, objective, np.arange(4), parts, cpu())
+        found.append((losses.loss, gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
+
+
+def test_short_texts_are_trained_on_alike_whether_or_not_there_may_be_windows(
+    model: TextModel,
+) -> None:
+    device = torch.device("cpu")
+    found = []
+    for length in (TextLength(32), TextLength(32, "windows", 4, 8)):
+        model.module.zero_grad()
+        encoded = encode(split(), model.tokenizer, length)
+        batch = Batch.of(model, encoded, np.arange(8), teacher_logits(), device)
+        objective = distillation(cpu(), settings(alpha=1.0, radius=0.01, hard_label_weight=1.0))
+        losses = objective(model, batch, 1.0)
+        found.append((losses.loss, gradients(model)))
+        assert np.array_equal(
+            predict_logits(model, encoded, device), predict_windows(model, encoded, device)
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)

@@ -1,0 +1,157 @@
+"""Long texts, from the training to HTTP: read in windows, cut, or refused."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ad2kit.exporting.export import export
+from ad2kit.gate.parity import judge
+from ad2kit.run.folder import open_run
+from ad2kit.run.recipe import load_recipe
+from ad2kit.training.distill import distill
+from bench.long_texts import both as both_ways
+from bench.long_texts import rows, write
+from tests import families
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from bench.long_texts import Measured
+    from tests.conftest import Both
+
+pytestmark = pytest.mark.slow
+
+# A tiny BERT that learns a few opinions at the end of texts of two to four windows.
+ROWS, TOKENS, OPINIONS = (320, 160), (24, 48), 6
+OVERRIDES = (
+    "data.text_columns=[text]",
+    "data.max_length_tokens=16",
+    "data.window_overlap_tokens=4",
+    "data.max_train_rows=null",
+    "bench.lengths_tokens=null",
+    "export.variants=[fp32]",
+    "parity.min_retained=0.5",
+    "parity.min_retained_lower=0.3",
+    *(
+        f"{phase}.{key}={value}"
+        for phase, updates in (("teacher.finetune", 150), ("distill", 100))
+        for key, value in {
+            "epochs": 1,
+            "min_updates": updates,
+            "evaluations": 2,
+            "batch_size": 16,
+            "lr": 2e-3,
+            "checkpoint_every_steps": 1000,
+        }.items()
+    ),
+    "distill.hard_label_weight=1",
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    folder = tmp_path_factory.mktemp("long-texts")
+    write(folder / "rows", 5, ROWS, TOKENS, OPINIONS)
+    return both_ways("smoke", folder, OVERRIDES)
+
+
+def test_windows_find_the_evidence_at_the_end_and_cutting_does_not(
+    found: dict[str, Measured],
+) -> None:
+    windows, cut = found["windows"], found["cut"]
+    assert windows.teacher > 0.9
+    assert windows.student >= 0.99 * windows.teacher
+    assert windows.student >= cut.student + 0.2
+    assert windows.windows > 2 * ROWS[1]
+    assert cut.windows == ROWS[1]
+
+
+def test_the_service_answers_what_the_artefact_says_of_long_texts(
+    found: dict[str, Measured],
+) -> None:
+    for measured in found.values():
+        assert measured.http == pytest.approx(measured.student)
+        assert measured.gap < 1e-5
+
+
+def test_what_is_too_long_is_refused_before_any_training_and_the_advice_helps(
+    both: Callable[..., Both], tmp_path: Path
+) -> None:
+    write(tmp_path / "rows", 5, (80, 40), TOKENS, OPINIONS)
+    shared = (
+        f"data.source={tmp_path / 'rows'}",
+        "data.text_columns=[text]",
+        "data.max_length_tokens=16",
+        "teacher.model=random://bert",
+        "bench.lengths_tokens=[8]",
+    )
+    for overrides, expected, advice in (
+        (["data.long_texts=refuse"], "expected at most 16 tokens", "data.long_texts=windows"),
+        (
+            ["data.long_texts=windows", "data.max_windows=2"],
+            "expected at most 2 windows of 16 tokens",
+            "data.long_texts=cut",
+        ),
+    ):
+        refused = both(*shared, *overrides)
+        assert refused.code == 2
+        assert re.search(r"\d+ of 64 train texts are too long: " + expected, refused.err)
+        assert advice in refused.hint
+        assert both(*shared, *overrides[1:], advice).code == 0
+
+
+def test_a_student_with_other_windows_than_its_teacher_is_refused(
+    both: Callable[..., Both], tmp_path: Path
+) -> None:
+    families.save("bert", tmp_path / "teacher")
+    families.save("roberta", tmp_path / "student")
+    given = (
+        f"student.model={tmp_path / 'student'}",
+        "student.layers=null",
+        "data.max_length_tokens=16",
+        "bench.lengths_tokens=[8]",
+    )
+    refused = both(*given, "data.long_texts=windows")
+    assert refused.code == 2
+    assert "the student has a tokenizer of its own" in refused.err
+    assert "data.long_texts=cut" in refused.hint
+    assert both(*given, "data.long_texts=cut").code == 0
+
+
+def test_windows_of_pairs_pass_the_gate(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for seed, name in enumerate(("train", "validation")):
+        lines = ["first,text,label"]
+        lines += [
+            f"{number} stars,{row['text'].replace(',', '')},{row['label']}"
+            for number, row in enumerate(rows(seed, 60, (8, 60), OPINIONS))
+        ]
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    own = {"data.text_columns": "[first,text]", "data.max_length_tokens": 24}
+    changed: dict[str, Any] = own | {
+        "data.source": folder,
+        "data.long_texts": "windows",
+        "data.window_overlap_tokens": 3,
+        "export.variants": "[fp32,fused]",
+        "teacher.finetune.min_updates": 1,
+        "distill.min_updates": 1,
+    }
+    kept = [each for each in OVERRIDES if each.partition("=")[0] not in changed]
+    overrides = [*kept, *(f"{key}={value}" for key, value in changed.items())]
+    run = open_run(load_recipe("smoke", overrides), tmp_path / "runs")
+    distill(run)
+    export(run)
+    report = judge(run)
+    for variant in report.variants:
+        failed = [
+            check.words
+            for check in variant.checks
+            if check.question != "distillation quality" and not check.passed
+        ]
+        assert failed == []
+        assert any(check.name == "long texts with other segment ids" for check in variant.checks)
