@@ -69,7 +69,8 @@ def rows(
 ) -> Iterator[dict[str, str]]:
     """Yield balanced rows of so many words and signs, which is a little less than their tokens.
 
-    With ``distinct`` there are only so many opinions of each label, the same for any seed.
+    With ``distinct`` there are only so many opinions of each label, short and the same for any
+    seed.
     """
     rng = random.Random(seed)  # noqa: S311  (repeatable, not secret)
     plain: list[list[str]] = [[], []]
@@ -77,6 +78,8 @@ def rows(
     for text, label in opinions(0 if distinct else seed, most, validation_rows=0).train:
         if len(text.split()) <= _WORDS_OF_AN_OPINION and _PLAIN.match(text):
             plain[label].append(text)
+    if distinct:
+        plain = [sorted(texts, key=len) for texts in plain]
     for number in range(count):
         label = number % len(LABELS)
         opinion = plain[label][number // len(LABELS) % (distinct or count)]
