@@ -118,8 +118,8 @@ def make_table(path: Path, rows: int, seed: int) -> None:
                 )
 
 
-def watch(command: list[str], curve: Path | None = None, updates: int = 0) -> Watched:
-    """Run a command, or until it has written so many updates to a curve; watch its memory."""
+def watch(command: list[str], runs: Path, updates: int = 0) -> Watched:
+    """Run a command to its end, or until its run has so many updates; watch its memory."""
     found = Watched()
     begin = time.perf_counter()
     with tempfile.TemporaryFile() as output:
@@ -128,10 +128,10 @@ def watch(command: list[str], curve: Path | None = None, updates: int = 0) -> Wa
         done = 0
         while process.poll() is None:
             found.look(watched)
-            if curve is not None and curve.is_file():
+            for curve in runs.glob("demo-*/teacher-training.jsonl"):
                 done = curve.read_bytes().count(b"\n")
                 found.start_seconds = found.start_seconds or time.perf_counter() - begin
-            if curve is not None and done >= updates:
+            if updates and done >= updates:
                 process.send_signal(signal.SIGINT)
                 process.wait()
             time.sleep(_WATCH_SECONDS)
@@ -179,15 +179,16 @@ def measure(folder: Path, rows: int, processes: list[int]) -> None:
         str(runs),
     ]
     ad2kit = [sys.executable, "-m", "ad2kit"]
-    results = [watch([*ad2kit, "check", *settings]).row("check")]
+    results = [watch([*ad2kit, "check", *settings], runs).row("check")]
     print(results[-1], flush=True)
     for number, count in enumerate(processes):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += ["--local-addr=127.0.0.1", f"--nproc-per-node={count}", "-m", "ad2kit"]
         for which in ("from the tables", "from the cache")[min(number, 1) :]:
-            run = runs / f"run-{count}-{which.split()[-1]}"
+            for run in runs.glob("demo-*"):
+                shutil.rmtree(run)
             command = [*(launcher if count > 1 else ad2kit), "distill", *settings]
-            found = watch([*command, "--run", str(run)], run / "teacher-training.jsonl", UPDATES)
+            found = watch(command, runs, UPDATES)
             results.append(found.row(f"distill, {count} processes, {which}"))
             print(results[-1], flush=True)
     shared = runs / ".shared"
