@@ -96,6 +96,7 @@ def compare(
     """
     variants = {method: _variant(recipe, method) for method in methods}
     data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
+    splits.check_labelled(data, "compare")
     validation = _Comparison(recipe, data, runs_dir)
     students = list[StudentResult]()
     answers: dict[str, list[Answers]] = {method: [] for method in variants}

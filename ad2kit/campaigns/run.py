@@ -15,8 +15,8 @@ from ad2kit.gate.parity import judge
 from ad2kit.gate.records import check_passed
 from ad2kit.gate.report import report
 from ad2kit.gate.summary import teacher_report
-from ad2kit.models import text_model
-from ad2kit.run.errors import UserError
+from ad2kit.models import given, text_model
+from ad2kit.run.errors import RunError, UserError
 from ad2kit.run.files import sha256_of, write_record
 from ad2kit.run.folder import open_run
 from ad2kit.run.machine import processes
@@ -83,11 +83,17 @@ def export_teacher(run: RunDir) -> RunDir:
         A run inside of ``run``, whose student is the teacher.
 
     Raises:
-        RunError: ``run`` has no student yet.
+        RunError: ``run`` has no student yet, or its teacher is given by its answers.
         ModelError: see :func:`ad2kit.exporting.export.export`.
     """
     run.require(run.distill_report, command="distill")
     distilled = DistillReport.read(run.distill_report)
+    if given.is_given(run.teacher):
+        raise RunError(
+            f"{run.path}: the teacher is given by its answers ({run.recipe.teacher.title}), and "
+            "there is no model to export",
+            hint="leave --teacher out",
+        )
     whole = shapes.whole(text_model.load_model(run.teacher, distilled.labels, distilled.task))
     recipe = run.recipe.model_copy(update={"student": shapes.section(whole, whole)})
     teacher = open_run(recipe, run.path.parent, run.teacher_run)

@@ -28,7 +28,7 @@ from ad2kit.data.rows import Place
 from ad2kit.data.texts import Text, is_text, text_of
 from ad2kit.gate.records import RowAnswers
 from ad2kit.gate.shipping import latest_passed_run
-from ad2kit.gate.summary import HEADER, caption, model_rows
+from ad2kit.gate.summary import HEADER, caption, judged_against, model_rows
 from ad2kit.run import files
 from ad2kit.run.errors import UserError
 from ad2kit.run.folder import find_run, named_folder, open_run
@@ -177,7 +177,8 @@ def _note(text: str) -> None:
 
 
 def print_table(folder: RunDir) -> None:
-    """Print the table of a run on stdout, and the path of its report."""
+    """Print the table of a run, what it was judged against, and the path of its report."""
+    print(f"judged against {judged_against(folder)}")  # noqa: T201
     table = Table(*HEADER, box=box.SIMPLE_HEAD)
     for row in model_rows(folder):
         table.add_row(*row)

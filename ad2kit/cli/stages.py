@@ -52,7 +52,7 @@ def check(
 
     recipe = load_recipe(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed, runs_dir / ".shared")
-    report = planning.check(recipe, data, open_models(recipe, data))
+    report = planning.check(recipe, data, *open_models(recipe, data))
     if as_json:
         plain = recipe.model_dump(mode="json")
         print_json({"recipe": plain, **report.model_dump(mode="json")})

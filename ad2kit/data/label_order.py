@@ -85,7 +85,7 @@ def better_order(task: Task, answers: Array, labels: Array, outputs: int) -> Bet
         labels: labels of the same rows, in the same form.
         outputs: number of outputs.
     """
-    if task == "regression" or outputs < 2:
+    if task == "regression" or outputs < 2 or not len(labels):
         return None
     search_rows, test_rows = _halves(task, labels)
     order = _assignment(task, answers[search_rows], labels[search_rows], outputs)

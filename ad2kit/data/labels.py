@@ -40,10 +40,14 @@ if TYPE_CHECKING:
 
 # The class id of a row without a label, PyTorch's ignore_index; other tasks use NaN.
 NO_CLASS = -100
+# The code of a cell that holds no label.
+_NO_CODE = -1
 # A label with less than this part of an equal share of the rows is called rare.
 _RARE = 0.2
 # Up to this number all labels are named; beyond it, only the least and the most frequent.
 _NAMED = 10
+
+_LEAST_PROBABILITY = 1e-8
 
 # A whole number in its usual form; 07, +7 and 7.0 are other texts for the same number.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -103,7 +107,7 @@ class LabelReader:
 
     def __init__(self, recipe: DataRecipe, source: SourceLabels | None) -> None:
         self._recipe = recipe
-        self._column = ", ".join(recipe.label_columns)
+        self._column = ", ".join(recipe.label_columns) or "value"
         if len(recipe.label_columns) > 1:
             source = SourceLabels(recipe.label_columns, only_ids=False)
         self._codes: dict[Any, int] = {}
@@ -122,9 +126,14 @@ class LabelReader:
     def code(self, place: Place, cell: Any) -> float:
         """Return the code of a cell: the value of a regression, or a number of the cell.
 
+        A row that lacks its label, if the recipe accepts this, has the code -1 (NaN of a
+        regression).
+
         Raises:
             DataError: the cell is no label, whatever the other rows hold.
         """
+        if self._recipe.may_lack_labels and _is_empty(cell):
+            return math.nan if self._recipe.task == "regression" else _NO_CODE
         if self._recipe.task == "regression":
             return _value(place, cell, self._column)
         # 1, True and 1.0 are equal, and different labels.
@@ -182,16 +191,22 @@ class LabelReader:
         Raises:
             DataError: a label does not fit; the message names the place of the first one.
         """
-        if self._recipe.task == "regression":
+        task = self._recipe.task
+        if task == "regression":
             return codes.astype(np.float32)
         labels = self.fix()
-        if self._recipe.task == "single_label":
+        row_labels = no_labels(task, len(codes), len(labels.names))
+        labelled = codes != _NO_CODE
+        if task == "single_label":
             ids = [
                 _index(place, _name(place, cell, self._column), labels)
                 for place, cell in self._cells
             ]
-            return np.take(np.asarray(ids, dtype=np.int64), codes)
-        return np.take(_indicators(self._cells, self._recipe, labels), codes, axis=0)
+            row_labels[labelled] = np.asarray(ids, dtype=np.int64)[codes[labelled]]
+        elif self._cells:
+            indicators = _indicators(self._cells, self._recipe, labels)
+            row_labels[labelled] = indicators[codes[labelled]]
+        return row_labels
 
 
 def _found_labels(cells_of_rows: Sequence[tuple[Place, Any]], recipe: DataRecipe) -> LabelSet:
@@ -289,6 +304,30 @@ def _given_labels(recipe: DataRecipe, given: SourceLabels | None) -> LabelSet:
     return LabelSet(names, given=True, outputs=outputs, columns=columns)
 
 
+def _is_empty(cell: Any) -> bool:
+    """Tell whether a label cell, or the cells of all label columns, hold nothing."""
+    if isinstance(cell, list) and cell:
+        return all(map(_is_empty, cell))
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def has_label(task: Task, labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which rows have a label, bool [rows]."""
+    if task == "single_label":
+        return np.asarray(labels != NO_CLASS)
+    return np.asarray(~np.isnan(labels if labels.ndim == 1 else labels[:, 0]))
+
+
+def filled(task: Task, labels: NDArray[Any], logits: NDArray[Any]) -> NDArray[Any]:
+    """Return labels with the teacher's answers, from its logits, for the rows that lack a label."""
+    labelled = has_label(task, labels)
+    if labelled.all():
+        return labels
+    if task == "multi_label":
+        labelled = labelled[:, None]
+    return np.where(labelled, labels, answers(task, logits)).astype(labels.dtype)
+
+
 def no_labels(task: Task, rows: int, outputs: int) -> NDArray[Any]:
     """Return an array of missing labels in the form of :func:`read_labels`."""
     if task == "single_label":
@@ -301,6 +340,7 @@ def counts(task: Task, labels: NDArray[Any], names: tuple[str, ...]) -> dict[str
     """Return the number of rows with each label; empty for a regression."""
     if task == "regression":
         return {}
+    labels = labels[has_label(task, labels)]
     if task == "single_label":
         per_label = np.bincount(labels, minlength=len(names))
     else:
@@ -309,11 +349,18 @@ def counts(task: Task, labels: NDArray[Any], names: tuple[str, ...]) -> dict[str
 
 
 def balance(label_counts: dict[str, int], rows: int) -> str:
-    """Return the shares of the labels in the rows, in words, and the labels that are rare."""
+    """Return the shares of the labels in the rows, in words, and the labels that are rare.
+
+    Args:
+        label_counts: the number of rows with each label.
+        rows: the number of rows that have a label.
+    """
 
     def share(name: str) -> str:
         return f"{name} {label_counts[name]} ({label_counts[name] / rows:.1%})"
 
+    if not rows:
+        return "no row has a label"
     names = sorted(label_counts, key=lambda name: label_counts[name])
     if len(label_counts) <= _NAMED:
         words = ", ".join(map(share, label_counts))
@@ -522,6 +569,24 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     exponentials = np.exp(shifted)
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def logits_of(task: Task, probabilities: NDArray[Any]) -> NDArray[np.float32]:
+    """Return logits whose :func:`scores` are these probabilities; the inverse of that function.
+
+    A probability below 1e-8 becomes 1e-8, because 0 has no finite logit.
+
+    Args:
+        task: see :func:`scores`.
+        probabilities: shape [rows, outputs]; of a class they have the sum 1.
+    """
+    values = np.asarray(probabilities, np.float64)
+    if task == "regression":
+        return values.astype(np.float32)
+    if task == "single_label":
+        return np.log(np.maximum(values, _LEAST_PROBABILITY)).astype(np.float32)
+    values = np.clip(values, _LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
+    return (np.log(values) - np.log1p(-values)).astype(np.float32)
 
 
 def scores(task: Task, logits: NDArray[Any]) -> NDArray[np.float64]:

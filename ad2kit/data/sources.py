@@ -50,7 +50,7 @@ class SplitRows:
     @property
     def settings(self) -> dict[str, Any]:
         """The keys of the recipe that decide what is read from the content."""
-        keys = {"text_columns", "label_column", "label_separator", "task"}
+        keys = {"text_columns", "label_column", "label_separator", "missing_labels", "task"}
         keys |= {"labels", "csv_quotes", "bad_rows"}
         return self.recipe.model_dump(mode="json", include=keys)
 
@@ -165,7 +165,8 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
 
 def _embedded(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> SplitRows:
     """Return (text, label) pairs of the embedded corpus as rows with the columns of the recipe."""
-    columns = (recipe.text_columns[0], recipe.label_columns[0])
+    # Without a label column the labels stay unread.
+    columns = (recipe.text_columns[0], next(iter(recipe.label_columns), ""))
 
     def cells() -> Iterator[Cells]:
         for number, pair in enumerate(pairs, 1):
@@ -266,7 +267,7 @@ def _hub_stream(reference: str, split: str, recipe: DataRecipe) -> SplitRows:
 
 def _hub_class_names(split: Any, columns: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the class names of a column of classes, or of lists of classes; else None."""
-    if len(columns) > 1:
+    if len(columns) != 1:
         return None
     feature = split.features.get(columns[0])
     feature = getattr(feature, "feature", feature)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ad2kit.data import windows
-from ad2kit.data.labels import counts, no_labels
+from ad2kit.data.labels import counts, has_label, no_labels
 from ad2kit.data.mapped import (
     TOKENS,
     TextRows,
@@ -267,6 +267,22 @@ def _check_leakage(data: Data, recipe: DataRecipe) -> None:
         logger.warning(
             "%d of %d validation texts are also training texts", leaked, len(data.validation)
         )
+
+
+def check_labelled(data: Data, command: str) -> None:
+    """Refuse rows without labels for a command that compares models by their scores.
+
+    Raises:
+        DataError: a row of ``select`` or validation has no label.
+    """
+    for name, split in (("select", data.select), ("validation", data.validation)):
+        lacking = int((~has_label(data.task, split.labels)).sum())
+        if lacking:
+            raise DataError(
+                f"{command} compares students by their scores, and {lacking} of {len(split)} rows "
+                f"of {name} have no label",
+                hint="give it rows with labels, or train one student: `ad2kit run`",
+            )
 
 
 def known_rows(data: Data, recipe: DataRecipe) -> np.ndarray:
@@ -558,16 +574,19 @@ def _check_variety(split: Split, recipe: DataRecipe, labels: tuple[str, ...], na
             f"the {name} split has no row left beside those that are set aside for `select`",
             hint=f"give more rows, {advice}or set data.select_from=validation",
         )
-    if len(np.unique(split.labels)) < 2:
+    labelled = split.labels[has_label(recipe.task, split.labels)]
+    if not len(labelled) and recipe.may_lack_labels:
+        return
+    if len(np.unique(labelled)) < 2:
         content = {
             "single_label": "one class only",
             "multi_label": "all labels in every row, or none in any",
             "regression": "one value only",
         }[recipe.task]
-        label = split.labels.flat[0]
+        label = labelled.flat[0]
         value = labels[int(label)] if recipe.task == "single_label" else f"{label:g}"
         raise DataError(
-            f"the {name} split holds {content}: '{value}' in all {len(split)} rows",
+            f"the {name} split holds {content}: '{value}' in all {len(labelled)} rows",
             hint=f"give rows that differ in their labels, {advice}or name the right column in "
             "data.label_column",
         )

@@ -286,7 +286,7 @@ def class_names(path: Path, columns: Sequence[str]) -> tuple[str, ...] | None:
     Raises:
         DataError: the files hold different names.
     """
-    if len(columns) > 1:
+    if len(columns) != 1:
         return None
     column = columns[0]
     found = {}

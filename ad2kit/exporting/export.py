@@ -32,6 +32,7 @@ from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import onnxruntime_distribution, quiet_transformers, versions
 from ad2kit.run.sections import Variant
 from ad2kit.training.records import DistillReport
+from ad2kit.training.teachers import judged_select
 
 try:
     import onnx
@@ -141,7 +142,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
                 "ad2kit": __version__,
                 "recipe": recipe.name,
                 "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
-                "teacher": recipe.teacher.model,
+                "teacher": recipe.teacher.title,
                 **distilled.hub,
                 "teacher_sha256": distilled.teacher_sha256,
                 "student_sha256": distilled.student_sha256,
@@ -199,7 +200,7 @@ def _temperature(run: RunDir, student: TextModel) -> float:
     data = splits.load_data(recipe.data, recipe.seed, run.shared)
     encoded = splits.encode(data.select, student.tokenizer, recipe.data.length)
     logits = predict_logits(student, encoded, torch.device("cpu")).numpy()
-    return fit_temperature(data.task, logits, data.select.labels)
+    return fit_temperature(data.task, logits, judged_select(run, data).labels)
 
 
 def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
@@ -231,7 +232,7 @@ def _quantize(run: RunDir, target: Path, inputs: str) -> QuantisationSearch:
             reference=reference,
             classifier_of=classifier_of,
             encodings=select_tokens,
-            rows=LabelledRows(data.task, recipe.data.judged_by, data.select.labels),
+            rows=LabelledRows(data.task, recipe.data.judged_by, judged_select(run, data).labels),
             thresholds=recipe.parity,
             calibration=_calibration(reference, train_tokens),
             scratch=scratch,

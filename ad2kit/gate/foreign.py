@@ -114,8 +114,7 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         thresholds=recipe.parity,
         rows=len(split),
         truncated=int(encoded.truncated.sum()),
-        **reference.of_the_teacher(),
-        student_score=verdict.score,
+        **reference.of_the_models(logits),
         answers_sha256=None,
         variants=(verdict,),
     )

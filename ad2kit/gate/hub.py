@@ -122,6 +122,11 @@ def model_card(run: RunDir, folder: Path, repository: str) -> str:
         f"It keeps {verdict.retained:.1%} of its teacher's score (95 % interval {low:.1%} to "
         f"{high:.1%}) on {parity.rows} labelled texts that it was not trained on.\n"
     )
+    if verdict.agreement is not None:
+        quality = (
+            f"It {verdict.words} that it was not trained on. It was judged against "
+            f"{parity.judged_against}.\n"
+        )
     usage = _USE.format(repository=repository)
     lineage = [f"- {name}: `{value}`" for name, value in artifact.lineage.items()]
     return "\n".join(

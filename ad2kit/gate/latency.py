@@ -20,7 +20,7 @@ from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import P99_TARGET_MS, LatencyCell, LatencyReport
 from ad2kit.gate.shipping import passed_variants
-from ad2kit.models import text_model
+from ad2kit.models import given, text_model
 from ad2kit.run.files import fingerprint, sha256_of, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import available_cpus, environment
@@ -121,10 +121,15 @@ def _timed(
     """Time teacher, student and variants at every shape; return their bytes and their cells."""
     recipe = run.recipe
     torch.set_num_threads(threads)
-    teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)
     student = text_model.load_model(run.student, distilled.labels, distilled.task)
-    calls = {TEACHER: torch_call(teacher), STUDENT: torch_call(student)}
-    sizes = {TEACHER: _weights_bytes(run.teacher), STUDENT: _weights_bytes(run.student)}
+    calls: dict[str, Call] = {}
+    sizes: dict[str, int] = {}
+    if given.is_given(run.teacher):
+        logger.info("bench: the teacher is given by its answers, and is not measured")
+    else:
+        teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)
+        calls[TEACHER], sizes[TEACHER] = torch_call(teacher), _weights_bytes(run.teacher)
+    calls[STUDENT], sizes[STUDENT] = torch_call(student), _weights_bytes(run.student)
     for folder in folders:
         classifier = OnnxClassifier(folder, threads=threads)
         calls[folder.name] = onnx_call(classifier)

@@ -1,6 +1,6 @@
 """The parity stage: is the artefact the student, and is the student as good as the teacher?
 
-The stage asks three questions on the labelled validation set, and answers each by values beside
+The stage asks three questions on the validation set, and answers each by values beside
 their thresholds:
 
 1. export fidelity: do the fp32 graph and the fused graph compute the same as the PyTorch student,
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
+from ad2kit.data.labels import filled, has_label
 from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.conversion import conversion_cost, mostly_8_bits
@@ -33,7 +34,7 @@ from ad2kit.gate.questions import (
     same_token_ids,
 )
 from ad2kit.gate.records import ParityReport, RowAnswers
-from ad2kit.models import text_model
+from ad2kit.models import given, text_model
 from ad2kit.models.text_model import predict_logits, predict_windows
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
@@ -101,8 +102,9 @@ def judge(run: RunDir) -> ParityReport:
     classifiers = {
         folder.name: OnnxClassifier(folder, threads=recipe.compute.threads) for folder in folders
     }
-    for folder in (run.teacher, run.student):
-        text_model.check_files(folder)
+    check_teacher = given.check_files if given.is_given(run.teacher) else text_model.check_files
+    check_teacher(run.teacher)
+    text_model.check_files(run.student)
     report = _existing_report(run, inputs)
     if report is None:
         torch.set_num_threads(recipe.compute.threads or available_cpus())
@@ -191,8 +193,7 @@ def _judge(
         thresholds=recipe.parity,
         rows=len(encoded),
         truncated=int(encoded.truncated.sum()),
-        **reference.of_the_teacher(),
-        student_score=reference.score(encoded.average(reference.student)),
+        **reference.of_the_models(encoded.average(reference.student)),
         answers_sha256=sha256_of(run.answers),
         variants=variants,
     )
@@ -211,20 +212,24 @@ def _reference(
     """
     recipe = run.recipe
     cpu = torch.device("cpu")
-    teacher = text_model.load_model(run.teacher, data.labels, data.task)
-    encoded, teacher_encoded = (
-        splits.encode(data.validation, model.tokenizer, recipe.data.length)
-        for model in (student, teacher)
-    )
+    length = recipe.data.length
+    encoded = splits.encode(data.validation, student.tokenizer, length)
+    if given.is_given(run.teacher):
+        teacher_logits = given.logits(run.teacher, "validation")
+    else:
+        teacher = text_model.load_model(run.teacher, data.labels, data.task)
+        teacher_encoded = splits.encode(data.validation, teacher.tokenizer, length)
+        teacher_logits = predict_logits(teacher, teacher_encoded, cpu)
     probes = [tokens[row] for row in probe_rows(encoded)]
     return Reference(
         data.task,
         recipe.data.judged_by,
-        data.validation.labels,
-        teacher=predict_logits(teacher, teacher_encoded, cpu).numpy(),
+        filled(data.task, data.validation.labels, teacher_logits.numpy()),
+        teacher=teacher_logits.numpy(),
         student=predict_windows(student, encoded, cpu).numpy(),
         encoded=encoded,
         student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
+        own_label=has_label(data.task, data.validation.labels),
     )
 
 
@@ -238,13 +243,15 @@ def _write_answers(
         RowAnswers(
             texts=split.texts[row],
             tokens=int(reference.encoded.lengths[row]),
-            label=label,
+            label=label if has_its_own else None,
             logits={
                 name: tuple(model_logits[row].tolist())
                 for name, model_logits in logits_by_model.items()
             },
         )
-        for row, label in enumerate(reference.labels.tolist())
+        for row, (label, has_its_own) in enumerate(
+            zip(reference.labels.tolist(), reference.labelled.tolist(), strict=True)
+        )
     ]
     write_text(run.answers, "".join(f"{line.model_dump_json()}\n" for line in lines))
 

@@ -1,6 +1,11 @@
 """The questions of the parity gate, as functions from arrays to checks.
 
-Arrays run over the rows of the labelled validation set; logits have shape [rows, outputs].
+Arrays run over the rows of the validation set; logits have shape [rows, outputs].
+
+A row without a label has the teacher's answer in its place: a student is then judged by how often
+it answers as its teacher, with the exact interval of that share. An agreement of a bounds what is
+lost: the scores of student and teacher on the missing labels differ by 1 - a at most (accuracy). If
+some rows have labels, "retained" on these rows can fail the student, but need not be shown.
 """
 
 from __future__ import annotations
@@ -17,12 +22,20 @@ from ad2kit.data.labels import answers, counts, softmax
 from ad2kit.exporting.conversion import (
     LabelledRows,
     Question,
+    agreement,
     at_least,
     at_most,
     estimated,
     not_finite,
 )
-from ad2kit.gate.records import ClassRecall, LengthSlice, VariantParity
+from ad2kit.gate.records import (
+    ClassAgreement,
+    ClassRecall,
+    LengthSlice,
+    SliceAgreement,
+    TeacherAgreement,
+    VariantParity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,24 +69,48 @@ class Reference(LabelledRows):
     ``teacher`` holds the logits of the PyTorch teacher, float32 [rows, outputs], and ``student``
     those of the PyTorch student for all windows of the texts, [windows, outputs]; see
     :class:`~ad2kit.data.splits.Encoded`. ``student_left`` holds the student's logits of
-    :func:`probe_rows` alone, computed as one batch with padding on the left.
+    :func:`probe_rows` alone, computed as one batch with padding on the left. ``own_label``
+    says which rows have a label of their own, bool [rows]; the others have the teacher's answer.
+    None stands for all rows.
     """
 
     teacher: Logits
     student: Logits
     encoded: Encoded
     student_left: Logits
+    own_label: NDArray[np.bool_] | None = None
 
-    def of_the_teacher(self) -> dict[str, Any]:
-        """Return the fields of a :class:`~ad2kit.gate.records.ParityReport` about the teacher."""
-        predictions = answers(self.task, self.teacher)
-        has_calibration = self.task == "single_label"
+    @property
+    def labelled(self) -> NDArray[np.bool_]:
+        """Which rows have a label of their own, bool [rows]."""
+        return np.ones(len(self.labels), bool) if self.own_label is None else self.own_label
+
+    @property
+    def judged(self) -> NDArray[np.intp]:
+        """The rows that are scored: those with labels, or all if none has one."""
+        return np.flatnonzero(self.labelled if self.labelled.any() else ~self.labelled)
+
+    def on_labels(self) -> LabelledRows:
+        """Return the labels of the :attr:`judged` rows."""
+        return LabelledRows(self.task, self.metrics, self.labels[self.judged])
+
+    def of_the_models(self, student: Logits) -> dict[str, Any]:
+        """Return the fields of a :class:`~ad2kit.gate.records.ParityReport` about the models.
+
+        ``student`` are the logits whose score is that of the student.
+        """
+        rows = self.on_labels()
+        teacher = self.teacher[self.judged]
+        predictions = answers(self.task, teacher)
+        has_calibration = self.task == "single_label" and self.labelled.any()
         return {
-            "teacher_score": self.score(self.teacher),
+            "labelled_rows": None if self.labelled.all() else int(self.labelled.sum()),
+            "teacher_score": rows.score(teacher),
             "teacher_metrics": {
-                name: metrics.metric_value(name, predictions, self.labels) for name in self.metrics
+                name: metrics.metric_value(name, predictions, rows.labels) for name in self.metrics
             },
-            "teacher_ece": _ece(self.teacher, self.labels) if has_calibration else None,
+            "teacher_ece": _ece(teacher, rows.labels) if has_calibration else None,
+            "student_score": rows.score(student[self.judged]),
         }
 
 
@@ -219,14 +256,19 @@ def distillation_quality(
         seed: the seed of the bootstrap.
         temperature: the divisor of the logits that are served.
     """
-    task, labels = reference.task, reference.labels
-    finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
-    predictions = answers(task, finite)
-    teacher_predictions = answers(task, reference.teacher)
-    score, teacher_score = reference.score(finite), reference.score(reference.teacher)
+    task = reference.task
+    all_finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
     lost = None
     if task != "regression":
-        lost = sample_size.lost_classes(task, predictions, teacher_predictions, len(names))
+        said = answers(task, reference.teacher)
+        lost = sample_size.lost_classes(task, answers(task, all_finite), said, len(names))
+    # From here on: the rows that have labels.
+    scored = reference.on_labels()
+    labels = scored.labels
+    finite, teacher = all_finite[reference.judged], reference.teacher[reference.judged]
+    predictions = answers(task, finite)
+    teacher_predictions = answers(task, teacher)
+    score, teacher_score = scored.score(finite), scored.score(teacher)
     draws = metrics.paired_bootstrap(
         reference.metrics,
         (predictions, teacher_predictions),
@@ -239,7 +281,7 @@ def distillation_quality(
     teacher_recall = metrics.recall_by_class(task, teacher_predictions, labels, names)
     support = counts(task, labels, names)
     mcnemar_p = ece = ece_unscaled = None
-    if task == "single_label":
+    if task == "single_label" and reference.labelled.any():
         mcnemar_p = metrics.mcnemar_p(predictions == labels, teacher_predictions == labels)
         ece = _ece(finite / temperature, labels)
         ece_unscaled = _ece(finite, labels)
@@ -261,16 +303,82 @@ def distillation_quality(
         temperature=temperature,
         ece=ece,
         ece_unscaled=ece_unscaled,
-        slices=_slices(finite, reference),
+        slices=_slices(all_finite, reference),
         untested_classes=_untested_classes(lost, names),
+        agreement=_agreement(all_finite, reference, names),
         checks=(
             *earlier,
-            *_teacher_beats_majority(task, teacher_predictions, labels),
-            *_order_of_labels(task, teacher_predictions, labels, names),
-            *_variety(task, predictions),
+            *_by_labels(
+                reference,
+                (
+                    *_teacher_beats_majority(task, teacher_predictions, labels),
+                    *_order_of_labels(task, teacher_predictions, labels, names),
+                    retained_check(reference.metrics, retention, thresholds),
+                ),
+            ),
+            *_variety(task, answers(task, all_finite)),
             *_classes_kept(task, lost, names),
-            retained_check(reference.metrics, retention, thresholds),
+            *_by_answers(all_finite, reference, thresholds),
         ),
+    )
+
+
+def _by_labels(reference: Reference, checks: tuple[Check, ...]) -> tuple[Check, ...]:
+    """Return the checks that labels decide; if rows lack labels, only those that are decided."""
+    if reference.labelled.all():
+        return checks
+    if not reference.labelled.any():
+        return ()
+    return tuple(check for check in checks if check.verdict != "not shown")
+
+
+def _by_answers(
+    logits: Logits, reference: Reference, thresholds: ParityRecipe
+) -> tuple[Check, ...]:
+    """Check that the student answers as its teacher, if rows lack labels."""
+    if reference.labelled.all():
+        return ()
+    kind = "correlation" if reference.task == "regression" else "agreement"
+    return (
+        estimated(
+            "distillation quality",
+            f"{kind} with its teacher",
+            "at least",
+            agreement(reference.task, logits, reference.teacher),
+            thresholds.min_teacher_agreement,
+            thresholds.min_teacher_agreement_lower,
+            best=1.0,
+        ),
+    )
+
+
+def _agreement(
+    logits: Logits, reference: Reference, names: tuple[str, ...]
+) -> TeacherAgreement | None:
+    """Return the comparison with the teacher on all rows; None if all rows have labels."""
+    if reference.labelled.all():
+        return None
+    task = reference.task
+    whole = agreement(task, logits, reference.teacher)
+    said = answers(task, reference.teacher)
+    kept = metrics.recall_by_class(task, answers(task, logits), said, names)
+    given = counts(task, said, names)
+    slices = [
+        SliceAgreement(
+            tokens=tokens,
+            rows=len(rows),
+            agreement=agreement(task, logits[rows], reference.teacher[rows]).value,
+        )
+        for tokens, rows in _quarters(reference, np.arange(len(logits)))
+    ]
+    return TeacherAgreement(
+        rows=whole.rows,
+        value=whole.value,
+        interval=whole.interval,
+        by_class={
+            name: ClassAgreement(rows=given[name], agreement=share) for name, share in kept.items()
+        },
+        slices=tuple(slices),
     )
 
 
@@ -326,22 +434,33 @@ def _ece(logits: Logits, labels: NDArray[Any]) -> float:
 
 def _slices(logits: Logits, reference: Reference) -> tuple[LengthSlice, ...]:
     """Return the scores on each quarter of the texts by length, the shortest texts first."""
-    lengths = reference.encoded.lengths
-    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0], method="higher"))
-    quarters = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
     slices = []
-    for quarter in np.unique(quarters):
-        rows = np.flatnonzero(quarters == quarter)
+    for tokens, rows in _quarters(reference, reference.judged):
         labelled_rows = LabelledRows(reference.task, reference.metrics, reference.labels[rows])
         slices.append(
             LengthSlice(
-                tokens=(int(lengths[rows].min()), int(lengths[rows].max())),
+                tokens=tokens,
                 rows=len(rows),
                 score=labelled_rows.score(logits[rows]),
                 teacher_score=labelled_rows.score(reference.teacher[rows]),
             )
         )
     return tuple(slices)
+
+
+def _quarters(
+    reference: Reference, rows: NDArray[np.intp]
+) -> list[tuple[tuple[int, int], NDArray[np.intp]]]:
+    """Return each quarter of some rows by length: the range of tokens, and the rows."""
+    lengths = reference.encoded.lengths[rows]
+    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1.0], method="higher"))
+    quarters = np.maximum(np.searchsorted(edges, lengths, side="left"), 1)
+    parts = []
+    for quarter in np.unique(quarters):
+        inside = quarters == quarter
+        tokens = int(lengths[inside].min()), int(lengths[inside].max())
+        parts.append((tokens, rows[inside]))
+    return parts
 
 
 def _teacher_beats_majority(

@@ -46,6 +46,35 @@ class ClassRecall(Part):
     variant: float
 
 
+class ClassAgreement(Part):
+    """The number of rows to which the teacher gives a class, and the share that a variant does."""
+
+    rows: int
+    agreement: float
+
+
+class SliceAgreement(Part):
+    """The agreement on the validation texts of one range of lengths, in tokens."""
+
+    tokens: tuple[int, int]
+    rows: int
+    agreement: float
+
+
+class TeacherAgreement(Part):
+    """How often a variant answers as its teacher, on all validation rows, with or without labels.
+
+    ``value`` is the share of equal answers with its exact interval (the correlation of a
+    regression). ``slices`` begin with the shortest texts.
+    """
+
+    rows: int
+    value: float
+    interval: tuple[float, float]
+    by_class: dict[str, ClassAgreement]
+    slices: tuple[SliceAgreement, ...]
+
+
 class VariantParity(Part):
     """The comparison of one variant with the PyTorch student, with fp32 and with the teacher.
 
@@ -54,6 +83,10 @@ class VariantParity(Part):
     of the probabilities without the temperature. ``slices`` begin with the shortest texts.
     ``untested_classes`` holds each class that the teacher gives on too few rows to show its loss,
     with the number of these rows.
+
+    If rows lack labels, ``agreement`` compares the variant with the teacher on all rows. The other
+    fields are then of the rows that have labels. If no row has one, the answers of the teacher are
+    the labels, and the teacher's own score is 1.
     """
 
     variant: str
@@ -70,6 +103,7 @@ class VariantParity(Part):
     ece_unscaled: float | None
     slices: tuple[LengthSlice, ...]
     untested_classes: dict[str, int]
+    agreement: TeacherAgreement | None = None
     checks: tuple[Check, ...]
 
     @computed_field  # type: ignore[prop-decorator]
@@ -87,6 +121,21 @@ class VariantParity(Part):
         """Whether every check of this variant passed."""
         return self.verdict == "passed"
 
+    @property
+    def words(self) -> str:
+        """What the variant keeps of its teacher, with the interval."""
+        if self.agreement is not None:
+            low, high = self.agreement.interval
+            interval = f"({low:.2%} to {high:.2%})"
+            if not self.agreement.by_class:  # a regression
+                return f"correlates with its teacher by {self.agreement.value:.2%} {interval}"
+            return (
+                f"agrees with its teacher on {self.agreement.value:.2%} {interval} of "
+                f"{self.agreement.rows:,} rows"
+            )
+        low, high = self.retained_interval
+        return f"retains {self.retained:.2%} ({low:.2%} to {high:.2%}) of its teacher"
+
     def reasons(self) -> list[str]:
         """Return a sentence for each check that did not pass, the failed checks first."""
         failed_first = sorted(self.checks, key=lambda check: check.verdict != "FAILED")
@@ -94,8 +143,9 @@ class VariantParity(Part):
 
 
 class ParityReport(Record):
-    """The verdict of the gate on the labelled validation set.
+    """The verdict of the gate on the validation set.
 
+    ``labelled_rows`` is the number of rows that have labels; None stands for all.
     ``student_score`` is the score of the PyTorch student, or of the graph if there is no student.
     ``answers_sha256`` is the sha256 of the file of :class:`RowAnswers` beside the report, if there
     is one. The folder of each judged variant holds a copy of the report, which moves with it.
@@ -109,6 +159,7 @@ class ParityReport(Record):
     inputs: str
     thresholds: ParityRecipe
     rows: int
+    labelled_rows: int | None = None
     truncated: int
     teacher_score: float
     teacher_metrics: dict[str, float]
@@ -131,6 +182,16 @@ class ParityReport(Record):
     def passed(self) -> bool:
         """Whether there is a variant to ship."""
         return self.verdict == "passed"
+
+    @property
+    def judged_against(self) -> str:
+        """What the variants were judged against, in words."""
+        teacher = f"the teacher's answers to {self.rows:,} validation rows"
+        if self.labelled_rows is None:
+            return f"the labels of {self.rows:,} validation rows"
+        if not self.labelled_rows:
+            return f"{teacher}, which have no labels"
+        return f"{teacher}, and the labels of {self.labelled_rows:,} of them"
 
     def words(self) -> list[str]:
         """Return a line for each variant: its verdict, and every reason if it did not pass."""
@@ -171,12 +232,12 @@ class ParityReport(Record):
 class RowAnswers(Record):
     """One line of ``answers.jsonl``: a validation row, and the logits of each model for it.
 
-    ``label`` depends on the task: an id, a list of zeros and ones, or a number.
+    ``label`` depends on the task: an id, a list of zeros and ones, or a number; None without one.
     """
 
     texts: tuple[str, ...]
     tokens: int
-    label: int | float | tuple[int, ...]
+    label: int | float | tuple[int, ...] | None
     logits: dict[str, tuple[float, ...]]
 
 
@@ -212,11 +273,12 @@ def check_passed(
             "rows, and what is not shown does not ship"
         )
         rows = verdict.rows_that_would_do()
+        labelled = "labelled " if verdict.labelled_rows is None else ""
         if rows is None:
             reason = f"more validation rows alone will hardly do; {reason}"
         else:
             reason = (
-                f"the reason is too few rows: give about {rows:,} labelled validation rows, or "
+                f"the reason is too few rows: give about {rows:,} {labelled}validation rows, or "
                 "lower the bound in `parity`"
             )
     failures = "\n  ".join(verdict.failures())
@@ -253,12 +315,10 @@ def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path |
             "is not; raise export.search_seconds, or ship another variant (export.variants)"
         )
     best = max(verdict.variants, key=lambda variant: variant.retained)
-    low, high = best.retained_interval
     return (
-        f"the reason is the student: the best variant, {best.variant}, retains {best.retained:.2%} "
-        f"({low:.2%} to {high:.2%}) of its teacher; train it longer "
-        "(distill.epochs, distill.lr), give it more layers (student.layers) or texts without "
-        "labels (data.unlabelled)"
+        f"the reason is the student: the best variant, {best.variant}, {best.words}; train it "
+        "longer (distill.epochs, distill.lr), give it more layers (student.layers) or texts "
+        "without labels (data.unlabelled)"
     )
 
 

@@ -74,11 +74,10 @@ def _context(run: RunDir) -> Context:
     refusals = []
     if campaign is not None:
         refusals = campaign.refusals(variant.variant, variant.manifest_sha256)
-    single_label = distilled.task == "single_label"
     return {
         "run": recipe,
         "verdict": "refused" if refusals and parity.passed else parity.verdict,
-        "summary": [*_summary(variant, latency), *refusals],
+        "summary": [*_summary(parity, variant, latency), *refusals],
         "models": {
             "header": summary.HEADER,
             "rows": summary.model_rows(run),
@@ -90,7 +89,8 @@ def _context(run: RunDir) -> Context:
         "labels": distilled.labels,
         "differ": _differences(rows, distilled.task, distilled.labels, variant.variant),
         "slices": [_slice(piece) for piece in variant.slices],
-        "calibration": _calibration(rows, parity, variant) if single_label else None,
+        "agreement": _agreement(variant),
+        "calibration": _calibration(rows, parity, variant) if variant.ece is not None else None,
         "training": _training(run, distilled),
         "search": summary.int8_search(run),
         "splits": [
@@ -137,6 +137,21 @@ def _slice(piece: LengthSlice) -> tuple[str, ...]:
     )
 
 
+def _agreement(variant: VariantParity) -> Context | None:
+    """Return tables of the agreement with the teacher, by class and by length."""
+    agreement = variant.agreement
+    if agreement is None:
+        return None
+    by_class = sorted(agreement.by_class.items(), key=lambda item: item[1].agreement)
+    return {
+        "classes": [(name, str(each.rows), f"{each.agreement:.3f}") for name, each in by_class],
+        "slices": [
+            (f"{each.tokens[0]} to {each.tokens[1]}", str(each.rows), f"{each.agreement:.3f}")
+            for each in agreement.slices
+        ],
+    }
+
+
 def _markup(svg: str) -> Any:
     from markupsafe import Markup
 
@@ -150,13 +165,27 @@ def _shown_variant(run: RunDir, parity: ParityReport) -> VariantParity:
     return next(variant for variant in parity.variants if variant.variant == name)
 
 
-def _summary(variant: VariantParity, latency: LatencyReport | None) -> list[str]:
+def _summary(
+    parity: ParityReport, variant: VariantParity, latency: LatencyReport | None
+) -> list[str]:
     low, high = variant.retained_interval
     retained = f"{variant.variant} keeps {variant.retained:.2%} of its teacher"
-    lines = [f"{retained} (95 % interval {low:.2%} to {high:.2%})."]
+    lines = [f"Judged against {parity.judged_against}."]
+    if variant.agreement is not None:
+        lines.append(f"{variant.variant} {variant.words}.")
+    if parity.labelled_rows != 0:
+        lines.append(f"{retained} (95 % interval {low:.2%} to {high:.2%}).")
     if latency is not None and variant.variant in latency.sizes_bytes:
-        teacher = summary.smallest_and_largest(latency, "teacher (PyTorch)")
         student = summary.smallest_and_largest(latency, variant.variant)
+        if "teacher (PyTorch)" not in latency.sizes_bytes:
+            lines.append(
+                f"It answers one text in {student[0].p50_ms:.2f} ms, and "
+                f"{student[1].texts_per_s:,.0f} texts/s in batches of {student[1].batch_size}. The "
+                f"teacher is given by its answers, and is not measured."
+                f"{summary.busy_words(latency)}"
+            )
+            return lines
+        teacher = summary.smallest_and_largest(latency, "teacher (PyTorch)")
         share = latency.sizes_bytes[variant.variant] / latency.sizes_bytes["teacher (PyTorch)"]
         lines.append(
             f"It has {share:.0%} of the teacher's bytes, answers one text "
@@ -236,7 +265,9 @@ def _differences(
             return _set_labels(names, answer)
         return f"{names[int(answer)]} {outputs[name][row, int(answer)]:.2f}"
 
-    def label_text(label: float | tuple[int, ...]) -> str:
+    def label_text(label: float | tuple[int, ...] | None) -> str:
+        if label is None:
+            return ""
         if isinstance(label, tuple):
             return _set_labels(names, label)
         return f"{label:.2f}" if task == "regression" else names[int(label)]
@@ -252,7 +283,8 @@ def _differences(
         )
     matrices = []
     if task == "single_label" and len(names) <= _MATRIX_CLASSES:
-        labels = np.array([row.label for row in rows], dtype=int)
+        own = np.array([-1 if row.label is None else row.label for row in rows], dtype=int)
+        labels = np.where(own < 0, predictions[TEACHER], own)
         matrices = [(name, _matrix(predictions[name], labels, names)) for name in predictions]
     return {
         "words": words,
@@ -295,6 +327,7 @@ def _cut(text: str) -> str:
 def _calibration(
     rows: Sequence[RowAnswers], parity: ParityReport, variant: VariantParity
 ) -> Context:
+    rows = [row for row in rows if row.label is not None]
     labels = np.array([row.label for row in rows], dtype=int)
     temperatures = ((TEACHER, 1.0), (variant.variant, variant.temperature))
     bins = {

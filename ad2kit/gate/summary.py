@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
 from ad2kit.gate.records import LatencyReport, ParityReport
 from ad2kit.gate.shipping import campaign_of
+from ad2kit.models import given
 from ad2kit.models.records import TeacherReport
 from ad2kit.training.records import DistillReport
 
@@ -55,6 +56,8 @@ def model_rows(run: RunDir) -> list[tuple[str, ...]]:
         )
 
     teacher, student = "teacher (PyTorch)", "student (PyTorch)"
+    if given.is_given(run.teacher):
+        teacher = "teacher (answers)"
     rows = [
         *((name, f"{score:.4f}", *[""] * 7) for name, score in baseline_scores(run).items()),
         (teacher, f"{parity.teacher_score:.4f}", "", "", *measurements(teacher), ""),
@@ -144,22 +147,31 @@ def caption(run: RunDir) -> str:
     """Return a text that says on which rows and which machine the table was measured."""
     parity = ParityReport.read(run.parity_report)
     difference = max(verdict.smallest_detectable_difference for verdict in parity.variants)
+    rows = f"{parity.rows} validation texts"
+    if parity.labelled_rows is not None:
+        rows = f"the {parity.labelled_rows} of {rows} that have labels"
+        if not parity.labelled_rows:
+            rows = f"{parity.rows} validation texts, with the teacher's answers as labels"
     text = (
-        f"Score: {' and '.join(parity.teacher_metrics)} on {parity.rows} validation texts; "
+        f"Score: {' and '.join(parity.teacher_metrics)} on {rows}; "
         "differences below "
         f"{100 * difference:.1f} points are within their noise."
     )
     if bad_rows := DistillReport.read(run.distill_report).bad_rows:
         text += f" {bad_rows} bad rows were left out of the data ({run.bad_rows.name})."
+    for variant in parity.variants:
+        if variant.agreement is not None:
+            text += f" {variant.variant} {variant.words}."
     if untested := untested_words(parity):
         text += f" {untested}"
     if run.recipe.data.select_from == "validation":
         text += " The checkpoint was chosen on these same texts, which flatters the student."
     teacher = teacher_report(run)
     if teacher is not None:
+        encoder = "the student's encoder" if teacher.given else "its encoder"
         text += (
             f" Rows above the teacher: simpler models, trained on {teacher.train_rows} rows; the "
-            "probes read its encoder as it was before fine-tuning."
+            f"probes read {encoder} as it was before fine-tuning."
         )
     if int8 := _int8_words(run):
         text += f" {int8}"
@@ -172,6 +184,11 @@ def caption(run: RunDir) -> str:
         f"{largest}, {shortest} tokens; {latency.threads} threads of {latency.environment['cpu']}."
         f"{busy_words(latency)}"
     )
+
+
+def judged_against(run: RunDir) -> str:
+    """Return what the variants of a run were judged against, in words."""
+    return ParityReport.read(run.parity_report).judged_against
 
 
 def untested_words(parity: ParityReport) -> str:

@@ -15,15 +15,16 @@ labels), and ridge regression for a number.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from ad2kit.data import metrics, splits
-from ad2kit.data.labels import answers
+from ad2kit.data.labels import answers, has_label
 from ad2kit.models import text_model
 from ad2kit.models.head import read_vectors
-from ad2kit.models.records import BAG_OF_WORDS, Baseline, TeacherReport
+from ad2kit.models.records import BAG_OF_WORDS, FEWEST_ROWS, Baseline, TeacherReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -169,6 +170,29 @@ def baseline_answers(
     return {name: (select, validation) for name, (select, validation) in baselines.items()}
 
 
+class LabelledRows(NamedTuple):
+    """The rows of the splits that have labels, and the teacher's logits on those of ``select``."""
+
+    data: Data
+    select_logits: Array
+
+
+def labelled_rows(data: Data, select_logits: Array) -> LabelledRows | None:
+    """Return the rows with labels; None if a split has too few of them to compare models."""
+    parts = {}
+    for name in ("train", "select", "validation"):
+        split = getattr(data, name)
+        rows = np.flatnonzero(has_label(data.task, split.labels))
+        if len(rows) == len(split):
+            parts[name] = split
+        elif len(rows) < FEWEST_ROWS or len(np.unique(split.labels[rows])) < 2:
+            return None
+        else:
+            parts[name] = split.take(rows)
+    labelled = has_label(data.task, data.select.labels)
+    return LabelledRows(replace(data, **parts), select_logits[labelled])
+
+
 def look_at_teacher(
     recipe: Recipe,
     data: Data,
@@ -222,7 +246,8 @@ def look_at_teacher(
     length = recipe.data.length
     return TeacherReport(
         inputs=inputs,
-        teacher=recipe.teacher.model,
+        teacher=recipe.teacher.title,
+        given=recipe.teacher.model is None,
         teacher_sha256=teacher_sha256,
         finetune=recipe.teacher.finetune,
         metrics=judged_by,
@@ -256,10 +281,14 @@ def _unanswered(data: Data, teacher_answers: Array) -> dict[str, int]:
     }
 
 
-def untrained_encoder(recipe: Recipe, data: Data, teacher: TextModel) -> TextModel:
-    """Return the teacher before its fine-tuning; the teacher itself if it came finished."""
-    if recipe.teacher.finetune is None:
+def untrained_encoder(recipe: Recipe, data: Data, teacher: TextModel | None) -> TextModel:
+    """Return the teacher before its fine-tuning; the teacher itself if it came finished.
+
+    Of a teacher that is given by its answers (None) it is the encoder that the student starts from.
+    """
+    if teacher is not None and recipe.teacher.finetune is None:
         return teacher
-    return text_model.load_reference(
-        recipe.teacher.model, data, seed=recipe.seed, finished=False, key="teacher.model"
-    )
+    key, reference = "teacher.model", recipe.teacher.model
+    if reference is None:
+        key, reference = "student.model", recipe.student.model
+    return text_model.load_reference(reference, data, seed=recipe.seed, finished=False, key=key)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # A teacher this many paired standard errors below a baseline is not worth imitating.
 _TOO_FAR_BELOW_SE = 2.0
 # With fewer rows a standard error is too uncertain to stop a run.
-_FEWEST_ROWS = 30
+FEWEST_ROWS = 30
 # Labels that the teacher never answers are named if together they have this many rows of `select`:
 # with many classes a good teacher misses a few classes of one row each.
 _ROWS_UNANSWERED = 5
@@ -51,13 +51,14 @@ class TeacherReport(Record):
     ``unanswered`` maps each label of ``select`` that the teacher never answers to its rows there.
     ``curve`` holds the teacher's scores on ``select`` during its fine-tuning, before the learning
     rate fell, if this run fine-tuned it. ``cut`` is the share of rows whose texts are longer than
-    the maximum length.
+    the maximum length. A teacher is ``given`` if only its answers are known.
     """
 
     file_name: ClassVar[str] = "teacher.json"
 
     inputs: str
     teacher: str
+    given: bool = False
     teacher_sha256: str
     finetune: TrainRecipe | None
     metrics: tuple[Metric, ...]
@@ -80,7 +81,7 @@ class TeacherReport(Record):
     @property
     def far_better(self) -> tuple[Baseline, ...]:
         """The better baselines that are more than two paired standard errors above the teacher."""
-        if self.rows < _FEWEST_ROWS:
+        if self.rows < FEWEST_ROWS:
             return ()
         return tuple(
             each
@@ -137,7 +138,12 @@ class TeacherReport(Record):
                 f"{self.cut:.0%} of its texts are cut, and a bag of words reads on: raise "
                 "data.max_length_tokens, or set data.long_texts=windows"
             )
-        if self.finetune is None:
+        if self.given:
+            advice.append(
+                "look at some of its wrong answers, and see that their labels are those of the "
+                "data; ask a better model, or with a better prompt"
+            )
+        elif self.finetune is None:
             advice.append(
                 "the teacher came as a finished classifier: see that data.labels has its order and "
                 "that it was made for such rows, or train a new head on them: 'teacher.finetune="

@@ -76,11 +76,14 @@ class TextModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key: str) -> TextModel:
+def load_reference(
+    reference: str | None, data: Data, *, seed: int, finished: bool, key: str
+) -> TextModel:
     """Load a teacher, or a checkpoint that a student starts from.
 
     Args:
-        reference: see :class:`ad2kit.run.sections.TeacherRecipe`.
+        reference: see :class:`ad2kit.run.sections.TeacherRecipe`; a teacher that is given by its
+            answers (None) is refused.
         data: gives labels and task, and the training texts that ``random://`` takes its
             vocabulary from.
         seed: seed of a head that is not in the checkpoint, and of ``random://``.
@@ -90,6 +93,11 @@ def load_reference(reference: str, data: Data, *, seed: int, finished: bool, key
     Raises:
         ModelError: weights are missing, pickled, or of another architecture, or labels differ.
     """
+    if reference is None:
+        raise ModelError(
+            f"{key} is null: the teacher is given by its answers, and this needs its model",
+            hint=f"name a model in {key}",
+        )
     if reference == RANDOM:
         parts = random_bert(head_config(data.labels, data.task), seed, data.train.texts)
         return TextModel(*parts, data.labels, data.task)

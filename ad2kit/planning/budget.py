@@ -29,7 +29,7 @@ from ad2kit.run.sections import PlanRecipe
 from ad2kit.training import shared
 from ad2kit.training.ad2 import distillation, finetuning
 from ad2kit.training.checkpoint import Evaluation
-from ad2kit.training.distill import before_training, open_models, with_rate
+from ad2kit.training.distill import open_models, with_rate
 from ad2kit.training.loop import new_state, prepare, train
 from ad2kit.training.losses import comparison
 from ad2kit.training.schedule import Schedule
@@ -241,7 +241,8 @@ def measured_costs(recipe: Recipe, data: Data) -> Costs:
     A student that is narrower than its teacher is timed with all heads and neurons.
     """
     accelerator = make_accelerator(recipe.compute)
-    teacher = open_models(recipe, data)
+    teacher, student = open_models(recipe, data)
+    reader = teacher or student  # of answers that are given, the student reads `select` alone
     length = recipe.data.length
     logger.info("--max-minutes: timing some updates")
     seconds: dict[str, float] = {}
@@ -271,15 +272,16 @@ def measured_costs(recipe: Recipe, data: Data) -> Costs:
         times = [record.seconds for record in records]
         return float(np.mean(times[1:] or times))
 
-    student = before_training(teacher, recipe, data)
     texts = _sample(data.distillation(), (_TIMED + 1) * recipe.distill.batch_size, recipe.seed)
-    teacher.module.to(accelerator.device)
-    teacher_inputs = splits.encode(texts, teacher.tokenizer, length)
-    predict_windows(teacher, teacher_inputs, accelerator.device)  # the first call warms up
+    reader.module.to(accelerator.device)
+    reader_inputs = splits.encode(texts, reader.tokenizer, length)
+    predict_windows(reader, reader_inputs, accelerator.device)  # the first call warms up
     start = time.perf_counter()
-    teacher_logits = predict_windows(teacher, teacher_inputs, accelerator.device)
+    teacher_logits = predict_windows(reader, reader_inputs, accelerator.device)
     reading_seconds = time.perf_counter() - start
-    intermediate = comparison(teacher, student, recipe.distill.intermediate)
+    intermediate = None
+    if teacher is not None:
+        intermediate = comparison(teacher, student, recipe.distill.intermediate)
     seconds["student"] = seconds_per_update(
         "student",
         recipe.distill,
@@ -288,7 +290,7 @@ def measured_costs(recipe: Recipe, data: Data) -> Costs:
         teacher_logits,
         distillation(accelerator, recipe.distill, intermediate),
     )
-    if recipe.teacher.finetune is not None:
+    if teacher is not None and recipe.teacher.finetune is not None:
         settings = recipe.teacher.finetune
         rows = data.train.take(np.arange(min(len(data.train), (_TIMED + 1) * settings.batch_size)))
         encoded = splits.encode(rows, teacher.tokenizer, length)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ad2kit.data import sample_size, splits
-from ad2kit.data.labels import balance, counts
+from ad2kit.data.labels import balance, counts, has_label
 from ad2kit.data.rows import bad_rows_words
 from ad2kit.run.machine import available_cpus
 from ad2kit.run.records import Part
@@ -51,7 +51,8 @@ class SplitCheck(Part):
     """Facts about a split; lengths are in tokens before cutting, of at most 2,000 of its texts.
 
     ``duplicates`` is the share of its rows whose text occurs in an earlier row, ``known`` the share
-    of validation rows whose text is also a training text. ``cut`` is the share of texts that are
+    of validation rows whose text is also a training text. ``unlabelled`` counts the rows without a
+    label. ``cut`` is the share of texts that are
     too long. ``quoted`` is the share of texts in quotation marks, which belong to the text.
     """
 
@@ -63,6 +64,7 @@ class SplitCheck(Part):
     cut: float
     duplicates: float
     known: float | None
+    unlabelled: int = 0
     quoted: float
     example: tuple[str, ...]
 
@@ -75,7 +77,9 @@ class CheckReport(Part):
     teacher. Both assume that teacher and student differ on one text of ten. ``rows_to_agree`` is
     the number of rows that can show enough agreement of a conversion that moves a label on half as
     many texts as ``parity.min_agreement`` allows. All are computed by
-    :mod:`ad2kit.data.sample_size`, as in the gate; null means that no number of rows is enough.
+    :mod:`ad2kit.data.sample_size`, as in the gate. ``rows_to_imitate`` is the number of rows that
+    can show a student that differs from its teacher on half as many texts as
+    ``parity.min_teacher_agreement`` allows. Null means that no number of rows is enough.
     ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows,
     for which it cannot be tested whether a student lost them. Memory and minutes are rough: they
     come from the number of parameters, and from one forward pass on this machine. ``bad_rows`` is
@@ -93,6 +97,7 @@ class CheckReport(Part):
     half_width: float
     rows_to_pass: int | None
     rows_to_agree: int | None
+    rows_to_imitate: int | None = None
     rows_of_a_class: int
     few_rows: tuple[str, ...]
     min_retained: float
@@ -102,16 +107,18 @@ class CheckReport(Part):
     minutes: float
 
 
-def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
+def check(recipe: Recipe, data: Data, teacher: TextModel | None, student: TextModel) -> CheckReport:
     """Describe the data of a recipe, what they can prove, and what the training costs.
 
     Args:
         recipe: the recipe.
         data: the data of the recipe.
-        teacher: the teacher of the recipe, before its training.
+        teacher: the teacher of the recipe, before its training; None if it is given by its answers.
+        student: the student, before its training.
     """
+    reader = teacher or student
     split_checks = {
-        name: _split(split, data, recipe, teacher) for name, split in data.splits().items()
+        name: _split(split, data, recipe, reader) for name, split in data.splits().items()
     }
     phases: dict[str, TrainRecipe | None] = {
         "teacher": recipe.teacher.finetune,
@@ -133,10 +140,10 @@ def check(recipe: Recipe, data: Data, teacher: TextModel) -> CheckReport:
         max_length_tokens=recipe.data.max_length_tokens,
         long_texts=recipe.data.long_texts,
         **_evidence(recipe, data),
-        teacher=recipe.teacher.model,
+        teacher=recipe.teacher.title,
         updates=updates,
-        memory_mb=_memory_bytes(recipe, teacher, split_checks["train"]) / 1e6,
-        minutes=_minutes(recipe, data, teacher, updates),
+        memory_mb=_memory_bytes(recipe, reader, split_checks["train"]) / 1e6,
+        minutes=_minutes(recipe, data, reader, updates),
     )
 
 
@@ -185,6 +192,7 @@ def check_words(report: CheckReport) -> str:
     lines += [
         f"first row: {' | '.join(_short(text) for text in train.example)}",
         f"validation texts that are also training texts: {validation.known or 0:.1%}",
+        *_label_words(report),
         f"{TextLength(report.max_length_tokens, report.long_texts).words}, data.max_length_tokens",
         *_gate_words(report, validation.rows),
         (
@@ -194,6 +202,25 @@ def check_words(report: CheckReport) -> str:
         f"ok: {report.task}; teacher {report.teacher}",
     ]
     return "\n".join(lines)
+
+
+def _label_words(report: CheckReport) -> list[str]:
+    """Return a line on the rows that lack labels, if there are any."""
+    lacking = {
+        name: split.unlabelled
+        for name, split in report.splits.items()
+        if split.unlabelled and name != "unlabelled"
+    }
+    if not lacking:
+        return []
+    rows = ", ".join(f"{count:,} of {name}" for name, count in lacking.items())
+    return [
+        (
+            f"rows without a label: {rows}; they are judged by the answers of the teacher "
+            "(parity.min_teacher_agreement), which can be shown "
+            f"{_rows_words(report.rows_to_imitate)}"
+        )
+    ]
 
 
 def _evidence(recipe: Recipe, data: Data) -> dict[str, Any]:
@@ -219,24 +246,34 @@ def _evidence(recipe: Recipe, data: Data) -> dict[str, Any]:
             1.0, thresholds.min_retained, thresholds.min_retained_lower, deviation
         ),
         "rows_to_agree": rows_for(true_agreement, *agreement),
+        "rows_to_imitate": rows_for(
+            sample_size.supposed(math.nan, thresholds.min_teacher_agreement, 1.0),
+            thresholds.min_teacher_agreement,
+            thresholds.min_teacher_agreement_lower,
+        ),
         "rows_of_a_class": min_rows,
-        "few_rows": tuple(name for name, count in rows_by_label.items() if count < min_rows),
+        # Of rows without labels, the answers of the teacher decide which classes have few.
+        "few_rows": tuple(
+            name
+            for name, count in rows_by_label.items()
+            if count < min_rows and has_label(data.task, data.validation.labels).all()
+        ),
         "min_retained": thresholds.min_retained,
     }
 
 
+def _rows_words(needed: int | None) -> str:
+    return "by no number of rows" if needed is None else f"from about {needed:,} rows on"
+
+
 def _gate_words(report: CheckReport, rows: int) -> list[str]:
     """Return the lines that say what the validation rows can show."""
-
-    def rows_words(needed: int | None) -> str:
-        return "by no number of rows" if needed is None else f"from about {needed:,} rows on"
-
     interval_line = (
         f"the gate: with {rows:,} validation rows the interval of what is retained will be about "
         f"±{100 * report.half_width:.1f} points, if teacher and student differ on one text of ten; "
-        f"{report.min_retained:g} can be shown {rows_words(report.rows_to_pass)} for a student as "
+        f"{report.min_retained:g} can be shown {_rows_words(report.rows_to_pass)} for a student as "
         f"good as its teacher, and the agreement of int8 or fp16 with fp32 "
-        f"{rows_words(report.rows_to_agree)}"
+        f"{_rows_words(report.rows_to_agree)}"
     )
     if not report.few_rows:
         return [interval_line]
@@ -261,8 +298,10 @@ def _split(split: Split, data: Data, recipe: Recipe, teacher: TextModel) -> Spli
     columns = [list(column) for column in zip(*sample.texts, strict=True)]
     lengths = np.array([len(ids) for ids in teacher.tokenizer(*columns)["input_ids"]])
     labels = ""
+    labelled = 0
     if split is not data.unlabelled:
-        labels = balance(counts(data.task, split.labels, data.labels), len(split))
+        labelled = int(has_label(data.task, split.labels).sum())
+        labels = balance(counts(data.task, split.labels, data.labels), labelled)
     known_share = None
     if split is data.validation:
         known_share = float(splits.known_rows(data, recipe.data).mean())
@@ -276,6 +315,7 @@ def _split(split: Split, data: Data, recipe: Recipe, teacher: TextModel) -> Spli
         cut=float((lengths > recipe.data.max_length_tokens).mean()),
         duplicates=1 - len(np.unique(split.texts.hashes())) / len(split),
         known=known_share,
+        unlabelled=len(split) - labelled,
         quoted=quoted / sum(map(len, columns)),
         example=split.texts[0],
     )
@@ -306,6 +346,7 @@ def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, 
     """Return the minutes of the training: its forward passes times their measured time.
 
     One teacher's forward pass of a batch is the unit; a student's pass costs its share of layers.
+    The student takes the place of a teacher that is given by its answers.
     """
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     rows = data.train.take(np.arange(min(len(data.train), recipe.distill.batch_size)))
@@ -321,14 +362,18 @@ def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, 
             teacher.module(**inputs)
             seconds = min(seconds, time.perf_counter() - start)
     depth = teacher.module.config.num_hidden_layers
-    kept_share = len(recipe.student.layers) / depth if recipe.student.layers else 1.0
+    is_given = recipe.teacher.model is None
+    kept_share = 1.0
+    if recipe.student.layers and not is_given:
+        kept_share = len(recipe.student.layers) / depth
     settings = recipe.distill
     adversarial = settings.alpha > 0
     # With a zero start the clean pass gives the gradient of the first ascent step.
     ascents = (settings.adversary.steps - (settings.adversary.start == "zero")) * adversarial
     student_passes = _PASS * (1 + adversarial) + 2 * ascents
     # The teacher reads the training texts once.
-    reading_passes = math.ceil((len(data.train) + len(data.unlabelled)) / settings.batch_size)
+    texts = 0 if is_given else len(data.train) + len(data.unlabelled)
+    reading_passes = math.ceil(texts / settings.batch_size)
     teacher_passes = updates.get("teacher", 0) * _PASS
     distillation_passes = updates["student"] * student_passes * kept_share
     passes = teacher_passes + reading_passes + distillation_passes

@@ -60,7 +60,7 @@ Result = TypeVar("Result")
 
 
 # Keys of the data section that 0.1.0 did not have. With their defaults a recipe has the folder that
-# 0.1.0 gave it, and its run is found again.
+# 0.1.0 gave it, and its run is found again. So it is without the new key teacher.answers.
 _NEWER_DATA_KEYS = (
     "bad_rows",
     "csv_quotes",
@@ -68,6 +68,7 @@ _NEWER_DATA_KEYS = (
     "long_texts",
     "max_unlabelled_rows",
     "max_windows",
+    "missing_labels",
     "window_overlap_tokens",
 )
 
@@ -322,6 +323,8 @@ def _training_fingerprint(recipe: Recipe) -> str:
     for key in _NEWER_DATA_KEYS:
         if settings["data"][key] == fields[key].default:
             del settings["data"][key]
+    if not recipe.teacher.answers:
+        del settings["teacher"]["answers"]
     return fingerprint(settings, recipe.compute.precision)
 
 

@@ -241,6 +241,9 @@ def references(recipe: Recipe) -> dict[str, str]:
         "teacher.model": recipe.teacher.model,
         "student.model": recipe.student.model,
     } | {f"data.unlabelled.{n}": each for n, each in enumerate(recipe.data.unlabelled)}
+    for n, given in enumerate(recipe.teacher.answers):
+        named[f"teacher.answers.{n}.model"] = given.model
+        named |= {f"teacher.answers.{n}.files.{m}": each for m, each in enumerate(given.files)}
     return {key: each for key, each in named.items() if each is not None and each.startswith(HUB)}
 
 
@@ -252,8 +255,8 @@ def commits(recipe: Recipe) -> dict[str, str]:
     """
     found = {}
     for key, reference in references(recipe).items():
-        section, field, *_ = key.split(".")
-        kind: Kind = "dataset" if section == "data" else "model"
+        section, field, *rest = key.split(".")
+        kind: Kind = "dataset" if section == "data" or "files" in rest else "model"
         found[reference] = commit_of(parse(reference, kind, f"{section}.{field}"))
     return found
 
@@ -271,10 +274,15 @@ def pinned(recipe: Recipe, commits: Mapping[str, str]) -> Recipe:
         "source": pin(recipe.data.source),
         "unlabelled": tuple(map(pin, recipe.data.unlabelled)),
     }
+    answers = tuple(
+        given.model_copy(update={"model": pin(given.model), "files": tuple(map(pin, given.files))})
+        for given in recipe.teacher.answers
+    )
+    teacher = {"model": pin(recipe.teacher.model), "answers": answers}
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=data),
-            "teacher": recipe.teacher.model_copy(update={"model": pin(recipe.teacher.model)}),
+            "teacher": recipe.teacher.model_copy(update=teacher),
             "student": recipe.student.model_copy(update={"model": pin(recipe.student.model)}),
         }
     )

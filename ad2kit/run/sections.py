@@ -99,6 +99,10 @@ class DataRecipe(Section):
     ``label_column`` may list several columns, one for each label, with 0 or 1 in each cell.
     ``label_separator`` stands between several labels in one cell.
 
+    A row with an empty cell in the label column is an error with ``missing_labels: refuse``. With
+    ``accept`` it has no label; with ``label_column: null`` no row has one. Such rows teach by the
+    answers of the teacher alone, and are judged by them: see :mod:`ad2kit.gate.questions`.
+
     ``max_unlabelled_rows`` is the largest number of rows of ``unlabelled``, all entries together.
     If it is set, data sets of the hub among them are read as streams, and are not downloaded.
 
@@ -114,9 +118,10 @@ class DataRecipe(Section):
     task: Task = "single_label"
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
-    label_column: str | Annotated[tuple[str, ...], Field(min_length=2)]
+    label_column: str | Annotated[tuple[str, ...], Field(min_length=2)] | None
     label_separator: Annotated[str, Field(min_length=1)] = ","
     labels: Annotated[tuple[LabelName, ...], Field(min_length=2)] | None = None
+    missing_labels: Literal["refuse", "accept"] = "refuse"
     max_length_tokens: Annotated[int, Field(ge=8)]
     long_texts: LongTexts = "cut"
     window_overlap_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -152,11 +157,14 @@ class DataRecipe(Section):
             if names.count(name) > 1:
                 msg = f"labels: {name!r} is there twice"
                 raise ValueError(msg)
-        if self.task != "multi_label" and not isinstance(self.label_column, str):
+        if self.task != "multi_label" and len(self.label_columns) > 1:
             msg = "several columns of labels are for the task multi_label"
             raise ValueError(msg)
         if self.task == "regression" and self.labels is not None:
             msg = "a regression task has a number and no 'labels'"
+            raise ValueError(msg)
+        if self.label_column is None and self.task != "regression" and self.labels is None:
+            msg = "without a 'label_column' nothing else names the labels: give 'labels'"
             raise ValueError(msg)
         return self
 
@@ -191,8 +199,15 @@ class DataRecipe(Section):
 
     @property
     def label_columns(self) -> tuple[str, ...]:
-        """The one column of the label, or a column for each label."""
+        """The one column of the label, or a column for each label; none without labels."""
+        if self.label_column is None:
+            return ()
         return (self.label_column,) if isinstance(self.label_column, str) else self.label_column
+
+    @property
+    def may_lack_labels(self) -> bool:
+        """Whether a row may be without a label."""
+        return self.label_column is None or self.missing_labels == "accept"
 
     @property
     def judged_by(self) -> tuple[Metric, ...]:
@@ -286,16 +301,95 @@ class PlanRecipe(Section):
     minutes: AboveZero
 
 
+class AnswersRecipe(Section):
+    """Answers of a teacher to the texts of a recipe: from tables, or from a finished classifier.
+
+    ``files`` lists tables, or ``hub://owner/name[/config][@revision]#split``. An empty list stands
+    for the tables of the data section. A row is joined to a text by ``text_columns`` (null: those
+    of the data), or by the column ``key``, which is then in the tables of the data too.
+
+    One of these keys names the columns of an answer:
+
+    - ``probabilities``: one column for each label, in the order of ``data.labels``; or one column
+      that holds a JSON list in this order, or a JSON object of labels and their probabilities. Of a
+      class that the object leaves out the probability is an equal share of what is missing to 1.
+    - ``logits``: the same without probabilities: any finite numbers, one for each label.
+    - ``label``: the label alone, written as in the label column, or the number of a regression.
+      ``confidence`` names the column of its probability, if there is one; an empty cell stands for
+      certainty. The other classes share the rest.
+
+    ``model`` is a finished classifier, written like ``teacher.model``, and takes the place of all
+    other keys. ``weight`` is the weight of these answers in the mean of several.
+    """
+
+    files: tuple[str, ...] = ()
+    key: str | None = None
+    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
+    probabilities: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    logits: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    label: str | None = None
+    confidence: str | None = None
+    model: str | None = None
+    weight: AboveZero = 1.0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that hold an answer."""
+        cells = (self.label, self.confidence)
+        return self.probabilities or self.logits or tuple(each for each in cells if each)
+
+    def __str__(self) -> str:
+        return self.model or ", ".join(self.files) or "the tables of the data"
+
+    @model_validator(mode="after")
+    def _has_one_kind(self) -> Self:
+        kinds = ("probabilities", "logits", "label", "model")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            msg = f"give one of {', '.join(kinds)}, found {' and '.join(given) or 'none'}"
+            raise ValueError(msg)
+        if self.confidence is not None and self.label is None:
+            msg = "'confidence' belongs to 'label'"
+            raise ValueError(msg)
+        tables = (self.files, self.key, self.text_columns)
+        if self.model is not None and tables != ((), None, None):
+            msg = "a 'model' reads the texts itself: leave 'files', 'key' and 'text_columns' out"
+            raise ValueError(msg)
+        if self.key is not None and (self.text_columns is not None or not self.files):
+            msg = "'key' joins 'files' to the data: give files, and leave 'text_columns' out"
+            raise ValueError(msg)
+        return self
+
+
 class TeacherRecipe(Section):
     """The model to distil: ``hub://owner/name[@revision]``, ``package://module/folder``,
     ``random://bert`` (tiny, built from the seed), or a folder. ``finetune`` is null for a
     teacher that is a finished classifier. With ``accept`` the run goes on even if a simpler model
     is far better than the teacher; ``accept`` changes no weight.
+
+    With ``model: null`` the ``answers`` are the teacher: what any system has answered to each text,
+    or the mean of the probabilities of several. ``student.model`` is then required.
     """  # noqa: D205
 
-    model: str
+    model: str | None
     finetune: TrainRecipe | None
+    answers: tuple[AnswersRecipe, ...] = ()
     accept: bool = False
+
+    @property
+    def title(self) -> str:
+        """The model, or where the answers come from, for messages and reports."""
+        return self.model or f"answers of {' and '.join(map(str, self.answers))}"
+
+    @model_validator(mode="after")
+    def _is_a_model_or_answers(self) -> Self:
+        if (self.model is None) != bool(self.answers):
+            msg = "give a 'model', or model=null and 'answers'"
+            raise ValueError(msg)
+        if self.answers and self.finetune is not None:
+            msg = "'finetune' trains a 'model', and 'answers' are given: set finetune=null"
+            raise ValueError(msg)
+        return self
 
 
 class StudentRecipe(Section):
@@ -435,13 +529,17 @@ class ParityRecipe(Section):
 
     Each estimate from validation rows has a target for its value and a limit for its 95 %
     interval: ``min_retained`` and ``min_retained_lower``, ``min_agreement`` and
-    ``min_agreement_lower``, ``max_points_lost`` and ``max_points_lost_upper``.
+    ``min_agreement_lower``, ``max_points_lost`` and ``max_points_lost_upper``. Where rows lack
+    labels, ``min_teacher_agreement`` and ``min_teacher_agreement_lower`` judge the student by the
+    answers of its teacher.
     """
 
     max_logit_gap: NotNegative = 1e-4
     max_label_flips: Annotated[int, Field(ge=0)] = 0
     min_retained: Fraction = 0.97
     min_retained_lower: Fraction = 0.95
+    min_teacher_agreement: Fraction = 0.9
+    min_teacher_agreement_lower: Fraction = 0.87
     min_agreement: Fraction = 0.985
     min_agreement_lower: Fraction = 0.97
     max_points_lost: NotNegative = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 
 from ad2kit.data import splits
 from ad2kit.data.label_order import check_order
-from ad2kit.data.labels import answers, balance, counts
+from ad2kit.data.labels import answers, balance, counts, filled, has_label
 from ad2kit.data.metrics import mean_metric
 from ad2kit.data.rows import write_bad_rows
-from ad2kit.models import text_model
-from ad2kit.models.baselines import look_at_teacher, untrained_encoder
+from ad2kit.models import given, text_model
+from ad2kit.models.baselines import labelled_rows, look_at_teacher, untrained_encoder
 from ad2kit.models.head import MOST_ROWS, start_head
 from ad2kit.models.pretrained import RANDOM, find_model
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
-from ad2kit.run.errors import ModelError, RunError
+from ad2kit.run.errors import DataError, ModelError, RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
@@ -44,6 +44,7 @@ from ad2kit.training.records import (
 )
 from ad2kit.training.schedule import rate_of_width
 from ad2kit.training.students import IMPORTANCE_TEXTS, build_student, check_widths, narrow
+from ad2kit.training.teachers import given_logits, given_sha256, try_given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def distill(
         student.parameters() / 1e6,
         settings.rate,
     )
-    select = stage.encode(student, data.select)
+    select = stage.encode(student, stage.judged_select(teacher_logits))
     train = stage.encode(student, data.distillation(), keep=True)
     steps, student_selection = stage.train_student(
         teacher, student, settings, train, select, teacher_windows, inputs=inputs
@@ -156,40 +157,48 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
     stage.teacher_logits(teacher, stage.data.distillation())
 
 
-def open_models(recipe: Recipe, data: Data) -> TextModel:
+def open_models(recipe: Recipe, data: Data) -> tuple[TextModel | None, TextModel]:
     """Open the models of a recipe, and refuse a pair that cannot be distilled; train nothing.
 
     Both `ad2kit check` and the stage call this function, so that they agree.
 
     Returns:
-        The teacher, before its fine-tuning if there is any.
+        The teacher, before its fine-tuning if there is any, and the student before any cut. A
+        teacher that is given by its answers is None: these are read.
 
     Raises:
+        DataError: see :func:`ad2kit.data.answers.read_answers`.
         ModelError: a model cannot be read or served, its labels differ from the data's, it has too
             few positions, layers or widths, the pair cannot have a loss term or the same windows,
             or the family does not support a setting of ``compute``.
         DataError: a text is too long.
     """
-    teacher = text_model.load_reference(
-        recipe.teacher.model,
-        data,
-        seed=recipe.seed,
-        finished=recipe.teacher.finetune is None,
-        key="teacher.model",
-    )
+    teacher = None
+    if recipe.teacher.model is not None:
+        teacher = text_model.load_reference(
+            recipe.teacher.model,
+            data,
+            seed=recipe.seed,
+            finished=recipe.teacher.finetune is None,
+            key="teacher.model",
+        )
     student = before_training(teacher, recipe, data)
-    check_widths(teacher, recipe.student)
-    check_terms(teacher, student, recipe.distill.intermediate)
-    _check_windows(teacher, student, recipe, data)
+    models = {"student.model": student}
+    if teacher is None:
+        try_given(recipe, data)
+    else:
+        check_widths(teacher, recipe.student)
+        check_terms(teacher, student, recipe.distill.intermediate)
+        _check_windows(teacher, student, recipe, data)
+        models = {"teacher.model": teacher, **models}
     length = recipe.data.max_length_tokens
-    models = {"teacher.model": teacher, "student.model": student}
     for key, model in models.items():
         check_compute(model, recipe.compute)
         text_model.check_length(model, length, key="data.max_length_tokens")
         text_model.try_out(model, data.train.texts[:2], length, key=key)
     for tokenizer in dict.fromkeys(model.tokenizer for model in models.values()):
         splits.check_lengths(data, tokenizer, recipe.data.length)
-    return teacher
+    return teacher, student
 
 
 def _check_windows(teacher: TextModel, student: TextModel, recipe: Recipe, data: Data) -> None:
@@ -221,11 +230,14 @@ def with_rate(settings: Training, model: TextModel) -> Training:
     return settings.model_copy(update={"lr": rate_of_width(model.module.config.hidden_size)})
 
 
-def before_training(teacher: TextModel, recipe: Recipe, data: Data) -> TextModel:
-    """Return the student before any cut: with all heads and neurons of its layers."""
+def before_training(teacher: TextModel | None, recipe: Recipe, data: Data) -> TextModel:
+    """Return the student before any cut: with all heads and neurons of its layers.
+
+    ``teacher`` is None if it is given by its answers; ``student.model`` is then there.
+    """
     source = teacher
     layers = recipe.student.layers
-    if recipe.student.model is not None:
+    if source is None or recipe.student.model is not None:
         source = text_model.load_reference(
             recipe.student.model, data, seed=recipe.seed, finished=False, key="student.model"
         )
@@ -256,8 +268,10 @@ class _Stage:
         if accelerator.is_main_process:
             write_bad_rows(run.bad_rows, data.bad_rows)
         if data.task != "regression":
-            shares = balance(counts(data.task, data.train.labels, data.labels), len(data.train))
-            logger.info("train: %d rows; %s", len(data.train), shares)
+            train = data.train
+            labelled = int(has_label(data.task, train.labels).sum())
+            shares = balance(counts(data.task, train.labels, data.labels), labelled)
+            logger.info("train: %d rows; %s", len(train), shares)
         trainer = Trainer(run, accelerator, surroundings, on_step, allow_inexact)
         return cls(run, recipe, data, trainer)
 
@@ -285,7 +299,7 @@ class _Stage:
 
     def train_student(
         self,
-        teacher: TextModel,
+        teacher: TextModel | None,
         student: TextModel,
         settings: DistillRecipe,
         encoded: Encoded,
@@ -297,7 +311,7 @@ class _Stage:
         """Train the student, and save it with its logits on ``select``; all processes take part.
 
         Args:
-            teacher: the teacher.
+            teacher: the teacher; None if it is given by its answers.
             student: the student before its first update.
             settings: settings of the training.
             encoded: the student's training rows.
@@ -308,7 +322,7 @@ class _Stage:
         Returns:
             The number of updates, and the selection of the kept one.
         """
-        terms = comparison(teacher, student, settings.intermediate)
+        terms = None if teacher is None else comparison(teacher, student, settings.intermediate)
         teacher_train = self.teacher_logits(teacher, self.data.distillation())
         select_targets = teacher_select if settings.imitates else None
         head_targets = teacher_train if settings.imitates else None
@@ -328,14 +342,16 @@ class _Stage:
         )
         if self.accelerator.is_main_process:
             text_model.save(state.model, self.run.student, inputs=inputs)
+            teacher_logits = torch.from_numpy(select.average(teacher_select.numpy()))
+            tensors = {"logits": select_logits, "teacher": teacher_logits}
             with whole_file(self.run.select_logits) as temporary:
-                save_file({"logits": select_logits}, temporary)
+                save_file(tensors, temporary)
         self.accelerator.wait_for_everyone()
         return state.step, student_selection
 
     def report(
         self,
-        teacher: TextModel,
+        teacher: TextModel | None,
         student: TextModel,
         settings: DistillRecipe,
         selection: Selection,
@@ -352,7 +368,7 @@ class _Stage:
         clean_distance, gain, words = verdict(records, settings)
         seconds = sum(record.seconds for record in records)
         rates = {"student": settings.rate}
-        if finetune is not None:
+        if finetune is not None and teacher is not None:
             rates["teacher"] = with_rate(finetune, teacher).rate
         return DistillReport(
             inputs=inputs,
@@ -361,7 +377,7 @@ class _Stage:
             bad_rows=len(self.data.bad_rows),
             teacher_sha256=self.teacher_sha256(),
             student_sha256=sha256_of(run.student / text_model.MANIFEST),
-            teacher_parameters=teacher.parameters(),
+            teacher_parameters=None if teacher is None else teacher.parameters(),
             student_parameters=student.parameters(),
             task=self.data.task,
             metrics=self.recipe.data.judged_by,
@@ -474,16 +490,21 @@ class _Stage:
             targets = answers(self.data.task, teacher_logits[:MOST_ROWS])
         return lambda model: start_head(model, encoded, targets, self.accelerator)
 
-    def teacher(self) -> TextModel:
-        """Return the teacher of the run; make it first if it is missing."""
+    def teacher(self) -> TextModel | None:
+        """Return the teacher of the run; make it first if it is missing.
+
+        None stands for a teacher that is given by its answers; its folder holds their logits.
+        """
         recipe = self.recipe
         run = self.run
         data = self.data
-        inputs = fingerprint(
-            recipe.seed,
-            self.data_sha256(),
-            recipe.teacher.model_dump(mode="json", exclude={"accept"}),
-        )
+        settings = recipe.teacher.model_dump(mode="json", exclude={"accept"})
+        parts = [recipe.seed, self.data_sha256(), settings]
+        if recipe.teacher.answers:
+            parts += [given_sha256(recipe), data.unlabelled.sha256]
+        else:
+            del settings["answers"]  # a key that 0.1.0 did not have
+        inputs = fingerprint(*parts)
         if self._missing(run.teacher / text_model.MANIFEST):
             self._make_teacher(inputs)
         self.trainer.clean_up("teacher")
@@ -492,6 +513,9 @@ class _Stage:
                 f"{run.teacher} was made from other data than this run reads now",
                 hint=f"restore the data, or delete {run.path} to start again",
             )
+        if recipe.teacher.answers:
+            logger.info("teacher: %s", recipe.teacher.title)
+            return None
         # Loaded as in a resumed run: a tokenizer differs after it was saved and loaded.
         teacher = text_model.load_model(run.teacher, data.labels, data.task)
         logger.info("teacher: %s", run.teacher)
@@ -510,6 +534,13 @@ class _Stage:
         run = self.run
         is_main = self.accelerator.is_main_process
         source = recipe.teacher.model
+        if source is None:
+            open_models(recipe, self.data)
+            if is_main:
+                logits = given_logits(recipe, self.data, self.accelerator.device)
+                given.save(logits, run.teacher, inputs=inputs)
+            self.accelerator.wait_for_everyone()
+            return
         key = fingerprint(
             inputs,
             recipe.compute.precision,
@@ -518,20 +549,26 @@ class _Stage:
         if is_main and shared.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
         if self._missing(run.teacher / text_model.MANIFEST):
-            teacher = open_models(recipe, self.data)
-            if recipe.teacher.finetune is not None:
+            teacher, _ = open_models(recipe, self.data)
+            if teacher is not None and recipe.teacher.finetune is not None:
                 settings = with_rate(recipe.teacher.finetune, teacher)
                 logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
                 teacher = self._finetuned(teacher, settings, inputs)
-            if is_main:
+            if teacher is not None and is_main:
                 text_model.save(teacher, run.teacher, inputs=inputs)
                 shared.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()
 
     def _finetuned(self, teacher: TextModel, settings: TrainRecipe, inputs: str) -> TextModel:
-        """Fine-tune the teacher on ``train``; return it with the weights of the kept update."""
-        select = self.encode(teacher, self.data.select)
-        train = self.encode(teacher, self.data.train, keep=True)
+        """Fine-tune the teacher on ``train``; return it with the weights of the kept update.
+
+        Rows without labels teach it nothing, and are left out.
+        """
+        train_rows, select_rows = (
+            self._labelled(getattr(self.data, name), name) for name in ("train", "select")
+        )
+        select = self.encode(teacher, select_rows)
+        train = self.encode(teacher, train_rows, keep=True)
         prepare(teacher, self.recipe.compute)
         state, _, _ = self.trainer.train(
             teacher,
@@ -548,44 +585,72 @@ class _Stage:
         )
         return state.model
 
+    def _labelled(self, split: Split, name: str) -> Split:
+        """Return the rows of a split that have labels; refuse a split without any."""
+        labelled = has_label(self.data.task, split.labels)
+        if labelled.all():
+            return split
+        if not labelled.any():
+            raise DataError(
+                f"teacher.finetune: no row of {name} has a label to learn from",
+                hint="give labels, or a finished teacher: teacher.finetune=null",
+            )
+        return split.take(np.flatnonzero(labelled))
+
     def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
         """Return the weights of the classes in the loss of the hard labels, if they have any."""
         if settings.class_weights == "none":
             return None
         data = self.data
-        return balanced_weights(data.task, data.train.labels, len(data.labels))
+        labels = data.train.labels
+        return balanced_weights(data.task, labels[has_label(data.task, labels)], len(data.labels))
 
-    def student(self, teacher: TextModel) -> TextModel:
+    def student(self, teacher: TextModel | None) -> TextModel:
         """Return the student before its first update."""
         student = before_training(teacher, self.recipe, self.data)
+        if teacher is None:
+            return student
         train = self.data.train
         first_rows = train.take(np.arange(min(len(train), IMPORTANCE_TEXTS)))
         encode_rows = functools.partial(self.encode, teacher, first_rows)
         narrow(student, teacher, self.recipe.student, encode_rows, self.accelerator)
         return student
 
-    def select_logits(self, teacher: TextModel) -> tuple[torch.Tensor, torch.Tensor]:
+    def select_logits(self, teacher: TextModel | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher's logits on ``select``; refuse a teacher with a wrong label order.
 
         Returns:
             The logits of the windows, [windows, outputs], and of the texts, [rows, outputs].
         """
         data = self.data
-        teacher.module.to(self.accelerator.device)
-        encoded = self.encode(teacher, data.select)
-        window_logits = predict_windows(teacher, encoded, self.accelerator.device, self.accelerator)
-        logits = torch.from_numpy(encoded.average(window_logits.numpy()))
+        if teacher is None:
+            window_logits = logits = given.logits(self.run.teacher, "select")
+        else:
+            device = self.accelerator.device
+            teacher.module.to(device)
+            encoded = self.encode(teacher, data.select)
+            window_logits = predict_windows(teacher, encoded, device, self.accelerator)
+            logits = torch.from_numpy(encoded.average(window_logits.numpy()))
+        labelled = has_label(data.task, data.select.labels)
         check_order(
             data.task,
-            answers(data.task, logits.numpy()),
-            data.select.labels,
+            answers(data.task, logits.numpy())[labelled],
+            data.select.labels[labelled],
             data.labels,
             finished=self.recipe.teacher.finetune is None,
         )
         return window_logits, logits
 
-    def look_at(self, teacher: TextModel, select_logits: torch.Tensor) -> None:
+    def judged_select(self, teacher_logits: torch.Tensor) -> Split:
+        """Return `select` with labels for all rows: the teacher's answers where there are none."""
+        select = self.data.select
+        labels = filled(self.data.task, select.labels, teacher_logits.numpy())
+        return replace(select, labels=labels)
+
+    def look_at(self, teacher: TextModel | None, select_logits: torch.Tensor) -> None:
         """Compare the teacher with simpler models, once for all runs; stop if it is too weak.
+
+        Only rows with labels show it. Without enough of them nothing is compared.
 
         Raises:
             GateFailed: see :meth:`ad2kit.models.records.TeacherReport.check_worth_imitating`.
@@ -593,6 +658,10 @@ class _Stage:
         run = self.run
         recipe = self.recipe
         is_main = self.accelerator.is_main_process
+        rows = labelled_rows(self.data, select_logits.numpy())
+        if rows is None:
+            logger.info("too few rows have labels to compare the teacher with simpler models")
+            return
         # The inputs of the teacher include the data, and the model before its training.
         key = fingerprint(self.teacher_sha256(), text_model.saved_inputs(run.teacher))
         path = shared.teacher_report_file(run.shared, key)
@@ -600,9 +669,9 @@ class _Stage:
             logger.info("looking at the teacher: simpler models on the same rows")
             report = look_at_teacher(
                 recipe,
-                self.data,
+                rows.data,
                 untrained_encoder(recipe, self.data, teacher),
-                select_logits.numpy(),
+                rows.select_logits,
                 self.accelerator.device,
                 inputs=key,
                 teacher_sha256=self.teacher_sha256(),
@@ -615,12 +684,14 @@ class _Stage:
             write_record(run.teacher_report, report)
         report.check_worth_imitating(accepted=recipe.teacher.accept)
 
-    def teacher_logits(self, teacher: TextModel, split: Split) -> torch.Tensor:
+    def teacher_logits(self, teacher: TextModel | None, split: Split) -> torch.Tensor:
         """Return the teacher's logits on the student's training texts, computed once for all runs.
 
         The key of the file is the fingerprint of teacher (with its tokenizer), texts and lengths.
         The shape is [windows, outputs].
         """
+        if teacher is None:
+            return given.logits(self.run.teacher, "distillation")
         length = self.recipe.data.length
         teacher_sha256 = self.teacher_sha256()
         key = split.texts.remembered(

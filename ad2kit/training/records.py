@@ -114,7 +114,7 @@ class DistillReport(Record):
     bad_rows: int = 0
     teacher_sha256: str
     student_sha256: str
-    teacher_parameters: int
+    teacher_parameters: int | None
     student_parameters: int
     task: Task
     metrics: tuple[Metric, ...]

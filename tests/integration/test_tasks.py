@@ -296,7 +296,7 @@ def test_bad_rows_are_left_out_and_listed_in_the_run(tmp_path: Path, ad2kit: Any
     plain["data"]["bad_rows"] = "skip"
     recipe = recipes.from_data(plain, where="skip")
     data = load_data(recipe.data, recipe.seed)
-    words = check_words(check(recipe, data, open_models(recipe, data)))
+    words = check_words(check(recipe, data, *open_models(recipe, data)))
     assert f"4 bad rows were left out, such as {tmp_path}/train.csv.gz, line 4: 'first'" in words
     run = open_run(recipe, tmp_path / "runs")
     report = distill(run)

@@ -41,7 +41,7 @@ GLUE: dict[str, tuple[str, ...]] = {
 
 def test_the_recipes_that_the_guide_names_are_shipped() -> None:
     published = {f"{name}-published" for name in GLUE}
-    others = {"custom", "demo", "smoke", "sst2-minilm"}
+    others = {"custom", "demo", "llm", "smoke", "sst2-minilm"}
     assert set(recipes.recipe_names()) == {*GLUE, *published, *others}
     guide = (recipes.recipes_folder().parent / "docs/guides/recipes.md").read_text()
     first_cells = re.findall(r"(?m)^\| (`[^|]*`) \|", guide)

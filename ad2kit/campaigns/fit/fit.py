@@ -39,7 +39,7 @@ from ad2kit.gate import latency
 from ad2kit.gate.parity import judge
 from ad2kit.models import text_model
 from ad2kit.models.text_model import predict_logits
-from ad2kit.run.errors import DivergedError, UserError
+from ad2kit.run.errors import DivergedError, RecipeError, UserError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.run.machine import processes
@@ -100,6 +100,7 @@ def fit(
         )
     recipe = target.applied_to(recipe)
     data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
+    splits.check_labelled(data, "fit")
     teacher = _open_teacher(recipe, data, target)
     inputs = fingerprint(
         recipe.model_dump(mode="json"), target.model_dump(mode="json"), grid.model_dump(mode="json")
@@ -146,6 +147,12 @@ def fit(
 
 def _open_teacher(recipe: Recipe, data: Data, target: Target) -> TextModel:
     """Open the teacher before its fine-tuning, and check that it reads the target's length."""
+    if recipe.teacher.model is None:
+        raise RecipeError(
+            "fit makes students from the layers of the teacher, and the teacher is given by its "
+            "answers alone (teacher.answers)",
+            hint="train one student: `ad2kit run`; a smaller one has fewer student.layers",
+        )
     teacher = text_model.load_reference(
         recipe.teacher.model,
         data,

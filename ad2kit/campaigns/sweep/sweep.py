@@ -101,6 +101,7 @@ def sweep(
     with locked(folder), ExitStack() as stack:
         search = _Sweep(job, Ledger(folder / "trials.jsonl"), address, stack)
         data = splits.load_data(recipe.data, recipe.seed, runs_dir / ".shared")
+        splits.check_labelled(data, "sweep")
         best = _best(job, data, search.explore())
         search.train((best, seed) for seed in job.seeds())
         report = _report(job, data, inputs, search.trials(), best)

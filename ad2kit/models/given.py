@@ -1,0 +1,67 @@
+"""The folder of a teacher that is given by its answers: their logits, in place of a model.
+
+``answers.safetensors`` holds the logits on train and unlabelled (``distillation``), on ``select``
+and on validation, float32 [rows, outputs]. ``sha256.json`` is the manifest, as of a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ad2kit.models.records import ModelManifest
+from ad2kit.models.text_model import MANIFEST
+from ad2kit.run.errors import RunError
+from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+ANSWERS = "answers.safetensors"
+
+
+def is_given(folder: Path) -> bool:
+    """Tell whether the teacher of a run is given by its answers."""
+    return (folder / ANSWERS).is_file()
+
+
+def save(logits: Mapping[str, NDArray[np.float32]], folder: Path, *, inputs: str) -> None:
+    """Write the logits of each of :data:`ad2kit.data.answers.SPLITS`, with a sha256 manifest."""
+    with whole_folder(folder) as new:
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in logits.items()}
+        save_file(tensors, new / ANSWERS)
+        write_record(new / MANIFEST, ModelManifest(inputs=inputs, files=sha256_of_folder(new)))
+
+
+def check_files(folder: Path) -> None:
+    """Compare the file with the sha256 that it had when it was written.
+
+    Raises:
+        ModelError: it was changed.
+    """
+    hint = f"delete {folder} and run `ad2kit distill` again"
+    check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=hint)
+
+
+def logits(folder: Path, split: str) -> torch.Tensor:
+    """Return the logits on a split, float32 [rows, outputs]; the file is mapped into memory.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / ANSWERS
+    try:
+        with safe_open(path, "pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(split)
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}", hint=f"delete {folder} and run `ad2kit distill` again"
+        ) from error
+    return tensor

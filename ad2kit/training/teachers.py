@@ -1,0 +1,123 @@
+"""The answers of a teacher that is not one model here: from tables, or the mean of several."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import safe_open
+
+from ad2kit.data import splits
+from ad2kit.data.answers import SPLITS, mean_answers, read_answers
+from ad2kit.data.labels import filled, has_label
+from ad2kit.data.sources import open_source, open_unlabelled
+from ad2kit.models import text_model
+from ad2kit.models.pretrained import RANDOM, find_model
+from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from ad2kit.data.splits import Data, Split
+    from ad2kit.models.text_model import TextModel
+    from ad2kit.run.folder import RunDir
+    from ad2kit.run.recipe import Recipe
+    from ad2kit.run.sections import AnswersRecipe
+
+    Logits = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
+
+
+def given_logits(recipe: Recipe, data: Data, device: torch.device) -> dict[str, Logits]:
+    """Return the logits of the given answers of a recipe on each of its splits.
+
+    The models among them are run on ``device``, one after the other.
+
+    Raises:
+        DataError: see :func:`ad2kit.data.answers.read_answers`.
+        ModelError: a model cannot be read, or has other labels.
+    """
+    members = []
+    for number, given in enumerate(recipe.teacher.answers):
+        logger.info("teacher: answers of %s", given)
+        if given.model is None:
+            members.append(read_answers(recipe.data, data, given))
+        else:
+            members.append(_of_model(_member(recipe, data, given, number), recipe, data, device))
+    return mean_answers(members, [given.weight for given in recipe.teacher.answers], data)
+
+
+def try_given(recipe: Recipe, data: Data) -> None:
+    """Read all tables of given answers, and open the models among them, but run none.
+
+    Raises:
+        DataError, ModelError: see :func:`given_logits`.
+    """
+    for number, given in enumerate(recipe.teacher.answers):
+        if given.model is None:
+            read_answers(recipe.data, data, given)
+        else:
+            _member(recipe, data, given, number)
+
+
+def judged_select(run: RunDir, data: Data) -> Split:
+    """Return the `select` of a distilled run with labels for all rows, as its training judged it.
+
+    A row without a label has the answer of the teacher.
+
+    """
+    labels = data.select.labels
+    if has_label(data.task, labels).all():
+        return data.select
+    with safe_open(run.select_logits, "np") as tensors:
+        teacher_logits = tensors.get_tensor("teacher")
+    return replace(data.select, labels=filled(data.task, labels, teacher_logits))
+
+
+def given_sha256(recipe: Recipe) -> str:
+    """Return the fingerprint of the content of the tables and models that hold given answers."""
+    parts: list[Any] = []
+    for given in recipe.teacher.answers:
+        if given.model is not None:
+            parts.append(
+                given.model if given.model == RANDOM else sha256_of_folder(find_model(given.model))
+            )
+            continue
+        tables = [open_unlabelled(reference, recipe.data) for reference in given.files]
+        if not given.files or given.key:
+            source = open_source(recipe.data)
+            tables += [source.train, source.validation]
+            tables += [open_unlabelled(each, recipe.data) for each in recipe.data.unlabelled]
+        parts.append(
+            [(table.identity, [sha256_of(file) for file in table.files]) for table in tables]
+        )
+    return fingerprint(*parts)
+
+
+def _member(recipe: Recipe, data: Data, given: AnswersRecipe, number: int) -> TextModel:
+    """Open a finished classifier, and see that it reads the texts."""
+    key = f"teacher.answers[{number}].model"
+    model = text_model.load_reference(given.model, data, seed=recipe.seed, finished=True, key=key)
+    length = recipe.data.max_length_tokens
+    text_model.check_length(model, length, key="data.max_length_tokens")
+    text_model.try_out(model, data.train.texts[:2], length, key=key)
+    return model
+
+
+def _of_model(
+    model: TextModel, recipe: Recipe, data: Data, device: torch.device
+) -> dict[str, Logits]:
+    """Return the logits of a model on each split."""
+    cast("torch.nn.Module", model.module).to(device)
+    parts = (data.distillation(), data.select, data.validation)
+    length = recipe.data.length
+    return {
+        name: text_model.predict_logits(
+            model, splits.encode(split, model.tokenizer, length), device
+        ).numpy()
+        for name, split in zip(SPLITS, parts, strict=True)
+    }

@@ -1,0 +1,340 @@
+"""Given answers: what the tables of a teacher may hold, and what is refused, by line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from ad2kit.data import splits
+from ad2kit.data.answers import mean_answers, read_answers
+from ad2kit.data.labels import answers, counts, filled, has_label, logits_of, scores
+from ad2kit.run.errors import DataError, RecipeError
+from ad2kit.run.recipe import load_recipe
+from ad2kit.run.sections import AnswersRecipe, DataRecipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from ad2kit.data.splits import Data
+    from ad2kit.run.sections import Task
+
+LABELS = ("good", "bad", "ugly")
+TEXTS = tuple(f"text {number}" for number in range(24))
+# The distribution of each text: all different, and each label is the most probable of some.
+P = np.random.default_rng(5).dirichlet((1, 1, 1), len(TEXTS))
+
+
+def table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    if path.suffix == ".jsonl":
+        lines = (json.dumps(dict(zip(columns, row, strict=True))) for row in rows)
+        path.write_text("".join(f"{line}\n" for line in lines))
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+    return str(path)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> DataRecipe:
+    """18 rows of train, of which 3 become select, and 6 of validation; in each table a number."""
+    rows = [(n, text, LABELS[P[n].argmax()], *P[n]) for n, text in enumerate(TEXTS)]
+    columns = ("number", "text", "label", *(f"p_{name}" for name in LABELS))
+    table(tmp_path / "train.csv", columns, rows[:18])
+    table(tmp_path / "validation.csv", columns, rows[18:])
+    return DataRecipe(
+        source=str(tmp_path),
+        text_columns=("text",),
+        label_column="label",
+        labels=LABELS,
+        max_length_tokens=16,
+    )
+
+
+def read(recipe: DataRecipe, **keys: Any) -> dict[str, np.ndarray]:
+    return read_answers(recipe, splits.load_data(recipe, 3), AnswersRecipe(**keys))
+
+
+def number_of(text: str) -> int:
+    return int(text.split()[1])
+
+
+def expected(data: Data, by_number: np.ndarray) -> dict[str, np.ndarray]:
+    parts = {"distillation": data.distillation(), "select": data.select}
+    return {
+        name: by_number[[number_of(text) for (text,) in split.texts]]
+        for name, split in (parts | {"validation": data.validation}).items()
+    }
+
+
+def check(recipe: DataRecipe, by_number: np.ndarray, atol: float = 1e-6, **keys: Any) -> None:
+    found = read(recipe, **keys)
+    for name, wanted in expected(splits.load_data(recipe, 3), by_number).items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(scores(recipe.task, found[name]), wanted, rtol=0, atol=atol)
+
+
+def test_columns_in_the_tables_of_the_data_themselves(recipe: DataRecipe) -> None:
+    check(recipe, P, probabilities=("p_good", "p_bad", "p_ugly"))
+
+
+def test_logits_are_returned_as_they_are(recipe: DataRecipe, tmp_path: Path) -> None:
+    logits = np.random.default_rng(1).normal(size=P.shape).astype(np.float32)
+    rows = [(text, *map(repr, row.tolist())) for text, row in zip(TEXTS, logits, strict=True)]
+    file = table(tmp_path / "logits.csv", ("text", *"abc"), rows)
+    found = read(recipe, files=(file,), logits=("a", "b", "c"))
+    for name, wanted in expected(splits.load_data(recipe, 3), logits).items():
+        np.testing.assert_array_equal(found[name], wanted)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("form", ["object", "list"])
+def test_one_column_holds_the_distribution(
+    recipe: DataRecipe, tmp_path: Path, ending: str, form: str
+) -> None:
+    cells: list[Any] = P.tolist()
+    if form == "object":  # its order does not matter
+        cells = [dict(reversed([*zip(LABELS, row, strict=True)])) for row in cells]
+    if ending == "csv":
+        cells = [json.dumps(cell) for cell in cells]
+    file = table(tmp_path / f"answers.{ending}", ("text", "p"), zip(TEXTS, cells, strict=True))
+    check(recipe, P, files=(file,), probabilities=("p",))
+
+
+def test_what_the_most_probable_labels_leave_is_spread_evenly(
+    recipe: DataRecipe, tmp_path: Path
+) -> None:
+    cells = []
+    top = np.empty_like(P)
+    for n, row in enumerate(P):
+        best = int(row.argmax())
+        cells.append(json.dumps({LABELS[best]: row[best]}))
+        top[n] = (1 - row[best]) / 2
+        top[n, best] = row[best]
+    file = table(tmp_path / "top.csv", ("text", "p"), zip(TEXTS, cells, strict=True))
+    check(recipe, top, files=(file,), probabilities=("p",))
+
+
+def test_a_label_with_its_confidence_or_alone(recipe: DataRecipe, tmp_path: Path) -> None:
+    rows = []
+    wanted = np.empty_like(P)
+    for n, row in enumerate(P):
+        best = int(row.argmax())
+        confidence = "" if n % 2 else row[best]
+        share = 1.0 if n % 2 else row[best]
+        rows.append((TEXTS[n], LABELS[best], confidence))
+        wanted[n] = (1 - share) / 2
+        wanted[n, best] = share
+    file = table(tmp_path / "labels.csv", ("text", "said", "sure"), rows)
+    check(recipe, wanted, files=(file,), label="said", confidence="sure")
+    alone = np.eye(3)[P.argmax(axis=1)]
+    check(recipe, alone, files=(file,), label="said")
+
+
+def test_a_key_joins_a_file_that_has_no_texts(recipe: DataRecipe, tmp_path: Path) -> None:
+    rows = [{"number": n, "p": row} for n, row in enumerate(P.tolist())]
+    file = tmp_path / "keys.jsonl"  # here the key is a number, in the tables of the data a text
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    check(recipe, P, files=(str(file),), key="number", probabilities=("p",))
+
+
+def test_texts_without_labels_have_answers_too(recipe: DataRecipe, tmp_path: Path) -> None:
+    more = table(tmp_path / "more.csv", ("text",), [["text 24"], ["text 25"]])
+    recipe = recipe.model_copy(update={"unlabelled": (more,)})
+    both = np.vstack([P, P[:2]])
+    rows = [(f"text {n}", json.dumps(row)) for n, row in enumerate(both.tolist())]
+    file = table(tmp_path / "answers.csv", ("text", "p"), rows)
+    check(recipe, both, files=(file,), probabilities=("p",))
+    short = table(tmp_path / "short.csv", ("text", "p"), rows[:25])
+    with pytest.raises(DataError, match=r"1 of 17 of distillation.*\n.*more.csv, line 3"):
+        read(recipe, files=(short,), probabilities=("p",))
+
+
+def test_several_labels_and_numbers(tmp_path: Path) -> None:
+    rows = [(text, f"a{',b' * (n % 2)}", n / 4) for n, text in enumerate(TEXTS)]
+    for name, part in (("train", rows[:18]), ("validation", rows[18:])):
+        table(tmp_path / f"{name}.csv", ("text", "tags", "score"), part)
+    recipe = DataRecipe(
+        source=str(tmp_path),
+        task="multi_label",
+        text_columns=("text",),
+        label_column="tags",
+        labels=("a", "b", "c"),
+        max_length_tokens=16,
+    )
+    file = table(
+        tmp_path / "p.csv", ("text", "p"), zip(TEXTS, map(json.dumps, P.tolist()), strict=True)
+    )
+    check(recipe, P, files=(file,), probabilities=("p",))
+    tags = np.array([[1, n % 2, 0] for n in range(len(TEXTS))])
+    check(recipe, tags, label="tags")
+    numbers = recipe.model_copy(
+        update={"task": "regression", "label_column": "score", "labels": None}
+    )
+    check(numbers, np.arange(len(TEXTS))[:, None] / 4, label="score")
+
+
+BAD = {
+    '{"good": 0.5, "bad": 0.2, "ugly": 0.1}': "must have the sum 1, found 0.8",
+    '{"good": 0.9, "bad": 0.2}': "must have the sum at most 1, found 1.1",
+    '{"good": 1.2, "bad": -0.2, "ugly": 0}': "must be from 0 to 1, found -0.2",
+    '{"god": 1.0}': r"unknown label 'god' \(did you mean 'good'\?\)",
+    '{"good": 0.5, "good": 0.5}': "a label is there twice",
+    "{'good': 1.0}": "is not JSON",
+    "[0.5, 0.5]": "holds 2 numbers, expected 3",
+    '{"good": NaN}': "must hold a finite number, found nan",
+    '{"good": true}': "must hold a finite number, found True",
+    "0.7": "must hold a list or an object",
+    "": "is not JSON",
+}
+
+
+@pytest.mark.parametrize(("cell", "reason"), BAD.items())
+def test_a_bad_answer_is_refused_by_its_line(
+    recipe: DataRecipe, tmp_path: Path, cell: str, reason: str
+) -> None:
+    cells = [json.dumps(row) for row in P.tolist()]
+    cells[4] = cells[9] = cell
+    file = table(tmp_path / "answers.csv", ("text", "p"), zip(TEXTS, cells, strict=True))
+    with pytest.raises(DataError, match=reason) as refused:
+        read(recipe, files=(file,), probabilities=("p",))
+    words = refused.value.message
+    assert f"2 of 24 rows of {file} cannot be used" in words
+    assert f"{file}, line 6" in words
+    assert f"{file}, line 11" in words
+
+
+def test_a_text_with_two_answers_is_refused(recipe: DataRecipe, tmp_path: Path) -> None:
+    rows = [(text, json.dumps(row)) for text, row in zip(TEXTS, P.tolist(), strict=True)]
+    again = [*rows, rows[3]]  # the same answer again does no harm
+    file = table(tmp_path / "answers.csv", ("text", "p"), again)
+    check(recipe, P, files=(file,), probabilities=("p",))
+    file = table(tmp_path / "answers.csv", ("text", "p"), [*again, (TEXTS[7], rows[8][1])])
+    with pytest.raises(DataError, match=r"line 27: another answer than .*, line 9 gives"):
+        read(recipe, files=(file,), probabilities=("p",))
+
+
+def test_texts_without_an_answer_are_refused_with_their_places(
+    recipe: DataRecipe, tmp_path: Path
+) -> None:
+    rows = [(text, json.dumps(row)) for text, row in zip(TEXTS, P.tolist(), strict=True)]
+    file = table(tmp_path / "answers.csv", ("text", "p"), rows[1:-1])
+    with pytest.raises(DataError, match=r"1 of 6 of validation") as refused:
+        read(recipe, files=(file,), probabilities=("p",))
+    assert f"{tmp_path / 'train.csv'}, line 2: 'text 0'" in refused.value.message
+    assert f"{tmp_path / 'validation.csv'}, line 7: 'text 23'" in refused.value.message
+    keys = table(
+        tmp_path / "keys.csv", ("number", "p"), [(n, row[1]) for n, row in enumerate(rows[2:])]
+    )
+    with pytest.raises(DataError, match=r"2 rows of the data have no answer .*\n.*number '22'"):
+        read(recipe, files=(keys,), key="number", probabilities=("p",))
+
+
+@pytest.mark.parametrize("confidence", ["0.2", "1.5", "-1", "high"])
+def test_a_confidence_is_a_probability_of_the_best_label(
+    recipe: DataRecipe, tmp_path: Path, confidence: str
+) -> None:
+    rows = [(text, "good", confidence) for text in TEXTS]
+    file = table(tmp_path / "labels.csv", ("text", "said", "sure"), rows)
+    with pytest.raises(DataError, match=r"24 of 24 rows.*\n.*line 2: 'sure' must"):
+        read(recipe, files=(file,), label="said", confidence="sure")
+
+
+def test_an_unknown_label_and_a_missing_column_are_refused(
+    recipe: DataRecipe, tmp_path: Path
+) -> None:
+    file = table(tmp_path / "labels.csv", ("text", "said"), [(text, "fine") for text in TEXTS])
+    with pytest.raises(DataError, match="label 'fine' is not in the label set"):
+        read(recipe, files=(file,), label="said")
+    with pytest.raises(DataError, match="p_best"):
+        read(recipe, probabilities=("p_best",))
+    with pytest.raises(DataError, match="names 2 columns: expected one, or one for each of the 3"):
+        read(recipe, probabilities=("p_good", "p_bad"))
+
+
+def test_the_mean_of_several_teachers(recipe: DataRecipe) -> None:
+    data = splits.load_data(recipe, 3)
+    one, other = P, np.roll(P, 1, axis=1)
+    members = [expected(data, logits_of("single_label", p)) for p in (one, other)]
+    mean = mean_answers(members, (3.0, 1.0), data)
+    for name, wanted in expected(data, 0.75 * one + 0.25 * other).items():
+        np.testing.assert_allclose(scores("single_label", mean[name]), wanted, atol=1e-6)
+    assert mean_answers(members[:1], (3.0,), data) is members[0]
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_rows_may_lack_labels_if_the_recipe_says_so(tmp_path: Path, task: Task) -> None:
+    cells: dict[str, list[Any]] = {
+        "single_label": ["a", "b", None],
+        "multi_label": ["a", "a,b", None],
+        "regression": [1.5, 0.0, None],
+    }
+    for name in ("train", "validation"):
+        rows = [(f"{name} {n}", cells[task][n % 3]) for n in range(18)]
+        table(tmp_path / f"{name}.csv", ("text", "label"), rows)
+    recipe = DataRecipe(
+        source=str(tmp_path),
+        task=task,
+        text_columns=("text",),
+        label_column="label",
+        labels=None if task == "regression" else ("a", "b"),
+        max_length_tokens=16,
+    )
+    if task != "multi_label":  # there an empty cell is a row that has none of the labels
+        with pytest.raises(DataError, match=r"train.csv, line 4: 'label'"):
+            splits.load_data(recipe, 3)
+    data = splits.load_data(recipe.model_copy(update={"missing_labels": "accept"}), 3)
+    for split in (data.train, data.select, data.validation):
+        lacking = [int(text.split()[1]) % 3 == 2 for (text,) in split.texts]
+        np.testing.assert_array_equal(~has_label(data.task, split.labels), lacking)
+        outputs = len(data.labels)
+        logits = np.random.default_rng(2).normal(size=(len(split), outputs)).astype(np.float32)
+        labels = filled(data.task, split.labels, logits)
+        assert labels.dtype == split.labels.dtype
+        np.testing.assert_array_equal(labels[lacking], answers(data.task, logits)[lacking])
+        kept = ~np.array(lacking)
+        np.testing.assert_array_equal(labels[kept], split.labels[kept])
+    none = splits.load_data(recipe.model_copy(update={"label_column": None}), 3)
+    assert not any(has_label(none.task, split.labels).any() for split in none.splits().values())
+    assert set(counts(none.task, none.train.labels, none.labels).values()) <= {0}
+
+
+ANSWERS = "teacher={model: null, finetune: null, answers: [{label: label}]}"
+STUDENT = "student.model=random://bert"
+REFUSED = {
+    "student.model: the teacher is given by its answers": (ANSWERS,),
+    "distill.intermediate: hidden_states compare layers": (
+        ANSWERS,
+        STUDENT,
+        "distill.intermediate.hidden_states=1",
+    ),
+    "give a 'model', or model=null and 'answers'": ("teacher.model=null",),
+    "found probabilities and label": (ANSWERS.replace("label: l", "probabilities: [p], label: l"),),
+    "'finetune' trains a 'model'": ("teacher.model=null", "teacher.answers=[{label: label}]"),
+    "'key' joins 'files' to the data": (ANSWERS.replace("{label", "{key: id, label"),),
+    "'confidence' belongs to 'label'": (
+        "teacher={model: null, finetune: null, answers: [{logits: [l], confidence: c}]}",
+    ),
+    "without a 'label_column' nothing else names the labels": ("data.label_column=null",),
+    "teacher.finetune: no row has a label": ("data.label_column=null", "data.labels=[a, b]"),
+    "hard_label_weight to 0": (
+        ANSWERS,
+        STUDENT,
+        "data.label_column=null",
+        "data.labels=[a, b]",
+        "distill.hard_label_weight=1",
+    ),
+    "data.long_texts: each window imitates": (ANSWERS, STUDENT, "data.long_texts=windows"),
+    "a 'model' reads the texts itself": (ANSWERS.replace("label: label", "model: a, key: b"),),
+}
+
+
+@pytest.mark.parametrize(("reason", "overrides"), REFUSED.items())
+def test_keys_that_do_not_fit_together(reason: str, overrides: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError, match="recipe") as refused:
+        load_recipe("smoke", overrides)
+    assert reason in refused.value.message
