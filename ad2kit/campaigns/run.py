@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from ad2kit.campaigns import shapes
 from ad2kit.exporting.export import export
 from ad2kit.gate.latency import measure
@@ -17,7 +20,7 @@ from ad2kit.gate.report import report
 from ad2kit.gate.summary import teacher_report
 from ad2kit.models import given, text_model
 from ad2kit.run.errors import RunError, UserError
-from ad2kit.run.files import sha256_of, write_record
+from ad2kit.run.files import sha256_of, whole_file, write_record
 from ad2kit.run.folder import open_run
 from ad2kit.run.machine import processes
 from ad2kit.service.bento import package
@@ -119,6 +122,11 @@ def fill_with_teacher(run: RunDir, student: RunDir) -> None:
             return
     for copy in (run.teacher, run.student):
         shared.link_folder(student.teacher, copy)
+    with safe_open(student.select_logits, "pt") as tensors:
+        if "teacher" in tensors.keys():  # noqa: SIM118  (not in runs of 0.1.0; it is no mapping)
+            logits = tensors.get_tensor("teacher")
+            with whole_file(run.select_logits) as temporary:
+                save_file({"logits": logits, "teacher": logits.clone()}, temporary)
     untrained = {
         "student_sha256": sha256_of(run.student / text_model.MANIFEST),
         "student_parameters": distilled.teacher_parameters,

@@ -48,7 +48,7 @@ def check(
     from ad2kit.data.splits import load_data
     from ad2kit.planning import check as planning
     from ad2kit.run.recipe import load_recipe
-    from ad2kit.training.distill import open_models
+    from ad2kit.training.opening import open_models
 
     recipe = load_recipe(recipe_name, overrides or ())
     data = load_data(recipe.data, recipe.seed, runs_dir / ".shared")

@@ -29,9 +29,9 @@ from ad2kit.run.sections import PlanRecipe
 from ad2kit.training import shared
 from ad2kit.training.ad2 import distillation, finetuning
 from ad2kit.training.checkpoint import Evaluation
-from ad2kit.training.distill import open_models, with_rate
 from ad2kit.training.loop import new_state, prepare, train
 from ad2kit.training.losses import comparison
+from ad2kit.training.opening import open_models, with_rate
 from ad2kit.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def planned(recipe: Recipe, max_minutes: float, runs_dir: Path) -> Recipe:
         RecipeError: not even one epoch of a batch fits.
         RunError: the kept plan is damaged.
         UserError: there are several processes, each of which would measure other times; or
-            :func:`ad2kit.training.distill.open_models` refuses the recipe.
+            :func:`ad2kit.training.opening.open_models` refuses the recipe.
     """
     if not (max_minutes > 0 and math.isfinite(max_minutes)):
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,17 +23,17 @@ from ad2kit.models.pretrained import RANDOM, find_model
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
-from ad2kit.run.errors import DataError, ModelError, RunError
+from ad2kit.run.errors import DataError, RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment, peak_memory_mb
-from ad2kit.run.sections import TextLength, TrainRecipe
 from ad2kit.training import selection, shared
 from ad2kit.training.ad2 import Batch, distillation, finetuning, inner_losses
 from ad2kit.training.checkpoint import Evaluation
-from ad2kit.training.loop import Trainer, check_compute, prepare
-from ad2kit.training.losses import balanced_weights, check_terms, comparison, soft_targets
+from ad2kit.training.loop import Trainer, prepare
+from ad2kit.training.losses import balanced_weights, comparison, soft_targets
+from ad2kit.training.opening import before_training, open_models, with_rate
 from ad2kit.training.records import (
     DistillReport,
     StepRecord,
@@ -42,9 +42,8 @@ from ad2kit.training.records import (
     scores_before_decay,
     verdict,
 )
-from ad2kit.training.schedule import rate_of_width
-from ad2kit.training.students import IMPORTANCE_TEXTS, build_student, check_widths, narrow
-from ad2kit.training.teachers import given_logits, given_sha256, try_given
+from ad2kit.training.students import IMPORTANCE_TEXTS, narrow
+from ad2kit.training.teachers import given_logits, given_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,17 +55,13 @@ if TYPE_CHECKING:
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
     from ad2kit.run.recipe import Recipe
-    from ad2kit.run.sections import DistillRecipe
+    from ad2kit.run.sections import DistillRecipe, TrainRecipe
     from ad2kit.training.records import Selection, SelectPoint
 
 logger = logging.getLogger(__name__)
 
-# The training rows that tokenizers are compared on.
-_COMPARED_ROWS = 200
 # The rows of `select` on which the effect of the adversary is measured; one batch.
 _ATTACKED_ROWS = 32
-
-Training = TypeVar("Training", bound=TrainRecipe)
 
 
 @exclusive
@@ -155,93 +150,6 @@ def teach(run: RunDir, *, allow_inexact: bool = False) -> None:
     _, teacher_logits = stage.select_logits(teacher)
     stage.look_at(teacher, teacher_logits)
     stage.teacher_logits(teacher, stage.data.distillation())
-
-
-def open_models(recipe: Recipe, data: Data) -> tuple[TextModel | None, TextModel]:
-    """Open the models of a recipe, and refuse a pair that cannot be distilled; train nothing.
-
-    Both `ad2kit check` and the stage call this function, so that they agree.
-
-    Returns:
-        The teacher, before its fine-tuning if there is any, and the student before any cut. A
-        teacher that is given by its answers is None: these are read.
-
-    Raises:
-        DataError: see :func:`ad2kit.data.answers.read_answers`.
-        ModelError: a model cannot be read or served, its labels differ from the data's, it has too
-            few positions, layers or widths, the pair cannot have a loss term or the same windows,
-            or the family does not support a setting of ``compute``.
-        DataError: a text is too long.
-    """
-    teacher = None
-    if recipe.teacher.model is not None:
-        teacher = text_model.load_reference(
-            recipe.teacher.model,
-            data,
-            seed=recipe.seed,
-            finished=recipe.teacher.finetune is None,
-            key="teacher.model",
-        )
-    student = before_training(teacher, recipe, data)
-    models = {"student.model": student}
-    if teacher is None:
-        try_given(recipe, data)
-    else:
-        check_widths(teacher, recipe.student)
-        check_terms(teacher, student, recipe.distill.intermediate)
-        _check_windows(teacher, student, recipe, data)
-        models = {"teacher.model": teacher, **models}
-    length = recipe.data.max_length_tokens
-    for key, model in models.items():
-        check_compute(model, recipe.compute)
-        text_model.check_length(model, length, key="data.max_length_tokens")
-        text_model.try_out(model, data.train.texts[:2], length, key=key)
-    for tokenizer in dict.fromkeys(model.tokenizer for model in models.values()):
-        splits.check_lengths(data, tokenizer, recipe.data.length)
-    return teacher, student
-
-
-def _check_windows(teacher: TextModel, student: TextModel, recipe: Recipe, data: Data) -> None:
-    """Refuse a student that would have other windows than its teacher, whose logits they imitate.
-
-    Raises:
-        ModelError: the two tokenise the first training texts differently.
-    """
-    if recipe.data.long_texts != "windows":
-        return
-    first_rows = data.train.take(np.arange(min(len(data.train), _COMPARED_ROWS)))
-    teacher_ids, student_ids = (
-        list(splits.encode(first_rows, model.tokenizer, TextLength(2**20)).input_ids)
-        for model in (teacher, student)
-    )
-    if teacher_ids != student_ids:
-        raise ModelError(
-            "data.long_texts is windows, and each window of the student imitates the same window "
-            "of the teacher, but the student has a tokenizer of its own",
-            hint="make the student from a model with the teacher's tokenizer, or set "
-            "data.long_texts=cut",
-        )
-
-
-def with_rate(settings: Training, model: TextModel) -> Training:
-    """Return the settings of a training with a learning rate; null takes it by the width."""
-    if settings.lr is not None:
-        return settings
-    return settings.model_copy(update={"lr": rate_of_width(model.module.config.hidden_size)})
-
-
-def before_training(teacher: TextModel | None, recipe: Recipe, data: Data) -> TextModel:
-    """Return the student before any cut: with all heads and neurons of its layers.
-
-    ``teacher`` is None if it is given by its answers; ``student.model`` is then there.
-    """
-    source = teacher
-    layers = recipe.student.layers
-    if source is None or recipe.student.model is not None:
-        source = text_model.load_reference(
-            recipe.student.model, data, seed=recipe.seed, finished=False, key="student.model"
-        )
-    return build_student(source, layers) if layers else source
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import binomtest
 
+from ad2kit.campaigns.run import export_teacher
 from ad2kit.data import splits
 from ad2kit.data.labels import scores
 from ad2kit.exporting.export import export
@@ -299,3 +300,7 @@ def test_where_some_rows_have_labels_both_are_reported(
     assert fp32.agreement.rows == 640
     assert fp32.ece is not None
     assert "and the labels of 160 of them" in parity.judged_against
+    # The teacher as a run of its own is judged by the same rows, and retains all of itself.
+    teachers = ParityReport.read(export_teacher(run).parity_report)
+    assert teachers.labelled_rows == 160
+    assert teachers.variants[0].retained == pytest.approx(1.0)

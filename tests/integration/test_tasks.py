@@ -22,7 +22,8 @@ from ad2kit.run.errors import DataError, ModelError
 from ad2kit.run.files import read_lines
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.scoring.score import score
-from ad2kit.training.distill import distill, open_models
+from ad2kit.training.distill import distill
+from ad2kit.training.opening import open_models
 from ad2kit.training.records import read_curve
 from tests.conftest import QUICK
 
