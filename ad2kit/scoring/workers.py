@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.exporting.tokenise import Refuse, Tokens
-    from ad2kit.run.sections import Task
+    from ad2kit.run.sections import LongTexts, Task
     from ad2kit.scoring.blocks import Layout
 
     Numbered = tuple[int, Block]
@@ -52,6 +52,8 @@ ADDED: dict[Task, tuple[str, ...]] = {
 """The columns of the answers for each task; see :class:`ad2kit.exporting.classifier.Prediction`."""
 
 
+# A block of long texts may have many windows for each row.
+_PIECE_CHARACTERS = 2**22
 # One block in work and one that waits: no worker is idle, and the last blocks are shared evenly.
 _BLOCKS_IN_FLIGHT = 2
 
@@ -86,10 +88,31 @@ class Scorer(BlockWorker):
         A text that is too long has no answer: ``refuse`` is called with its index and the reason.
         """
         classifier = self.classifier
-        encodings = classifier.encode(texts, refuse=refuse)
-        logits = classifier.run_sorted(encodings, self.work.batch_size)
-        values = columns(classifier, encodings, logits)
+        found = []
+        for first, piece in _pieces(texts, classifier.artifact.long_texts):
+            encodings = classifier.encode(piece, first, refuse)
+            logits = classifier.run_sorted(encodings, self.work.batch_size)
+            found.append(columns(classifier, encodings, logits))
+        values = [np.concatenate(column) for column in zip(*found, strict=True)]
         return dict(zip(self.work.layout.added, values, strict=True))
+
+
+def _pieces(texts: Sequence[Any], long_texts: LongTexts) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Yield the texts of a block with the index of the first, in pieces if they have windows.
+
+    Only the tokens of a piece are in memory at a time.
+    """
+    first = 0
+    characters = 0
+    if long_texts == "windows":
+        for index, text in enumerate(texts):
+            characters += sum(map(len, text))
+            if characters >= _PIECE_CHARACTERS:
+                yield first, texts[first : index + 1]
+                first = index + 1
+                characters = 0
+    if first < len(texts) or not texts:
+        yield first, texts[first:]
 
 
 def columns(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -391,6 +391,7 @@ def expected_windows(tokenizer: Fast, example: tuple[str, ...], length: int) -> 
     length=st.sampled_from(LENGTHS),
     first_piece=st.sampled_from((1, 60, 400, 10_000)),
 )
+@settings(max_examples=15)
 def test_windows_are_those_of_transformers(
     kind: str, example: tuple[str, ...], side: str, length: int, first_piece: int
 ) -> None:

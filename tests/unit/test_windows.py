@@ -252,9 +252,14 @@ def test_what_is_too_long_for_the_service_is_told_so(windowed: OnnxClassifier) -
         assert json.loads(content)["predictions"][0]["windows"] == count // 5
 
 
+@pytest.mark.parametrize("piece_characters", [2**22, 40, 1])
 def test_bulk_scoring_reads_windows_and_lists_what_is_too_long(
-    artefact: Callable[[TextLength], Path], tmp_path: Path
+    artefact: Callable[[TextLength], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    piece_characters: int,
 ) -> None:
+    monkeypatch.setattr("ad2kit.scoring.workers._PIECE_CHARACTERS", piece_characters)
     folder = artefact(LENGTH)
     rows = ["fine", LONG + LONG, LONG, "never dull", LONG * 900, "dull"]
     table = tmp_path / "rows.jsonl"
