@@ -30,7 +30,7 @@ import torch
 
 from ad2kit.cli.show import show_messages
 from ad2kit.data import metrics
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.data.splits import encode, load_data
 from ad2kit.models import text_model
 from ad2kit.models.baselines import MEAN_PROBE, baseline_answers

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.data.metrics import mean_metric, paired_bootstrap, smallest_detectable_difference
 from ad2kit.data.splits import Data, Split, encode, load_data
 from ad2kit.models.text_model import TextModel, load_reference, predict_logits

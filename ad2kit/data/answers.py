@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data.labels import LabelReader, logits_of, scores
+from ad2kit.data.labels import LabelReader
+from ad2kit.data.logits import logits_of, scores
 from ad2kit.data.sources import open_source, open_unlabelled
 from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError, nearest

@@ -81,7 +81,7 @@ def better_order(task: Task, answers: Array, labels: Array, outputs: int) -> Bet
 
     Args:
         task: a regression has one output, and so no order.
-        answers: as :func:`ad2kit.data.labels.answers` returns them.
+        answers: as :func:`ad2kit.data.logits.answers` returns them.
         labels: labels of the same rows, in the same form.
         outputs: number of outputs.
     """

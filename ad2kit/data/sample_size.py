@@ -234,7 +234,7 @@ def lost_classes(
 
     Args:
         task: not a regression.
-        student: answers of the student, see :func:`ad2kit.data.labels.answers`.
+        student: answers of the student, see :func:`ad2kit.data.logits.answers`.
         teacher: answers of the teacher to the same rows.
         classes: number of classes.
     """

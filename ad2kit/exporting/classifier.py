@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.data import windows
-from ad2kit.data.labels import answers, scores
+from ad2kit.data.logits import answers, scores
 from ad2kit.data.texts import is_text
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.exporting.tokenise import Tokenise, stop_at_long_text

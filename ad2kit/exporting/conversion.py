@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ad2kit.data import metrics, sample_size
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.exporting.records import Check, RowsNeeded
 
 if TYPE_CHECKING:

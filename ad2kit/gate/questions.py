@@ -18,7 +18,8 @@ import numpy as np
 
 from ad2kit.data import metrics, sample_size
 from ad2kit.data.label_order import better_order
-from ad2kit.data.labels import answers, counts, softmax
+from ad2kit.data.labels import counts
+from ad2kit.data.logits import answers, softmax
 from ad2kit.exporting.conversion import (
     LabelledRows,
     Question,

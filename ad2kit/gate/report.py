@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.data import metrics
-from ad2kit.data.labels import answers, scores, softmax
+from ad2kit.data.logits import answers, scores, softmax
 from ad2kit.gate import summary
 from ad2kit.gate.records import BentoRecord, LatencyReport, ParityReport, RowAnswers
 from ad2kit.gate.shipping import campaign_of, passed_variants

@@ -32,9 +32,9 @@ from ad2kit.run.sections import (
     Section,
     Seed,
     StudentRecipe,
-    SweepRecipe,
     TeacherRecipe,
 )
+from ad2kit.run.sweep_section import SweepRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data.labels import answers, scores
+from ad2kit.data.logits import answers, scores
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.tokenise import stop_at_long_text
 from ad2kit.run.errors import MissingExtra, UserError

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from ad2kit.data import splits
 from ad2kit.data.label_order import check_order
-from ad2kit.data.labels import answers, balance, counts, filled, has_label
+from ad2kit.data.labels import balance, counts, filled, has_label
+from ad2kit.data.logits import answers
 from ad2kit.data.metrics import mean_metric
 from ad2kit.data.rows import write_bad_rows
 from ad2kit.models import given, text_model
@@ -23,7 +24,7 @@ from ad2kit.models.pretrained import RANDOM, find_model
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
-from ad2kit.run.errors import DataError, RunError
+from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
@@ -43,7 +44,7 @@ from ad2kit.training.records import (
     verdict,
 )
 from ad2kit.training.students import IMPORTANCE_TEXTS, narrow
-from ad2kit.training.teachers import given_logits, given_sha256
+from ad2kit.training.teachers import given_logits, given_sha256, labelled_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,7 +97,7 @@ def distill(
     teacher = stage.teacher()
     inputs = fingerprint(
         stage.teacher_sha256(),
-        stage.data_sha256(),
+        shared.data_sha256(stage.recipe, stage.data),
         data.unlabelled.sha256,
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
     )
@@ -304,17 +305,6 @@ class _Stage:
             hub=hub.references(self.recipe),
         )
 
-    def data_sha256(self) -> str:
-        """Return the fingerprint of the labelled data and of the settings that read them."""
-        return fingerprint(
-            self.data.labels,
-            self.data.train.sha256,
-            self.data.select.sha256,
-            self.data.validation.sha256,
-            *self.recipe.data.length.facts,
-            self.recipe.data.judged_by,
-        )
-
     def teacher_sha256(self) -> str:
         """Return the fingerprint of the teacher's weights and tokenizer."""
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
@@ -407,7 +397,7 @@ class _Stage:
         run = self.run
         data = self.data
         settings = recipe.teacher.model_dump(mode="json", exclude={"accept"})
-        parts = [recipe.seed, self.data_sha256(), settings]
+        parts = [recipe.seed, shared.data_sha256(self.recipe, self.data), settings]
         if recipe.teacher.answers:
             parts += [given_sha256(recipe), data.unlabelled.sha256]
         else:
@@ -472,11 +462,9 @@ class _Stage:
 
         Rows without labels teach it nothing, and are left out.
         """
-        train_rows, select_rows = (
-            self._labelled(getattr(self.data, name), name) for name in ("train", "select")
-        )
-        select = self.encode(teacher, select_rows)
-        train = self.encode(teacher, train_rows, keep=True)
+        task, data = self.data.task, self.data
+        select = self.encode(teacher, labelled_part(task, data.select, "select"))
+        train = self.encode(teacher, labelled_part(task, data.train, "train"), keep=True)
         prepare(teacher, self.recipe.compute)
         state, _, _ = self.trainer.train(
             teacher,
@@ -492,18 +480,6 @@ class _Stage:
             start=self.head_start(settings, train, None),
         )
         return state.model
-
-    def _labelled(self, split: Split, name: str) -> Split:
-        """Return the rows of a split that have labels; refuse a split without any."""
-        labelled = has_label(self.data.task, split.labels)
-        if labelled.all():
-            return split
-        if not labelled.any():
-            raise DataError(
-                f"teacher.finetune: no row of {name} has a label to learn from",
-                hint="give labels, or a finished teacher: teacher.finetune=null",
-            )
-        return split.take(np.flatnonzero(labelled))
 
     def class_weights(self, settings: TrainRecipe) -> torch.Tensor | None:
         """Return the weights of the classes in the loss of the hard labels, if they have any."""

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ad2kit.data import metrics, splits
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.models import given, text_model
 from ad2kit.models.records import ModelManifest
 from ad2kit.models.text_model import predict_logits
@@ -52,6 +52,18 @@ if TYPE_CHECKING:
     from ad2kit.data.splits import Data
     from ad2kit.models.records import TeacherReport
     from ad2kit.run.recipe import Recipe
+
+
+def data_sha256(recipe: Recipe, data: Data) -> str:
+    """Return the fingerprint of the labelled data and of the settings that read them."""
+    return fingerprint(
+        data.labels,
+        data.train.sha256,
+        data.select.sha256,
+        data.validation.sha256,
+        *recipe.data.length.facts,
+        recipe.data.judged_by,
+    )
 
 
 def take_teacher(store: Path, key: str, target: Path) -> bool:

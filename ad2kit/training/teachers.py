@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from safetensors import safe_open
 
 from ad2kit.data import splits
@@ -14,10 +15,10 @@ from ad2kit.data.labels import filled, has_label
 from ad2kit.data.sources import open_source, open_unlabelled
 from ad2kit.models import text_model
 from ad2kit.models.pretrained import RANDOM, find_model
+from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
     from ad2kit.run.recipe import Recipe
-    from ad2kit.run.sections import AnswersRecipe
+    from ad2kit.run.sections import AnswersRecipe, Task
 
     Logits = NDArray[np.float32]
 
@@ -76,6 +77,23 @@ def judged_select(run: RunDir, data: Data) -> Split:
     with safe_open(run.select_logits, "np") as tensors:
         teacher_logits = tensors.get_tensor("teacher")
     return replace(data.select, labels=filled(data.task, labels, teacher_logits))
+
+
+def labelled_part(task: Task, split: Split, name: str) -> Split:
+    """Return the rows of a split that have labels.
+
+    Raises:
+        DataError: there are none; ``name`` is the name of the split.
+    """
+    labelled = has_label(task, split.labels)
+    if labelled.all():
+        return split
+    if not labelled.any():
+        raise DataError(
+            f"teacher.finetune: no row of {name} has a label to learn from",
+            hint="give labels, or a finished teacher: teacher.finetune=null",
+        )
+    return split.take(np.flatnonzero(labelled))
 
 
 def given_sha256(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from ad2kit.campaigns.run import export_teacher
 from ad2kit.data import splits
-from ad2kit.data.labels import scores
+from ad2kit.data.logits import scores
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
 from ad2kit.gate.records import BentoRecord, ParityReport

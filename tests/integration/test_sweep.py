@@ -26,7 +26,7 @@ from ad2kit.run.files import sha256_of
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.records import CampaignRecord
-from ad2kit.run.sections import Configuration
+from ad2kit.run.sweep_section import Configuration
 from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ad2kit
-from ad2kit.data.labels import softmax
+from ad2kit.data.logits import softmax
 from ad2kit.data.splits import load_data
 from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ad2kit.data import metrics
-from ad2kit.data.labels import softmax
+from ad2kit.data.logits import softmax
 
 if TYPE_CHECKING:
     from ad2kit.run.sections import Metric

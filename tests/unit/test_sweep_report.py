@@ -17,7 +17,7 @@ from ad2kit.campaigns.sweep.report import (
     select,
 )
 from ad2kit.run.errors import RunError
-from ad2kit.run.sections import Configuration
+from ad2kit.run.sweep_section import Configuration
 
 if TYPE_CHECKING:
     from pathlib import Path

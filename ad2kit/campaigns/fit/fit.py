@@ -30,7 +30,7 @@ from ad2kit.campaigns.fit.records import Candidate, Cost, FitReport, Outcome, Ta
 from ad2kit.campaigns.fit.report import markdown, plot
 from ad2kit.campaigns.run import fill_with_teacher
 from ad2kit.data import splits
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.data.metrics import mean_metric
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, open_session
 from ad2kit.exporting.export import export, export_fp32

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.data.metrics import mean_metric as score_of
 from ad2kit.data.metrics import paired_bootstrap
 from ad2kit.exporting.records import QuantisationSearch

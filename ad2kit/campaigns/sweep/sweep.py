@@ -33,7 +33,7 @@ from ad2kit.campaigns.sweep.storage import Mirror
 from ad2kit.campaigns.sweep.trial import Job, make_teacher, run_trial
 from ad2kit.campaigns.sweep.tune import RESTARTS, Tuning, trial_resources
 from ad2kit.data import splits
-from ad2kit.data.labels import answers
+from ad2kit.data.logits import answers
 from ad2kit.gate.summary import baseline_scores
 from ad2kit.run.errors import UserError
 from ad2kit.run.files import fingerprint, locked, write_record, write_text
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ad2kit.campaigns.sweep.report import Key
     from ad2kit.data.splits import Data
     from ad2kit.run.recipe import Recipe
-    from ad2kit.run.sections import Configuration
+    from ad2kit.run.sweep_section import Configuration
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from ad2kit.run.files import fingerprint
 from ad2kit.run.folder import open_run, run_folder
 from ad2kit.run.recipe import Recipe, from_data
 from ad2kit.run.records import CampaignRecord
-from ad2kit.run.sections import Configuration
+from ad2kit.run.sweep_section import Configuration
 from ad2kit.training.distill import distill, teach
 from ad2kit.training.records import read_curve
 

@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from ad2kit.campaigns.sweep.report import Trial
 from ad2kit.run.errors import UserError
-from ad2kit.run.sections import Configuration
+from ad2kit.run.sweep_section import Configuration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +99,7 @@ class Tuning:
 
         Args:
             values: values of each field of a configuration; see
-                :class:`ad2kit.run.sections.SweepRecipe`.
+                :class:`ad2kit.run.sweep_section.SweepRecipe`.
             earlier: the trials whose results Optuna knows from the start.
             trials: number of configurations to draw.
             seed: seed of the draws, and of the trials.
