@@ -189,7 +189,7 @@ def _prompt(recipe: Recipe) -> Prompt:
     if recipe.ask is None:
         raise RecipeError(
             f"recipe '{recipe.name}' has no section 'ask', which says what to ask for",
-            hint="add it; docs/guides/language-model.md shows one",
+            hint="copy it from the recipe 'llm'; docs/guides/language-model.md explains it",
         )
     return Prompt(recipe.ask, recipe.data)
 
