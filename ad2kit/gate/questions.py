@@ -278,9 +278,6 @@ def distillation_quality(
         seed,
     )
     retention = retained(score, teacher_score, draws, len(labels))
-    recall = metrics.recall_by_class(task, predictions, labels, names)
-    teacher_recall = metrics.recall_by_class(task, teacher_predictions, labels, names)
-    support = counts(task, labels, names)
     mcnemar_p = ece = ece_unscaled = None
     if task == "single_label" and reference.labelled.any():
         mcnemar_p = metrics.mcnemar_p(predictions == labels, teacher_predictions == labels)
@@ -297,10 +294,7 @@ def distillation_quality(
         retained_interval=retention.interval,
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
         mcnemar_p=mcnemar_p,
-        recall_by_class={
-            name: ClassRecall(rows=support[name], teacher=teacher_recall[name], variant=value)
-            for name, value in recall.items()
-        },
+        recall_by_class=_recalls(task, predictions, teacher_predictions, labels, names),
         temperature=temperature,
         ece=ece,
         ece_unscaled=ece_unscaled,
@@ -322,6 +316,23 @@ def distillation_quality(
             *_by_answers(all_finite, reference, thresholds),
         ),
     )
+
+
+def _recalls(
+    task: Task,
+    predictions: NDArray[Any],
+    teacher_predictions: NDArray[Any],
+    labels: NDArray[Any],
+    names: tuple[str, ...],
+) -> dict[str, ClassRecall]:
+    """Return the share of the rows of each class that the variant and its teacher find."""
+    recall = metrics.recall_by_class(task, predictions, labels, names)
+    teacher_recall = metrics.recall_by_class(task, teacher_predictions, labels, names)
+    support = counts(task, labels, names)
+    return {
+        name: ClassRecall(rows=support[name], teacher=teacher_recall[name], variant=value)
+        for name, value in recall.items()
+    }
 
 
 def _by_labels(reference: Reference, checks: tuple[Check, ...]) -> tuple[Check, ...]:
