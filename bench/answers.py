@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
-from ad2kit.data.labels import softmax
+from ad2kit.data.logits import softmax
 from ad2kit.models import text_model
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run import recipe as recipes

@@ -134,23 +134,18 @@ def _judge(
     recipe = run.recipe
     student = text_model.load_model(run.student, data.labels, data.task)
     texts = _classifier_texts(data.validation)
-    encodings = {name: classifier.encode(texts) for name, classifier in classifiers.items()}
+    models = classifiers.items()
+    encodings = {name: model.encode(texts) for name, model in models}
     reference = _reference(run, data, student, classifiers["fp32"], encodings["fp32"])
     encoded = reference.encoded
     long_split = _long_split(encoded, data.validation, classifiers["fp32"])
     long_encoded = splits.encode(long_split, student.tokenizer, recipe.data.length)
     long_texts = _classifier_texts(long_split)
-    windows = {
-        name: classifier.run_sorted(encodings[name], BATCH)
-        for name, classifier in classifiers.items()
-    }
-    logits = {
-        name: classifier.by_text(encodings[name], windows[name])
-        for name, classifier in classifiers.items()
-    }
+    windows = {name: model.run_sorted(encodings[name], BATCH) for name, model in models}
+    logits = {name: model.by_text(encodings[name], windows[name]) for name, model in models}
     fidelity = {
-        name: export_fidelity(classifier, encodings[name], windows[name], reference, recipe.parity)
-        for name, classifier in classifiers.items()
+        name: export_fidelity(model, encodings[name], windows[name], reference, recipe.parity)
+        for name, model in models
         if name in EXACT
     }
 
@@ -171,8 +166,7 @@ def _judge(
                 recipe.parity,
                 recipe.seed,
             )
-        share = classifier.artifact.weights_in_8_bits
-        if share is not None:
+        if (share := classifier.artifact.weights_in_8_bits) is not None:
             checks += (mostly_8_bits(share),)
         return distillation_quality(
             name,
@@ -186,7 +180,7 @@ def _judge(
             classifier.artifact.temperature,
         )
 
-    variants = tuple(verdict(name, classifier) for name, classifier in classifiers.items())
+    variants = tuple(verdict(name, model) for name, model in models)
     _write_answers(run, data.validation, reference, logits)
     return ParityReport(
         inputs=inputs,

@@ -259,10 +259,7 @@ def distillation_quality(
     """
     task = reference.task
     all_finite = np.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
-    lost = None
-    if task != "regression":
-        said = answers(task, reference.teacher)
-        lost = sample_size.lost_classes(task, answers(task, all_finite), said, len(names))
+    lost = _lost_classes(all_finite, reference, names)
     # From here on: the rows that have labels.
     scored = reference.on_labels()
     labels = scored.labels
@@ -278,11 +275,8 @@ def distillation_quality(
         seed,
     )
     retention = retained(score, teacher_score, draws, len(labels))
-    mcnemar_p = ece = ece_unscaled = None
-    if task == "single_label" and reference.labelled.any():
-        mcnemar_p = metrics.mcnemar_p(predictions == labels, teacher_predictions == labels)
-        ece = _ece(finite / temperature, labels)
-        ece_unscaled = _ece(finite, labels)
+    has_classes = task == "single_label" and bool(reference.labelled.any())
+    right, teacher_right = predictions == labels, teacher_predictions == labels
     return VariantParity(
         variant=variant,
         manifest_sha256=manifest_sha256,
@@ -293,11 +287,11 @@ def distillation_quality(
         retained=retention.value,
         retained_interval=retention.interval,
         smallest_detectable_difference=metrics.smallest_detectable_difference(draws, len(labels)),
-        mcnemar_p=mcnemar_p,
+        mcnemar_p=metrics.mcnemar_p(right, teacher_right) if has_classes else None,
         recall_by_class=_recalls(task, predictions, teacher_predictions, labels, names),
         temperature=temperature,
-        ece=ece,
-        ece_unscaled=ece_unscaled,
+        ece=_ece(finite / temperature, labels) if has_classes else None,
+        ece_unscaled=_ece(finite, labels) if has_classes else None,
         slices=_slices(all_finite, reference),
         untested_classes=_untested_classes(lost, names),
         agreement=_agreement(all_finite, reference, names),
@@ -316,6 +310,17 @@ def distillation_quality(
             *_by_answers(all_finite, reference, thresholds),
         ),
     )
+
+
+def _lost_classes(
+    logits: Logits, reference: Reference, names: tuple[str, ...]
+) -> LostClasses | None:
+    """Return the classes that the teacher gives and the variant does not; None of a regression."""
+    task = reference.task
+    if task == "regression":
+        return None
+    teacher_answers = answers(task, reference.teacher)
+    return sample_size.lost_classes(task, answers(task, logits), teacher_answers, len(names))
 
 
 def _recalls(
