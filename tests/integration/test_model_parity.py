@@ -138,8 +138,12 @@ def test_labels_in_another_order_than_the_teachers_are_refused(
 
 
 def test_what_is_missing_is_named(model: Path, finished_run: RunDir, rows: Path) -> None:
+    other = rows.with_suffix(".txt")
+    with pytest.raises(DataError, match="no file"):
+        failed(model, finished_run, other)
+    shutil.copy(rows, other)
     with pytest.raises(DataError, match="expected a file that ends in"):
-        failed(model, finished_run, rows.with_suffix(".txt"))
+        failed(model, finished_run, other)
     (model / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.json; there is config\.json"):
         failed(model, finished_run, rows)
