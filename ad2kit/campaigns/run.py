@@ -18,7 +18,8 @@ from ad2kit.gate.parity import judge
 from ad2kit.gate.records import check_passed
 from ad2kit.gate.report import report
 from ad2kit.gate.summary import teacher_report
-from ad2kit.models import given, text_model
+from ad2kit.models import text_model
+from ad2kit.models.records import is_given
 from ad2kit.run.errors import RunError, UserError
 from ad2kit.run.files import sha256_of, whole_file, write_record
 from ad2kit.run.folder import open_run
@@ -91,7 +92,7 @@ def export_teacher(run: RunDir) -> RunDir:
     """
     run.require(run.distill_report, command="distill")
     distilled = DistillReport.read(run.distill_report)
-    if given.is_given(run.teacher):
+    if is_given(run.teacher):
         raise RunError(
             f"{run.path}: the teacher is given by its answers ({run.recipe.teacher.title}), and "
             "there is no model to export",

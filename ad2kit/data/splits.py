@@ -32,9 +32,9 @@ from ad2kit.data.mapped import (
     write_table,
 )
 from ad2kit.data.reading import read_labelled, read_recipe
+from ad2kit.data.records import SplitFacts
 from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint
-from ad2kit.run.records import Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -63,15 +63,6 @@ _BUCKET_BATCHES = 32
 _CHUNK_CHARACTERS = 2**18
 LARGE_ROWS = 100_000
 """From this number of rows on, what was read is kept in a file, so that it is not read again."""
-
-
-class SplitFacts(Part):
-    """Facts about one split: rows, rows per class, truncated texts, and fingerprint."""
-
-    rows: int
-    class_counts: dict[str, int]
-    truncated: int
-    sha256: str
 
 
 @dataclass(frozen=True)

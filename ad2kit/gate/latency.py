@@ -20,7 +20,8 @@ from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import P99_TARGET_MS, LatencyCell, LatencyReport
 from ad2kit.gate.shipping import passed_variants
-from ad2kit.models import given, text_model
+from ad2kit.models import text_model
+from ad2kit.models.records import is_given
 from ad2kit.run.files import fingerprint, sha256_of, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import available_cpus, environment
@@ -124,7 +125,7 @@ def _timed(
     student = text_model.load_model(run.student, distilled.labels, distilled.task)
     calls: dict[str, Call] = {}
     sizes: dict[str, int] = {}
-    if given.is_given(run.teacher):
+    if is_given(run.teacher):
         logger.info("bench: the teacher is given by its answers, and is not measured")
     else:
         teacher = text_model.load_model(run.teacher, distilled.labels, distilled.task)

@@ -35,6 +35,7 @@ from ad2kit.gate.questions import (
 )
 from ad2kit.gate.records import ParityReport, RowAnswers
 from ad2kit.models import given, text_model
+from ad2kit.models.records import is_given
 from ad2kit.models.text_model import predict_logits, predict_windows
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
@@ -102,7 +103,7 @@ def judge(run: RunDir) -> ParityReport:
     classifiers = {
         folder.name: OnnxClassifier(folder, threads=recipe.compute.threads) for folder in folders
     }
-    check_teacher = given.check_files if given.is_given(run.teacher) else text_model.check_files
+    check_teacher = given.check_files if is_given(run.teacher) else text_model.check_files
     check_teacher(run.teacher)
     text_model.check_files(run.student)
     report = _existing_report(run, inputs)
@@ -208,7 +209,7 @@ def _reference(
     cpu = torch.device("cpu")
     length = recipe.data.length
     encoded = splits.encode(data.validation, student.tokenizer, length)
-    if given.is_given(run.teacher):
+    if is_given(run.teacher):
         teacher_logits = given.logits(run.teacher, "validation")
     else:
         teacher = text_model.load_model(run.teacher, data.labels, data.task)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ad2kit.exporting.records import OnnxArtifact, QuantisationSearch
 from ad2kit.gate.records import LatencyReport, ParityReport
 from ad2kit.gate.shipping import campaign_of
-from ad2kit.models import given
-from ad2kit.models.records import TeacherReport
+from ad2kit.models.records import TeacherReport, is_given
 from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def model_rows(run: RunDir) -> list[tuple[str, ...]]:
         )
 
     teacher, student = "teacher (PyTorch)", "student (PyTorch)"
-    if given.is_given(run.teacher):
+    if is_given(run.teacher):
         teacher = "teacher (answers)"
     rows = [
         *((name, f"{score:.4f}", *[""] * 7) for name, score in baseline_scores(run).items()),

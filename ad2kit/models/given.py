@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ad2kit.models.records import ModelManifest
+from ad2kit.models.records import ANSWERS, ModelManifest
 from ad2kit.models.text_model import MANIFEST
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-
-ANSWERS = "answers.safetensors"
-
-
-def is_given(folder: Path) -> bool:
-    """Tell whether the teacher of a run is given by its answers."""
-    return (folder / ANSWERS).is_file()
 
 
 def save(logits: Mapping[str, NDArray[np.float32]], folder: Path, *, inputs: str) -> None:

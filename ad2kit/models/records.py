@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import computed_field
 
 from ad2kit.run.errors import GateFailed
 from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import Metric, TrainRecipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,14 @@ _ROWS_UNANSWERED = 5
 _CUT = 0.1
 _NAMED = 10
 BAG_OF_WORDS = "bag of words"
+
+ANSWERS = "answers.safetensors"
+"""The file in the folder of a teacher that is given by its answers; see models/given.py."""
+
+
+def is_given(teacher: Path) -> bool:
+    """Tell whether the folder of a teacher holds its answers in place of a model."""
+    return (teacher / ANSWERS).is_file()
 
 
 class Baseline(Part):

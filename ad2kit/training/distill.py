@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from ad2kit.data.splits import Data, Encoded, Split, SplitFacts
+    from ad2kit.data.records import SplitFacts
+    from ad2kit.data.splits import Data, Encoded, Split
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
     from ad2kit.run.recipe import Recipe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ad2kit.data.splits import SplitFacts
+from ad2kit.data.records import SplitFacts
 from ad2kit.run.files import read_lines
 from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import Metric, Task

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from ad2kit.data import metrics, splits
 from ad2kit.data.logits import answers
 from ad2kit.models import given, text_model
-from ad2kit.models.records import ModelManifest
+from ad2kit.models.records import ModelManifest, is_given
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import RunError
 from ad2kit.run.files import (
@@ -172,7 +172,7 @@ class ValidationScores:
     def answers(self, folder: Path) -> Answers:
         """Return the answers on the validation set of the model in ``folder``, computed once."""
         data = self.data
-        if given.is_given(folder):
+        if is_given(folder):
             return answers(data.task, given.logits(folder, "validation").numpy())
         length = self.recipe.data.length
         files = ModelManifest.read(folder / text_model.MANIFEST).files

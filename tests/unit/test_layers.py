@@ -72,6 +72,10 @@ def loaded_after(code: str) -> set[str]:
 HEAVY = {"torch", "transformers", "optimum", "datasets", "accelerate", "sklearn", "scipy"}
 
 
+# What `ad2kit predict` and a service need: the results of a run, a classifier, HTTP.
+PRINTED = "import ad2kit.cli.show, ad2kit.exporting.classifier, ad2kit.service.http"
+
+
 def test_the_control_sees_torch() -> None:
     assert "torch" in loaded_after("import ad2kit.training.loop")
 
@@ -84,10 +88,17 @@ def test_the_control_sees_torch() -> None:
         "import ad2kit.campaigns.fit.records, ad2kit.campaigns.sweep.report",
         "import ad2kit.scoring.score, ad2kit.scoring.arrow_blocks, ray.data",
         "import ad2kit.run.recipe; ad2kit.run.recipe.load_recipe('demo')",
+        PRINTED,
     ],
 )
 def test_the_serving_path_imports_no_training_library(code: str) -> None:
     assert not loaded_after(code) & HEAVY
+
+
+def test_what_predicts_and_serves_imports_no_arrow() -> None:
+    """The extra `serve` does not install it."""
+    assert "pyarrow" not in loaded_after(PRINTED)
+    assert "pyarrow" in loaded_after("import ad2kit.data.splits")
 
 
 def test_help_imports_only_what_it_prints_with() -> None:
