@@ -90,8 +90,8 @@ def test_calibration_takes_as_many_texts_as_there_are(
 ) -> None:
     load = splits.load_data
 
-    def few(recipe: DataRecipe, seed: int) -> Data:
-        data = load(recipe, seed)
+    def few(recipe: DataRecipe, seed: int, store: Path | None = None) -> Data:
+        data = load(recipe, seed, store)
         return replace(data, train=data.train.take(np.arange(train_rows)))
 
     monkeypatch.setattr(splits, "load_data", few)

@@ -292,7 +292,7 @@ INSIDE = {
     "a checkpoint": ("ad2kit.training.checkpoint", "save_file", 2),
     "a snapshot": ("ad2kit.training.checkpoint", "save_file", 1),
     "the teacher": ("ad2kit.models.text_model", "write_record", 0),
-    "the logit cache": ("ad2kit.training.shared", "save_file", 0),
+    "the logit cache": ("ad2kit.training.shared", "whole_file", 0),
     "the student": ("ad2kit.models.text_model", "write_record", 0),
     "the fp32 export": ("ad2kit.exporting.export", "main_export", 0),
     "the int8 export": ("ad2kit.exporting.int8", "quantize", 0),
