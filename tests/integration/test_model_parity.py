@@ -142,7 +142,7 @@ def test_what_is_missing_is_named(model: Path, finished_run: RunDir, rows: Path)
     with pytest.raises(DataError, match="no file"):
         failed(model, finished_run, other)
     shutil.copy(rows, other)
-    with pytest.raises(DataError, match="a .txt file holds one text a line"):
+    with pytest.raises(DataError, match=r"a \.txt file holds one text a line"):
         failed(model, finished_run, other)
     (model / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.json; there is config\.json"):
