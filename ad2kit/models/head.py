@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -144,8 +144,13 @@ class Vectors(NamedTuple):
 
 
 def last_linear(module: torch.nn.Module) -> torch.nn.Linear:
-    """Return the last linear layer of a classifier, which computes the logits."""
-    return [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    """Return the last linear layer of a classifier, which computes the logits.
+
+    It is outside of the encoder, which some families of transformers 5 hold behind their head.
+    """
+    encoder = set(cast("Any", module).base_model.modules())
+    linear = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+    return [layer for layer in linear if layer not in encoder][-1]
 
 
 @torch.inference_mode()
