@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # A second environment, with transformers 5 and without optimum.
 VENV5 := .venv-transformers5
+# A file of tests stays in one process. The files keep their order: xdist would begin with those of
+# many tests, and a long file of few tests would run alone at the end.
+PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-transformers5 check lint soak lock docs reference clean
 
@@ -14,10 +17,10 @@ demo: $(INSTALLED)  ## the main job on the embedded data: minutes, offline
 	$(BIN)/python bench/plain_sentences.py
 
 test: lint  ## the whole suite
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-transformers5: $(VENV5)/.installed  ## the same with transformers 5; MARKED='-m transformers5' for a part
-	$(VENV5)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(MARKED)
+	$(VENV5)/bin/python -m pytest $(PARALLEL) $(MARKED)
 
 check: lint  ## the fast part, for the loop of edit and try
 	$(BIN)/python -m pytest tests/unit -m "not slow"

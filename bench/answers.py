@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
-from ad2kit.data.logits import softmax
 from ad2kit.models import text_model
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run import recipe as recipes
 from ad2kit.run.files import write_text
 from ad2kit.run.folder import open_run
+from ad2kit.statistics.logits import softmax
 from ad2kit.training.distill import distill, teach
 from bench.levers import Bench
 

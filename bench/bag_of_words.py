@@ -15,11 +15,11 @@ import sys
 
 import numpy as np
 
-from ad2kit.data import metrics
 from ad2kit.data.splits import Split, load_data
 from ad2kit.models.baselines import bag_of_words
 from ad2kit.models.records import BAG_OF_WORDS
 from ad2kit.run.recipe import load_recipe
+from ad2kit.statistics import metrics
 
 
 def main() -> None:

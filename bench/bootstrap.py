@@ -1,4 +1,4 @@
-"""Would scipy's resampling serve in place of `ad2kit/data/metrics.py`?
+"""Would scipy's resampling serve in place of `ad2kit/statistics/metrics.py`?
 
     python bench/bootstrap.py --rows 5500 --classes 151
 
@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from ad2kit.data.metrics import mean_metric, paired_bootstrap, randomisation_p, retained_interval
+from ad2kit.statistics.metrics import (
+    mean_metric,
+    paired_bootstrap,
+    randomisation_p,
+    retained_interval,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

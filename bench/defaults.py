@@ -29,8 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ad2kit.cli.show import show_messages
-from ad2kit.data import metrics
-from ad2kit.data.logits import answers
 from ad2kit.data.splits import encode, load_data
 from ad2kit.models import text_model
 from ad2kit.models.baselines import MEAN_PROBE, baseline_answers
@@ -39,6 +37,8 @@ from ad2kit.models.text_model import predict_logits
 from ad2kit.run.folder import open_run
 from ad2kit.run.machine import accelerator, environment
 from ad2kit.run.recipe import load_recipe
+from ad2kit.statistics import metrics
+from ad2kit.statistics.logits import answers
 from ad2kit.training.checkpoint import Snapshots
 from ad2kit.training.distill import distill
 from ad2kit.training.records import read_curve

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from ad2kit.data.tables import read_rows
 from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.parts import blocks_of
 from ad2kit.scoring.score import BLOCK_ROWS
+from ad2kit.tables.formats import read_rows
 
 if TYPE_CHECKING:
     from ad2kit.scoring.blocks import Block

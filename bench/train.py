@@ -42,13 +42,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ad2kit.data.logits import answers
-from ad2kit.data.metrics import mean_metric, paired_bootstrap, smallest_detectable_difference
 from ad2kit.data.splits import Data, Split, encode, load_data
 from ad2kit.models.text_model import TextModel, load_reference, predict_logits
 from ad2kit.run import machine
 from ad2kit.run.recipe import Recipe, load_recipe
 from ad2kit.run.sections import AdversaryRecipe, DistillRecipe, IntermediateRecipe
+from ad2kit.statistics.logits import answers
+from ad2kit.statistics.metrics import mean_metric, paired_bootstrap, smallest_detectable_difference
 from ad2kit.training.ad2 import distillation, finetuning
 from ad2kit.training.checkpoint import Evaluation
 from ad2kit.training.loop import new_state, train

@@ -12,19 +12,19 @@ import numpy as np
 
 from ad2kit.asking.records import Agreement, AskJob
 from ad2kit.asking.results import label_column
-from ad2kit.data import sample_size
 from ad2kit.data.labels import LabelReader
-from ad2kit.data.tables import read
 from ad2kit.run.errors import DataError, RunError
+from ad2kit.statistics import sample_size
+from ad2kit.tables.formats import read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from ad2kit.data.rows import Place
-    from ad2kit.data.text_files import Quotes
     from ad2kit.run.sections import DataRecipe
     from ad2kit.scoring.parts import Tables
+    from ad2kit.tables.rows import Place
+    from ad2kit.tables.text_files import Quotes
 
 
 class Other(NamedTuple):

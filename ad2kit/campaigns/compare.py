@@ -26,7 +26,7 @@ from ad2kit.campaigns.compare_report import (
     markdown,
     plot,
 )
-from ad2kit.data import metrics, splits
+from ad2kit.data import splits
 from ad2kit.gate.summary import baseline_scores
 from ad2kit.run.errors import RecipeError, nearest
 from ad2kit.run.files import fingerprint, locked, write_record, write_text
@@ -34,6 +34,7 @@ from ad2kit.run.folder import open_run
 from ad2kit.run.machine import is_first_process
 from ad2kit.run.recipe import from_data
 from ad2kit.run.records import CampaignRecord
+from ad2kit.statistics import metrics
 from ad2kit.training.distill import distill
 from ad2kit.training.shared import ValidationScores
 

@@ -23,9 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ad2kit.data import tables, text_files
-from ad2kit.data.rows import Place
-from ad2kit.data.texts import Text, is_text, text_of
 from ad2kit.gate.records import RowAnswers
 from ad2kit.gate.shipping import latest_passed_run
 from ad2kit.gate.summary import HEADER, caption, judged_against, model_rows
@@ -34,6 +31,9 @@ from ad2kit.run.errors import UserError
 from ad2kit.run.folder import find_run, named_folder, open_run
 from ad2kit.run.machine import is_first_process
 from ad2kit.run.recipe import load_recipe
+from ad2kit.tables import formats, text_files
+from ad2kit.tables.rows import Place
+from ad2kit.tables.texts import Text, is_text, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from ad2kit.campaigns.compare_report import CompareReport
     from ad2kit.campaigns.fit.records import FitReport
     from ad2kit.campaigns.sweep.report import SweepReport
-    from ad2kit.data.text_files import Quotes
     from ad2kit.exporting.classifier import OnnxClassifier
     from ad2kit.run.folder import RunDir
+    from ad2kit.tables.text_files import Quotes
     from ad2kit.training.records import StepRecord
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -299,13 +299,13 @@ def _rows_of(
     file: Path, settings: Callable[[], tuple[tuple[str, ...], Quotes]]
 ) -> Iterator[tuple[Place, tuple[Any, ...]]]:
     """Yield the texts of each row of a table, or the lines of another file."""
-    if file.is_file() and not tables.is_table(file.name):
+    if file.is_file() and not formats.is_table(file.name):
         with file.open("rb") as stream:
-            for number, text in tables.text_lines(stream, str(file)):
+            for number, text in formats.text_lines(stream, str(file)):
                 yield Place(str(file), number, number), (text,)
         return
     columns, csv_quotes = settings()
-    for place, cells in tables.read_rows(file, columns, csv_quotes):
+    for place, cells in formats.read_rows(file, columns, csv_quotes):
         yield place, tuple([cells.get(column) for column in columns])
 
 

@@ -1,1 +1,1 @@
-"""From texts and labels to scores: sources, splits, labels, metrics."""
+"""From tables to rows that train and judge: sources, labels, splits, windows."""

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.data.labels import LabelReader
-from ad2kit.data.logits import logits_of, scores
 from ad2kit.data.sources import open_source, open_unlabelled
-from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError, nearest
+from ad2kit.statistics.logits import logits_of, scores
+from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.rows import Place
     from ad2kit.data.sources import SplitRows
     from ad2kit.data.splits import Data
     from ad2kit.run.sections import AnswersRecipe, DataRecipe
+    from ad2kit.tables.rows import Place
 
     Logits = NDArray[np.float32]
 

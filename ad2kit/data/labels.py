@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data.logits import answers
-from ad2kit.data.rows import SourceLabels
 from ad2kit.run.errors import DataError
+from ad2kit.statistics.logits import answers
+from ad2kit.tables.rows import SourceLabels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.rows import Place
     from ad2kit.run.sections import DataRecipe, Task
+    from ad2kit.tables.rows import Place
 
 
 # The class id of a row without a label, PyTorch's ignore_index; other tasks use NaN.

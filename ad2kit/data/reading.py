@@ -22,11 +22,11 @@ import pyarrow as pa
 from ad2kit import __version__
 from ad2kit.data.labels import LabelReader
 from ad2kit.data.mapped import TextRows, damaged, kept, map_table, write_table
-from ad2kit.data.rows import BadRow, BadRows
 from ad2kit.data.sources import open_file, open_source, open_unlabelled
 from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint, sha256_of, whole_file, write_record
 from ad2kit.run.records import Record
+from ad2kit.tables.rows import BadRow, BadRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

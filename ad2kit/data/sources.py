@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.data import demo_reviews, hub, tables, text_files
-from ad2kit.data.rows import BadRows, Cells, Place, Row, SourceLabels
-from ad2kit.data.texts import is_text
+from ad2kit.data import demo_reviews
 from ad2kit.run.errors import DataError
+from ad2kit.tables import formats, hub, text_files
+from ad2kit.tables.rows import BadRows, Cells, Place, Row, SourceLabels
+from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -138,9 +139,9 @@ def open_file(path: Path, recipe: DataRecipe, name: str) -> tuple[SplitRows, Sou
         DataError: see :func:`open_source`.
     """
     columns = (*recipe.text_columns, *recipe.label_columns)
-    cells = partial(tables.read, path, columns, recipe.csv_quotes)
-    rows = SplitRows(name, recipe, cells, files=tables.files_of(path))
-    class_names = tables.class_names(path, recipe.label_columns)
+    cells = partial(formats.read, path, columns, recipe.csv_quotes)
+    rows = SplitRows(name, recipe, cells, files=formats.files_of(path))
+    class_names = formats.class_names(path, recipe.label_columns)
     return rows, None if class_names is None else SourceLabels(class_names, only_ids=True)
 
 
@@ -158,8 +159,8 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
         loaded = hub.load(reference, key="data.unlabelled")
         return _hub_split(loaded, address, split or "train", recipe, has_labels=False)
     path = Path(reference)
-    cells = partial(tables.read, path, columns, recipe.csv_quotes)
-    files = tables.files_of(path)
+    cells = partial(formats.read, path, columns, recipe.csv_quotes)
+    files = formats.files_of(path)
     return SplitRows(reference, recipe, cells, has_labels=False, files=files)
 
 
@@ -184,8 +185,8 @@ def _from_folder(recipe: DataRecipe, folder: Path, names: tuple[str, str]) -> So
             "or write hub://owner/name for a data set on the hub",
         )
     train_name, validation_name = names
-    train = tables.split_of(folder, train_name, "train")
-    validation = tables.split_of(folder, validation_name, "validation")
+    train = formats.split_of(folder, train_name, "train")
+    validation = formats.split_of(folder, validation_name, "validation")
     source = _from_files(recipe, train, validation)
     label_file = folder / "labels.txt"
     if not label_file.is_file():
@@ -239,9 +240,9 @@ def _hub_split(
     columns = [*recipe.text_columns, *(recipe.label_columns if has_labels else ())]
 
     def cells() -> Iterator[Cells]:
-        from ad2kit.data import arrow_files
+        from ad2kit.tables import arrow_files
 
-        tables.check_columns(f"{address} {name}", columns, loaded[name].column_names)
+        formats.check_columns(f"{address} {name}", columns, loaded[name].column_names)
         split = loaded[name].select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
         yield from arrow_files.rows(parts, f"{address} {name}")
@@ -258,7 +259,7 @@ def _hub_stream(reference: str, split: str, recipe: DataRecipe) -> SplitRows:
     )
 
     def cells() -> Iterator[Cells]:
-        from ad2kit.data import arrow_files
+        from ad2kit.tables import arrow_files
 
         yield from arrow_files.rows(batches(), reference)
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from ad2kit.data.rows import BadRow
     from ad2kit.run.sections import DataRecipe, Task, TextLength
+    from ad2kit.tables.rows import BadRow
 
 logger = logging.getLogger(__name__)
 

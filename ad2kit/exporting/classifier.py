@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ad2kit.data import windows
-from ad2kit.data.logits import answers, scores
-from ad2kit.data.texts import is_text
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.exporting.tokenise import Tokenise, stop_at_long_text
 from ad2kit.run.errors import MissingExtra, ModelError, UserError
 from ad2kit.run.files import check_sha256
 from ad2kit.run.machine import available_cpus
+from ad2kit.statistics.logits import answers, scores
+from ad2kit.tables.texts import is_text
 
 try:
     import onnxruntime
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.texts import Text
     from ad2kit.exporting.tokenise import Refuse, Tokens
     from ad2kit.run.sections import Provider
+    from ad2kit.tables.texts import Text
 
 
 MODEL_FILE = "model.onnx"

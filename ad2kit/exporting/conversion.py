@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ad2kit.data import metrics, sample_size
-from ad2kit.data.logits import answers
 from ad2kit.exporting.records import Check, RowsNeeded
+from ad2kit.statistics import metrics, sample_size
+from ad2kit.statistics.logits import answers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ad2kit.data.sample_size import Estimate
     from ad2kit.run.sections import Metric, ParityRecipe, Task
+    from ad2kit.statistics.sample_size import Estimate
 
     Logits = NDArray[np.float32]
     Texts = tuple[str, ...]

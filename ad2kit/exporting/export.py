@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ad2kit import __version__
 from ad2kit.data import splits
-from ad2kit.data.metrics import fit_temperature
-from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, read_artifact
 from ad2kit.exporting.conversion import LabelledRows
 from ad2kit.exporting.golden import GOLDEN_FILE, add_golden_answers
@@ -31,6 +29,8 @@ from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_fol
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import onnxruntime_distribution, quiet_transformers, versions
 from ad2kit.run.sections import Variant
+from ad2kit.statistics.metrics import fit_temperature
+from ad2kit.tables.texts import text_of
 from ad2kit.training.records import DistillReport
 from ad2kit.training.teachers import judged_select
 

@@ -16,8 +16,8 @@ from ad2kit.run.files import sha256_of, write_record, write_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ad2kit.data.texts import Text
     from ad2kit.exporting.classifier import Prediction
+    from ad2kit.tables.texts import Text
 
 GOLDEN_FILE = "golden.json"
 # Texts of several lengths; none of them is from a user's data.

@@ -18,8 +18,6 @@ import torch
 import transformers
 
 from ad2kit.data import splits
-from ad2kit.data.label_order import numbers_of
-from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.conversion import agreement, agrees, at_most, not_finite
 from ad2kit.exporting.records import OnnxArtifact
@@ -32,6 +30,8 @@ from ad2kit.models.text_model import predict_logits
 from ad2kit.run.errors import ModelError
 from ad2kit.run.files import fingerprint, sha256_of_folder, write_record
 from ad2kit.run.machine import available_cpus
+from ad2kit.statistics.label_order import numbers_of
+from ad2kit.tables.texts import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

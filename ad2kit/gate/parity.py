@@ -21,7 +21,6 @@ import torch
 
 from ad2kit.data import splits
 from ad2kit.data.labels import filled, has_label
-from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.conversion import conversion_cost, mostly_8_bits
 from ad2kit.exporting.records import OnnxArtifact
@@ -41,6 +40,7 @@ from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import available_cpus, environment, quiet_transformers
+from ad2kit.tables.texts import text_of
 from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.texts import Text
     from ad2kit.exporting.records import Check
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.gate.records import VariantParity
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
+    from ad2kit.tables.texts import Text
 
     Logits = NDArray[np.float32]
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ad2kit.data.metrics import Bin
+    from ad2kit.statistics.metrics import Bin
     from ad2kit.training.records import Selection, StepRecord
 
 # Colour-blind readers can tell these apart, on black and on white (Okabe and Ito 2008).

@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data import metrics, sample_size
-from ad2kit.data.label_order import better_order
 from ad2kit.data.labels import counts
-from ad2kit.data.logits import answers, softmax
 from ad2kit.exporting.conversion import (
     LabelledRows,
     Question,
@@ -37,18 +34,21 @@ from ad2kit.gate.records import (
     TeacherAgreement,
     VariantParity,
 )
+from ad2kit.statistics import metrics, sample_size
+from ad2kit.statistics.label_order import better_order
+from ad2kit.statistics.logits import answers, softmax
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.sample_size import Estimate, LostClasses
     from ad2kit.data.splits import Encoded
     from ad2kit.exporting.classifier import OnnxClassifier
     from ad2kit.exporting.records import Check
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.run.sections import Metric, ParityRecipe, Task
+    from ad2kit.statistics.sample_size import Estimate, LostClasses
 
     Logits = NDArray[np.float32]
     Texts = tuple[str, ...]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data import metrics
-from ad2kit.data.logits import answers, scores, softmax
 from ad2kit.gate import summary
 from ad2kit.gate.records import BentoRecord, LatencyReport, ParityReport, RowAnswers
 from ad2kit.gate.shipping import campaign_of, passed_variants
 from ad2kit.run.errors import MissingExtra, RunError
 from ad2kit.run.files import read_lines, sha256_of, write_text
 from ad2kit.run.folder import exclusive
+from ad2kit.statistics import metrics
+from ad2kit.statistics.logits import answers, scores, softmax
 from ad2kit.training.records import DistillReport, overrun, read_curve
 
 try:

@@ -15,7 +15,7 @@ from ad2kit.run.folder import RunDir, judged_runs
 from ad2kit.run.records import CampaignRecord
 
 if TYPE_CHECKING:
-    from ad2kit.data.text_files import Quotes
+    from ad2kit.tables.text_files import Quotes
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from ad2kit.data import metrics, splits
+from ad2kit.data import splits
 from ad2kit.data.labels import has_label
-from ad2kit.data.logits import answers
 from ad2kit.models import text_model
 from ad2kit.models.head import read_vectors
 from ad2kit.models.records import BAG_OF_WORDS, FEWEST_ROWS, Baseline, TeacherReport
+from ad2kit.statistics import metrics
+from ad2kit.statistics.logits import answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from ad2kit.data import splits
-from ad2kit.data.label_order import check_given_order, numbers_of
 from ad2kit.models.layers import classifier_class
 from ad2kit.models.pretrained import (
     RANDOM,
@@ -37,6 +36,7 @@ from ad2kit.run.errors import ModelError
 from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
 from ad2kit.run.machine import quiet_transformers, seeded
 from ad2kit.run.sections import Task, TextLength
+from ad2kit.statistics.label_order import check_given_order, numbers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

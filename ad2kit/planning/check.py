@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ad2kit.data import sample_size, splits
+from ad2kit.data import splits
 from ad2kit.data.labels import balance, counts, has_label
-from ad2kit.data.rows import bad_rows_words
 from ad2kit.run.machine import available_cpus
 from ad2kit.run.records import Part
 from ad2kit.run.sections import LongTexts, TextLength
+from ad2kit.statistics import sample_size
+from ad2kit.tables.rows import bad_rows_words
 from ad2kit.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class CheckReport(Part):
     teacher. Both assume that teacher and student differ on one text of ten. ``rows_to_agree`` is
     the number of rows that can show enough agreement of a conversion that moves a label on half as
     many texts as ``parity.min_agreement`` allows. All are computed by
-    :mod:`ad2kit.data.sample_size`, as in the gate. ``rows_to_imitate`` is the number of rows that
-    can show a student that differs from its teacher on half as many texts as
+    :mod:`ad2kit.statistics.sample_size`, as in the gate. ``rows_to_imitate`` is the number of rows
+    that can show a student that differs from its teacher on half as many texts as
     ``parity.min_teacher_agreement`` allows. Null means that no number of rows is enough.
     ``few_rows`` names the classes (or labels) with fewer than ``rows_of_a_class`` validation rows,
     for which it cannot be tested whether a student lost them. Memory and minutes are rough: they

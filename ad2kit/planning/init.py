@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data import tables
 from ad2kit.data.labels import FLAGS, balance
-from ad2kit.data.tables import FORMATS
-from ad2kit.data.texts import is_text
 from ad2kit.models.pretrained import find_model, read_config, read_tokenizer
 from ad2kit.run.errors import DataError, ModelError, RecipeError, nearest
 from ad2kit.run.recipe import from_data, parse_yaml, recipes_folder
+from ad2kit.tables import formats
+from ad2kit.tables.formats import FORMATS
+from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ad2kit.data.text_files import Quotes
     from ad2kit.run.sections import Task
+    from ad2kit.tables.text_files import Quotes
 
 # Names of validation tables, without their suffix.
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -135,7 +135,7 @@ def init(
         guess.note("label_column", "One column of 0 and 1 for each label.")
     else:
         guess.data["label_column"] = labels[0]
-        _task(columns[labels[0]], tables.class_names(train, labels), guess)
+        _task(columns[labels[0]], formats.class_names(train, labels), guess)
     _length([columns[name] for name in texts], guess)
     content = _recipe(recipe.stem, source, guess)
     from_data(parse_yaml(content), where=str(recipe))
@@ -187,8 +187,8 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
         DataError: a table is missing, or there are several.
     """
     if validation is not None:
-        tables.files_of(validation)
-    train = tables.named(source, "train") if source.is_dir() else []
+        formats.files_of(validation)
+    train = formats.named(source, "train") if source.is_dir() else []
     if not train:
         _check_is_table(source)
         if validation is None:
@@ -198,7 +198,7 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
                 hint="hold some rows out, and name both tables:\n" + _hold_out(source),
             )
         return Guess({"source": None, "train": str(source), "validation": str(validation)}), source
-    others = [(stem, path) for stem in _VALIDATION for path in tables.named(source, stem)]
+    others = [(stem, path) for stem in _VALIDATION for path in formats.named(source, stem)]
     if validation is None and len(train) == len(others) == 1:
         stem = None if others[0][0] == "validation" else others[0][0]
         return Guess({"source": str(source), "train": None, "validation": stem}), train[0]
@@ -219,7 +219,7 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
 def _check_is_table(source: Path) -> None:
     """Insist that a folder without a train table is a table itself."""
     try:
-        tables.files_of(source)
+        formats.files_of(source)
     except DataError as error:
         if not source.is_dir():
             raise
@@ -234,7 +234,8 @@ def _hold_out(path: Path) -> str:
     stem = path.name.split(".")[0].partition("-*")[0]
     train, held_out = (str(path.with_name(f"{stem}-{part}.jsonl")) for part in _PARTS)
     code = (
-        "import json, random; from pathlib import Path; from ad2kit.data.tables import read_rows; "
+        "import json, random; from pathlib import Path; "
+        "from ad2kit.tables.formats import read_rows; "
         f"rows = [dict(cells) for _, cells in read_rows(Path({json.dumps(str(path))}))]; "
         "random.Random(17).shuffle(rows); part = round(len(rows) / 5); "
         "[Path(name).write_text(''.join(json.dumps(row, default=str) + chr(10) for row in some)) "
@@ -250,7 +251,7 @@ def _columns(path: Path, names: Sequence[str], csv_quotes: Quotes) -> dict[str, 
 
     ``names`` are columns that it should have; they show the delimiter of CSV.
     """
-    rows = [cells for _, cells in tables.read_rows(path, names, csv_quotes, every=True)]
+    rows = [cells for _, cells in formats.read_rows(path, names, csv_quotes, every=True)]
     if not rows:
         raise DataError(f"{path} holds no rows", hint="give a table that holds rows")
     columns = tuple(dict.fromkeys(name for row in rows for name in row))

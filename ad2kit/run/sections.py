@@ -68,7 +68,7 @@ class Section(BaseModel):
 class DataRecipe(Section):
     """Where the texts lie and how they are read.
 
-    ``source`` is a folder of tables (:mod:`ad2kit.data.tables`), ``hub://owner/name`` or
+    ``source`` is a folder of tables (:mod:`ad2kit.tables.formats`), ``hub://owner/name`` or
     ``hub://owner/name/config``, with ``@revision`` at the end for one branch, tag or commit, or
     ``embedded://opinions``. ``train`` and ``validation`` then name its files (without suffix) or
     splits; null stands for "train" and "validation". Without a source both are paths of files.

@@ -6,9 +6,9 @@ import io
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.data.arrow_files import is_text_column, open_table, texts
 from ad2kit.run.errors import MissingExtra
 from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem
+from ad2kit.tables.arrow_files import is_text_column, open_table, texts
 
 try:
     import pyarrow as pa
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.text_files import Quotes
     from ad2kit.scoring.blocks import Layout
     from ad2kit.scoring.records import InputFile
+    from ad2kit.tables.text_files import Quotes
 
 # The types of the answer columns by the kind of their array, also for a block without answers.
 _TYPES = {

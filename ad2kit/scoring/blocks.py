@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.data.rows import BadRow
-from ad2kit.data.tables import FORMATS, SAVED, format_of, saved_files
 from ad2kit.run.errors import DataError, MissingExtra, nearest
 from ad2kit.scoring.records import InputFile
+from ad2kit.tables.formats import FORMATS, SAVED, format_of, saved_files
+from ad2kit.tables.rows import BadRow
 
 try:
     import fsspec
@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ad2kit.data.text_files import Dialect
+    from ad2kit.tables.text_files import Dialect
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from ad2kit.scoring.records import Job
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ad2kit.data.rows import BadRow
+    from ad2kit.tables.rows import BadRow
 
 
 _ERRORS = "_errors"

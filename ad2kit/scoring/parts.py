@@ -10,8 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ad2kit.data.tables import known_format
-from ad2kit.data.texts import is_text
 from ad2kit.run.errors import DataError
 from ad2kit.scoring import text_blocks
 from ad2kit.scoring.blocks import (
@@ -22,16 +20,18 @@ from ad2kit.scoring.blocks import (
     layout_of,
 )
 from ad2kit.scoring.output import OutputFolder, part_name
+from ad2kit.tables.formats import known_format
+from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.text_files import Quotes
     from ad2kit.exporting.tokenise import Refuse
     from ad2kit.scoring.blocks import Layout, Rows, Survey
     from ad2kit.scoring.records import InputFile
+    from ad2kit.tables.text_files import Quotes
 
     Numbered = tuple[int, Block]
 

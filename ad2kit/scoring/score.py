@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from ad2kit.data.text_files import Quotes
     from ad2kit.scoring.parts import Done, Numbered
+    from ad2kit.tables.text_files import Quotes
 
 Engine = Literal["process", "ray"]
 
@@ -79,8 +79,8 @@ def score(
 
     Args:
         model: a run, whose variant to ship is used, or the folder of one variant.
-        input_url: a file, folder or glob of tables in any format of :mod:`ad2kit.data.tables`, at
-            any fsspec address.
+        input_url: a file, folder or glob of tables in any format of :mod:`ad2kit.tables.formats`,
+            at any fsspec address.
         output_url: a folder for parts, new or of the same job: of the same format, but not
             compressed; JSON lines for JSON, and Parquet for Arrow streams.
         text_columns: the columns that the model reads; if None, those that its run was trained on.

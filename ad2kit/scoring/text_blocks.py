@@ -14,21 +14,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
-from ad2kit.data import text_files
-from ad2kit.data.tables import known_format, open_text
-from ad2kit.data.text_files import BOM, TSV, Lines
 from ad2kit.run.errors import DataError
 from ad2kit.scoring.blocks import Block, Rows, Survey, filesystem
+from ad2kit.tables import text_files
+from ad2kit.tables.formats import known_format, open_text
+from ad2kit.tables.text_files import BOM, TSV, Lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from ad2kit.data.tables import Format
-    from ad2kit.data.text_files import Dialect, Quotes
     from ad2kit.scoring.blocks import Layout
     from ad2kit.scoring.records import InputFile
+    from ad2kit.tables.formats import Format
+    from ad2kit.tables.text_files import Dialect, Quotes
 
 # The size that ends a block before it has all its rows, so that long rows do not fill the memory.
 _BLOCK_BYTES = 32 * 2**20

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data.logits import answers, scores
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.tokenise import stop_at_long_text
 from ad2kit.run.errors import MissingExtra, UserError
 from ad2kit.run.ray_cluster import ray_cluster
 from ad2kit.scoring.blocks import Block
 from ad2kit.scoring.parts import BlockWorker, Done
+from ad2kit.statistics.logits import answers, scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ad2kit.data import splits
-from ad2kit.data.texts import text_of
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.run.errors import GateFailed, RunError, UserError
+from ad2kit.tables.texts import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

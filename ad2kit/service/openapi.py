@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from pydantic.json_schema import models_json_schema
 
 from ad2kit import __version__
-from ad2kit.data.texts import VISIBLE, Text
 from ad2kit.exporting.golden import TEXTS
 from ad2kit.service.errors import ERRORS, send_json
+from ad2kit.tables.texts import VISIBLE, Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,11 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ad2kit.data import splits
-from ad2kit.data.label_order import check_order
 from ad2kit.data.labels import balance, counts, filled, has_label
-from ad2kit.data.logits import answers
-from ad2kit.data.metrics import mean_metric
-from ad2kit.data.rows import write_bad_rows
 from ad2kit.models import given, text_model
 from ad2kit.models.baselines import labelled_rows, look_at_teacher, untrained_encoder
 from ad2kit.models.head import MOST_ROWS, start_head
@@ -29,6 +25,10 @@ from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_fil
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment, peak_memory_mb
+from ad2kit.statistics.label_order import check_order
+from ad2kit.statistics.logits import answers
+from ad2kit.statistics.metrics import mean_metric
+from ad2kit.tables.rows import write_bad_rows
 from ad2kit.training import selection, shared
 from ad2kit.training.ad2 import Batch, distillation, finetuning, inner_losses
 from ad2kit.training.checkpoint import Evaluation

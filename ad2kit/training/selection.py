@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ad2kit.data.metrics import paired_standard_errors
+from ad2kit.statistics.metrics import paired_standard_errors
 from ad2kit.training.records import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ad2kit.data.metrics import Array, Floats
     from ad2kit.run.sections import Metric
+    from ad2kit.statistics.metrics import Array, Floats
     from ad2kit.training.records import SelectPoint
 
 

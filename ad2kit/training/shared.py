@@ -28,8 +28,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ad2kit.data import metrics, splits
-from ad2kit.data.logits import answers
+from ad2kit.data import splits
 from ad2kit.models import given, text_model
 from ad2kit.models.records import ModelManifest, is_given
 from ad2kit.models.text_model import predict_logits
@@ -42,6 +41,8 @@ from ad2kit.run.files import (
     writing,
 )
 from ad2kit.run.machine import accelerator
+from ad2kit.statistics import metrics
+from ad2kit.statistics.logits import answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,7 +15,6 @@ from scipy.stats import binomtest
 
 from ad2kit.campaigns.run import export_teacher
 from ad2kit.data import splits
-from ad2kit.data.logits import scores
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
 from ad2kit.gate.records import BentoRecord, ParityReport
@@ -23,6 +22,7 @@ from ad2kit.models import given, text_model
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run import recipe as recipes
 from ad2kit.run.folder import RunDir, open_run
+from ad2kit.statistics.logits import scores
 from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import assume, given
 
 from ad2kit.data import splits
-from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.export import export
 from ad2kit.exporting.records import OnnxArtifact
@@ -23,6 +22,7 @@ from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import GateFailed, RunError
 from ad2kit.run.files import write_record
 from ad2kit.run.folder import RunDir, open_run
+from ad2kit.tables.texts import is_text
 from ad2kit.training.distill import distill
 from ad2kit.training.records import DistillReport
 from tests import families

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pyarrow import parquet
 
-from ad2kit.data import tables
 from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.tables import formats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,7 +217,7 @@ class TestTables:
 
     def test_26_unlabelled_lines_of_windows(self, case: Callable[[str], Path]) -> None:
         case("26-unlabelled-crlf")
-        rows = [row["text"] for _, row in tables.read_rows(Path("more.txt"), ("text",))]
+        rows = [row["text"] for _, row in formats.read_rows(Path("more.txt"), ("text",))]
         assert rows
         assert not [text for text in rows if text != text.strip()]
 

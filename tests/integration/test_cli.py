@@ -18,12 +18,12 @@ import pandas as pd
 import pytest
 
 from ad2kit.cli.show import next_steps
-from ad2kit.data import sample_size
 from ad2kit.exporting import export
 from ad2kit.gate.records import ParityReport
 from ad2kit.planning import doctor
 from ad2kit.run.folder import RunDir
 from ad2kit.run.machine import available_cpus
+from ad2kit.statistics import sample_size
 from tests.conftest import QUICK, RECIPES
 
 if TYPE_CHECKING:

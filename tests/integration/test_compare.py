@@ -10,10 +10,10 @@ import pytest
 
 from ad2kit.campaigns.compare import METHODS, compare
 from ad2kit.campaigns.compare_report import CompareReport, StudentResult, caption
-from ad2kit.data import metrics
 from ad2kit.run.errors import RecipeError, RunError
 from ad2kit.run.folder import find_run, open_run
 from ad2kit.run.recipe import from_data, load_recipe
+from ad2kit.statistics import metrics
 from ad2kit.training.distill import distill
 from tests.conftest import QUICK
 

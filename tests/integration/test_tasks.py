@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 import ad2kit
-from ad2kit.data import tables
-from ad2kit.data.rows import BadRow
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
@@ -22,6 +20,8 @@ from ad2kit.run.errors import DataError, ModelError
 from ad2kit.run.files import read_lines
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.scoring.score import score
+from ad2kit.tables import formats
+from ad2kit.tables.rows import BadRow
 from ad2kit.training.distill import distill
 from ad2kit.training.opening import open_models
 from ad2kit.training.records import read_curve
@@ -321,7 +321,7 @@ def test_bad_rows_are_left_out_and_listed_in_the_run(tmp_path: Path, ad2kit: Any
     done = ad2kit("score", tmp_path / "train.csv.gz", scored, *model)
     assert done.code == 2  # the row without a text
     assert "1 of 62 rows" in done.out + done.err
-    again = tables.read_rows(scored, ("first", "red", "labels"), "backslash")
+    again = formats.read_rows(scored, ("first", "red", "labels"), "backslash")
     found = [row["first"] for _, row in again]
     assert len(found) == 61
     assert found[:2] == [f'"{row["first"]}"' for row in rows("several labels", 0, 2)]

@@ -12,10 +12,10 @@ import pytest
 from ad2kit.data import splits
 from ad2kit.data.answers import mean_answers, read_answers
 from ad2kit.data.labels import counts, filled, has_label
-from ad2kit.data.logits import answers, logits_of, scores
 from ad2kit.run.errors import DataError, RecipeError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import AnswersRecipe, DataRecipe
+from ad2kit.statistics.logits import answers, logits_of, scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

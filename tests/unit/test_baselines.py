@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from ad2kit.data import metrics
 from ad2kit.data.splits import Data, Split, collate, encode
 from ad2kit.models import baselines
 from ad2kit.models.head import last_linear, read_vectors
@@ -17,6 +16,7 @@ from ad2kit.models.records import BAG_OF_WORDS, Baseline, TeacherReport
 from ad2kit.run import recipe
 from ad2kit.run.errors import GateFailed, RunError
 from ad2kit.run.sections import TextLength
+from ad2kit.statistics import metrics
 from ad2kit.training.records import StepRecord, scores_before_decay
 from tests import families, models
 

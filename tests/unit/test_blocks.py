@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ad2kit.data.text_files import TSV, Dialect
 from ad2kit.run.errors import DataError
 from ad2kit.scoring import arrow_blocks, text_blocks
 from ad2kit.scoring.blocks import (
@@ -26,6 +25,7 @@ from ad2kit.scoring.blocks import (
     layout_of,
 )
 from ad2kit.scoring.parts import blocks_of
+from ad2kit.tables.text_files import TSV, Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ad2kit
-from ad2kit.data.logits import softmax
 from ad2kit.data.splits import load_data
-from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import LatencyReport
 from ad2kit.gate.shipping import passed_variants
 from ad2kit.run.errors import ModelError, RunError, UserError
 from ad2kit.run.files import write_record
+from ad2kit.statistics.logits import softmax
+from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,11 +13,11 @@ import pytest
 from pyarrow import parquet
 
 from ad2kit.data.labels import balance
-from ad2kit.data.rows import BadRows
 from ad2kit.data.sources import open_source
 from ad2kit.data.splits import Data, Split, _chunks, encode, epoch_batches, load_data
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe, TextLength
+from ad2kit.tables.rows import BadRows
 from tests.models import tiny_bert
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, pearsonr
 
-from ad2kit.data import sample_size
 from ad2kit.data.mapped import TokenRows
 from ad2kit.data.splits import Encoded
 from ad2kit.exporting.conversion import agreement, agrees, conversion_cost
@@ -20,6 +19,7 @@ from ad2kit.gate.records import ParityReport, VariantParity, check_passed
 from ad2kit.gate.summary import untested_words
 from ad2kit.run.errors import GateFailed
 from ad2kit.run.sections import ParityRecipe
+from ad2kit.statistics import sample_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,10 +22,10 @@ from ad2kit.campaigns.fit.records import (
 from ad2kit.campaigns.fit.report import _GROUPS, caption, markdown, plot, rows
 from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.cli.options import numbers
-from ad2kit.data.metrics import retained_interval
 from ad2kit.run.errors import GateFailed, ModelError, RecipeError, UserError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import StudentRecipe
+from ad2kit.statistics.metrics import retained_interval
 from ad2kit.training import students
 from tests import families
 from tests.models import tiny_bert

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ad2kit.data.labels import NO_CLASS
-from ad2kit.data.logits import answers
 from ad2kit.models import head
 from ad2kit.models.head import fit_linear, start_head
 from ad2kit.models.text_model import predict_logits
+from ad2kit.statistics.logits import answers
 from tests.models import cpu, encoded, tiny_bert
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from ad2kit.data.label_order import better_order, check_given_order, check_order, numbers_of
 from ad2kit.run.errors import ModelError
+from ad2kit.statistics.label_order import better_order, check_given_order, check_order, numbers_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,10 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ad2kit.data.labels import LabelReader
-from ad2kit.data.rows import Place, SourceLabels
 from ad2kit.data.splits import load_data
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe
+from ad2kit.tables.rows import Place, SourceLabels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

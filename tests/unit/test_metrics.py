@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from ad2kit.data import metrics
-from ad2kit.data.logits import softmax
+from ad2kit.statistics import metrics
+from ad2kit.statistics.logits import softmax
 
 if TYPE_CHECKING:
     from ad2kit.run.sections import Metric

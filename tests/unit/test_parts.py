@@ -8,10 +8,10 @@ import fsspec
 import pytest
 from filelock import FileLock
 
-from ad2kit.data.rows import BadRow
 from ad2kit.run.errors import RunError
 from ad2kit.scoring.output import OutputFolder, part_name
 from ad2kit.scoring.records import InputFile, ScoreJob
+from ad2kit.tables.rows import BadRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ad2kit.data import metrics
 from ad2kit.data.splits import load_data
 from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import RecipeError
 from ad2kit.run.folder import open_run
 from ad2kit.run.recipe import parse_yaml
 from ad2kit.run.sweep_section import Configuration, SweepRecipe
+from ad2kit.statistics import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

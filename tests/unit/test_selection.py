@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ad2kit.data import metrics
 from ad2kit.run.errors import RunError
+from ad2kit.statistics import metrics
 from ad2kit.training import selection
 from ad2kit.training.checkpoint import Snapshots
 from ad2kit.training.records import Selection, SelectPoint

@@ -23,14 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ad2kit.data import tables
-from ad2kit.data.rows import BadRows
 from ad2kit.data.sources import open_unlabelled
 from ad2kit.data.splits import load_data
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe
 from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.parts import blocks_of
+from ad2kit.tables import formats
+from ad2kit.tables.rows import BadRows
 from tests.unit.test_text_rows import AS_THEY_ARE, CELL, NAMES, PLAIN_CELL, for_scoring
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def test_all_readers_have_the_same_rows(shape: Shape) -> None:
         with TemporaryDirectory() as folder:
             path = Path(folder) / shape.name
             shape.write(path, pd.DataFrame(rows, columns=list(NAMES)))
-            read = tables.read_rows(path, NAMES, shape.quotes)
+            read = formats.read_rows(path, NAMES, shape.quotes)
             training = [tuple(row[name] for name in NAMES) for _, row in read]
             assert training == rows
             assert for_scoring(path, block_rows, shape.quotes) == rows
@@ -220,7 +220,7 @@ def test_any_csv_with_backslashes_is_what_pandas_reads_or_refused(
         path.write_text(f"text,other\n{content}", encoding="utf-8", newline="")
         found = list[Any]()
         for read in (
-            lambda: [tuple(row.values()) for _, row in tables.read_rows(path, NAMES, "backslash")],
+            lambda: [tuple(row.values()) for _, row in formats.read_rows(path, NAMES, "backslash")],
             lambda: for_scoring(path, block_rows, "backslash"),
         ):
             try:
@@ -238,7 +238,7 @@ def read_all(path: Path, columns: tuple[str, ...] = ("text",)) -> list[Any]:
     """What training reads: the cells of each row, or the reason why it is bad."""
     return [
         error.message.removeprefix(f"{place}: ") if error else cells["text"]
-        for place, cells, error in tables.read(path, columns)
+        for place, cells, error in formats.read(path, columns)
     ]
 
 
@@ -335,7 +335,7 @@ def test_a_folder_is_one_table_of_one_format(
         for name, text in content.items():
             (folder / name).write_text(text)
         with pytest.raises(DataError, match="expected files of one format, found "):
-            list(tables.read_rows(folder, ("text",)))
+            list(formats.read_rows(folder, ("text",)))
     (folder / "b.jsonl").rename(folder / "_b.jsonl")
     assert read_all(folder) == ["a"]
     monkeypatch.setenv("HOME", str(tmp_path))

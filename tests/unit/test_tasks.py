@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ad2kit.data.logits import answers, scores
+from ad2kit.statistics.logits import answers, scores
 
 LOGITS = np.array([[math.log(3.0), 0.0], [-1000.0, 1000.0]], dtype=np.float32)
 

@@ -20,17 +20,17 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ad2kit.data import tables, text_files
-from ad2kit.data.text_files import Dialect, Lines
 from ad2kit.run.errors import DataError
 from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.parts import blocks_of
+from ad2kit.tables import formats, text_files
+from ad2kit.tables.text_files import Dialect, Lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ad2kit.data.text_files import Quotes
     from ad2kit.scoring.records import InputFile
+    from ad2kit.tables.text_files import Quotes
 
 # What ends a line for somebody, what quotes for somebody, and what is no character for some.
 ODD = "\",;\\'\n\r\t \ufeff\u2028\u2029\u0085\x0b\x0c\x1c\x00"
@@ -46,7 +46,7 @@ AS_THEY_ARE: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filte
 
 
 def for_training(path: Path) -> list[tuple[str, ...]]:
-    return [tuple(row[name] for name in NAMES) for _, row in tables.read_rows(path, NAMES)]
+    return [tuple(row[name] for name in NAMES) for _, row in formats.read_rows(path, NAMES)]
 
 
 def for_scoring(path: Path, block_rows: int, quotes: Quotes = "doubled") -> list[tuple[str, ...]]:
@@ -61,7 +61,7 @@ def scored(
     file: InputFile, block_rows: int, quotes: Quotes, folder: Path
 ) -> Iterator[tuple[str, ...]]:
     blocks, answer = blocks_of(file.url), LABELS
-    suffix = tables.known_format(file.url).of_parts
+    suffix = formats.known_format(file.url).of_parts
     if suffix == "tsv":
         answer = LABELS[:2]  # TSV cannot hold the others, and `ad2kit score` refuses them
     survey = blocks.survey(file, block_rows, NAMES, quotes)
@@ -77,7 +77,7 @@ def scored(
             labels = answer[(number + np.arange(len(rows.texts))) % len(answer)]
             good = range(len(rows.texts))
             written.write_bytes(blocks.write(rows, good, layout, {"label": labels}))
-            again = tables.read_rows(written, (*NAMES, "label"), quotes)
+            again = formats.read_rows(written, (*NAMES, "label"), quotes)
             assert [tuple(row[name] for name in (*NAMES, "label")) for _, row in again] == [
                 (*texts, label) for texts, label in zip(rows.texts, labels, strict=True)
             ]
@@ -216,7 +216,7 @@ SPARK = b'text,label\nplain,a\n"he said \\"never, dull\\" to me",b\n"ends \\"so\
 
 def refusal(path: Path) -> DataError:
     with pytest.raises(DataError) as caught:
-        list(tables.read_rows(path, ("text", "label")))
+        list(formats.read_rows(path, ("text", "label")))
     return caught.value
 
 
@@ -226,7 +226,7 @@ def test_what_spark_wrote_is_refused_with_a_cure_that_works(tmp_path: Path) -> N
     error = refusal(path)
     assert error.message.startswith(f"{path}, line 3: not CSV: ")
     assert "data.csv_quotes=backslash" in error.hint
-    rows = [row for _, row in tables.read_rows(path, ("text", "label"), "backslash")]
+    rows = [row for _, row in formats.read_rows(path, ("text", "label"), "backslash")]
     assert [row["text"] for row in rows] == ["plain", 'he said "never, dull" to me', 'ends "so"']
     assert [row["label"] for row in rows] == ["a", "b", "a"]
 
@@ -243,13 +243,13 @@ def test_a_header_with_two_delimiters_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("text,a|text\n1,2|3\n")
     with pytest.raises(DataError, match="the columns text with a bar or a comma as the delimiter"):
-        list(tables.read_rows(path, ("text",)))
+        list(formats.read_rows(path, ("text",)))
     with pytest.raises(DataError, match="no column 'other'"):
         for_training(path)
     (file,) = find_inputs(str(path))
     with pytest.raises(DataError, match="with a bar or a comma as the delimiter"):
         blocks_of(file.url).survey(file, 10, ("text",), "doubled")
-    ((_, row),) = tables.read_rows(path, ("a|text",))
+    ((_, row),) = formats.read_rows(path, ("a|text",))
     assert row == {"text": "1", "a|text": "2|3"}
 
 
@@ -261,14 +261,14 @@ def test_tsv_with_quoting_is_refused_with_a_cure_that_works(tmp_path: Path) -> N
     with pytest.raises(DataError, match="found names in quotation marks"):
         for_scoring(path, 100)
     assert "end in .csv" in error.hint
-    ((_, row),) = tables.read_rows(path.rename(tmp_path / "in.csv"), ("text", "label"))
+    ((_, row),) = formats.read_rows(path.rename(tmp_path / "in.csv"), ("text", "label"))
     assert row == {"text": "so, so", "label": "x"}
 
 
 def test_one_column_is_a_table_too(tmp_path: Path) -> None:
     for name, content in (("in.csv", "a text\nb;c\n"), ("in.tsv", 'a "text"\nb;c\n')):
         (tmp_path / name).write_text(content)
-        ((_, row),) = tables.read_rows(tmp_path / name, ())
+        ((_, row),) = formats.read_rows(tmp_path / name, ())
         assert list(row.values()) == ["b;c"]
 
 
@@ -305,7 +305,7 @@ def test_a_file_is_refused_by_line(
     path = tmp_path / "in.csv"
     path.write_bytes(content)
     with pytest.raises(DataError, match=expected) as caught:
-        list(tables.read_rows(path, ("text", "label")))
+        list(formats.read_rows(path, ("text", "label")))
     assert cure in caught.value.hint
 
 
@@ -328,13 +328,13 @@ def test_parquet_of_training_reads_what_it_needs(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary())
     broken = pa.StringArray.from_buffers(2, *raw.buffers()[1:])
     parquet.write_table(pa.table({"far": far, "text": ["a", "b"], "label": broken}), path)
-    assert [row["text"] for _, row in tables.read_rows(path, ("text",))] == ["a", "b"]
+    assert [row["text"] for _, row in formats.read_rows(path, ("text",))] == ["a", "b"]
     with pytest.raises(DataError, match=r"in\.parquet, row 2: not UTF-8: byte 0xe9"):
-        list(tables.read_rows(path, ("text", "label")))
+        list(formats.read_rows(path, ("text", "label")))
     with pytest.raises(DataError, match=r"cannot read the column 'far' \(timestamp\[ms\]\)"):
-        list(tables.read_rows(path, ("far",)))
+        list(formats.read_rows(path, ("far",)))
     with pytest.raises(DataError, match=r"no column 'txt' \(did you mean 'text'\?\)"):
-        list(tables.read_rows(path, ("txt",)))
+        list(formats.read_rows(path, ("txt",)))
 
 
 def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_texts_line_by_line(tmp_path: Path, ends: str) -> None:
     texts = ["first \u2028 text", "\ufeffinner", "a\x85b\x0bc\x0cd\x1ce", "last"]
     path = tmp_path / "more.txt"
     path.write_text("\ufeff" + f"{ends}{ends}".join(texts), encoding="utf-8", newline="")
-    found = list(tables.read_rows(path, ("text",)))
+    found = list(formats.read_rows(path, ("text",)))
     assert [row["text"] for _, row in found] == texts
     assert [str(place) for place, _ in found] == [f"{path}, line {n}" for n in (1, 3, 5, 7)]
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ad2kit.data.splits import load_split
-from ad2kit.data.texts import is_text
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.run.errors import DataError, UserError
 from ad2kit.scoring.parts import _wrong
 from ad2kit.service.openapi import document
+from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
     from pathlib import Path

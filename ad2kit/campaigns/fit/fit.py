@@ -30,8 +30,6 @@ from ad2kit.campaigns.fit.records import Candidate, Cost, FitReport, Outcome, Ta
 from ad2kit.campaigns.fit.report import markdown, plot
 from ad2kit.campaigns.run import fill_with_teacher
 from ad2kit.data import splits
-from ad2kit.data.logits import answers
-from ad2kit.data.metrics import mean_metric
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier, open_session
 from ad2kit.exporting.export import export, export_fp32
 from ad2kit.exporting.records import OnnxArtifact
@@ -44,6 +42,8 @@ from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.run.machine import processes
 from ad2kit.run.records import CampaignRecord
+from ad2kit.statistics.logits import answers
+from ad2kit.statistics.metrics import mean_metric
 from ad2kit.training.distill import distill
 from ad2kit.training.records import read_curve, select_scores
 

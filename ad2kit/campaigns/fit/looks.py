@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ad2kit.data.logits import answers
-from ad2kit.data.metrics import mean_metric as score_of
-from ad2kit.data.metrics import paired_bootstrap
 from ad2kit.exporting.records import QuantisationSearch
 from ad2kit.gate.questions import retained, retained_check
 from ad2kit.gate.records import RowAnswers
 from ad2kit.run.files import read_lines
 from ad2kit.run.records import CampaignVerdict
+from ad2kit.statistics.logits import answers
+from ad2kit.statistics.metrics import mean_metric as score_of
+from ad2kit.statistics.metrics import paired_bootstrap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

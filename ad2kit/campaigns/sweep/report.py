@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from ad2kit.data.metrics import paired_bootstrap
 from ad2kit.run.files import read_lines, whole_file, write_text
 from ad2kit.run.markdown import table
 from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import Metric
 from ad2kit.run.sweep_section import Configuration
+from ad2kit.statistics.metrics import paired_bootstrap
 from ad2kit.training.selection import good_enough
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ad2kit.data.metrics import Array
+    from ad2kit.statistics.metrics import Array
 
 Key = tuple[Configuration, int]
 

@@ -33,12 +33,12 @@ from ad2kit.campaigns.sweep.storage import Mirror
 from ad2kit.campaigns.sweep.trial import Job, make_teacher, run_trial
 from ad2kit.campaigns.sweep.tune import RESTARTS, Tuning, trial_resources
 from ad2kit.data import splits
-from ad2kit.data.logits import answers
 from ad2kit.gate.summary import baseline_scores
 from ad2kit.run.errors import UserError
 from ad2kit.run.files import fingerprint, locked, write_record, write_text
 from ad2kit.run.machine import processes
 from ad2kit.run.ray_cluster import check_answer, ray_cluster
+from ad2kit.statistics.logits import answers
 from ad2kit.training import shared
 from ad2kit.training.records import DistillReport
 from ad2kit.training.shared import ValidationScores

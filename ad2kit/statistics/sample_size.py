@@ -6,7 +6,7 @@ if the whole interval misses the target. Otherwise the rows are too few to decid
 (:class:`ad2kit.exporting.records.Check`). All functions here treat bounds from below; for a bound
 from above the signs change.
 
-scipy is imported inside the functions that need it, see :mod:`ad2kit.data.metrics`.
+scipy is imported inside the functions that need it, see :mod:`ad2kit.statistics.metrics`.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def lost_classes(
 
     Args:
         task: not a regression.
-        student: answers of the student, see :func:`ad2kit.data.logits.answers`.
+        student: answers of the student, see :func:`ad2kit.statistics.logits.answers`.
         teacher: answers of the teacher to the same rows.
         classes: number of classes.
     """

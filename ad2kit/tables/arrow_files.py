@@ -10,9 +10,9 @@ import json
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from ad2kit.data.rows import Cells, Place
-from ad2kit.data.text_files import bad_row, not_utf8
 from ad2kit.run.errors import DataError, MissingExtra, no_column
+from ad2kit.tables.rows import Cells, Place
+from ad2kit.tables.text_files import bad_row, not_utf8
 
 try:
     import pyarrow as pa
@@ -183,7 +183,7 @@ def texts(column: Any) -> list[str | None]:
 
 
 def read(stream: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[Cells]:
-    """Yield the rows of an open file; see :func:`ad2kit.data.tables.read`."""
+    """Yield the rows of an open file; see :func:`ad2kit.tables.formats.read`."""
     table = open_table(stream, name)
     names = columns or table.schema.names
     for column in names:

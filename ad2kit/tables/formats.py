@@ -23,14 +23,14 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.data import text_files
-from ad2kit.data.rows import Cells, Place
 from ad2kit.run.errors import DataError, no_column
+from ad2kit.tables import text_files
+from ad2kit.tables.rows import Cells, Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from ad2kit.data.text_files import Dialect, Quotes
+    from ad2kit.tables.text_files import Dialect, Quotes
 
 FORMATS = ("tsv", "csv", "jsonl", "ndjson", "json", "parquet", "arrow")
 _ARROW = ("parquet", "arrow")
@@ -157,7 +157,7 @@ def read(
             )
         with file.open("rb") as stream:
             if format_.is_arrow:
-                from ad2kit.data import arrow_files
+                from ad2kit.tables import arrow_files
 
                 yield from arrow_files.read(stream, str(file), () if every else columns)
             else:
@@ -292,7 +292,7 @@ def class_names(path: Path, columns: Sequence[str]) -> tuple[str, ...] | None:
     found = {}
     for file in files_of(path):
         if known_format(file.name).is_arrow:
-            from ad2kit.data import arrow_files
+            from ad2kit.tables import arrow_files
 
             with file.open("rb") as stream:
                 schema = arrow_files.open_table(stream, str(file)).schema
@@ -440,7 +440,7 @@ def _gunzip(compressed: IO[bytes], name: str) -> Iterator[bytes]:
 
 def _unzstd(compressed: IO[bytes], name: str) -> Iterator[bytes]:
     """Yield the content of a zstd file in chunks."""
-    from ad2kit.data.arrow_files import decompressed
+    from ad2kit.tables.arrow_files import decompressed
 
     compressed.seek(0)
     yield from decompressed(compressed, name, "zstd")

@@ -18,8 +18,8 @@ import re
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from ad2kit.data.texts import SURROGATE
 from ad2kit.run.errors import DataError
+from ad2kit.tables.texts import SURROGATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -90,7 +90,7 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
         except ModuleNotFoundError as error:
             raise MissingExtra("datasets", extra="cpu") from error
 
-        from ad2kit.data import arrow_files, tables
+        from ad2kit.tables import arrow_files, formats
 
         try:
             loaded = datasets.load_dataset(
@@ -105,7 +105,7 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
             rows = loaded[split].with_format("arrow")
             for number, batch in enumerate(rows.iter(min(arrow_files.BATCH_ROWS, most))):
                 if number == 0:
-                    tables.check_columns(f"{address} {split}", columns, batch.column_names)
+                    formats.check_columns(f"{address} {split}", columns, batch.column_names)
                 yield batch.select(list(dict.fromkeys(columns)))
         except UserError:
             raise

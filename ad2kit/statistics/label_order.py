@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ad2kit.data.metrics import mcnemar_p
 from ad2kit.run.errors import ModelError
+from ad2kit.statistics.metrics import mcnemar_p
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,7 @@ def better_order(task: Task, answers: Array, labels: Array, outputs: int) -> Bet
 
     Args:
         task: a regression has one output, and so no order.
-        answers: as :func:`ad2kit.data.logits.answers` returns them.
+        answers: as :func:`ad2kit.statistics.logits.answers` returns them.
         labels: labels of the same rows, in the same form.
         outputs: number of outputs.
     """

@@ -1,0 +1,1 @@
+"""What a table is: its files, its rows, its texts, whatever format they have."""
