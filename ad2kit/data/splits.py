@@ -167,6 +167,21 @@ class Encoded:
         ranges = zip(self.first_windows[rows], ends[rows], strict=True)
         return np.concatenate([np.arange(first, end) for first, end in ranges])
 
+    def batches(self, rows: np.ndarray, most_windows: int) -> list[np.ndarray]:
+        """Cut rows, in order, into batches of at most ``most_windows`` windows.
+
+        The memory of a pass of a model grows with the windows that it reads. A text of more windows
+        is a batch of its own.
+        """
+        ends = np.cumsum(self._window_counts(rows))
+        batches, first = [], 0
+        while first < len(rows):
+            read = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, read + most_windows, side="right")))
+            batches.append(rows[first:last])
+            first = last
+        return batches
+
     def averaging(self, rows: np.ndarray) -> np.ndarray | None:
         """Return the matrix that averages over the windows of some texts; None if there are none.
 
@@ -190,8 +205,15 @@ class Encoded:
             return None
         if rows is None:
             return self.input_ids.lengths, self.first_windows
-        counts = np.diff(np.append(self.first_windows, len(self.input_ids)))[rows]
+        counts = self._window_counts(rows)
         return self.input_ids.lengths[self.windows_of(rows)], np.cumsum(counts) - counts
+
+    def _window_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of windows of each of some texts."""
+        if self.first_windows is None:
+            return np.ones(len(rows), np.int64)
+        counts: np.ndarray = np.diff(np.append(self.first_windows, len(self.input_ids)))[rows]
+        return counts
 
 
 def load_data(recipe: DataRecipe, seed: int, store: Path | None = None) -> Data:

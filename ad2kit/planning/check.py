@@ -1,6 +1,7 @@
 """The check command: describes a recipe's data, what its gate can prove, and what training costs.
 
-Nothing is trained and nothing is written. Data and models are opened in the same way as in the
+Nothing is trained, and nothing is written but the rows of a large table (see
+:mod:`ad2kit.data.reading`). Data and models are opened in the same way as in the
 distill stage, so that this stage refuses the same recipes.
 """
 
@@ -332,9 +333,10 @@ def _memory_bytes(recipe: Recipe, teacher: TextModel, train: SplitCheck) -> floa
     phase = recipe.teacher.finetune or recipe.distill
     tokens = min(train.tokens_longest, recipe.data.max_length_tokens)
     texts = phase.batch_size // phase.accumulation_steps
-    if recipe.data.long_texts == "windows":
+    if recipe.data.long_texts == "windows":  # a part of an update reads as many, or one text
         step = tokens - recipe.data.length.window_overlap_tokens
-        texts *= min(recipe.data.max_windows, math.ceil(train.tokens_longest / step))
+        windows = min(recipe.data.max_windows, math.ceil(train.tokens_longest / step))
+        texts = max(texts, windows)
     width = config.hidden_size
     heads = config.num_attention_heads
     layer_bytes = 2 * tokens * texts * width * (34 + 5 * heads * tokens / width)
@@ -352,15 +354,17 @@ def _minutes(recipe: Recipe, data: Data, teacher: TextModel, updates: dict[str, 
     torch.set_num_threads(recipe.compute.threads or available_cpus())
     rows = data.train.take(np.arange(min(len(data.train), recipe.distill.batch_size)))
     encoded = splits.encode(rows, teacher.tokenizer, recipe.data.length)
-    windows = encoded.windows_of(np.arange(len(rows)))
-    batch = splits.collate(encoded, windows, teacher.tokenizer)
-    inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
+    parts = [
+        splits.collate(encoded, encoded.windows_of(part), teacher.tokenizer)
+        for part in encoded.batches(np.arange(len(rows)), len(rows))
+    ]
     teacher.module.eval()
     with torch.inference_mode():
         seconds = math.inf
         for _ in range(_CALLS):  # the first ones warm up; the fastest is the time when idle
             start = time.perf_counter()
-            teacher.module(**inputs)
+            for part in parts:
+                teacher.module(**{name: torch.from_numpy(array) for name, array in part.items()})
             seconds = min(seconds, time.perf_counter() - start)
     depth = teacher.module.config.num_hidden_layers
     is_given = recipe.teacher.model is None

@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The rows of `select` on which the effect of the adversary is measured; one batch.
-_ATTACKED_ROWS = 32
+# The windows of the first rows of `select`, on which the effect of the adversary is measured.
+_ATTACKED_WINDOWS = 32
 
 
 @exclusive
@@ -356,7 +356,7 @@ class _Stage:
         constant = bool((model_answers == model_answers[0]).all())
         distances: tuple[float, float] | tuple[None, None] = (None, None)
         if settings is not None and settings.alpha and teacher_windows is not None:
-            rows = np.arange(min(len(encoded), _ATTACKED_ROWS))
+            rows = encoded.batches(np.arange(len(encoded)), _ATTACKED_WINDOWS)[0]
             batch = Batch.of(model, encoded, rows, teacher_windows, self.accelerator.device)
             distances = inner_losses(model, batch, self.accelerator, settings)
         return Evaluation(

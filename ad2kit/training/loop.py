@@ -179,11 +179,14 @@ def _accumulate_in_memory(
         except torch.OutOfMemoryError as error:
             if parts >= len(rows):
                 longest = encoded.lengths[rows].max()
+                limit = "data.max_length_tokens"
+                if encoded.first_windows is not None:
+                    limit = "data.max_windows"
                 raise ModelError(
                     f"{phase}: one text of {longest} tokens does not fit into the memory of the "
                     "GPU",
                     hint="set compute.gradient_checkpointing=true, compute.precision=bf16, "
-                    "or a smaller data.max_length_tokens",
+                    f"or a smaller {limit}",
                 ) from error
             parts *= 2
         else:
@@ -199,9 +202,18 @@ def _accumulate(
     parts: int,
     accelerator: Accelerator,
 ) -> StepLosses:
-    """Compute this process's share of an update in parts; gradients and losses are summed."""
+    """Compute this process's share of an update in parts; gradients and losses are summed.
+
+    A part reads at most as many windows as it has texts when each text is one window: its memory is
+    that of a batch of texts of the model's length, or of one text.
+    """
     process_rows = rows[accelerator.process_index :: accelerator.num_processes]
-    chunks = [chunk for chunk in np.array_split(process_rows, parts) if len(chunk)]
+    most_windows = math.ceil(len(process_rows) / parts)
+    chunks = [
+        batch
+        for chunk in np.array_split(process_rows, parts)
+        for batch in encoded.batches(chunk, most_windows)
+    ]
     weight = 1.0
     if not chunks:
         # With fewer rows than processes this process takes a row with weight 0, because all

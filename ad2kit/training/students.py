@@ -236,7 +236,9 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
     layers = layers_of(model.module)
     totals = {kind: torch.zeros(len(layers), units) for kind, (_, units) in readers.items()}
     lengths = encoded.lengths[:IMPORTANCE_TEXTS]
-    batches = by_length(lengths, _BATCH)
+    batches = [
+        batch for rows in by_length(lengths, _BATCH) for batch in encoded.batches(rows, _BATCH)
+    ]
     for rows in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = Batch.of(model, encoded, rows, None, device)
         windows = len(batch.teacher_logits)

@@ -384,6 +384,34 @@ def test_an_update_in_parts_is_the_update_in_one(task: Task) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
 
 
+def test_a_pass_reads_no_more_windows_than_a_batch_has_texts(rows: Encoded) -> None:
+    counts = [len(rows.windows_of(np.array([row]))) for row in range(len(rows))]
+    assert max(counts) > 3
+    for most in range(1, sum(counts) + 1):
+        batches = rows.batches(np.arange(len(rows)), most)
+        assert np.array_equal(np.concatenate(batches), np.arange(len(rows)))
+        assert all(len(rows.windows_of(rows_)) <= most or len(rows_) == 1 for rows_ in batches)
+        for first, second in itertools.pairwise(batches):  # none is smaller than it has to be
+            assert len(rows.windows_of(np.append(first, second[0]))) > most
+    assert rows.batches(np.arange(0), 3) == []
+    short = encode(split(), tiny_bert().tokenizer, TextLength(32))
+    assert [len(batch) for batch in short.batches(np.arange(8), 5)] == [5, 3]
+
+
+def test_an_update_reads_few_windows_at_once(model: TextModel, rows: Encoded) -> None:
+    read = []
+    hook = model.module.register_forward_pre_hook(
+        lambda _, __, inputs: read.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    teacher = torch.zeros(len(rows.input_ids), len(model.labels))
+    objective = distillation(cpu(), settings())
+    _accumulate(model, rows, teacher, objective, np.arange(5), 1, cpu())
+    hook.remove()
+    counts = [len(rows.windows_of(np.array([row]))) for row in range(5)]
+    assert sum(read) == 2 * sum(counts) > 10  # the clean and the adversarial pass
+    assert max(read) == max(5, *counts)
+
+
 def test_short_texts_are_trained_on_alike_whether_or_not_there_may_be_windows(
     model: TextModel,
 ) -> None:
