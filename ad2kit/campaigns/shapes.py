@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ad2kit.campaigns.records import Grid, Shape
 from ad2kit.exporting.fuse import fuse, to_fp16
 from ad2kit.exporting.int8 import Way, quantize
+from ad2kit.exporting.steady import make_steady
 from ad2kit.models.layers import LAYER_PARTS, layers_of
 from ad2kit.run.errors import ModelError, RecipeError
 from ad2kit.run.sections import StudentRecipe
@@ -133,6 +134,7 @@ def graphs(fp32: Path, variants: Sequence[Variant]) -> dict[str, Path]:
     writers: dict[str, Any] = {
         "fused": lambda target: fuse(fp32, target),
         "fp16": lambda target: to_fp16(paths["fused"], target),
+        "steady": lambda target: make_steady(fp32, target),
         "int8": lambda target: quantize(
             paths.get("fused", fp32), target, Way(fused="fused" in paths)
         ),

@@ -14,7 +14,7 @@ from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.exporting.tokenise import Tokenise, stop_at_long_text
 from ad2kit.run.errors import MissingExtra, ModelError, UserError
 from ad2kit.run.files import check_sha256
-from ad2kit.run.machine import available_cpus
+from ad2kit.run.machine import available_cpus, may_overflow_8_bits
 from ad2kit.statistics.logits import answers, scores
 from ad2kit.tables.texts import is_text
 
@@ -97,6 +97,8 @@ def open_session(graph: Path, threads: int, provider: Provider) -> onnxruntime.I
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if may_overflow_8_bits():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     available = onnxruntime.get_available_providers()
     if name not in available:
         raise ModelError(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ad2kit.exporting.records import Check, RowsNeeded
+from ad2kit.exporting.records import Check, Company, RowsNeeded
 from ad2kit.statistics import metrics, sample_size
-from ad2kit.statistics.logits import answers
+from ad2kit.statistics.logits import answers, scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,6 +95,38 @@ def conversion_cost(
         ),
         points_lost,
     )
+
+
+def company_of(task: Task, alone: Logits, beside: Logits) -> Company:
+    """Compare the answers to texts alone with those in batches of others.
+
+    Args:
+        task: the task, which says what the logits mean.
+        alone: the logits of the texts one by one, shape [texts, outputs].
+        beside: the logits of the same texts in batches of others.
+    """
+    first, second = (answers(task, logits) for logits in (alone, beside))
+    if task == "regression":
+        spread = float(np.std(first)) or 1.0
+        shift = float(np.abs(first - second).max()) / spread
+        return Company(texts=len(alone), flips=0.0, shift=shift)
+    changed = (first != second).reshape(len(alone), -1).any(axis=1)
+    shift = float(np.abs(scores(task, alone) - scores(task, beside)).max())
+    return Company(texts=len(alone), flips=float(changed.mean()), shift=shift)
+
+
+def company_checks(company: Company, thresholds: ParityRecipe) -> tuple[Check, ...]:
+    """Question 2: return the checks of answers that depend on the texts beside them."""
+    question: Question = "conversion cost"
+    flips = at_most(
+        question, "answers changed by company", company.flips, thresholds.max_company_flips
+    )
+    if thresholds.max_company_shift is None:
+        return (flips,)
+    shift = at_most(
+        question, "probability moved by company", company.shift, thresholds.max_company_shift
+    )
+    return (flips, shift)
 
 
 def _points_lost(

@@ -41,6 +41,7 @@ try:
 
     from ad2kit.exporting.fuse import fuse, node_counts, read_first_token_only, to_fp16
     from ad2kit.exporting.int8 import Int8Search, weights_in_8_bits
+    from ad2kit.exporting.steady import make_steady
     from ad2kit.models.text_model import predict_logits
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "onnx", extra="cpu") from error
@@ -122,7 +123,10 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             fuse(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
         elif variant == "fp16":
             to_fp16(run.onnx("fused") / MODEL_FILE, new / MODEL_FILE)
-        share, in_float = weights_in_8_bits(new / MODEL_FILE) if variant == "int8" else (None, ())
+        elif variant == "steady":
+            make_steady(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
+        has_8_bits = variant in ("steady", "int8")
+        share, in_float = weights_in_8_bits(new / MODEL_FILE) if has_8_bits else (None, ())
         artifact = OnnxArtifact(
             variant=variant,
             inputs=inputs,

@@ -143,6 +143,19 @@ class Check(Part):
         return "; ".join([f"{self.name} is {self.measured}, expected {self.expected}", *notes])
 
 
+class Company(Part):
+    """How much the answers of a variant depend on the texts that share a batch.
+
+    ``texts`` were answered alone and in batches of random others. ``flips`` is the share of them
+    whose answer changed, and ``shift`` is the largest change of a probability. For a regression
+    nothing flips, and ``shift`` is in standard deviations of the answers.
+    """
+
+    texts: int
+    flips: float
+    shift: float
+
+
 class Tokenisation(Part):
     """The settings of tokenisation beside ``tokenizer.json``; see :mod:`ad2kit.exporting.tokenise`.
 
@@ -163,7 +176,7 @@ class OnnxArtifact(Record):
     ``long_texts`` says what happens to a text of more than ``max_length_tokens`` tokens, as in the
     recipe; an artefact of an older version cuts it. ``provider`` is the default execution provider.
     ``nodes`` counts the nodes of each fused kind.
-    The logits are divided by ``temperature`` before they become probabilities. For int8,
+    The logits are divided by ``temperature`` before they become probabilities. For steady and int8,
     ``weights_in_8_bits`` is the share of the weights in 8 bits, and ``in_float`` names the nodes
     that keep a hundredth or more of all weights in float.
     """

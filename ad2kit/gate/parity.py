@@ -5,7 +5,8 @@ their thresholds:
 
 1. export fidelity: do the fp32 graph and the fused graph compute the same as the PyTorch student,
    from the same token ids, alone and in a batch, padded on either side, in any order?
-2. conversion cost: how much did fp16 and int8 lose against fp32?
+2. conversion cost: how much did fp16, steady and int8 lose against fp32, and how much does an
+   answer depend on the texts beside it?
 3. distillation quality: how much of the teacher's quality did each variant keep?
 
 ``package`` asks the fourth question: does the service give the same answers as the artefact?
@@ -22,7 +23,12 @@ import torch
 from ad2kit.data import splits
 from ad2kit.data.labels import filled, has_label
 from ad2kit.exporting.classifier import OnnxClassifier
-from ad2kit.exporting.conversion import conversion_cost, mostly_8_bits
+from ad2kit.exporting.conversion import (
+    company_checks,
+    company_of,
+    conversion_cost,
+    mostly_8_bits,
+)
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.questions import (
     Reference,
@@ -32,7 +38,7 @@ from ad2kit.gate.questions import (
     probe_rows,
     same_token_ids,
 )
-from ad2kit.gate.records import ParityReport, RowAnswers
+from ad2kit.gate.records import EXACT, ParityReport, RowAnswers
 from ad2kit.models import given, text_model
 from ad2kit.models.records import is_given
 from ad2kit.models.text_model import predict_logits, predict_windows
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ad2kit.exporting.records import Check
+    from ad2kit.exporting.records import Check, Company
     from ad2kit.exporting.tokenise import Tokens
     from ad2kit.gate.records import VariantParity
     from ad2kit.models.text_model import TextModel
@@ -60,8 +66,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 32
-# These variants compute the same as the student, in another order of operations.
-EXACT = ("fp32", "fused")
+# The texts that are answered alone and beside others, and how many share a batch.
+_COMPANY_TEXTS, _COMPANY = 500, 16
 
 
 @exclusive
@@ -157,8 +163,11 @@ def _judge(
             *same_token_ids(encodings[name], encoded),
             *same_token_ids(classifier.encode(long_texts), long_encoded, "long texts"),
         )
+        company = None
         if name not in EXACT:
             alone = classifier.run_sorted(encodings[name], batch_size=1)
+            company = _company(classifier, encodings[name], alone, recipe.seed)
+            checks += company_checks(company, recipe.parity)
             checks += conversion_cost(
                 logits[name],
                 classifier.by_text(encodings[name], alone),
@@ -169,7 +178,7 @@ def _judge(
             )
         if (share := classifier.artifact.weights_in_8_bits) is not None:
             checks += (mostly_8_bits(share),)
-        return distillation_quality(
+        quality = distillation_quality(
             name,
             sha256_of(run.onnx(name) / OnnxArtifact.file_name),
             logits[name],
@@ -180,6 +189,7 @@ def _judge(
             recipe.seed,
             classifier.artifact.temperature,
         )
+        return quality.model_copy(update={"company": company})
 
     variants = tuple(verdict(name, model) for name, model in models)
     _write_answers(run, data.validation, reference, logits)
@@ -192,6 +202,22 @@ def _judge(
         answers_sha256=sha256_of(run.answers),
         variants=variants,
     )
+
+
+def _company(
+    classifier: OnnxClassifier, encodings: Sequence[Tokens], alone: Logits, seed: int
+) -> Company:
+    """Ask again for some of the texts, in batches of random others; the longest is in each batch.
+
+    ``alone`` has the logits of all texts one by one.
+    """
+    order = np.random.default_rng([seed, 1]).permutation(len(encodings))[:_COMPANY_TEXTS]
+    longest = max(encodings, key=lambda encoding: len(encoding.ids))
+    beside = [
+        classifier.run([*(encodings[row] for row in rows), longest])[:-1]
+        for rows in np.split(order, range(_COMPANY - 1, len(order), _COMPANY - 1))
+    ]
+    return company_of(classifier.artifact.task, alone[order], np.concatenate(beside))
 
 
 def _reference(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import computed_field
 
-from ad2kit.exporting.records import Check, Verdict
+from ad2kit.exporting.records import Check, Company, Verdict
 from ad2kit.run.errors import GateFailed
 from ad2kit.run.records import Part, Record
 from ad2kit.run.sections import ParityRecipe
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _NAMED = 10
+# These variants compute the same as the student, in another order of operations.
+EXACT = ("fp32", "fused")
+# The largest change of a probability in company that is a rounding of floats.
+_STEADY = 1e-3
 
 
 P99_TARGET_MS = 50.0
@@ -87,6 +91,9 @@ class VariantParity(Part):
     If rows lack labels, ``agreement`` compares the variant with the teacher on all rows. The other
     fields are then of the rows that have labels. If no row has one, the answers of the teacher are
     the labels, and the teacher's own score is 1.
+
+    ``company`` says how much the answers depend on the texts beside them; None for the variants
+    that compute the same as the student, and in reports of older versions.
     """
 
     variant: str
@@ -104,6 +111,7 @@ class VariantParity(Part):
     slices: tuple[LengthSlice, ...]
     untested_classes: dict[str, int]
     agreement: TeacherAgreement | None = None
+    company: Company | None = None
     checks: tuple[Check, ...]
 
     @computed_field  # type: ignore[prop-decorator]
@@ -120,6 +128,13 @@ class VariantParity(Part):
     def passed(self) -> bool:
         """Whether every check of this variant passed."""
         return self.verdict == "passed"
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether it is shown that no answer depends on the texts that share a batch."""
+        if self.variant in EXACT:
+            return True
+        return self.company is not None and not self.company.flips and self.company.shift <= _STEADY
 
     @property
     def words(self) -> str:
@@ -312,7 +327,7 @@ def _reason(verdict: ParityReport, teacher: TeacherReport | None, report: Path |
     if any(all(check.question == "conversion cost" for check in checks) for checks in failed):
         return (
             "the reason is the conversion: the student is good enough, and what was made from it "
-            "is not; raise export.search_seconds, or ship another variant (export.variants)"
+            "is not; add fused, steady or int8 to export.variants, or raise export.search_seconds"
         )
     best = max(verdict.variants, key=lambda variant: variant.retained)
     return (

@@ -58,12 +58,20 @@ def passed_variants(run: RunDir) -> list[Path]:
     See :func:`refusals`.
     """
     folders = [run.onnx(variant) for variant, reasons in refusals(run).items() if not reasons]
-    times_ms = _times(run, folders) if run.recipe.export.ship == "fastest" else {}
+    ship = run.recipe.export.ship
+    times_ms = _times(run, folders) if ship != "smallest" else {}
+    restless = set[str]()  # an answer of theirs depends on the texts beside it
+    if folders and ship == "steady":
+        verdicts = ParityReport.read(run.parity_report).variants
+        restless = {verdict.variant for verdict in verdicts if not verdict.is_steady}
     # The sizes come from the manifests. A missing file is an error when a variant is loaded.
     sizes = {
         folder: OnnxArtifact.read(folder / OnnxArtifact.file_name).model_bytes for folder in folders
     }
-    return sorted(folders, key=lambda folder: (times_ms.get(folder, 0.0), sizes[folder]))
+    return sorted(
+        folders,
+        key=lambda folder: (folder.name in restless, times_ms.get(folder, 0.0), sizes[folder]),
+    )
 
 
 def _times(run: RunDir, folders: list[Path]) -> dict[Path, float]:

@@ -118,6 +118,17 @@ def dot_products(flags: frozenset[str] | None) -> list[str]:
     return ["unknown"] if flags is None else sorted(flags & _DOT_PRODUCTS)
 
 
+def may_overflow_8_bits() -> bool:
+    """Whether this CPU may overflow when it multiplies uint8 by int8; True if that is not known.
+
+    Without dot products, x86 adds two products of 8-bit numbers in 16 bits.
+    """
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return False
+    flags = cpu_flags()
+    return flags is None or not dot_products(flags)
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -264,9 +264,12 @@ def test_a_session_that_fell_back_to_another_provider_is_refused(
 
 def test_load_takes_the_smallest_variant_that_passed(copied_run: RunDir) -> None:
     sizes = {
-        name: (copied_run.onnx(name) / "model.onnx").stat().st_size for name in ("fp32", "int8")
+        name: (copied_run.onnx(name) / "model.onnx").stat().st_size
+        for name in ("fp32", "steady", "int8")
     }
-    assert sizes["int8"] < sizes["fp32"]
+    assert sizes["steady"] < sizes["int8"] < sizes["fp32"]
+    assert ad2kit.load(copied_run.path).folder == copied_run.onnx("steady")
+    fail_parity(copied_run, "steady")
     assert ad2kit.load(copied_run.path).folder == copied_run.onnx("int8")
     fail_parity(copied_run, "int8")
     fail_parity(copied_run, "fused")
@@ -286,15 +289,15 @@ def test_the_fastest_that_passed_is_shipped_once_it_is_measured(copied_run: RunD
         return [folder.name for folder in passed_variants(copied_run)]
 
     report = LatencyReport.read(copied_run.latency_report)
-    p50_ms = {"fp32": 1.0, "fused": 0.5, "int8": 2.0}
+    p50_ms = {"fp32": 1.0, "fused": 0.5, "steady": 3.0, "int8": 2.0}
     cells = [c.model_copy(update={"p50_ms": p50_ms.get(c.system, 9.0)}) for c in report.cells]
     write_record(copied_run.latency_report, report.model_copy(update={"cells": tuple(cells)}))
-    assert shipped() == ["int8", "fused", "fp32"]  # smoke wants the smallest
+    assert shipped() == ["steady", "int8", "fused", "fp32"]  # smoke wants the smallest
     recipe = copied_run.recipe
     fastest = recipe.export.model_copy(update={"ship": "fastest"})
     write_record(copied_run.recipe_file, recipe.model_copy(update={"export": fastest}))
-    assert shipped() == ["fused", "fp32", "int8"]
-    fail_parity(copied_run, "fused")
+    assert shipped() == ["fused", "fp32", "int8", "steady"]
+    fail_parity(copied_run, "fused", "steady")
     assert shipped() == ["fp32", "int8"]
     stale = report.model_copy(update={"artifacts": report.artifacts | {"fp32": "0" * 64}})
     write_record(copied_run.latency_report, stale)
@@ -304,7 +307,7 @@ def test_the_fastest_that_passed_is_shipped_once_it_is_measured(copied_run: RunD
 
 
 def test_load_refuses_a_run_that_failed_its_gate(copied_run: RunDir) -> None:
-    fail_parity(copied_run, "fp32", "fused", "int8")
+    fail_parity(copied_run, "fp32", "fused", "steady", "int8")
     with pytest.raises(RunError, match="no variant that passed") as refused:
         ad2kit.load(copied_run.path)
     assert refused.value.hint
