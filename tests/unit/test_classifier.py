@@ -323,8 +323,8 @@ def test_load_does_not_take_a_variant_that_changed_after_it_was_judged(copied_ru
     def change(manifest: dict[str, Any]) -> None:
         manifest["labels"] = manifest["labels"][::-1]
 
-    edit_json(copied_run.onnx("int8") / OnnxArtifact.file_name, change)
-    assert ad2kit.load(copied_run.path).folder == copied_run.onnx("fused")
+    edit_json(copied_run.onnx("steady") / OnnxArtifact.file_name, change)
+    assert ad2kit.load(copied_run.path).folder == copied_run.onnx("int8")
     for name in ("fused", "fp32"):
         edit_json(copied_run.onnx(name) / OnnxArtifact.file_name, change)
     with pytest.raises(RunError, match="no variant that passed"):

@@ -166,4 +166,4 @@ def test_what_is_steady_is_shipped_before_what_is_faster(copied_run: RunDir) -> 
     # A report of an older version does not say that int8 is steady.
     unknown = tuple(each.model_copy(update={"company": None}) for each in report.variants)
     write_record(copied_run.parity_report, report.model_copy(update={"variants": unknown}))
-    assert shipped(copied_run, "steady") == ["fused", "fp32", "steady", "int8"]
+    assert shipped(copied_run, "steady") == ["fused", "fp32", "int8", "steady"]
