@@ -221,7 +221,7 @@ def test_a_damaged_run_is_the_users_to_mend_and_no_defect(ad2kit: Any, copied_ru
 def test_json_is_alone_on_stdout(ad2kit: Any, copied_run: RunDir) -> None:
     assert json.loads(ad2kit("parity", copied_run.path, "--json").out)["rows"] == 640
     artifacts = json.loads(ad2kit("export", copied_run.path, "--no-parity", "--json").out)
-    assert [a["variant"] for a in artifacts] == ["fp32", "fused", "int8"]
+    assert [a["variant"] for a in artifacts] == ["fp32", "fused", "steady", "int8"]
     assert json.loads(ad2kit("bench", copied_run.path, "--json").out)["threads"] == 1
 
 

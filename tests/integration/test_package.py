@@ -67,11 +67,11 @@ def test_a_run_is_published_with_everything_it_needs(
     assert record.tag in published()
     assert record == BentoRecord.read(run.bento_record)
     assert record.tag == f"ad2kit-smoke:{record.inputs[:12]}"
-    assert (record.variant, record.forced) == ("int8", False)
+    assert (record.variant, record.forced) == ("steady", False)
     assert (record.service_texts, record.service_label_flips) == (100, 0)
     assert record.service_score_gap <= 1e-5
     bento = bento_folder(record.tag)
-    assert sha256_of_folder(bento / "src" / "artifact") == sha256_of_folder(run.onnx("int8"))
+    assert sha256_of_folder(bento / "src" / "artifact") == sha256_of_folder(run.onnx("steady"))
     lineage = json.loads((bento / "src" / "lineage.json").read_text())
     assert lineage["recipe"]["name"] == "smoke"
     assert lineage["parity"]["forced"] is False
@@ -88,7 +88,7 @@ def test_a_worker_that_does_not_give_the_golden_answers_never_gets_ready(
     artifact = tmp_path / "bento" / "src" / "artifact"
     golden, manifest = artifact / GOLDEN_FILE, artifact / OnnxArtifact.file_name
     examples = json.loads(golden.read_text())
-    expected = OnnxClassifier(run.onnx("int8"), threads=1)
+    expected = OnnxClassifier(run.onnx("steady"), threads=1)
     for example in examples:
         (answer,) = expected.predict([example["text"]])
         assert example["answer"] == json.loads(json.dumps(answer.as_dict()))
@@ -254,7 +254,7 @@ def test_a_service_that_answers_something_else_is_not_published(
 
 
 def test_what_is_missing_or_unknown_is_named(copied_run: RunDir) -> None:
-    with pytest.raises(RunError, match=r"no variant 'int4'.* fp32, fused, int8"):
+    with pytest.raises(RunError, match=r"no variant 'int4'.* fp32, fused, steady, int8"):
         package(copied_run, variant="int4")
     copied_run.parity_report.unlink()
     with pytest.raises(RunError, match=r"no parity\.json yet") as refused:
@@ -314,7 +314,7 @@ def test_the_bento_serves_where_only_its_own_requirements_are_installed(
     monkeypatch.setattr(sys, "executable", str(python))  # whose `bentoml serve` it shall be
     validation = load_data(run.recipe.data, run.recipe.seed).validation
     texts = [text[0] for text in validation.texts[:60]]
-    expected = OnnxClassifier(run.onnx("int8"), threads=1).predict(texts, batch_size=1)
+    expected = OnnxClassifier(run.onnx("steady"), threads=1).predict(texts, batch_size=1)
     working = tmp_path / "elsewhere"
     working.mkdir()
     with served(bento, working) as address:

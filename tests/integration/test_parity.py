@@ -83,7 +83,7 @@ def test_an_honest_run_passes(copied_run: RunDir) -> None:
     copied_run.parity_report.unlink()
     assert failed_checks(copied_run) == set()
     report = ParityReport.read(copied_run.parity_report)
-    assert {v.variant for v in report.variants} == {"fp32", "fused", "int8"}
+    assert {v.variant for v in report.variants} == {"fp32", "fused", "steady", "int8"}
     assert report.rows == 640
     assert report.student_score == report.variants[0].score
     check_passed(report, copied_run.path)
@@ -168,7 +168,7 @@ def test_nothing_made_from_an_unfaithful_fp32_passes(copied_run: RunDir) -> None
 def test_a_verdict_does_not_outlive_the_thresholds_that_it_was_given_by(
     copied_run: RunDir,
 ) -> None:
-    assert len(passed_variants(copied_run)) == 3
+    assert len(passed_variants(copied_run)) == 4
     recipe = copied_run.recipe
     stricter = recipe.parity.model_copy(update={"min_agreement": 1.0})
     write_record(copied_run.recipe_file, recipe.model_copy(update={"parity": stricter}))
@@ -368,7 +368,7 @@ def test_a_verdict_of_the_version_before_is_refused_and_its_cure_works(
     assert "delete it and run `ad2kit parity`" in " ".join(refused.err.split())
     copied_run.parity_report.unlink()
     assert ad2kit("parity", copied_run.path).code == 0
-    assert len(passed_variants(copied_run)) == 3
+    assert len(passed_variants(copied_run)) == 4
 
 
 def test_an_artefact_that_was_changed_after_its_export_is_refused(copied_run: RunDir) -> None:
@@ -379,9 +379,9 @@ def test_an_artefact_that_was_changed_after_its_export_is_refused(copied_run: Ru
 
 
 def test_a_verdict_does_not_cover_a_later_artefact(copied_run: RunDir) -> None:
-    assert len(passed_variants(copied_run)) == 3
+    assert len(passed_variants(copied_run)) == 4
     damage(copied_run, lambda graph: edit(graph, "classifier.bias", lambda b: b + 1))
-    assert [folder.name for folder in passed_variants(copied_run)] == ["int8", "fused"]
+    assert [folder.name for folder in passed_variants(copied_run)] == ["steady", "int8", "fused"]
 
 
 def test_parity_before_export_says_what_to_do(copied_run: RunDir) -> None:
@@ -525,7 +525,9 @@ def test_a_calibrated_student_answers_the_same_with_other_probabilities(
         recipe.model_copy(update={"export": recipe.export.model_copy(update={"calibrate": True})}),
     )
     export(copied_run)
-    artifacts = [read_artifact(copied_run.onnx(name)) for name in ("fp32", "fused", "int8")]
+    artifacts = [
+        read_artifact(copied_run.onnx(name)) for name in ("fp32", "fused", "steady", "int8")
+    ]
     assert len({artifact.temperature for artifact in artifacts}) == 1
     assert artifacts[0].temperature != 1.0
     after = OnnxClassifier(folder).predict(["never dull", "not at all convincing"])
@@ -541,7 +543,7 @@ def test_the_answers_of_all_models_are_kept(finished_run: RunDir) -> None:
         for line in finished_run.answers.read_text().splitlines()
     ]
     assert len(lines) == 640
-    assert set(lines[0].logits) == {"teacher", "student", "fp32", "fused", "int8"}
+    assert set(lines[0].logits) == {"teacher", "student", "fp32", "fused", "steady", "int8"}
     classifier = OnnxClassifier(finished_run.onnx("fp32"))
     texts = [line.texts[0] for line in lines[:5]]
     found = np.array([line.logits["fp32"] for line in lines[:5]])

@@ -49,7 +49,7 @@ def test_what_passed_is_uploaded_whole_with_a_card(
     repository = hub.repository("models", REPOSITORY)
     files = repository.commits[repository.refs["main"]]
     assert files.pop(".gitattributes")  # the hub's own
-    folder = copied_run.onnx("int8")  # the smallest, as smoke wants it
+    folder = copied_run.onnx("steady")  # the smallest, as smoke wants it
     assert set(files) == {path.name for path in folder.iterdir()} | {"README.md", "parity.json"}
     for path in folder.iterdir():
         assert files[path.name] == path.read_bytes()
@@ -64,9 +64,9 @@ def test_what_passed_is_uploaded_whole_with_a_card(
 
     card = ModelCard.load(received / "README.md")
     assert card.data.pipeline_tag == "text-classification"
-    verdict = ParityReport.read(copied_run.parity_report).variants[-1]
-    assert verdict.variant == "int8"
-    assert f"| int8 (ONNX) | {verdict.score:.4f} | {verdict.retained:.2%} |" in card.text
+    verdict = ParityReport.read(copied_run.parity_report).variants[-2]
+    assert verdict.variant == "steady"
+    assert f"| steady (ONNX) | {verdict.score:.4f} | {verdict.retained:.2%} |" in card.text
     for check in verdict.checks:
         row = (check.name, check.measured, check.expected, "passed")
         assert f"| {' | '.join(row)} |" in card.text
@@ -105,5 +105,5 @@ def test_a_hub_that_refuses_or_is_not_there(
     assert refused.returncode == 2, refused.stderr
     assert f"cannot push to '{REPOSITORY}' on {endpoint}" in refused.stderr
     assert said in refused.stderr
-    assert f"copy the folder {copied_run.onnx('int8')}" in refused.stderr
+    assert f"copy the folder {copied_run.onnx('steady')}" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -338,7 +338,7 @@ def test_a_kill_inside_each_kind_of_write_changes_nothing(
     (folder,) = tmp_path.glob("smoke-*")
     run = RunDir(folder)
     assert weights(run) == weights(finished_run)
-    for variant in ("fp32", "fused", "int8"):
+    for variant in ("fp32", "fused", "steady", "int8"):
         ours, theirs = (r.onnx(variant) / "model.onnx" for r in (run, finished_run))
         assert ours.read_bytes() == theirs.read_bytes()
     assert not list(folder.rglob(".tmp-*"))

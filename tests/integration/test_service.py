@@ -409,11 +409,11 @@ def test_a_stop_answers_what_is_under_way(strained_folder: Path, finished_run: R
 def test_the_latest_run_that_passed_is_served_by_its_smallest_variant(
     finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory, texts: list[str]
 ) -> None:
-    int8 = OnnxClassifier(finished_run.onnx("int8"), threads=1)
+    steady = OnnxClassifier(finished_run.onnx("steady"), threads=1)
     folder = tmp_path_factory.mktemp("latest")
     with serving(folder, f"runs_dir={finished_run.path.parent}") as address:
-        assert call(address, "GET", "/info").json["variant"] == "int8"
-        for text, prediction in zip(texts, int8.predict(texts, batch_size=1), strict=True):
+        assert call(address, "GET", "/info").json["variant"] == "steady"
+        for text, prediction in zip(texts, steady.predict(texts, batch_size=1), strict=True):
             (found,) = classify(address, [text]).predictions
             check_prediction(found, prediction)
 

@@ -278,7 +278,9 @@ def test_a_worker_that_is_restarted_serves_and_counts_as_its_siblings_do(
         wait_for(lambda: len(said_in(tmp_path, "ready")) == 3)
         first, second, third = said_in(tmp_path, "ready")
         assert third["process"] not in (first["process"], second["process"])
-        assert third["model"] == first["model"] == str(tmp_path / "runs" / "one" / "onnx" / "int8")
+        assert (
+            third["model"] == first["model"] == str(tmp_path / "runs" / "one" / "onnx" / "steady")
+        )
         before = 20.0
         for _ in range(40):  # whichever worker answers
             after = counted(address, "ad2kit_requests_total")
@@ -291,7 +293,7 @@ def test_a_worker_that_is_restarted_serves_and_counts_as_its_siblings_do(
 @pytest.fixture
 def place(tmp_path: Path, packaged: tuple[RunDir, BentoRecord]) -> Path:
     """The folder of a service that holds its artefact."""
-    shutil.copytree(packaged[0].onnx("int8"), tmp_path / "artifact")
+    shutil.copytree(packaged[0].onnx("steady"), tmp_path / "artifact")
     return tmp_path
 
 
@@ -332,8 +334,8 @@ def test_a_worker_knows_the_artefact_of_a_checkout_that_has_a_relative_name(
         monkeypatch.setenv(setting, f"runs/{run.name}")
     handed_on(this_server(tmp_path / "serving", {}, worker=False), monkeypatch)
     worker = this_server(tmp_path / "serving", {}, worker=True)
-    assert worker.artifact == run / "onnx" / "int8"
-    assert worker.shadow == (run / "onnx" / "int8" if setting == "AD2KIT_SHADOW" else None)
+    assert worker.artifact == run / "onnx" / "steady"
+    assert worker.shadow == (run / "onnx" / "steady" if setting == "AD2KIT_SHADOW" else None)
 
 
 def test_a_worker_serves_no_other_model_and_no_other_keys(
@@ -367,7 +369,7 @@ def test_a_model_whose_files_are_gone_is_refused(
     place: Path, packaged: tuple[RunDir, BentoRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AD2KIT_SHADOW", str(packaged[0].path))
-    assert this_server(place, {}, worker=False).shadow == packaged[0].onnx("int8")
+    assert this_server(place, {}, worker=False).shadow == packaged[0].onnx("steady")
     (place / "artifact" / "model.onnx").unlink()
     with pytest.raises(ModelError, match=r"artifact/model\.onnx"):
         this_server(place, {}, worker=False)
