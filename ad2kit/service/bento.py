@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import re
 import secrets
 import shutil
 import socket
@@ -137,11 +139,19 @@ def package(
 def _lay_out(context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any]) -> str:
     """Write what a Bento is built from; return the fingerprint of it.
 
-    That is the service, ad2kit's own code, the artefact, the lineage and the bentofile.
+    That is the service, ad2kit's own code, the artefact, the lineage, the bentofile, and what an
+    image is built with.
     """
     copy_package(context / "ad2kit")
-    for name in ("service.py", "page.html"):
-        shutil.copy2(service_file().with_name(name), context / name)
+    serving = service_file().parent
+    for name in ("service.py", "page.html", "deploy/install.sh"):
+        shutil.copy2(serving / name, context / Path(name).name)
+    dockerfile = (serving / "deploy" / "Dockerfile").read_text()
+    version = platform.python_version()
+    write_text(
+        context / "Dockerfile",
+        re.sub(r"(?m)^ARG PYTHON=.*$", f"ARG PYTHON={version}", dockerfile),
+    )
     shutil.copytree(folder, context / "artifact")
     write_text(context / "lineage.json", json.dumps(lineage, indent=2))
     bentofile = {
@@ -149,7 +159,15 @@ def _lay_out(context: Path, recipe: Recipe, folder: Path, lineage: dict[str, Any
         "name": f"ad2kit-{recipe.name}",
         "description": f"{recipe.description} Variant {folder.name}.",
         "labels": {"ad2kit": __version__, "variant": folder.name, "recipe": recipe.name},
-        "include": ["service.py", "page.html", "lineage.json", "artifact/*", "ad2kit/"],
+        "include": [
+            "service.py",
+            "page.html",
+            "Dockerfile",
+            "install.sh",
+            "lineage.json",
+            "artifact/*",
+            "ad2kit/",
+        ],
         "python": {
             "packages": lineage["requirements"],
             "lock_packages": False,

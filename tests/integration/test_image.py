@@ -1,0 +1,142 @@
+"""The image of a Bento, without Docker: its install script, and what it then runs, as it runs it.
+
+The script runs in a fresh environment, from wheels that are made of what is installed here. The
+service runs as a user id that nobody knows, and can write nowhere but in its temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bentoml
+import pytest
+
+from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.service.bento import served
+from ad2kit.service.check import ask
+
+if TYPE_CHECKING:
+    from ad2kit.gate.records import BentoRecord
+    from ad2kit.run.folder import RunDir
+
+pytestmark = pytest.mark.slow
+
+# As `docker run --read-only --tmpfs TEMPORARY --user 12345`; a capability lets it read all.
+CONTAINED = """#!/bin/sh
+exec unshare --mount sh -c '
+    mount -o remount,ro,bind / && mount -t tmpfs -o mode=1777 tmpfs {temporary} &&
+    exec setpriv --reuid=12345 --regid=0 --clear-groups --no-new-privs \\
+        --inh-caps=+dac_read_search --ambient-caps=+dac_read_search {python} "$@"' -- "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def bento(packaged: tuple[RunDir, BentoRecord]) -> Path:
+    return Path(bentoml.bentos.get(packaged[1].tag).path)
+
+
+def wheel_of(requirement: str, folder: Path) -> None:
+    """Write a wheel of what is installed; ``requirement`` is NAME==VERSION."""
+    found = metadata.distribution(requirement.partition("==")[0])
+    tag = re.findall(r"(?m)^Tag: (\S+)$", found.read_text("WHEEL") or "")[-1]  # py2 comes first
+    name = re.sub(r"[-_.]+", "_", found.metadata["Name"])
+    with zipfile.ZipFile(folder / f"{name}-{found.version}-{tag}.whl", "w") as wheel:
+        for path in found.files or ():
+            if ".." not in path.parts and path.suffix != ".pyc":
+                wheel.write(str(path.locate()), str(path))
+
+
+@pytest.fixture(scope="module")
+def environment(bento: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The environment that the image has."""
+    wheels = tmp_path_factory.mktemp("wheels")
+    requirements = (bento / "env" / "python" / "requirements.txt").read_text().split()
+    for requirement in requirements:
+        wheel_of(requirement, wheels)
+    target = tmp_path_factory.mktemp("image") / "environment"
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    subprocess.run(
+        ["sh", bento / "src" / "install.sh", bento, target],
+        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **offline},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    shutil.rmtree(wheels)
+    return target
+
+
+def contained(tmp_path: Path, environment: Path) -> dict[str, str]:
+    """Let the server run as in the container; return its variables, those of the Dockerfile."""
+    if os.getuid() != 0 or any(shutil.which(each) is None for each in ("unshare", "setpriv")):
+        pytest.skip("needs root, unshare and setpriv")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    script = tmp_path / "python"
+    python = environment / "bin" / "python"
+    script.write_text(CONTAINED.format(temporary=temporary, python=python))
+    script.chmod(0o755)
+    tried = subprocess.run([script, "-c", "pass"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"a file system of its own is not allowed here: {tried.stderr:.200}")
+    return {
+        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+        "HOME": str(temporary),
+        "TMPDIR": str(temporary),
+        "BENTOML_HOME": str(temporary / "bentoml"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "AD2KIT_WORKERS": "1",
+    }
+
+
+def test_the_image_answers_as_the_artefact_does(
+    packaged: tuple[RunDir, BentoRecord],
+    bento: Path,
+    environment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variables = contained(tmp_path, environment)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(subprocess.CalledProcessError):  # control: nothing can be written
+        subprocess.run(
+            [sys.executable, "-c", f"open({str(bento / 'mine')!r}, 'w')"],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+    texts = ["a delight from start to end", "dull, long and clumsy"]
+    expected = OnnxClassifier(packaged[0].onnx(packaged[1].variant), threads=1).predict(texts)
+    with served(bento, tmp_path, environment=variables) as address:
+        for answer, wanted in zip(ask(address, texts), expected, strict=True):
+            assert answer["label"] == wanted.label
+            assert answer["scores"] == pytest.approx(wanted.scores, abs=1e-6)
+        dockerfile = (bento / "src" / "Dockerfile").read_text()
+        (check,) = re.findall(r"HEALTHCHECK .* CMD (\[.*?\])\n", dockerfile.replace("\\\n", ""))
+        port = address.rpartition(":")[2]
+        _, *command = json.loads(check.replace(":3000/", f":{port}/"))
+        asked = [environment / "bin" / "python", *command]
+        assert subprocess.run(asked, check=False).returncode == 0
+    assert subprocess.run(asked, check=False, stderr=subprocess.DEVNULL).returncode == 1
+
+
+def test_the_image_holds_what_it_needs_and_no_more(bento: Path, environment: Path) -> None:
+    python = environment / "bin" / "python"
+    for name, there in {"onnxruntime": True, "torch": False, "pip": False}.items():
+        found = subprocess.run(
+            [python, "-c", f"import {name}"], check=False, stderr=subprocess.DEVNULL
+        )
+        assert (found.returncode == 0) == there
+    dockerfile = (bento / "src" / "Dockerfile").read_text()
+    assert re.findall(r"(?m)^ARG PYTHON=(.*)$", dockerfile) == [platform.python_version()]
+    last = dockerfile[dockerfile.rindex("FROM ") :]
+    assert re.search(r"(?m)^USER (\d+):0$", last)
+    assert not re.search(r"(?m)^RUN ", last)
