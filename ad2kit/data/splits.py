@@ -61,6 +61,8 @@ _BUCKET_BATCHES = 32
 # Texts are tokenised in chunks of this size: until a call of the tokenizer ends, it keeps all
 # pieces of every text that is longer than the model, which takes 300 times the bytes of the text.
 _CHUNK_CHARACTERS = 2**18
+# More tokens than any text has.
+_NO_LIMIT = 2**20
 LARGE_ROWS = 100_000
 """From this number of rows on, what was read is kept in a file, so that it is not read again."""
 
@@ -445,6 +447,22 @@ def check_lengths(data: Data, tokenizer: PreTrainedTokenizerFast, length: TextLe
         for name, split in data.splits().items():
             for _ in _window_batches(split.texts, tokenizer, length, name):
                 pass
+
+
+def same_tokens(
+    texts: TextRows, one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast
+) -> bool:
+    """Tell whether two tokenizers give each of the texts the same token ids, however long it is.
+
+    Equal tokenizers need not read the texts. Others may differ in what no text shows, such as the
+    entry of a token.
+    """
+    if tokenizer_facts(one) == tokenizer_facts(other):
+        return True
+    batches = (_token_batches(texts, each, _NO_LIMIT) for each in (one, other))
+    return all(
+        mine["input_ids"].equals(theirs["input_ids"]) for mine, theirs in zip(*batches, strict=True)
+    )
 
 
 def _refusal(too_long: list[str], length: TextLength, of: str) -> DataError:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from ad2kit.data import splits
 from ad2kit.models import text_model
 from ad2kit.run.errors import ModelError
-from ad2kit.run.sections import TextLength, TrainRecipe
+from ad2kit.run.sections import TrainRecipe
 from ad2kit.training.loop import check_compute
 from ad2kit.training.losses import check_terms
 from ad2kit.training.schedule import rate_of_width
@@ -20,9 +18,6 @@ if TYPE_CHECKING:
     from ad2kit.data.splits import Data
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.recipe import Recipe
-
-# The training rows that tokenizers are compared on.
-_COMPARED_ROWS = 200
 
 Training = TypeVar("Training", bound=TrainRecipe)
 
@@ -75,16 +70,13 @@ def _check_windows(teacher: TextModel, student: TextModel, recipe: Recipe, data:
     """Refuse a student that would have other windows than its teacher, whose logits they imitate.
 
     Raises:
-        ModelError: the two tokenise the first training texts differently.
+        ModelError: the two tokenise a text differently.
     """
     if recipe.data.long_texts != "windows":
         return
-    first_rows = data.train.take(np.arange(min(len(data.train), _COMPARED_ROWS)))
-    teacher_ids, student_ids = (
-        list(splits.encode(first_rows, model.tokenizer, TextLength(2**20)).input_ids)
-        for model in (teacher, student)
-    )
-    if teacher_ids != student_ids:
+    read = (data.distillation().texts, data.select.texts)
+    tokenizers = teacher.tokenizer, student.tokenizer
+    if not all(splits.same_tokens(texts, *tokenizers) for texts in read):
         raise ModelError(
             "data.long_texts is windows, and each window of the student imitates the same window "
             "of the teacher, but the student has a tokenizer of its own",
