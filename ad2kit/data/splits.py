@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ad2kit.data import windows
-from ad2kit.data.labels import counts, has_label, no_labels
+from ad2kit.data.labels import counts, filled, has_label, no_labels
 from ad2kit.data.mapped import (
     TOKENS,
     TextRows,
@@ -85,6 +85,10 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """Return the split of these rows, in this order."""
         return Split(self.texts.take(rows), self.labels[rows])
+
+    def answered(self, task: Task, logits: np.ndarray) -> Split:
+        """Return the split with a model's answers, from its logits, for the rows without labels."""
+        return Split(self.texts, filled(task, self.labels, logits))
 
     @functools.cached_property
     def sha256(self) -> str:
