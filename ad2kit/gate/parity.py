@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
-from ad2kit.data.labels import filled, has_label
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.conversion import conversion_cost, mostly_8_bits
 from ad2kit.exporting.records import OnnxArtifact
@@ -216,15 +215,13 @@ def _reference(
         teacher_encoded = splits.encode(data.validation, teacher.tokenizer, length)
         teacher_logits = predict_logits(teacher, teacher_encoded, cpu)
     probes = [tokens[row] for row in probe_rows(encoded)]
-    return Reference(
+    return Reference.of(
         data.task,
         recipe.data.judged_by,
-        filled(data.task, data.validation.labels, teacher_logits.numpy()),
+        encoded,
         teacher=teacher_logits.numpy(),
         student=predict_windows(student, encoded, cpu).numpy(),
-        encoded=encoded,
         student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
-        own_label=has_label(data.task, data.validation.labels),
     )
 
 
