@@ -406,12 +406,18 @@ def _token_batches(
 
 
 def _window_batches(
-    texts: TextRows, tokenizer: PreTrainedTokenizerFast, length: TextLength, name: str = ""
+    texts: TextRows,
+    tokenizer: PreTrainedTokenizerFast,
+    length: TextLength,
+    name: str = "",
+    *,
+    windows: bool = True,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the windows of the texts in batches, and refuse texts that are too long at the end.
 
     They are those of ``tokenizer(..., return_overflowing_tokens=True, stride=overlap)``, for pairs
-    with ``truncation="only_second"``, and from the left to the right for any tokenizer.
+    with ``truncation="only_second"``, and from the left to the right for any tokenizer. ``name``
+    is that of the split, and ``windows`` as in :func:`check_lengths`.
     """
     backend = _backend(tokenizer)
     limit = length.max_length_tokens
@@ -419,14 +425,12 @@ def _window_batches(
     too_long: list[str] = []
     for chunk in _chunks(texts):
         rows, strategy = chunk, "longest_first"
-        if len(chunk[0]) > 1 and length.max_windows > 1:
+        if len(chunk[0]) > 1:
             # The library stops at a pair whose first text leaves no room.
-            backend.no_truncation()
-            room = limit - backend.num_special_tokens_to_add(is_pair=True) - overlap
-            whole = backend.encode_batch(chunk)
-            fits = [len(pair) <= limit or pair.sequence_ids.count(0) < room for pair in whole]
-            too_long += [f"{row!r:.80}" for row, fit in zip(chunk, fits, strict=True) if not fit]
-            rows = [row for row, fit in zip(chunk, fits, strict=True) if fit]
+            whole = _whole_pairs(backend, chunk, length)
+            too_long += [f"{row!r:.80}" for row, fits in whole if not fits]
+            windows = windows and all(fits for _, fits in whole)
+            rows = [row for row, fits in whole if fits]
             strategy = "only_second"
         backend.enable_truncation(limit, stride=overlap, strategy=strategy, direction="right")
         found = [[each, *each.overflowing] for each in backend.encode_batch(_inputs(rows))]
@@ -438,19 +442,45 @@ def _window_batches(
         if not too_long:
             yield window_batch(found)
     if too_long:
-        raise _refusal(too_long, length, f"{len(texts)}{name and ' '}{name}")
+        of = f"{len(texts)}{name and ' '}{name}"
+        raise _refusal(too_long, length, of, windows=windows)
 
 
-def check_lengths(data: Data, tokenizer: PreTrainedTokenizerFast, length: TextLength) -> None:
+def _whole_pairs(
+    backend: Tokenizer, pairs: list[tuple[str, ...]], length: TextLength
+) -> list[tuple[tuple[str, ...], bool]]:
+    """Return pairs, and for each whether its first text leaves room for windows of its second."""
+    backend.no_truncation()
+    limit = length.max_length_tokens
+    special = backend.num_special_tokens_to_add(is_pair=True)
+    # Where long pairs are refused: would the windows of DataRecipe.length hold them?
+    overlap = length.window_overlap_tokens if length.long_texts == "windows" else limit // 8
+    room = limit - special - overlap
+    return [
+        (pair, len(each) <= limit or each.sequence_ids.count(0) < room)
+        for pair, each in zip(pairs, backend.encode_batch(pairs), strict=True)
+    ]
+
+
+def check_lengths(
+    data: Data, tokenizer: PreTrainedTokenizerFast, length: TextLength, *, windows: bool
+) -> None:
     """Refuse texts of any split that are too long for a tokenizer, before a model is trained.
+
+    ``windows`` says whether the models could read long texts in windows, for the hint.
 
     Raises:
         DataError: names their number and the first one.
     """
     if length.long_texts != "cut":
         for name, split in data.splits().items():
-            for _ in _window_batches(split.texts, tokenizer, length, name):
+            for _ in _window_batches(split.texts, tokenizer, length, name, windows=windows):
                 pass
+
+
+def equal_tokenizers(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Tell whether two tokenizers give the same token ids to every text."""
+    return tokenizer_facts(one) == tokenizer_facts(other)
 
 
 def same_tokens(
@@ -461,7 +491,7 @@ def same_tokens(
     Equal tokenizers need not read the texts. Others may differ in what no text shows, such as the
     entry of a token.
     """
-    if tokenizer_facts(one) == tokenizer_facts(other):
+    if equal_tokenizers(one, other):
         return True
     batches = (_token_batches(texts, each, _NO_LIMIT) for each in (one, other))
     return all(
@@ -469,18 +499,23 @@ def same_tokens(
     )
 
 
-def _refusal(too_long: list[str], length: TextLength, of: str) -> DataError:
-    """Return the error for texts that are too long; their beginnings are given."""
-    most = f"{length.max_length_tokens} tokens"
-    if length.max_windows > 1:
+def _refusal(too_long: list[str], length: TextLength, of: str, *, windows: bool) -> DataError:
+    """Return the error for texts that are too long; their beginnings are given.
+
+    ``windows`` says whether windows, or more of them, would hold these texts.
+    """
+    most, advice = f"{length.max_length_tokens} tokens", ""
+    if length.long_texts == "windows":
         most = f"{length.max_windows} windows of {most}"
-    first_text = " whose first text leaves room for the second" if length.max_windows > 1 else ""
+        advice = "raise data.max_windows, "
+        if not windows:
+            most += ", and of a pair a first text that leaves room for the second"
+    elif windows:
+        advice = "set data.long_texts=windows, "
     return DataError(
-        f"{len(too_long)} of {of} texts are too long: expected at most {most}{first_text} "
+        f"{len(too_long)} of {of} texts are too long: expected at most {most} "
         f"(data.long_texts: {length.long_texts}), the first is {too_long[0]}",
-        hint="shorten or remove these rows, "
-        + ("raise data.max_windows" if length.max_windows > 1 else "set data.long_texts=windows")
-        + ", or set data.long_texts=cut",
+        hint=f"shorten or remove these rows, {advice if windows else ''}or set data.long_texts=cut",
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ad2kit.data import splits
 from ad2kit.data.labels import balance, counts, has_label
 from ad2kit.models import given, text_model
-from ad2kit.models.baselines import labelled_rows, look_at_teacher, untrained_encoder
+from ad2kit.models.baselines import labelled_rows, look_at_teacher
 from ad2kit.models.head import MOST_ROWS, start_head
 from ad2kit.models.pretrained import reference_sha256
 from ad2kit.models.records import ModelManifest, TeacherReport
@@ -34,7 +34,7 @@ from ad2kit.training.ad2 import Batch, distillation, finetuning, inner_losses
 from ad2kit.training.checkpoint import Evaluation
 from ad2kit.training.loop import Trainer, prepare
 from ad2kit.training.losses import balanced_weights, comparison, soft_targets
-from ad2kit.training.opening import before_training, open_models, with_rate
+from ad2kit.training.opening import before_training, open_models, untrained_encoder, with_rate
 from ad2kit.training.records import (
     DistillReport,
     StepRecord,
@@ -435,8 +435,9 @@ class _Stage:
         run = self.run
         is_main = self.accelerator.is_main_process
         source = recipe.teacher.model
-        if source is None:
-            open_models(recipe, self.data)
+        # Also where another run has the teacher: its student may be another one.
+        teacher, _ = open_models(recipe, self.data)
+        if teacher is None:
             if is_main:
                 logits = given_logits(recipe, self.data, self.accelerator.device)
                 given.save(logits, run.teacher, inputs=inputs)
@@ -450,12 +451,11 @@ class _Stage:
         if is_main and shared.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
         if self._missing(run.teacher / text_model.MANIFEST):
-            teacher, _ = open_models(recipe, self.data)
-            if teacher is not None and recipe.teacher.finetune is not None:
+            if recipe.teacher.finetune is not None:
                 settings = with_rate(recipe.teacher.finetune, teacher)
                 logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
                 teacher = self._finetuned(teacher, settings, inputs)
-            if teacher is not None and is_main:
+            if is_main:
                 text_model.save(teacher, run.teacher, inputs=inputs)
                 shared.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()

@@ -61,7 +61,8 @@ def try_given(recipe: Recipe, data: Data) -> None:
         if given.model is None:
             read_answers(recipe.data, data, given)
         else:
-            _member(recipe, data, given, number)
+            model = _member(recipe, data, given, number)
+            splits.check_lengths(data, model.tokenizer, recipe.data.length, windows=False)
 
 
 def judged_select(run: RunDir, data: Data) -> Split:
