@@ -10,9 +10,10 @@ import pytest
 
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
+from ad2kit.run.errors import ModelError
 from ad2kit.run.folder import open_run
 from ad2kit.run.recipe import load_recipe
-from ad2kit.training.distill import distill
+from ad2kit.training.distill import distill, teach
 from bench.long_texts import both as both_ways
 from bench.long_texts import rows, write
 from tests import families
@@ -243,3 +244,13 @@ def test_windows_of_pairs_pass_the_gate(tmp_path: Path) -> None:
         ]
         assert failed == []
         assert any(check.name == "long texts with other segment ids" for check in variant.checks)
+
+
+def test_a_teacher_of_another_run_is_held_against_the_student_too(tmp_path: Path) -> None:
+    own = ("data.long_texts=windows", "data.max_length_tokens=32", "bench.lengths_tokens=[8]")
+    kept = [each for each in TINY_STEPS if not each.startswith("data.max_length")]
+    teach(open_run(load_recipe("smoke", [*kept, *own]), tmp_path / "runs"))
+    student = f"student.model={families.save('roberta', tmp_path / 'student')}"
+    run = open_run(load_recipe("smoke", [*kept, *own, student]), tmp_path / "runs")
+    with pytest.raises(ModelError, match="the student has a tokenizer of its own"):
+        distill(run)
