@@ -102,8 +102,7 @@ def judge(run: RunDir) -> ParityReport:
     classifiers = {
         folder.name: OnnxClassifier(folder, threads=recipe.compute.threads) for folder in folders
     }
-    check_teacher = given.check_files if is_given(run.teacher) else text_model.check_files
-    check_teacher(run.teacher)
+    text_model.check_files(run.teacher)
     text_model.check_files(run.student)
     report = _existing_report(run, inputs)
     if report is None:

@@ -6,13 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from safetensors import safe_open
 
 from ad2kit.data import splits
 from ad2kit.data.answers import SPLITS, mean_answers, read_answers
 from ad2kit.data.labels import has_label
 from ad2kit.data.sources import open_source, open_unlabelled
 from ad2kit.models import text_model
+from ad2kit.models.given import stored_tensor
 from ad2kit.models.pretrained import reference_sha256
 from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint, sha256_of
@@ -72,8 +72,9 @@ def judged_select(run: RunDir, data: Data) -> Split:
     """
     if has_label(data.task, data.select.labels).all():
         return data.select
-    with safe_open(run.select_logits, "np") as tensors:
-        return data.select.answered(data.task, tensors.get_tensor("teacher"))
+    hint = f"delete {run.distill_report} and run `ad2kit distill` again"
+    logits = stored_tensor(run.select_logits, "teacher", hint=hint)
+    return data.select.answered(data.task, logits.numpy())
 
 
 def labelled_part(task: Task, split: Split, name: str) -> Split:

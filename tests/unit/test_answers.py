@@ -367,13 +367,15 @@ def test_labels_that_nobody_has_are_missed_before_the_training(
 ) -> None:
     rows = models.split()
     nobody = replace(rows, labels=no_labels("single_label", len(rows), 2))
-    parts = {
+    parts: dict[str, Any] = {
         name: nobody if name in lacking else rows for name in ("train", "select", "validation")
     }
     data = replace(models.data(), **parts)
     families.save("bert", tmp_path / "teacher")
-    shared = (f"teacher.model={tmp_path / 'teacher'}", "data.missing_labels=accept")
-    shared = (*shared, "data.max_length_tokens=40", "compute.threads=1")
+    shared = (
+        *(f"teacher.model={tmp_path / 'teacher'}", "data.missing_labels=accept"),
+        *("data.max_length_tokens=40", "compute.threads=1"),
+    )
     if reason is None:
         open_models(load_recipe("smoke", (*shared, *overrides)), data)
         return

@@ -11,7 +11,8 @@ import torch
 
 from ad2kit.data.splits import Data, Split, collate, encode
 from ad2kit.models import baselines
-from ad2kit.models.head import last_linear, read_vectors
+from ad2kit.models.head import read_vectors
+from ad2kit.models.layers import last_linear
 from ad2kit.models.records import BAG_OF_WORDS, Baseline, TeacherReport
 from ad2kit.run import recipe
 from ad2kit.run.errors import GateFailed, RunError

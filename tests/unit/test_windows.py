@@ -18,7 +18,8 @@ from ad2kit.data import windows
 from ad2kit.data.splits import Data, Split, encode
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
-from ad2kit.models.head import last_linear, read_vectors
+from ad2kit.models.head import read_vectors
+from ad2kit.models.layers import last_linear
 from ad2kit.models.text_model import predict_logits, predict_windows
 from ad2kit.run.errors import ModelError, RecipeError, TextTooLong
 from ad2kit.run.files import write_record
