@@ -24,7 +24,8 @@ from ad2kit.models.records import TeacherReport
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run import recipe as recipes
 from ad2kit.run.folder import RunDir, open_run
-from ad2kit.statistics.logits import scores
+from ad2kit.statistics.logits import scores, softmax
+from ad2kit.statistics.metrics import expected_calibration_error
 from ad2kit.training.distill import distill, teach
 from tests import families
 from tests.conftest import QUICK, TINY_STEPS
@@ -302,7 +303,9 @@ def test_where_some_rows_have_labels_both_are_reported(
     assert fp32.retained == pytest.approx(np.mean(right) / np.mean(theirs))
     assert fp32.agreement is not None
     assert fp32.agreement.rows == 640
-    assert fp32.ece is not None
+    own = np.array([line["logits"]["fp32"] for line in labelled]) / fp32.temperature
+    cells = np.array([line["label"] for line in labelled])
+    assert fp32.ece == pytest.approx(expected_calibration_error(softmax(own), cells), abs=1e-4)
     assert "and the labels of 160 of them" in parity.judged_against
     # The teacher as a run of its own is judged by the same rows, and retains all of itself.
     teachers = ParityReport.read(export_teacher(run).parity_report)
