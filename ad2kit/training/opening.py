@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from ad2kit.data import splits
+from ad2kit.data import splits, tokens
 from ad2kit.data.labels import has_label
 from ad2kit.models import text_model
 from ad2kit.run.errors import DataError, ModelError
@@ -56,7 +56,7 @@ def open_models(recipe: Recipe, data: Data) -> tuple[TextModel | None, TextModel
         text_model.check_length(model, length, key="data.max_length_tokens")
         text_model.try_out(model, data.train.texts[:2], length, key=key)
     windows = recipe.data.long_texts == "windows" or (
-        teacher is not None and splits.equal_tokenizers(teacher.tokenizer, student.tokenizer)
+        teacher is not None and tokens.equal_tokenizers(teacher.tokenizer, student.tokenizer)
     )
     for tokenizer in dict.fromkeys(model.tokenizer for model in models.values()):
         splits.check_lengths(data, tokenizer, recipe.data.length, windows=windows)
@@ -122,7 +122,7 @@ def _check_windows(teacher: TextModel, student: TextModel, recipe: Recipe, data:
         return
     read = (data.distillation().texts, data.select.texts)
     tokenizers = teacher.tokenizer, student.tokenizer
-    if not all(splits.same_tokens(texts, *tokenizers) for texts in read):
+    if not all(tokens.same_tokens(texts, *tokenizers) for texts in read):
         raise ModelError(
             "data.long_texts is windows, and each window of the student imitates the same window "
             "of the teacher, but the student has a tokenizer of its own",

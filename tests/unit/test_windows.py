@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ad2kit.data import splits, windows
+from ad2kit.data import tokens as tokenising
+from ad2kit.data import windows
 from ad2kit.data.splits import Data, Split, encode
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
@@ -438,7 +439,7 @@ def test_other_windows_than_the_teachers_are_found_in_any_row(tmp_path: Path) ->
                 # The tokenizers are two, and no text shows it.
                 teacher, student = opening.open_models(recipe, data)
                 assert teacher
-                assert not splits.equal_tokenizers(teacher.tokenizer, student.tokenizer)
+                assert not tokenising.equal_tokenizers(teacher.tokenizer, student.tokenizer)
                 continue
             with pytest.raises(ModelError, match="the student has a tokenizer of its own"):
                 opening.open_models(recipe, data)
