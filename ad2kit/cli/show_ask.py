@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
-from ad2kit.run.errors import DataError
+from ad2kit.cli.show_progress import Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from ad2kit.asking import ask, requests
     from ad2kit.asking.records import Agreement, AskReport
-
-_SECONDS_BETWEEN_LINES = 5.0
-
-
-@contextmanager
-def asking_progress() -> Iterator[Callable[[requests.Progress], None]]:
-    """Yield the function to call with each :class:`~ad2kit.asking.requests.Progress`."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(console)
-        return
-    bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
-    task = bar.add_task("")
-    with bar:
-        yield lambda progress: bar.update(
-            task,
-            total=progress.requests,
-            completed=progress.answered,
-            description=_facts(progress),
-        )
 
 
 def estimate_words(found: ask.Estimate) -> str:
@@ -89,19 +62,6 @@ def summary(report: AskReport) -> str:
     return "\n".join(lines)
 
 
-def check_all_rows(report: AskReport) -> None:
-    """Stop with an error if rows are bad.
-
-    Raises:
-        DataError: tells the number of these rows, and where their reasons are.
-    """
-    if report.bad_rows:
-        raise DataError(
-            f"{report.bad_rows:,} of {report.rows:,} rows got no answer",
-            hint=f"{report.output}/_errors names file, row and reason of each; all others are done",
-        )
-
-
 def _agreement_words(found: Agreement) -> str:
     """Return an agreement as a line."""
     left_out = f"; {found.left_out:,} cells are no label: {found.reason}" if found.left_out else ""
@@ -114,8 +74,8 @@ def _agreement_words(found: Agreement) -> str:
     )
 
 
-def _facts(progress: requests.Progress) -> str:
-    """Return a progress as one line."""
+def shown(progress: requests.Progress) -> Shown:
+    """Return what is shown of a progress."""
     rate = progress.answered_here / progress.seconds if progress.seconds else 0.0
     remaining = progress.requests - progress.answered
     parts = [f"{progress.answered:,}/{progress.requests:,} requests  {rate:,.1f}/s"]
@@ -126,19 +86,4 @@ def _facts(progress: requests.Progress) -> str:
         parts.append(f"cost {progress.cost:,.4g} of about {whole:,.4g}")
     if progress.failures:
         parts.append(f"{progress.failures:,} tried again")
-    return "  ".join(parts)
-
-
-def _lines(console: Console) -> Callable[[requests.Progress], None]:
-    """Return a function that prints a line every few seconds, and one at the end."""
-    last_s = float("-inf")
-
-    def show(progress: requests.Progress) -> None:
-        nonlocal last_s
-        incomplete = progress.answered < progress.requests
-        if incomplete and time.monotonic() - last_s < _SECONDS_BETWEEN_LINES:
-            return
-        last_s = time.monotonic()
-        console.print(_facts(progress), highlight=False)
-
-    return show
+    return Shown(progress.answered, progress.requests, "  ".join(parts))

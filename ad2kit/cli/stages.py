@@ -368,11 +368,12 @@ def score(
     """
     import ad2kit
     from ad2kit.cli.show import print_result, show_messages, use_servable
-    from ad2kit.cli.show_score import check_all_rows, scoring_progress, summary
+    from ad2kit.cli.show_progress import check_all_rows, showing
+    from ad2kit.cli.show_score import shown, summary
 
     show_messages()
     model = use_servable(runs_dir, run)
-    with scoring_progress() as on_progress:
+    with showing(shown) as on_progress:
         report = ad2kit.score(
             model,
             input_url,
@@ -419,6 +420,7 @@ def ask(
     from ad2kit.asking import ask as asking
     from ad2kit.cli import show_ask
     from ad2kit.cli.show import print_json, print_result, show_messages
+    from ad2kit.cli.show_progress import check_all_rows, showing
     from ad2kit.run.recipe import load_recipe
 
     show_messages()
@@ -438,7 +440,7 @@ def ask(
         else:
             typer.echo(show_ask.estimate_words(found))
         return
-    with show_ask.asking_progress() as on_progress:
+    with showing(show_ask.shown) as on_progress:
         report = asking.ask(
             recipe,
             input_url,
@@ -452,4 +454,4 @@ def ask(
             on_progress=on_progress,
         )
     print_result(report, show_ask.summary(report), as_json=as_json)
-    show_ask.check_all_rows(report)
+    check_all_rows(report)

@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import math
 import time
 from dataclasses import dataclass
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from ad2kit.data import windows
-from ad2kit.data.labels import counts, has_label, no_labels
+from ad2kit.data.labels import counts, filled, has_label, no_labels
 from ad2kit.data.mapped import (
     TOKENS,
     TextRows,
     TokenRows,
     kept,
     map_table,
-    token_batch,
-    window_batch,
     write_table,
 )
 from ad2kit.data.reading import read_labelled, read_recipe
 from ad2kit.data.records import SplitFacts
+from ad2kit.data.tokens import token_batches, tokenizer_facts, window_batches
 from ad2kit.run.errors import DataError
 from ad2kit.run.files import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import ArrayLike
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     from ad2kit.run.sections import DataRecipe, Task, TextLength
@@ -58,9 +54,6 @@ _SELECT_ROWS_PER_CLASS = 4
 # A tiny training set must not lose more than a fifth of its rows to `select`.
 _SELECT_SHARE_LIMIT = 0.2
 _BUCKET_BATCHES = 32
-# Texts are tokenised in chunks of this size: until a call of the tokenizer ends, it keeps all
-# pieces of every text that is longer than the model, which takes 300 times the bytes of the text.
-_CHUNK_CHARACTERS = 2**18
 LARGE_ROWS = 100_000
 """From this number of rows on, what was read is kept in a file, so that it is not read again."""
 
@@ -83,6 +76,10 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """Return the split of these rows, in this order."""
         return Split(self.texts.take(rows), self.labels[rows])
+
+    def answered(self, task: Task, logits: np.ndarray) -> Split:
+        """Return the split with a model's answers, from its logits, for the rows without labels."""
+        return Split(self.texts, filled(task, self.labels, logits))
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -372,9 +369,9 @@ def encode(
         DataError: a text is too long.
     """
     if length.long_texts == "cut":
-        batches = _token_batches(split.texts, tokenizer, length.max_length_tokens)
+        batches = token_batches(split.texts, tokenizer, length.max_length_tokens)
     else:
-        batches = _window_batches(split.texts, tokenizer, length)
+        batches = window_batches(split.texts, tokenizer, length)
     if store is None or len(split) < LARGE_ROWS:
         table = pa.Table.from_batches(batches, TOKENS)
     else:
@@ -407,120 +404,20 @@ def _write_tokens(path: Path, batches: Iterable[pa.RecordBatch], rows: int) -> N
     logger.info("tokenised %.0f texts per second; kept in %.0f MB", rate, size_mb)
 
 
-def _token_batches(
-    texts: TextRows, tokenizer: PreTrainedTokenizerFast, max_length_tokens: int
-) -> Iterator[pa.RecordBatch]:
-    """Yield the tokens of the texts in batches, as ``tokenizer(..., truncation=True)`` makes them.
-
-    The backend of the tokenizer is called, because transformers would turn each token into several
-    Python objects. The backend uses all cores.
-    """
-    backend = _backend(tokenizer)
-    backend.enable_truncation(max_length_tokens, direction=tokenizer.truncation_side)
-    for chunk in _chunks(texts):
-        yield token_batch(backend.encode_batch(_inputs(chunk)), max_length_tokens)
-
-
-def _window_batches(
-    texts: TextRows, tokenizer: PreTrainedTokenizerFast, length: TextLength, name: str = ""
-) -> Iterator[pa.RecordBatch]:
-    """Yield the windows of the texts in batches, and refuse texts that are too long at the end.
-
-    They are those of ``tokenizer(..., return_overflowing_tokens=True, stride=overlap)``, for pairs
-    with ``truncation="only_second"``, and from the left to the right for any tokenizer.
-    """
-    backend = _backend(tokenizer)
-    limit = length.max_length_tokens
-    overlap = length.window_overlap_tokens
-    too_long: list[str] = []
-    for chunk in _chunks(texts):
-        rows, strategy = chunk, "longest_first"
-        if len(chunk[0]) > 1 and length.max_windows > 1:
-            # The library stops at a pair whose first text leaves no room.
-            backend.no_truncation()
-            room = limit - backend.num_special_tokens_to_add(is_pair=True) - overlap
-            whole = backend.encode_batch(chunk)
-            fits = [len(pair) <= limit or pair.sequence_ids.count(0) < room for pair in whole]
-            too_long += [f"{row!r:.80}" for row, fit in zip(chunk, fits, strict=True) if not fit]
-            rows = [row for row, fit in zip(chunk, fits, strict=True) if fit]
-            strategy = "only_second"
-        backend.enable_truncation(limit, stride=overlap, strategy=strategy, direction="right")
-        found = [[each, *each.overflowing] for each in backend.encode_batch(_inputs(rows))]
-        too_long += [
-            f"{row!r:.80}"
-            for row, parts in zip(rows, found, strict=True)
-            if len(parts) > length.max_windows
-        ]
-        if not too_long:
-            yield window_batch(found)
-    if too_long:
-        raise _refusal(too_long, length, f"{len(texts)}{name and ' '}{name}")
-
-
-def check_lengths(data: Data, tokenizer: PreTrainedTokenizerFast, length: TextLength) -> None:
+def check_lengths(
+    data: Data, tokenizer: PreTrainedTokenizerFast, length: TextLength, *, windows: bool
+) -> None:
     """Refuse texts of any split that are too long for a tokenizer, before a model is trained.
+
+    ``windows`` says whether the models could read long texts in windows, for the hint.
 
     Raises:
         DataError: names their number and the first one.
     """
     if length.long_texts != "cut":
         for name, split in data.splits().items():
-            for _ in _window_batches(split.texts, tokenizer, length, name):
+            for _ in window_batches(split.texts, tokenizer, length, name, windows=windows):
                 pass
-
-
-def _refusal(too_long: list[str], length: TextLength, of: str) -> DataError:
-    """Return the error for texts that are too long; their beginnings are given."""
-    most = f"{length.max_length_tokens} tokens"
-    if length.max_windows > 1:
-        most = f"{length.max_windows} windows of {most}"
-    first_text = " whose first text leaves room for the second" if length.max_windows > 1 else ""
-    return DataError(
-        f"{len(too_long)} of {of} texts are too long: expected at most {most}{first_text} "
-        f"(data.long_texts: {length.long_texts}), the first is {too_long[0]}",
-        hint="shorten or remove these rows, "
-        + ("raise data.max_windows" if length.max_windows > 1 else "set data.long_texts=windows")
-        + ", or set data.long_texts=cut",
-    )
-
-
-def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return the backend of a tokenizer with the settings that transformers gives it."""
-    backend: Tokenizer = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend
-
-
-def _inputs(rows: list[tuple[str, ...]]) -> list[Any]:
-    """Return rows as the backend of a tokenizer reads them: texts, or pairs."""
-    return [text for (text,) in rows] if rows and len(rows[0]) == 1 else list(rows)
-
-
-def tokenizer_facts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return everything in a tokenizer that decides the token ids of a text, as plain data."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {
-        **{key: value for key, value in backend.items() if key not in ("truncation", "padding")},
-        "truncation_side": tokenizer.truncation_side,
-        "split_special_tokens": tokenizer.split_special_tokens,
-        "tokenizers": metadata.version("tokenizers"),
-    }
-
-
-def _chunks(texts: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
-    """Yield the texts in chunks that end when they reach ``_CHUNK_CHARACTERS`` characters."""
-    chunk: list[tuple[str, ...]] = []
-    characters = 0
-    for columns in texts:
-        chunk.append(columns)
-        characters += sum(map(len, columns))
-        if characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk = []
-            characters = 0
-    if chunk:
-        yield chunk
 
 
 def epoch_batches(lengths: ArrayLike, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

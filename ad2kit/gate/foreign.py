@@ -83,13 +83,12 @@ def judge_model(folder: Path, teacher_reference: str, rows: Path, recipe: Recipe
         windows = classifier.run_sorted(encodings, BATCH)
         checks = _consistency(classifier, encodings, windows, task, recipe.parity)
         logits = classifier.by_text(encodings, windows)
-    reference = Reference(
+    reference = Reference.of(
         task,
         recipe.data.judged_by,
-        split.labels,
+        encoded,
         teacher=teacher_logits,
         student=windows,
-        encoded=encoded,
         student_left=np.empty((0, len(labels)), dtype=np.float32),
     )
     file_hashes = sha256_of_folder(folder)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from ad2kit.data import splits
-from ad2kit.data.labels import filled, has_label
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.conversion import (
     company_checks,
@@ -109,8 +108,7 @@ def judge(run: RunDir) -> ParityReport:
     classifiers = {
         folder.name: OnnxClassifier(folder, threads=recipe.compute.threads) for folder in folders
     }
-    check_teacher = given.check_files if is_given(run.teacher) else text_model.check_files
-    check_teacher(run.teacher)
+    text_model.check_files(run.teacher)
     text_model.check_files(run.student)
     report = _existing_report(run, inputs)
     if report is None:
@@ -242,15 +240,13 @@ def _reference(
         teacher_encoded = splits.encode(data.validation, teacher.tokenizer, length)
         teacher_logits = predict_logits(teacher, teacher_encoded, cpu)
     probes = [tokens[row] for row in probe_rows(encoded)]
-    return Reference(
+    return Reference.of(
         data.task,
         recipe.data.judged_by,
-        filled(data.task, data.validation.labels, teacher_logits.numpy()),
+        encoded,
         teacher=teacher_logits.numpy(),
         student=predict_windows(student, encoded, cpu).numpy(),
-        encoded=encoded,
         student_left=_forward(student, fp32.feed(probes, left=True), fp32.input_names),
-        own_label=has_label(data.task, data.validation.labels),
     )
 
 

@@ -5,7 +5,8 @@ Arrays run over the rows of the validation set; logits have shape [rows, outputs
 A row without a label has the teacher's answer in its place: a student is then judged by how often
 it answers as its teacher, with the exact interval of that share. An agreement of a bounds what is
 lost: the scores of student and teacher on the missing labels differ by 1 - a at most (accuracy). If
-some rows have labels, "retained" on these rows can fail the student, but need not be shown.
+some rows have labels, what these show against the student counts. "Retained" has to reach its
+target on them, and need not be shown only if they are too few to show it of a perfect student.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data.labels import counts
+from ad2kit.data.labels import counts, filled, has_label
 from ad2kit.exporting.conversion import (
     LabelledRows,
     Question,
@@ -80,6 +81,30 @@ class Reference(LabelledRows):
     encoded: Encoded
     student_left: Logits
     own_label: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        metrics: tuple[Metric, ...],
+        encoded: Encoded,
+        *,
+        teacher: Logits,
+        student: Logits,
+        student_left: Logits,
+    ) -> Reference:
+        """Return the reference of encoded rows, some of which may lack their label."""
+        labels = encoded.labels
+        return cls(
+            task,
+            metrics,
+            filled(task, labels, teacher),
+            teacher,
+            student,
+            encoded,
+            student_left,
+            own_label=has_label(task, labels),
+        )
 
     @property
     def labelled(self) -> NDArray[np.bool_]:
@@ -341,12 +366,23 @@ def _recalls(
 
 
 def _by_labels(reference: Reference, checks: tuple[Check, ...]) -> tuple[Check, ...]:
-    """Return the checks that labels decide; if rows lack labels, only those that are decided."""
+    """Return the checks that labels decide; if rows lack labels, without what few cannot show."""
     if reference.labelled.all():
         return checks
     if not reference.labelled.any():
         return ()
-    return tuple(check for check in checks if check.verdict != "not shown")
+    return tuple(
+        check
+        for check in checks
+        if check.verdict != "not shown" or not check.reached or _could_be_shown(check)
+    )
+
+
+def _could_be_shown(check: Check) -> bool:
+    """Tell whether an interval as wide, around a student as good as its teacher, would pass."""
+    if check.interval is None or check.limit is None:
+        return True
+    return 1.0 - (check.value - check.interval[0]) >= check.limit
 
 
 def _by_answers(

@@ -288,7 +288,7 @@ def check_passed(
             "rows, and what is not shown does not ship"
         )
         rows = verdict.rows_that_would_do()
-        labelled = "labelled " if verdict.labelled_rows is None else ""
+        labelled = "" if verdict.labelled_rows == 0 else "labelled "
         if rows is None:
             reason = f"more validation rows alone will hardly do; {reason}"
         else:

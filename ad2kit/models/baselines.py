@@ -22,7 +22,6 @@ import numpy as np
 
 from ad2kit.data import splits
 from ad2kit.data.labels import has_label
-from ad2kit.models import text_model
 from ad2kit.models.head import read_vectors
 from ad2kit.models.records import BAG_OF_WORDS, FEWEST_ROWS, Baseline, TeacherReport
 from ad2kit.statistics import metrics
@@ -281,16 +280,3 @@ def _unanswered(data: Data, teacher_answers: Array) -> dict[str, int]:
         for index, name in enumerate(data.labels)
         if rows[index] and index not in answered
     }
-
-
-def untrained_encoder(recipe: Recipe, data: Data, teacher: TextModel | None) -> TextModel:
-    """Return the teacher before its fine-tuning; the teacher itself if it came finished.
-
-    Of a teacher that is given by its answers (None) it is the encoder that the student starts from.
-    """
-    if teacher is not None and recipe.teacher.finetune is None:
-        return teacher
-    key, reference = "teacher.model", recipe.teacher.model
-    if reference is None:
-        key, reference = "student.model", recipe.student.model
-    return text_model.load_reference(reference, data, seed=recipe.seed, finished=False, key=key)

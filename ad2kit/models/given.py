@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ad2kit.models.records import ANSWERS, ModelManifest
 from ad2kit.models.text_model import MANIFEST
 from ad2kit.run.errors import RunError
-from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
+from ad2kit.run.files import sha256_of_folder, whole_folder, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,28 +33,25 @@ def save(logits: Mapping[str, NDArray[np.float32]], folder: Path, *, inputs: str
         write_record(new / MANIFEST, ModelManifest(inputs=inputs, files=sha256_of_folder(new)))
 
 
-def check_files(folder: Path) -> None:
-    """Compare the file with the sha256 that it had when it was written.
-
-    Raises:
-        ModelError: it was changed.
-    """
-    hint = f"delete {folder} and run `ad2kit distill` again"
-    check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=hint)
-
-
 def logits(folder: Path, split: str) -> torch.Tensor:
     """Return the logits on a split, float32 [rows, outputs]; the file is mapped into memory.
 
     Raises:
         RunError: the file is damaged.
     """
-    path = folder / ANSWERS
+    hint = f"delete {folder} and run `ad2kit distill` again"
+    return stored_tensor(folder / ANSWERS, split, hint=hint)
+
+
+def stored_tensor(path: Path, name: str, *, hint: str) -> torch.Tensor:
+    """Return a tensor of a safetensors file, which is mapped into memory.
+
+    Raises:
+        RunError: the file is damaged, or does not hold it.
+    """
     try:
         with safe_open(path, "pt") as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(split)
+            tensor: torch.Tensor = tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"{path} is damaged: {error}", hint=f"delete {folder} and run `ad2kit distill` again"
-        ) from error
+        raise RunError(f"{path} is damaged: {error}", hint=hint) from error
     return tensor

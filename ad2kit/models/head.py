@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from accelerate.utils import broadcast
 
 from ad2kit.data import splits
 from ad2kit.data.labels import NO_CLASS
+from ad2kit.models.layers import last_linear
 from ad2kit.models.text_model import EVALUATION_BATCH, padded
 
 if TYPE_CHECKING:
@@ -141,16 +142,6 @@ class Vectors(NamedTuple):
 
     head_inputs: Floats
     token_means: Floats
-
-
-def last_linear(module: torch.nn.Module) -> torch.nn.Linear:
-    """Return the last linear layer of a classifier, which computes the logits.
-
-    It is outside of the encoder, which some families of transformers 5 hold behind their head.
-    """
-    encoder = set(cast("Any", module).base_model.modules())
-    linear = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
-    return [layer for layer in linear if layer not in encoder][-1]
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The layers of a model: where they are, the names of their parts, and heads that are cut out.
+"""The layers of a model: where they are, the names of their parts, what is cut out, the last one.
 
 Heads that are cut out stand in the configuration as ``pruned_heads`` (layer -> heads). transformers
 4 cuts them when it makes the model; version 5 knows the key no more, and :func:`classifier_class`
@@ -139,3 +139,28 @@ def classifier_class(
         plain.__name__, (plain,), {"__init__": make, "__module__": plain.__module__}
     )
     return narrow
+
+
+def last_linear(module: torch.nn.Module) -> torch.nn.Linear:
+    """Return the last linear layer of a classifier, which computes the logits.
+
+    It is outside of the encoder, which some families of transformers 5 hold behind their head.
+    """
+    encoder = set(cast("Any", module).base_model.modules())
+    linear = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+    return [layer for layer in linear if layer not in encoder][-1]
+
+
+def give_two_outputs(module: transformers.PreTrainedModel, sigmoid_of: int) -> None:
+    """Give a head of one output a second output that is always 0, in place.
+
+    The old output becomes the one of the label ``sigmoid_of``. The softmax of (0, z) is the sigmoid
+    of z.
+    """
+    head = last_linear(module)
+    for name, value in list(head.named_parameters()):
+        widened = value.new_zeros((2, *value.shape[1:]))
+        widened[sigmoid_of] = value.data[0]
+        setattr(head, name, torch.nn.Parameter(widened))
+    head.out_features = 2
+    setattr(module, "num_labels", 2)  # noqa: B010  (torch types module attributes as tensors)

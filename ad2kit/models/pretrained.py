@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 from ad2kit.models import translate
 from ad2kit.run import hub
 from ad2kit.run.errors import ModelError
+from ad2kit.run.files import sha256_of_folder
 from ad2kit.run.machine import quiet_transformers
 
 # The values of `model_type` whose whole chain is tested (tests/families.py). Some other families
@@ -328,3 +329,13 @@ def find_model(reference: str, *, key: str = "teacher.model") -> Path:
         f"{key}: expected a folder, hub://, package:// or random://bert, found '{reference}'",
         hint=f"correct {key}",
     )
+
+
+def reference_sha256(reference: str | None, *, key: str) -> dict[str, str] | None:
+    """Return the sha256 of each file of a model; see :func:`find_model` for the arguments.
+
+    None if there is no model, or of ``random://``, which has no files: seed and texts make it.
+    """
+    if reference is None or reference == RANDOM:
+        return None
+    return sha256_of_folder(find_model(reference, key=key))

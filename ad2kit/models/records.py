@@ -145,9 +145,16 @@ class TeacherReport(Record):
         """The settings that make a better teacher, for a hint."""
         advice = []
         if self.cut > _CUT and any(each.name == BAG_OF_WORDS for each in self.better):
+            windows = (
+                ""
+                if self.given
+                else (
+                    ", or, if the student has the teacher's tokenizer, set data.long_texts=windows"
+                )
+            )
             advice.append(
                 f"{self.cut:.0%} of its texts are cut, and a bag of words reads on: raise "
-                "data.max_length_tokens, or set data.long_texts=windows"
+                f"data.max_length_tokens{windows}"
             )
         if self.given:
             advice.append(

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from ad2kit.data import splits
-from ad2kit.models.layers import classifier_class
+from ad2kit.models.layers import classifier_class, give_two_outputs
 from ad2kit.models.pretrained import (
     RANDOM,
     check_weights,
@@ -30,7 +30,7 @@ from ad2kit.models.pretrained import (
     refuse_adapter,
     saved_by,
 )
-from ad2kit.models.records import ModelManifest
+from ad2kit.models.records import ModelManifest, is_given
 from ad2kit.models.translate import RUNNING
 from ad2kit.run.errors import ModelError
 from ad2kit.run.files import check_sha256, sha256_of_folder, whole_folder, write_record
@@ -138,7 +138,7 @@ def load_model(
         logger.info("%s has one output, the sigmoid of '%s'", folder, labels[sigmoid_of])
     module = _load_module(folder, config, head, seed=seed, finished=finished)
     if sigmoid_of is not None:
-        _give_two_outputs(module, sigmoid_of)
+        give_two_outputs(module, sigmoid_of)
         for key, value in head_config(labels, task).items():
             setattr(module.config, key, value)
     # Older checkpoints of DistilBERT name BERT's tokenizer, but the model has no segment ids.
@@ -233,25 +233,6 @@ def _check_loaded(
             f"config.json does not have, first {unused[0]}",
             hint="give config.json and model.safetensors of the same model",
         )
-
-
-def _give_two_outputs(module: PreTrainedModel, sigmoid_of: int) -> None:
-    """Give a head of one output a second output that is always 0, in place.
-
-    The old output becomes the one of the label ``sigmoid_of``. The softmax of (0, z) is the sigmoid
-    of z.
-    """
-    (head,) = [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, torch.nn.Linear) and layer.out_features == 1
-    ]
-    for name, value in list(head.named_parameters()):
-        widened = value.new_zeros((2, *value.shape[1:]))
-        widened[sigmoid_of] = value.data[0]
-        setattr(head, name, torch.nn.Parameter(widened))
-    head.out_features = 2
-    setattr(module, "num_labels", 2)  # noqa: B010  (torch types module attributes as tensors)
 
 
 def _check_embeddings(folder: Path, model: TextModel) -> None:
@@ -386,8 +367,12 @@ def saved_inputs(folder: Path) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Insist on safetensors weights, and compare files with the sha256 manifest if there is one."""
-    check_weights(folder)
+    """Insist on safetensors weights, and compare files with the sha256 manifest if there is one.
+
+    The folder of a teacher that is given by its answers has no weights.
+    """
+    if not is_given(folder):
+        check_weights(folder)
     if (folder / MANIFEST).is_file():
         hint = f"delete {folder} and run `ad2kit distill` again"
         check_sha256(folder, ModelManifest.read(folder / MANIFEST).files, hint=hint)

@@ -94,7 +94,7 @@ class Recipe(Section):
         if longest > self.data.max_length_tokens:
             msg = (
                 f"bench.lengths_tokens: {longest} is longer than data.max_length_tokens, "
-                f"{self.data.max_length_tokens}, to which every text is cut; set "
+                f"{self.data.max_length_tokens}, and {self.data.length.words}; set "
                 "bench.lengths_tokens=null"
             )
             raise ValueError(msg)

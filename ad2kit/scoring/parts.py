@@ -7,6 +7,7 @@ language model has said (:mod:`ad2kit.asking`).
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,7 +98,7 @@ def cannot_read(url: str, error: OSError) -> DataError:
     )
 
 
-class BlockWorker:
+class BlockWorker(ABC):
     """Reads blocks, gets the answers to their texts, and writes parts.
 
     Args:
@@ -111,13 +112,13 @@ class BlockWorker:
         self._url = ""
         self._reader: BlockReader | None = None
 
+    @abstractmethod
     def answers(self, texts: Sequence[Any], refuse: Refuse) -> dict[str, NDArray[Any]]:
         """Return the columns of the answers by name; the texts are checked.
 
         For a text without an answer ``refuse`` is called with its index and the reason, and it has
         no place in the columns. A row without a reason is left out of the part, and is not bad.
         """
-        raise NotImplementedError
 
     def __call__(self, index: int, block: Block) -> Done:
         """Answer one block and write its part.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from ad2kit.data import splits
-from ad2kit.data.labels import balance, counts, filled, has_label
+from ad2kit.data.labels import balance, counts, has_label
 from ad2kit.models import given, text_model
-from ad2kit.models.baselines import labelled_rows, look_at_teacher, untrained_encoder
+from ad2kit.models.baselines import labelled_rows, look_at_teacher
 from ad2kit.models.head import MOST_ROWS, start_head
-from ad2kit.models.pretrained import RANDOM, find_model
+from ad2kit.models.pretrained import reference_sha256
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
 from ad2kit.run.errors import RunError
-from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder, whole_file, write_record
+from ad2kit.run.files import fingerprint, sha256_of, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment, peak_memory_mb
@@ -34,7 +34,7 @@ from ad2kit.training.ad2 import Batch, distillation, finetuning, inner_losses
 from ad2kit.training.checkpoint import Evaluation
 from ad2kit.training.loop import Trainer, prepare
 from ad2kit.training.losses import balanced_weights, comparison, soft_targets
-from ad2kit.training.opening import before_training, open_models, with_rate
+from ad2kit.training.opening import before_training, open_models, untrained_encoder, with_rate
 from ad2kit.training.records import (
     DistillReport,
     StepRecord,
@@ -101,6 +101,7 @@ def distill(
         shared.data_sha256(stage.recipe, stage.data),
         data.unlabelled.sha256,
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
+        *stage.encoder_sha256(),
     )
     if (finished_report := stage.finished(inputs)) is not None:
         return finished_report
@@ -115,7 +116,7 @@ def distill(
         student.parameters() / 1e6,
         settings.rate,
     )
-    select = stage.encode(student, stage.judged_select(teacher_logits))
+    select = stage.encode(student, data.select.answered(data.task, teacher_logits.numpy()))
     train = stage.encode(student, data.distillation(), keep=True)
     steps, student_selection = stage.train_student(
         teacher, student, settings, train, select, teacher_windows, inputs=inputs
@@ -310,6 +311,11 @@ class _Stage:
         """Return the fingerprint of the teacher's weights and tokenizer."""
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
+    def encoder_sha256(self) -> list[dict[str, str]]:
+        """Return the fingerprints of the files that the student starts from, beside the teacher."""
+        files = reference_sha256(self.recipe.student.model, key="student.model")
+        return [] if files is None else [files]
+
     def encode(self, model: TextModel, split: Split, *, keep: bool = False) -> Encoded:
         """Tokenise a split for a model, with the lengths of the recipe.
 
@@ -325,10 +331,6 @@ class _Stage:
         if encoded.first_windows is not None:
             logger.info("%d texts are read in %d windows", len(encoded), len(encoded.input_ids))
         return encoded
-
-    def logits(self, model: TextModel, encoded: Encoded) -> torch.Tensor:
-        """Return the logits of a model; all processes share the rows."""
-        return predict_logits(model, encoded, self.accelerator.device, self.accelerator)
 
     def score(self, logits: torch.Tensor, encoded: Encoded) -> float:
         """Return the score of logits against the labels of their rows."""
@@ -346,7 +348,7 @@ class _Stage:
 
         ``teacher_windows`` are the teacher's logits, shape [windows, outputs].
         """
-        logits = self.logits(model, encoded)
+        logits = predict_logits(model, encoded, self.accelerator.device, self.accelerator)
         distance = None
         if teacher_windows is not None:
             temperature = self.recipe.distill.temperature
@@ -433,8 +435,9 @@ class _Stage:
         run = self.run
         is_main = self.accelerator.is_main_process
         source = recipe.teacher.model
-        if source is None:
-            open_models(recipe, self.data)
+        # Also where another run has the teacher: its student may be another one.
+        teacher, _ = open_models(recipe, self.data)
+        if teacher is None:
             if is_main:
                 logits = given_logits(recipe, self.data, self.accelerator.device)
                 given.save(logits, run.teacher, inputs=inputs)
@@ -443,17 +446,16 @@ class _Stage:
         key = fingerprint(
             inputs,
             recipe.compute.precision,
-            None if source == RANDOM else sha256_of_folder(find_model(source)),
+            reference_sha256(source, key="teacher.model"),
         )
         if is_main and shared.take_teacher(run.shared, key, run.teacher):
             logger.info("another run has made this teacher")
         if self._missing(run.teacher / text_model.MANIFEST):
-            teacher, _ = open_models(recipe, self.data)
-            if teacher is not None and recipe.teacher.finetune is not None:
+            if recipe.teacher.finetune is not None:
                 settings = with_rate(recipe.teacher.finetune, teacher)
                 logger.info("fine-tuning the teacher %s: learning rate %.3g", source, settings.rate)
                 teacher = self._finetuned(teacher, settings, inputs)
-            if teacher is not None and is_main:
+            if is_main:
                 text_model.save(teacher, run.teacher, inputs=inputs)
                 shared.give_teacher(run.shared, key, run.teacher)
             self.accelerator.wait_for_everyone()
@@ -526,12 +528,6 @@ class _Stage:
         )
         return window_logits, logits
 
-    def judged_select(self, teacher_logits: torch.Tensor) -> Split:
-        """Return `select` with labels for all rows: the teacher's answers where there are none."""
-        select = self.data.select
-        labels = filled(self.data.task, select.labels, teacher_logits.numpy())
-        return replace(select, labels=labels)
-
     def look_at(self, teacher: TextModel | None, select_logits: torch.Tensor) -> None:
         """Compare the teacher with simpler models, once for all runs; stop if it is too weak.
 
@@ -547,8 +543,11 @@ class _Stage:
         if rows is None:
             logger.info("too few rows have labels to compare the teacher with simpler models")
             return
-        # The inputs of the teacher include the data, and the model before its training.
-        key = fingerprint(self.teacher_sha256(), text_model.saved_inputs(run.teacher))
+        # The inputs of the teacher include the data, and the model before its training. Beside
+        # given answers the student's encoder is probed.
+        encoder = [recipe.student.model, *self.encoder_sha256()] if teacher is None else []
+        inputs = text_model.saved_inputs(run.teacher)
+        key = fingerprint(self.teacher_sha256(), inputs, *encoder)
         path = shared.teacher_report_file(run.shared, key)
         if self._missing(path) and is_main:
             logger.info("looking at the teacher: simpler models on the same rows")

@@ -25,14 +25,11 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ad2kit.data import splits
 from ad2kit.models import given, text_model
 from ad2kit.models.records import ModelManifest, is_given
 from ad2kit.models.text_model import predict_logits
-from ad2kit.run.errors import RunError
 from ad2kit.run.files import (
     fingerprint,
     whole_file,
@@ -112,12 +109,7 @@ def read_logits(path: Path) -> torch.Tensor:
     Raises:
         RunError: the file is damaged.
     """
-    try:
-        return load_file(path)["logits"]
-    except (SafetensorError, KeyError) as error:
-        raise RunError(
-            f"{path} is damaged: {error}", hint=f"delete {path} and run again"
-        ) from error
+    return given.stored_tensor(path, "logits", hint=f"delete {path} and run again")
 
 
 def write_logits(path: Path, shape: tuple[int, int], blocks: Iterable[torch.Tensor]) -> None:

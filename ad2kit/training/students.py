@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.pytorch_utils import prune_linear_layer
 
+from ad2kit.data.labels import filled
 from ad2kit.data.splits import by_length
 from ad2kit.models.layers import (
     LAYER_PARTS,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ad2kit.data.splits import Encoded
-    from ad2kit.run.sections import StudentRecipe
+    from ad2kit.run.sections import StudentRecipe, Task
 
     Units = Sequence[Sequence[int]]
     """For each layer, the units that stay, in ascending order."""
@@ -221,7 +222,8 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
 
     Args:
         model: a classifier that was trained on the task.
-        encoded: labelled rows; the first :data:`IMPORTANCE_TEXTS` of them are read.
+        encoded: rows of which the first :data:`IMPORTANCE_TEXTS` are read. One without a label has
+            the model's answer in its place.
         accelerator: gives device and processes; they share the rows, and all get the result.
     """
     module = model.module
@@ -253,8 +255,9 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
                     handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                     hooks.callback(handle.remove)
             logits = batch.by_text(module(**batch.inputs).logits)
+        labels = _own_or_said(model.task, batch.labels, logits)
         # The sum and not the mean, so that the mask of a text has the gradient of its own loss.
-        loss = supervised(model.task, logits, batch.labels) * len(rows)
+        loss = supervised(model.task, logits, labels) * len(rows)
         gradients = torch.autograd.grad(loss, list(masks.values()))
         for kind, gradient in zip(masks, gradients, strict=True):
             totals[kind] += gradient.abs().sum(dim=1).cpu()
@@ -264,6 +267,18 @@ def importance(model: TextModel, encoded: Encoded, accelerator: Accelerator) -> 
         for kind, total in totals.items()
     }
     return Importance(means.get("heads"), means["neurons"])
+
+
+def _own_or_said(task: Task, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return labels, with the answers of the model, from its logits, for the rows without one.
+
+    The squared error of a number is flat at the model's own answer. So the label is half a unit
+    off: then the slope of the loss is that of the answer.
+    """
+    given = labels.cpu().numpy()
+    logits = logits.detach().float()
+    answer = logits - 0.5 if task == "regression" else logits
+    return torch.from_numpy(filled(task, given, answer.cpu().numpy())).to(labels.device)
 
 
 def most_important(scores: torch.Tensor, count: int) -> list[list[int]]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from safetensors import safe_open
 
 from ad2kit.data import splits
 from ad2kit.data.answers import SPLITS, mean_answers, read_answers
-from ad2kit.data.labels import filled, has_label
+from ad2kit.data.labels import has_label
 from ad2kit.data.sources import open_source, open_unlabelled
 from ad2kit.models import text_model
-from ad2kit.models.pretrained import RANDOM, find_model
+from ad2kit.models.given import stored_tensor
+from ad2kit.models.pretrained import reference_sha256
 from ad2kit.run.errors import DataError
-from ad2kit.run.files import fingerprint, sha256_of, sha256_of_folder
+from ad2kit.run.files import fingerprint, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,21 +61,20 @@ def try_given(recipe: Recipe, data: Data) -> None:
         if given.model is None:
             read_answers(recipe.data, data, given)
         else:
-            _member(recipe, data, given, number)
+            model = _member(recipe, data, given, number)
+            splits.check_lengths(data, model.tokenizer, recipe.data.length, windows=False)
 
 
 def judged_select(run: RunDir, data: Data) -> Split:
     """Return the `select` of a distilled run with labels for all rows, as its training judged it.
 
     A row without a label has the answer of the teacher.
-
     """
-    labels = data.select.labels
-    if has_label(data.task, labels).all():
+    if has_label(data.task, data.select.labels).all():
         return data.select
-    with safe_open(run.select_logits, "np") as tensors:
-        teacher_logits = tensors.get_tensor("teacher")
-    return replace(data.select, labels=filled(data.task, labels, teacher_logits))
+    hint = f"delete {run.distill_report} and run `ad2kit distill` again"
+    logits = stored_tensor(run.select_logits, "teacher", hint=hint)
+    return data.select.answered(data.task, logits.numpy())
 
 
 def labelled_part(task: Task, split: Split, name: str) -> Split:
@@ -99,11 +97,9 @@ def labelled_part(task: Task, split: Split, name: str) -> Split:
 def given_sha256(recipe: Recipe) -> str:
     """Return the fingerprint of the content of the tables and models that hold given answers."""
     parts: list[Any] = []
-    for given in recipe.teacher.answers:
+    for number, given in enumerate(recipe.teacher.answers):
         if given.model is not None:
-            parts.append(
-                given.model if given.model == RANDOM else sha256_of_folder(find_model(given.model))
-            )
+            parts.append(reference_sha256(given.model, key=_key(number)) or given.model)
             continue
         tables = [open_unlabelled(reference, recipe.data) for reference in given.files]
         if not given.files or given.key:
@@ -116,9 +112,14 @@ def given_sha256(recipe: Recipe) -> str:
     return fingerprint(*parts)
 
 
+def _key(number: int) -> str:
+    """Return the key of the recipe that holds a model among given answers."""
+    return f"teacher.answers[{number}].model"
+
+
 def _member(recipe: Recipe, data: Data, given: AnswersRecipe, number: int) -> TextModel:
     """Open a finished classifier, and see that it reads the texts."""
-    key = f"teacher.answers[{number}].model"
+    key = _key(number)
     model = text_model.load_reference(given.model, data, seed=recipe.seed, finished=True, key=key)
     length = recipe.data.max_length_tokens
     text_model.check_length(model, length, key="data.max_length_tokens")

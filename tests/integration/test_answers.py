@@ -15,16 +15,21 @@ from scipy.stats import binomtest
 
 from ad2kit.campaigns.run import export_teacher
 from ad2kit.data import splits
+from ad2kit.data.demo_reviews import opinions
 from ad2kit.exporting.export import export
 from ad2kit.gate.parity import judge
 from ad2kit.gate.records import BentoRecord, ParityReport
 from ad2kit.models import given, text_model
+from ad2kit.models.records import TeacherReport
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run import recipe as recipes
 from ad2kit.run.folder import RunDir, open_run
-from ad2kit.statistics.logits import scores
-from ad2kit.training.distill import distill
-from tests.conftest import QUICK
+from ad2kit.statistics.logits import scores, softmax
+from ad2kit.statistics.metrics import expected_calibration_error
+from ad2kit.training.distill import distill, teach
+from tests import families
+from tests.conftest import QUICK, TINY_STEPS
+from tests.models import LABELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -298,9 +303,55 @@ def test_where_some_rows_have_labels_both_are_reported(
     assert fp32.retained == pytest.approx(np.mean(right) / np.mean(theirs))
     assert fp32.agreement is not None
     assert fp32.agreement.rows == 640
-    assert fp32.ece is not None
+    own = np.array([line["logits"]["fp32"] for line in labelled]) / fp32.temperature
+    cells = np.array([line["label"] for line in labelled])
+    assert fp32.ece == pytest.approx(expected_calibration_error(softmax(own), cells), abs=1e-4)
     assert "and the labels of 160 of them" in parity.judged_against
     # The teacher as a run of its own is judged by the same rows, and retains all of itself.
     teachers = ParityReport.read(export_teacher(run).parity_report)
     assert teachers.labelled_rows == 160
     assert teachers.variants[0].retained == pytest.approx(1.0)
+
+
+def encoders(tmp_path: Path) -> tuple[str, ...]:
+    """Overrides of a student that starts from an encoder in ``tmp_path``."""
+    start = f"student.model={families.save('bert', tmp_path / 'encoder')}"
+    return (*TINY_STEPS, start)
+
+
+def test_another_encoder_under_the_same_path_makes_another_student(tmp_path: Path) -> None:
+    run = open_run(recipes.load_recipe("smoke", encoders(tmp_path)), tmp_path / "runs")
+    first = distill(run)
+    assert distill(run) == first  # it is done already
+    families.save("bert", tmp_path / "encoder", seed=4)
+    second = distill(run)
+    assert second.teacher_sha256 == first.teacher_sha256
+    assert second.inputs != first.inputs
+    assert second.student_sha256 != first.student_sha256
+
+
+def test_given_answers_are_compared_with_probes_of_the_runs_own_encoder(tmp_path: Path) -> None:
+    corpus, folder = opinions(0, train_rows=80, validation_rows=20), tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "validation"):
+        cells = [(text, LABELS[label]) for text, label in getattr(corpus, name)]
+        write(folder / f"{name}.csv", ("text", "label", "said"), ((*row, row[1]) for row in cells))
+    teacher = (f"data.source={folder}", given_by("{label: said}"))
+    overrides = (*encoders(tmp_path), *teacher, "student.layers=[0]")
+    kept = [each for each in overrides if not each.startswith("teacher.finetune")]
+
+    def looked_at(runs: str, *more: str) -> TeacherReport:
+        run = open_run(recipes.load_recipe("smoke", (*kept, *more)), tmp_path / runs)
+        teach(run)
+        return TeacherReport.read(run.teacher_report)
+
+    first = looked_at("runs")
+    assert looked_at("runs", "distill.lr=2e-3") == first  # of the store
+    families.save("roberta", tmp_path / "other")
+    other = looked_at("runs", f"student.model={tmp_path / 'other'}")
+    assert other.teacher_sha256 == first.teacher_sha256
+    alone = looked_at("alone", f"student.model={tmp_path / 'other'}")
+    assert other.baselines == alone.baselines != first.baselines
+    families.save("bert", tmp_path / "encoder", seed=4)
+    again = looked_at("runs", "distill.lr=3e-3")
+    assert again.baselines != first.baselines

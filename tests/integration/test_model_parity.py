@@ -270,3 +270,27 @@ def test_an_artefact_is_a_plain_folder_for_other_tools(finished_run: RunDir) -> 
         for found, expected in zip(theirs(texts), ours, strict=True):
             assert found["label"] == expected.label
             assert found["score"] == pytest.approx(expected.score, abs=1e-5)
+
+
+def test_rows_without_labels_are_judged_by_the_teachers_answers(
+    model: Path, finished_run: RunDir, rows: Path
+) -> None:
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    recipe = recipes.load_recipe(
+        "custom",
+        ["compute.threads=1", "parity.bootstrap_samples=200", "data.missing_labels=accept"],
+    )
+    for labelled in (320, 0):
+        some = [
+            line | {} if n < labelled else {**line, "label": None} for n, line in enumerate(lines)
+        ]
+        rows.write_text("".join(f"{json.dumps(line)}\n" for line in some))
+        report = judge_model(model, str(finished_run.teacher), rows, recipe)
+        assert report.labelled_rows == labelled
+        (verdict,) = report.variants
+        assert verdict.agreement is not None
+        assert verdict.agreement.rows == 640
+        names = {check.name for check in verdict.checks}
+        assert "agreement with its teacher" in names
+        by_labels = "teacher accuracy, against the most frequent label"
+        assert (by_labels in names) == bool(labelled)

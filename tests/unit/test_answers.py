@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +13,13 @@ import pytest
 
 from ad2kit.data import splits
 from ad2kit.data.answers import mean_answers, read_answers
-from ad2kit.data.labels import counts, filled, has_label
+from ad2kit.data.labels import counts, filled, has_label, no_labels
 from ad2kit.run.errors import DataError, RecipeError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import AnswersRecipe, DataRecipe
 from ad2kit.statistics.logits import answers, logits_of, scores
+from ad2kit.training.opening import open_models
+from tests import families, models
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -339,3 +343,47 @@ def test_keys_that_do_not_fit_together(reason: str, overrides: tuple[str, ...]) 
     with pytest.raises(RecipeError, match="recipe") as refused:
         load_recipe("smoke", overrides)
     assert reason in refused.value.message
+
+
+LEARNS = ("distill.hard_label_weight=1", "distill.class_weights=balanced")
+FINISHED = "teacher.finetune=null"
+ALONE = ("distill.kd_weight=0", "distill.alpha=0", LEARNS[0])
+
+
+@pytest.mark.parametrize(
+    ("lacking", "overrides", "reason"),
+    [
+        (("train",), (), "teacher.finetune: no row of train has a label"),
+        (("select",), (), "teacher.finetune: no row of select has a label"),
+        (("train",), (FINISHED, LEARNS[0]), "distill: no row of train has a label"),
+        (("train",), (FINISHED, LEARNS[1]), "distill: no row of train has a label"),
+        (("train",), (FINISHED, *ALONE), "distill: no row of train has a label"),
+        (("train", "select", "validation"), (FINISHED,), None),
+        (("validation",), LEARNS, None),
+    ],
+)
+def test_labels_that_nobody_has_are_missed_before_the_training(
+    tmp_path: Path, lacking: tuple[str, ...], overrides: tuple[str, ...], reason: str | None
+) -> None:
+    rows = models.split()
+    nobody = replace(rows, labels=no_labels("single_label", len(rows), 2))
+    parts: dict[str, Any] = {
+        name: nobody if name in lacking else rows for name in ("train", "select", "validation")
+    }
+    data = replace(models.data(), **parts)
+    families.save("bert", tmp_path / "teacher")
+    shared = (
+        *(f"teacher.model={tmp_path / 'teacher'}", "data.missing_labels=accept"),
+        *("data.max_length_tokens=40", "compute.threads=1"),
+    )
+    if reason is None:
+        open_models(load_recipe("smoke", (*shared, *overrides)), data)
+        return
+    with pytest.raises(DataError) as refused:
+        open_models(load_recipe("smoke", (*shared, *overrides)), data)
+    assert reason in refused.value.message
+    # Do as it says.
+    advice = re.findall(r"[a-z_.]+=\w+", refused.value.hint)
+    assert advice
+    kept = [each for each in overrides if each.partition("=")[0] not in " ".join(advice)]
+    open_models(load_recipe("smoke", (*shared, *kept, *advice)), data)

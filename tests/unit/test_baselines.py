@@ -11,7 +11,8 @@ import torch
 
 from ad2kit.data.splits import Data, Split, collate, encode
 from ad2kit.models import baselines
-from ad2kit.models.head import last_linear, read_vectors
+from ad2kit.models.head import read_vectors
+from ad2kit.models.layers import last_linear
 from ad2kit.models.records import BAG_OF_WORDS, Baseline, TeacherReport
 from ad2kit.run import recipe
 from ad2kit.run.errors import GateFailed, RunError
@@ -258,6 +259,10 @@ def test_the_settings_that_a_bad_teacher_is_mended_with_are_settings(finetune: b
 def test_what_is_cut_off_is_named_where_a_bag_of_words_reads_on() -> None:
     better = (beside(-0.2, name=BAG_OF_WORDS),)
     assert "data.max_length_tokens" in report(baselines=better, cut=0.4).remedy
+    assert "data.long_texts=windows" in report(baselines=better, cut=0.4).remedy
+    of_answers = report(baselines=better, cut=0.4, given=True).remedy
+    assert "data.max_length_tokens" in of_answers
+    assert "windows" not in of_answers  # the recipe refuses them
     assert "data.max_length_tokens" not in report(baselines=better, cut=0.05).remedy
     assert "data.max_length_tokens" not in report(baselines=(beside(-0.2),), cut=0.4).remedy
 

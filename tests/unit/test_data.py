@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from ad2kit.data.labels import balance
 from ad2kit.data.sources import open_source
-from ad2kit.data.splits import Data, Split, _chunks, encode, epoch_batches, load_data
+from ad2kit.data.splits import Data, Split, encode, epoch_batches, load_data
+from ad2kit.data.tokens import _chunks
 from ad2kit.run.errors import DataError
 from ad2kit.run.sections import DataRecipe, TextLength
 from ad2kit.tables.rows import BadRows
@@ -524,7 +525,7 @@ def test_few_texts_are_tokenised_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     texts = tuple((f"good {'! ' * number}", f"dull {number}") for number in range(60))
     split = Split.of(texts, np.arange(60))
     whole = encode(split, tokenizer, TextLength(32))
-    monkeypatch.setattr("ad2kit.data.splits._CHUNK_CHARACTERS", 300)
+    monkeypatch.setattr("ad2kit.data.tokens._CHUNK_CHARACTERS", 300)
     sizes = [sum(len(text) for row in chunk for text in row) for chunk in _chunks(texts)]
     assert len(sizes) > 10
     # The one text that reaches the limit is part of it.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, pearsonr
 
+from ad2kit.data.labels import NO_CLASS
 from ad2kit.data.mapped import TokenRows
 from ad2kit.data.splits import Encoded
 from ad2kit.exporting.conversion import agreement, agrees, conversion_cost
@@ -53,7 +54,9 @@ def judged(
     none = np.zeros(len(labels), dtype=bool)
     encoded = Encoded(TokenRows.of([[1]] * len(labels)), None, labels, none)
     metric: Any = "micro_f1" if task == "multi_label" else "accuracy"
-    reference = Reference(task, (metric,), labels, theirs, ours, encoded, student_left=ours)
+    reference = Reference.of(
+        task, (metric,), encoded, teacher=theirs, student=ours, student_left=ours
+    )
     names = tuple(f"c{index}" for index in range(classes))
     recipe = ParityRecipe(bootstrap_samples=samples, **thresholds)  # type: ignore[arg-type]
     return distillation_quality("fp32", "", ours, reference, names, (), recipe, 0)
@@ -144,6 +147,38 @@ def test_a_student_that_equals_its_teacher_on_a_handful_of_rows_has_shown_little
         assert check.interval is not None
         unseen = 1 - 0.025 ** (1 / len(labels))
         assert 1 - check.interval[0] == pytest.approx(unseen / (teacher == labels).mean())
+
+
+@pytest.mark.parametrize(
+    ("shares", "rows", "labelled", "all_of_them", "kept"),
+    [
+        # Enough rows to show it of a student that is as good as its teacher.
+        pytest.param(FAIR, 200, 199, "not shown", "not shown", id="one row lacks its label"),
+        pytest.param(FAIR, 1000, 100, "passed", None, id="too few labels"),
+        # Below the target: 15 of 18 right, where the teacher has 18.
+        pytest.param(
+            (0.9, 0.0, 0.1, 0.0), 30, 29, "not shown", "not shown", id="on the wrong side"
+        ),
+        pytest.param(GOOD, 2000, 1999, "passed", "passed", id="shown"),
+        pytest.param(BAD, 600, 300, "FAILED", "FAILED", id="failed"),
+    ],
+)
+def test_a_row_without_a_label_switches_no_rule_off(
+    shares: tuple[float, ...], rows: int, labelled: int, all_of_them: str, kept: str | None
+) -> None:
+    labels, teacher, student = cells(shares, rows)
+    order = np.random.default_rng(1).permutation(rows)
+    whole = judged(labels[order], teacher[order], student[order], samples=2000)
+    assert check_of(whole, "accuracy retained").verdict == all_of_them
+    # The labelled rows are a table of the same shares.
+    known, theirs, ours = cells(shares, labelled)
+    some = np.concatenate([known, np.full(rows - labelled, NO_CLASS)])
+    rest = theirs[np.arange(rows - labelled) % labelled]
+    verdict = judged(
+        some, np.concatenate([theirs, rest]), np.concatenate([ours, rest]), samples=2000
+    )
+    found = [check for check in verdict.checks if check.name == "accuracy retained"]
+    assert [check.verdict for check in found] == ([] if kept is None else [kept])
 
 
 @pytest.mark.parametrize("truth", [0.9925, 0.997])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
+from ad2kit.data.labels import no_labels
 from ad2kit.exporting.export import export_fp32, exporter
 from ad2kit.exporting.fuse import fuse, node_counts
 from ad2kit.exporting.int8 import Way, quantize
@@ -18,6 +20,7 @@ from ad2kit.run.errors import ModelError, RecipeError
 from ad2kit.run.machine import cpu_flags, dot_products
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import StudentRecipe
+from ad2kit.statistics.logits import answers
 from ad2kit.training import students
 from ad2kit.training.losses import supervised
 from ad2kit.training.students import build_student
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.models.text_model import TextModel
+    from ad2kit.run.sections import Task
 
 # On import transformers compiles parts of DeBERTa and ModernBERT, in a way that torch gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -211,6 +215,27 @@ def test_importance_is_the_mean_over_texts_of_the_slope_of_their_losses() -> Non
     assert torch.as_tensor(found.heads)[place, unit].item() == pytest.approx(
         abs(slopes).mean(), rel=0.02
     )
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_importance_without_labels_is_of_the_teachers_answers(task: Task) -> None:
+    teacher = tiny_bert(task=task)
+    texts = encoded(teacher)
+    nothing = no_labels(task, len(texts), len(teacher.labels))
+    found = students.importance(teacher, replace(texts, labels=nothing), cpu())
+    logits = forward(teacher, batch(teacher).inputs)
+    # A number's loss has no slope at the answer: the answer itself is measured.
+    said = answers(task, logits.numpy() - (0.5 if task == "regression" else 0.0))
+    as_labels = replace(texts, labels=said.astype(texts.labels.dtype))
+    expected = students.importance(teacher, as_labels, cpu())
+    assert (found.neurons.max(dim=1).values > 0).all()
+    torch.testing.assert_close(found.neurons, expected.neurons)
+    torch.testing.assert_close(found.heads, expected.heads)
+    # Of rows with labels it is that of their labels alone.
+    some = texts.labels.copy()
+    some[4:] = nothing[4:]
+    half = students.importance(teacher, replace(texts, labels=some), cpu())
+    assert not torch.equal(half.neurons, found.neurons)
 
 
 def test_measuring_importance_leaves_nothing_behind_and_repeats_itself() -> None:

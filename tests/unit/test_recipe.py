@@ -242,6 +242,9 @@ def test_latency_is_of_lengths_that_occur() -> None:
     wrong = ["data.max_length_tokens=64", "bench.lengths_tokens=[16,128]"]
     with pytest.raises(RecipeError, match=r"128 is longer than data\.max_length_tokens, 64"):
         recipes.load_recipe("custom", wrong)
+    for key, words in (("cut", "texts are cut"), ("refuse", "refused"), ("windows", "in windows")):
+        with pytest.raises(RecipeError, match=words):
+            recipes.load_recipe("custom", [*wrong, f"data.long_texts={key}"])
     assert recipes.load_recipe(
         "custom", [*wrong, "bench.lengths_tokens=null"]
     ).bench_lengths_tokens == (

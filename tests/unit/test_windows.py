@@ -14,13 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ad2kit.data import tokens as tokenising
 from ad2kit.data import windows
-from ad2kit.data.splits import Split, encode
+from ad2kit.data.splits import Data, Split, encode
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
-from ad2kit.models.head import last_linear, read_vectors
+from ad2kit.models.head import read_vectors
+from ad2kit.models.layers import last_linear
 from ad2kit.models.text_model import predict_logits, predict_windows
-from ad2kit.run.errors import RecipeError, TextTooLong
+from ad2kit.run.errors import ModelError, RecipeError, TextTooLong
 from ad2kit.run.files import write_record
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import TextLength
@@ -28,9 +30,11 @@ from ad2kit.scoring.score import score
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.errors import Problem
 from ad2kit.service.http import Classify
+from ad2kit.training import opening
 from ad2kit.training.ad2 import Batch, distillation
 from ad2kit.training.loop import _accumulate
 from ad2kit.training.losses import comparison, soft_targets
+from tests import families, models
 from tests.models import TEXTS, cpu, gradients, settings, split, teacher_logits, tiny_bert
 from tests.unit.test_http_api import Uncounted
 
@@ -429,3 +433,41 @@ def test_short_texts_are_trained_on_alike_whether_or_not_there_may_be_windows(
         )
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+
+
+def test_other_windows_than_the_teachers_are_found_in_any_row(tmp_path: Path) -> None:
+    """The tokenizers differ in capitals alone, and one text of 301 has some."""
+    for name in ("teacher", "student"):
+        families.save("bert", tmp_path / name)
+    settings = json.loads((tmp_path / "student" / "tokenizer.json").read_text())
+    settings["normalizer"]["lowercase"] = False
+    (tmp_path / "student" / "tokenizer.json").write_text(json.dumps(settings))
+    config = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
+    config |= {"do_lower_case": False}
+    (tmp_path / "student" / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe = load_recipe(
+        "smoke",
+        [
+            *(f"{name}.model={tmp_path / name}" for name in ("teacher", "student")),
+            *("teacher.finetune=null", "student.layers=null", "data.long_texts=windows"),
+            *("data.max_length_tokens=16", "bench.lengths_tokens=null", "compute.threads=1"),
+        ],
+    )
+    plain = [(TEXTS[row % len(TEXTS)],) for row in range(300)]
+    for last in ("never dull", "NEVER DULL"):
+        rows = Split.of([*plain, (last,)], np.arange(301) % 2)
+        nothing = rows.take(np.arange(0))
+        short = rows.take(np.arange(100))
+        for data in (
+            Data("single_label", models.LABELS, rows, short, short, nothing),
+            Data("single_label", models.LABELS, short, rows, short, nothing),
+            Data("single_label", models.LABELS, short, short, short, rows),
+        ):
+            if last == "never dull":
+                # The tokenizers are two, and no text shows it.
+                teacher, student = opening.open_models(recipe, data)
+                assert teacher
+                assert not tokenising.equal_tokenizers(teacher.tokenizer, student.tokenizer)
+                continue
+            with pytest.raises(ModelError, match="the student has a tokenizer of its own"):
+                opening.open_models(recipe, data)

@@ -45,6 +45,7 @@ from ad2kit.run.records import CampaignRecord
 from ad2kit.statistics.logits import answers
 from ad2kit.statistics.metrics import mean_metric
 from ad2kit.training.distill import distill
+from ad2kit.training.opening import open_teacher
 from ad2kit.training.records import read_curve, select_scores
 
 if TYPE_CHECKING:
@@ -153,13 +154,7 @@ def _open_teacher(recipe: Recipe, data: Data, target: Target) -> TextModel:
             "answers alone (teacher.answers)",
             hint="train one student: `ad2kit run`; a smaller one has fewer student.layers",
         )
-    teacher = text_model.load_reference(
-        recipe.teacher.model,
-        data,
-        seed=recipe.seed,
-        finished=recipe.teacher.finetune is None,
-        key="teacher.model",
-    )
+    teacher = open_teacher(recipe, data)
     text_model.check_length(teacher, target.length_tokens, key="--length")
     return teacher
 
