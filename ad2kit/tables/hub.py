@@ -6,6 +6,7 @@ on the way to the hub, it takes the newest of these, of any commit; so the commi
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from ad2kit.run.hub import Address
 
-    Rows = tuple[str, Callable[[], Iterator[Any]]]
+    Rows = tuple[str, Callable[[], Iterator[Any]], Callable[[], Any]]
 
 
 def load(reference: str, *, key: str) -> Any:
@@ -75,8 +76,9 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
         key: the key of the recipe that holds it, for messages.
 
     Returns:
-        The address with its commit, and a function that starts to read. It yields batches of Arrow;
-        its errors are those of :func:`load`.
+        The address with its commit, a function that starts to read, and one that returns the
+        schema, or None if it is known only while rows are read. The first yields batches of Arrow;
+        the errors of both are those of :func:`load`.
 
     Raises:
         DataError, MissingExtra: see :func:`load`.
@@ -84,13 +86,12 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
     address = hub.parse(reference, "dataset", key)
     commit = hub.commit_of(address)
 
-    def batches() -> Iterator[Any]:
+    @contextmanager
+    def opened() -> Iterator[Any]:
         try:
             import datasets
         except ModuleNotFoundError as error:
             raise MissingExtra("datasets", extra="cpu") from error
-
-        from ad2kit.tables import arrow_files, formats
 
         try:
             loaded = datasets.load_dataset(
@@ -101,12 +102,7 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
                     f"it has no split '{split}', only {', '.join(loaded)}",
                     f"write the split at the end of {key}: #{next(iter(loaded))}",
                 )
-            # The columns of some formats are known only when the first rows are there.
-            rows = loaded[split].with_format("arrow")
-            for number, batch in enumerate(rows.iter(min(arrow_files.BATCH_ROWS, most))):
-                if number == 0:
-                    formats.check_columns(f"{address} {split}", columns, batch.column_names)
-                yield batch.select(list(dict.fromkeys(columns)))
+            yield loaded[split]
         except UserError:
             raise
         except Exception as error:
@@ -114,7 +110,22 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
                 raise
             raise _explained(error, address) from error
 
-    return f"{address.name}/{address.config or ''}@{commit}#{split}", batches
+    def batches() -> Iterator[Any]:
+        from ad2kit.tables import arrow_files, formats
+
+        with opened() as rows:
+            # The columns of some formats are known only when the first rows are there.
+            parts = rows.with_format("arrow").iter(min(arrow_files.BATCH_ROWS, most))
+            for number, batch in enumerate(parts):
+                if number == 0:
+                    formats.check_columns(f"{address} {split}", columns, batch.column_names)
+                yield batch.select(list(dict.fromkeys(columns)))
+
+    def schema() -> Any:
+        with opened() as rows:
+            return None if rows.features is None else rows.features.arrow_schema
+
+    return f"{address.name}/{address.config or ''}@{commit}#{split}", batches, schema
 
 
 def _prepared(address: Address, commit: str) -> dict[str | None, Path]:

@@ -6,20 +6,26 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import httpx2
+import numpy as np
 import openai
 import pytest
 
+from ad2kit.asking.agreement import agreements
 from ad2kit.asking.endpoint import Pace, _retry_after
 from ad2kit.asking.journal import Journal
 from ad2kit.asking.prompts import Prompt, Question, parsed
-from ad2kit.asking.records import Answer, Usage
+from ad2kit.asking.records import Agreement, Answer, AskJob, Usage
 from ad2kit.run.ask_section import AskRecipe, wrong_ask
 from ad2kit.run.errors import RecipeError, RunError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import DataRecipe
+from ad2kit.scoring.output import OutputFolder
+from ad2kit.scoring.parts import BlockWorker, open_tables
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 ASK = {"prompt": "Which?\n{labels}", "text": "{text}"}
@@ -191,3 +197,92 @@ def test_requests_keep_the_limits_of_a_minute(
 ) -> None:
     assert [pace.start(100.0, tokens) for _ in starts] == starts
     assert pace.start(1000.0, tokens) == 1000.0  # nothing is saved up, and nothing is owed
+
+
+class Said(BlockWorker):
+    """Answers every row with the label that its text begins with."""
+
+    def answers(self, texts: Sequence[Any], _refuse: Any) -> dict[str, Any]:
+        return {"teacher_label": np.array([row[0].split()[0] for row in texts], dtype=str)}
+
+
+def agreement_of(source: Path, folder: Path, recipe: DataRecipe) -> list[Agreement]:
+    """Write the parts of a job without asking, and compare them with the labels of its table."""
+    output = OutputFolder(str(folder))
+    tables = open_tables(
+        str(source), output, ("text",), "doubled", ("teacher_label",), recipe.labels or (), 4096
+    )
+    worker = Said(output.url, tables.layout)
+    for number, block in tables.blocks:
+        worker(number, block)
+    job = AskJob(
+        text_columns=("text",),
+        prefix="teacher_",
+        block_rows=4096,
+        inputs=tables.files,
+        base_url="http://127.0.0.1/v1",
+        model="m",
+        ask={},
+        labels=recipe.labels or (),
+        task=recipe.task,
+    )
+    return list(agreements(recipe, job, tables, folder, None))
+
+
+@pytest.mark.parametrize("source", ["classes", "labels.txt"])
+def test_ids_are_compared_by_the_names_of_their_table(tmp_path: Path, source: str) -> None:
+    names = ["abc", "a", "ab"]  # the recipe has another order
+    texts = [f"{names[n % 3]} text {n}" for n in range(9)]
+    columns = {"text": texts, "label": [n % 3 for n in range(9)]}
+    if source == "classes":
+        path = tmp_path / "in.parquet"
+        kind = datasets.ClassLabel(names=names)
+        features = datasets.Features(text=datasets.Value("string"), label=kind)
+        datasets.Dataset.from_dict(columns, features).to_parquet(path)
+    else:
+        path = tmp_path / "in.jsonl"
+        lines = zip(columns["text"], columns["label"], strict=True)
+        path.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in lines))
+        (tmp_path / "labels.txt").write_text("".join(f"{n}\t{x}\n" for n, x in enumerate(names)))
+    (found,) = agreement_of(path, tmp_path / "out", data())
+    assert (found.rows, found.equal, found.left_out) == (9, 9, 0)
+
+
+def json_lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_without_a_label_are_not_compared(tmp_path: Path) -> None:
+    rows = [{"text": "a 1"}, {"text": "a 2", "label": "a"}, {"text": "ab 3", "label": " "}]
+    for number, order in enumerate((rows, rows[::-1])):
+        source = json_lines(tmp_path / f"{number}.jsonl", *order)
+        (found,) = agreement_of(source, tmp_path / f"out{number}", data())
+        assert (found.rows, found.equal, found.left_out) == (1, 1, 0)
+    source = json_lines(tmp_path / "none.jsonl", rows[0])
+    assert agreement_of(source, tmp_path / "out", data()) == []
+
+
+@pytest.mark.parametrize("missing", ["refuse", "accept"])
+def test_a_row_whose_label_columns_are_all_empty_has_no_label(tmp_path: Path, missing: str) -> None:
+    rows = [
+        {"text": "a 1", "teacher_labels": ["a"], "a": 1, "b": 0},
+        {"text": "a 2", "teacher_labels": ["a"], "a": None, "b": ""},
+        {"text": "a 3", "teacher_labels": ["a"]},
+    ]
+    output = tmp_path / "out"
+    output.mkdir()
+    json_lines(output / "part-00000000.jsonl", *rows)
+    recipe = data(
+        task="multi_label", labels=["a", "b"], label_column=["a", "b"], missing_labels=missing
+    )
+    tables = open_tables(
+        str(json_lines(tmp_path / "in.jsonl", *({"text": row["text"]} for row in rows))),
+        OutputFolder(str(output)),
+        *(("text",), "doubled", ("teacher_labels",), ("a", "b"), 4096),
+    )
+    job = AskJob.model_construct(
+        text_columns=("text",), csv_quotes="doubled", prefix="teacher_", task="multi_label"
+    )
+    (found,) = agreements(recipe, job, tables, output, None)
+    assert (found.rows, found.equal, found.left_out) == (1, 1, 0)
