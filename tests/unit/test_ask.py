@@ -233,7 +233,7 @@ def agreement_of(source: Path, folder: Path, recipe: DataRecipe) -> list[Agreeme
 def test_ids_are_compared_by_the_names_of_their_table(tmp_path: Path, source: str) -> None:
     names = ["abc", "a", "ab"]  # the recipe has another order
     texts = [f"{names[n % 3]} text {n}" for n in range(9)]
-    columns = {"text": texts, "label": [n % 3 for n in range(9)]}
+    columns: dict[str, Any] = {"text": texts, "label": [n % 3 for n in range(9)]}
     if source == "classes":
         path = tmp_path / "in.parquet"
         kind = datasets.ClassLabel(names=names)
@@ -254,7 +254,11 @@ def json_lines(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_rows_without_a_label_are_not_compared(tmp_path: Path) -> None:
-    rows = [{"text": "a 1"}, {"text": "a 2", "label": "a"}, {"text": "ab 3", "label": " "}]
+    rows: list[dict[str, Any]] = [
+        {"text": "a 1"},
+        {"text": "a 2", "label": "a"},
+        {"text": "ab 3", "label": " "},
+    ]
     for number, order in enumerate((rows, rows[::-1])):
         source = json_lines(tmp_path / f"{number}.jsonl", *order)
         (found,) = agreement_of(source, tmp_path / f"out{number}", data())
@@ -265,7 +269,7 @@ def test_rows_without_a_label_are_not_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["refuse", "accept"])
 def test_a_row_whose_label_columns_are_all_empty_has_no_label(tmp_path: Path, missing: str) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": "a 1", "teacher_labels": ["a"], "a": 1, "b": 0},
         {"text": "a 2", "teacher_labels": ["a"], "a": None, "b": ""},
         {"text": "a 3", "teacher_labels": ["a"]},
