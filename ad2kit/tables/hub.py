@@ -6,6 +6,7 @@ on the way to the hub, it takes the newest of these, of any commit; so the commi
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,10 @@ def load(reference: str, *, key: str) -> Any:
     commit = hub.commit_of(address)
     prepared = _prepared(address, commit)
     config = address.config
-    if config is None and hub.is_offline() and len(prepared) == 1:
-        (config,) = prepared
+    if config not in prepared and hub.is_offline():
+        config = config or _default_config(address, commit)
+        if config not in prepared:
+            raise _not_prepared(address, config, commit, prepared)
     if config in prepared:
         return _open_prepared(address, prepared[config])
     try:
@@ -57,7 +60,10 @@ def load(reference: str, *, key: str) -> Any:
             raise
         raise _explained(error, address) from error
     for split in loaded.values():
-        if any(commit not in Path(file["filename"]).parts for file in split.cache_files):
+        found = [Path(file["filename"]).parts for file in split.cache_files]
+        # The folder of a part of its files, or of other arguments, has a longer name.
+        wanted = {commit, config or split.info.config_name or commit}
+        if any(not wanted <= set(parts) for parts in found):
             raise address.error(
                 f"the hub stopped answering, and the cache holds no commit {commit} of it",
                 "run the same command again when the hub answers",
@@ -137,6 +143,70 @@ def _prepared(address: Address, commit: str) -> dict[str | None, Path]:
     folder = f"{owner}{'___' if slash else ''}{camelcase_to_snakecase(name)}"
     folders = Path(config.HF_DATASETS_CACHE, folder).glob(f"*/*/{commit}")
     return {path.parts[-3]: path for path in folders if path.is_dir()}
+
+
+def _default_config(address: Address, commit: str) -> str | None:
+    """Return the configuration that an address without one means, by the card in the cache.
+
+    None if the card names several configurations, and none of them as the default.
+    """
+    from datasets.info import DatasetInfosDict
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard, constants, try_to_load_from_cache
+
+    card = try_to_load_from_cache(
+        address.name,
+        "README.md",
+        cache_dir=constants.HF_HUB_CACHE,
+        revision=commit,
+        repo_type=address.kind,
+    )
+    if not isinstance(card, str):
+        return "default"
+    try:
+        facts = DatasetCard.load(card, ignore_metadata_errors=True).data
+        configs = MetadataConfigs.from_dataset_card_data(facts)
+        infos = DatasetInfosDict.from_dataset_card_data(facts)
+        default = configs.get_default_config_name()
+    except (ValueError, TypeError, LookupError) as error:
+        raise _explained(error, address) from error
+    if configs:
+        return default
+    return next(iter(infos)) if len(infos) == 1 else "default"
+
+
+def _not_prepared(
+    address: Address, config: str | None, commit: str, prepared: dict[str | None, Path]
+) -> Exception:
+    """Return the error for a configuration that the cache does not hold, without the hub.
+
+    A folder such as ``default-1a2b`` holds a part of the files, or other columns.
+    """
+    from datasets import config as settings
+    from huggingface_hub import constants
+
+    whole = [each for each in prepared if each == _configuration_in(prepared[each])]
+    held = ", ".join(sorted(map(repr, whole))) or "none"
+    parts = ", ".join(sorted(repr(each) for each in prepared if each not in whole))
+    asked = f"its configuration '{config}'" if config else "a default configuration"
+    choice = f"write {hub.HUB}{address.name}/CONFIG with one of these; or " if whole else ""
+    return address.error(
+        f"{constants.ENDPOINT} does not answer (or HF_HUB_OFFLINE is set), and the cache "
+        f"{settings.HF_DATASETS_CACHE} does not hold {asked} at commit {commit}; configurations "
+        f"in it: {held}" + (f"; parts of some, which are not read: {parts}" if parts else ""),
+        f"{choice}run the same command again when the hub answers; without a network, "
+        f"{hub.elsewhere(address)}",
+    )
+
+
+def _configuration_in(folder: Path) -> str | None:
+    """Return the configuration whose rows a prepared folder holds, whole or in part."""
+    try:
+        content = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+        name: str | None = content.get("config_name")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name
 
 
 def _open_prepared(address: Address, folder: Path) -> Any:
