@@ -95,7 +95,7 @@ def _tables(
     wanted = recipe.model_copy(update={"text_columns": tuple(dict.fromkeys(columns))})
     if files:
         for reference in files:
-            yield open_unlabelled(reference, wanted)
+            yield open_unlabelled(reference, wanted, "teacher.answers")
         return
     source = open_source(wanted)
     yield from (source.train, source.validation)

@@ -135,7 +135,9 @@ def _open_source(recipe: DataRecipe) -> Source:
         return Source(train, validation, SourceLabels(demo_reviews.LABELS, only_ids=False))
     if scheme == "hub":
         loaded = hub.load(recipe.source, key="data.source")
-        train, validation = (_hub_split(loaded, address, name, recipe) for name in names)
+        train, validation = (
+            _hub_split(loaded, address, name, recipe, "data.source") for name in names
+        )
         columns = recipe.label_columns
         return Source(train, validation, train.labels_of(columns[0]) if len(columns) == 1 else None)
     raise DataError(
@@ -161,8 +163,10 @@ def open_file(path: Path, recipe: DataRecipe, name: str) -> tuple[SplitRows, Sou
     return rows, rows.labels_of(columns[0]) if len(columns) == 1 else None
 
 
-def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
-    """Find one entry of ``data.unlabelled``: a table, or ``hub://owner/name[/config]#split``.
+def open_unlabelled(reference: str, recipe: DataRecipe, key: str = "data.unlabelled") -> SplitRows:
+    """Find one table whose labels are not read, or ``hub://owner/name[/config]#split``.
+
+    ``key`` is the key of the recipe that names it, for messages.
 
     Raises:
         DataError: see :func:`open_source`.
@@ -171,9 +175,9 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
     if reference.startswith("hub://"):
         address, _, split = reference.removeprefix("hub://").partition("#")
         if recipe.max_unlabelled_rows is not None:
-            return _hub_stream(reference, split or "train", recipe)
-        loaded = hub.load(reference, key="data.unlabelled")
-        return _hub_split(loaded, address, split or "train", recipe, has_labels=False)
+            return _hub_stream(reference, split or "train", recipe, key)
+        loaded = hub.load(reference, key=key)
+        return _hub_split(loaded, address, split or "train", recipe, key)
     path = Path(reference)
     cells = partial(formats.read, path, columns, recipe.csv_quotes)
     return SplitRows(
@@ -265,14 +269,14 @@ def _from_files(recipe: DataRecipe, train: Path, validation: Path) -> Source:
     return Source(train_rows, validation_rows, labels)
 
 
-def _hub_split(
-    loaded: Any, address: str, name: str, recipe: DataRecipe, *, has_labels: bool = True
-) -> SplitRows:
-    """Return the rows of one split of a loaded data set."""
+def _hub_split(loaded: Any, address: str, name: str, recipe: DataRecipe, key: str) -> SplitRows:
+    """Return the rows of one split of a loaded data set; those of ``data.source`` have labels."""
+    has_labels = key == "data.source"
     if name not in loaded:
+        at_end = f"write the split at the end of its address in {key}: #{next(iter(loaded))}"
         raise DataError(
             f"hub data set '{address}' has no split '{name}', only {', '.join(loaded)}",
-            hint="name its splits with data.train and data.validation",
+            hint="name its splits with data.train and data.validation" if has_labels else at_end,
         )
     columns = [*recipe.text_columns, *(recipe.label_columns if has_labels else ())]
 
@@ -296,12 +300,10 @@ def _hub_split(
     )
 
 
-def _hub_stream(reference: str, split: str, recipe: DataRecipe) -> SplitRows:
+def _hub_stream(reference: str, split: str, recipe: DataRecipe, key: str) -> SplitRows:
     """Return the texts of one split of a data set that is read as a stream."""
     most = recipe.max_unlabelled_rows or 0
-    identity, batches, schema = hub.stream(
-        reference, split, recipe.text_columns, most, key="data.unlabelled"
-    )
+    identity, batches, schema = hub.stream(reference, split, recipe.text_columns, most, key=key)
 
     def cells() -> Iterator[Cells]:
         from ad2kit.tables import arrow_files

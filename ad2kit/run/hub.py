@@ -223,6 +223,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def elsewhere(address: Address) -> str:
     """Return what to do without the hub."""
+    if address.key.startswith("teacher.answers"):
+        return (
+            f"download it elsewhere (`hf download {address.name} --repo-type {address.kind} "
+            "--local-dir FOLDER`), and name what it holds in place of the address in "
+            "teacher.answers"
+        )
     if address.kind == "model":
         return (
             f"download it elsewhere (`hf download {address.name} --local-dir FOLDER`) and give "

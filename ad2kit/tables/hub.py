@@ -233,13 +233,13 @@ def _explained(error: Exception, address: Address) -> Exception:
         return address.error(
             words,
             f"its files and its own card differ: take another revision, @REVISION at the end of "
-            f"{address.key}; or download its files and give data.source=FOLDER",
+            f"{address.key}; or {hub.elsewhere(address)}",
         )
     if isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError):
         return address.error(
             words,
-            f"its files are not what datasets reads: see {address.page}; or download them "
-            "and give data.source=FOLDER",
+            f"its files are not what datasets reads: see {address.page}; or "
+            f"{hub.elsewhere(address)}",
         )
     if isinstance(error, ValueError) and "config" in str(error).lower():
         return address.error(words, f"write {hub.HUB}{address.name}/CONFIG, with one of these")

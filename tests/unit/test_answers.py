@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from ad2kit.data import splits
 from ad2kit.data.answers import mean_answers, read_answers
@@ -202,6 +203,25 @@ def test_ids_of_a_teacher_on_the_hub_stand_for_the_names_of_their_column(
     wanted = expected(splits.load_data(recipe, 3), np.array([LABELS.index(name) for name in said]))
     for name, ids in wanted.items():
         np.testing.assert_array_equal(found[name].argmax(axis=1), ids)
+
+
+@pytest.mark.parametrize("most", [None, 24])
+@pytest.mark.parametrize("key", ["teacher.answers", "data.unlabelled"])
+def test_the_advice_names_the_section_that_names_the_table(
+    recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, most: int | None
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    data = splits.load_data(recipe, 3)
+    recipe = recipe.model_copy(update={"max_unlabelled_rows": most})
+    files: tuple[str, ...] = ("hub://one/answers#said",)
+    if key == "data.unlabelled":
+        recipe, files = recipe.model_copy(update={"unlabelled": files}), ()
+    with pytest.raises(DataError, match="does not answer") as refused:
+        read_answers(recipe, data, AnswersRecipe(files=files, label="label"))
+    (other,) = {"teacher.answers", "data.unlabelled", "data.source"} - {key, "data.source"}
+    assert key in refused.value.hint
+    assert not {other, "data.source"} & set(refused.value.hint.replace("=", " ").split())
 
 
 def test_equal_texts_may_have_a_label_as_id_and_as_name(recipe: DataRecipe, tmp_path: Path) -> None:

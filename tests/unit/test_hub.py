@@ -77,6 +77,7 @@ def test_a_run_that_the_hub_refuses_leaves_nothing(tmp_path: Path) -> None:
         open_run("sst2", tmp_path)
     assert not list(tmp_path.iterdir())
 
+
 README = """---
 configs:
 - config_name: small
