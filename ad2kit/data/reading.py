@@ -23,7 +23,7 @@ from ad2kit import __version__
 from ad2kit.data.labels import LabelReader
 from ad2kit.data.mapped import TextRows, damaged, kept, map_table, write_table
 from ad2kit.data.sources import open_file, open_source, open_unlabelled
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, reading
 from ad2kit.run.files import fingerprint, sha256_of, whole_file, write_record
 from ad2kit.run.records import Record
 from ad2kit.tables.rows import BadRow, BadRows
@@ -82,7 +82,7 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
     source = open_source(recipe)
     unlabelled = tuple(open_unlabelled(reference, recipe) for reference in recipe.unlabelled)
     tables = (source.train, source.validation, *unlabelled)
-    size_bytes = sum(file.stat().st_size for rows in tables for file in rows.files)
+    size_bytes = sum(_size(file) for rows in tables for file in rows.files)
     is_large = size_bytes >= LARGE_BYTES or any(rows.streamed for rows in unlabelled)
     if store is None or not is_large:
         return _read(recipe, source, unlabelled, _in_memory)
@@ -107,7 +107,16 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
 
 def _contents(files: tuple[Path, ...]) -> list[tuple[str, str]]:
     """Return name and sha256 of files; a bad row is listed with the name of its file."""
-    return [(str(file), sha256_of(file)) for file in files]
+    contents = []
+    for file in files:
+        with reading(str(file)):
+            contents.append((str(file), sha256_of(file)))
+    return contents
+
+
+def _size(file: Path) -> int:
+    with reading(str(file)):
+        return file.stat().st_size
 
 
 def read_labelled(

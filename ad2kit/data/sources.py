@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ad2kit.data import demo_reviews
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, reading
 from ad2kit.tables import formats, hub, text_files
 from ad2kit.tables.rows import BadRows, Cells, Place, Row, SourceLabels
 from ad2kit.tables.texts import is_text
@@ -204,7 +204,7 @@ def labels_beside(path: Path) -> SourceLabels | None:
     label_file = path.parent / "labels.txt"
     if not label_file.is_file():
         return None
-    with label_file.open("rb") as stream:
+    with reading(str(label_file)), label_file.open("rb") as stream:
         lines = [line for _, line in text_files.text_lines(stream, str(label_file))]
     pairs = [line.split("\t") for line in lines if line]
     ids = [pair[0] for pair in pairs]

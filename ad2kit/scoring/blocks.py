@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.run.errors import DataError, MissingExtra, nearest
+from ad2kit.run.errors import DataError, MissingExtra, nearest, reading
 from ad2kit.scoring.records import InputFile
 from ad2kit.tables.formats import FORMATS, SAVED, format_of, saved_files
 from ad2kit.tables.rows import BadRow
@@ -132,7 +132,7 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
     try:
         names = sorted(_file_names(store, path))
         for name in names:
-            if is_local(store) and not store.exists(name):
+            if is_local(store) and store.islink(name) and not store.exists(name):
                 raise DataError(f"{name} is a link to nothing", hint="remove it, or mend it")
     except OSError as error:
         raise DataError(
@@ -152,7 +152,8 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
             f"found {examples:.200}",
             hint="score the formats one after the other, by a glob such as 'data/*.csv'",
         )
-    return tuple(_describe(store, name) for name in names)
+    with reading(reference):
+        return tuple(_describe(store, name) for name in names)
 
 
 def layout_of(

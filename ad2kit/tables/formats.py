@@ -23,7 +23,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.run.errors import DataError, no_column
+from ad2kit.run.errors import DataError, no_column, reading
 from ad2kit.tables import text_files
 from ad2kit.tables.rows import Cells, Place
 
@@ -143,8 +143,8 @@ def read(
         every: read all columns, whether or not ``columns`` are among them.
 
     Raises:
-        DataError: there is no such table, it lacks a column, or a file of it is damaged.
-        OSError: the operating system cannot read a file.
+        DataError: there is no such table, it lacks a column, or a file of it is damaged or cannot
+            be read.
         MissingExtra: pyarrow reads the format, and is not installed.
     """
     for file in files_of(path):
@@ -155,7 +155,7 @@ def read(
                 f"{', '.join(columns) or 'a table'}",
                 hint="give a tsv, csv, jsonl or parquet file with these columns",
             )
-        with file.open("rb") as stream:
+        with reading(str(file)), file.open("rb") as stream:
             if format_.is_arrow:
                 from ad2kit.tables import arrow_files
 
@@ -171,9 +171,13 @@ def files_of(path: Path) -> tuple[Path, ...]:
     folder that ``save_to_disk()`` of ``datasets`` wrote names its files itself.
 
     Raises:
-        DataError: there is no such table, or its files have several formats.
+        DataError: there is no such table, it cannot be read, or its files have several formats.
     """
-    path = path.expanduser()
+    with reading(str(path)):
+        return _files_of(path.expanduser())
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
     if path.is_symlink() and not path.exists():
         raise DataError(f"{path} is a link to nothing", hint="put back what it links to")
     if path.is_file():
@@ -237,7 +241,8 @@ def split_of(folder: Path, stem: str, key: str) -> Path:
 
 def named(folder: Path, stem: str) -> list[Path]:
     """Return the tables of a name in a folder; see :func:`split_of`."""
-    paths = sorted(folder.iterdir())
+    with reading(str(folder)):
+        paths = sorted(folder.iterdir())
     found = [each for each in paths if _is_named(each, stem)]
     patterns = [
         f"{glob.escape(stem)}-*-of-{match[3]}{match[4]}"
@@ -294,7 +299,7 @@ def class_names(path: Path, columns: Sequence[str]) -> tuple[str, ...] | None:
         if known_format(file.name).is_arrow:
             from ad2kit.tables import arrow_files
 
-            with file.open("rb") as stream:
+            with reading(str(file)), file.open("rb") as stream:
                 schema = arrow_files.open_table(stream, str(file)).schema
                 found[arrow_files.class_names(schema, column)] = file
     if len(found) > 1:

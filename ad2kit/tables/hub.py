@@ -167,7 +167,7 @@ def _default_config(address: Address, commit: str) -> str | None:
         facts = DatasetCard.load(card, ignore_metadata_errors=True).data
         configs = MetadataConfigs.from_dataset_card_data(facts)
         infos = DatasetInfosDict.from_dataset_card_data(facts)
-        default = configs.get_default_config_name()
+        default: str | None = configs.get_default_config_name()
     except (ValueError, TypeError, LookupError) as error:
         raise _explained(error, address) from error
     if configs:
