@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ad2kit.run.errors import DataError, MissingExtra, nearest, reading
 from ad2kit.scoring.records import InputFile
-from ad2kit.tables.formats import FORMATS, SAVED, format_of, saved_files
+from ad2kit.tables.formats import FORMATS, SAVED, check_shards, format_of, saved_files
 from ad2kit.tables.rows import BadRow
 
 try:
@@ -126,7 +126,8 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
     In a folder, names that begin with ``_`` or ``.`` are ignored, as in other readers of tables.
 
     Raises:
-        DataError: there are no files, or they have several formats or an unknown one.
+        DataError: there are no files, or they have several formats or an unknown one, or one of
+            several that are numbered is missing.
     """
     store, path = filesystem(reference)
     try:
@@ -152,6 +153,8 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
             f"found {examples:.200}",
             hint="score the formats one after the other, by a glob such as 'data/*.csv'",
         )
+    if names != [path]:
+        check_shards(reference, names)
     with reading(reference):
         return tuple(_describe(store, name) for name in names)
 

@@ -36,7 +36,7 @@ FORMATS = ("tsv", "csv", "jsonl", "ndjson", "json", "parquet", "arrow")
 _ARROW = ("parquet", "arrow")
 _COMPRESSIONS = ("gz", "zst")
 # A file of a data set in numbered files: its split, its number, their number, and the ending.
-_SHARD = re.compile(r"(.+)-([0-9]{5,})-of-([0-9]{5,})(\..+)")
+_SHARD = re.compile(r"(.+)-([0-9]{5,})-of-([0-9]{5,})(\.[^/]+)")
 _CHUNK_BYTES = 2**20
 # The file in which datasets names the files of a saved data set.
 SAVED = "state.json"
@@ -183,7 +183,7 @@ def _files_of(path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if glob.has_magic(path.name) and (files := sorted(path.parent.glob(path.name))):
-        _check_shards(path, files)
+        check_shards(str(path), [each.name for each in files])
         return tuple(part for each in files for part in files_of(each))
     if not path.is_dir():
         raise DataError(f"no file '{path}'", hint="correct the path")
@@ -201,19 +201,29 @@ def _files_of(path: Path) -> tuple[Path, ...]:
             f"{path}: expected files of one format, found {names:.200}",
             hint="name one of the files, or move the others away",
         )
+    check_shards(str(path), [each.name for each in files])
     return tuple(part for each in sorted(files) for part in files_of(each))
 
 
-def _check_shards(pattern: Path, files: Sequence[Path]) -> None:
-    """Refuse files that are numbered, and of which some are missing."""
-    shards = [match for each in files if (match := _SHARD.fullmatch(each.name))]
-    for number_of_files in {int(match[3]) for match in shards}:
-        found = [int(match[2]) for match in shards if int(match[3]) == number_of_files]
-        if missing := sorted(set(range(number_of_files)) - set(found)):
+def check_shards(where: str, names: Iterable[str]) -> None:
+    """Insist on all of the files that are numbered, such as ``train-00000-of-00003.parquet``.
+
+    Args:
+        where: the folder or the pattern that named them, for messages.
+        names: the names of all files that are read together; folders may stand before them.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    numbers: dict[tuple[str, int, str], set[int]] = {}
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        numbers.setdefault((match[1], int(match[3]), match[4]), set()).add(int(match[2]))
+    for (name, expected, ending), found in numbers.items():
+        if missing := sorted(set(range(expected)) - found):
             raise DataError(
-                f"{pattern}: expected {number_of_files} files, found {len(found)}; number "
-                f"{missing[0]} is missing",
-                hint="bring the missing file, or write the data set again",
+                f"{where}: expected {expected} files, found {len(found)}; number {missing[0]} is "
+                f"missing ({PurePosixPath(name).name}-{missing[0]:05}-of-{expected:05}{ending})",
+                hint="bring the missing file, write the data set again, or name one file alone",
             )
 
 
@@ -245,7 +255,7 @@ def named(folder: Path, stem: str) -> list[Path]:
         paths = sorted(folder.iterdir())
     found = [each for each in paths if _is_named(each, stem)]
     patterns = [
-        f"{glob.escape(stem)}-*-of-{match[3]}{match[4]}"
+        f"{glob.escape(stem)}-[0-9]*-of-{match[3]}{match[4]}"
         for each in paths
         if (match := _SHARD.fullmatch(each.name)) and match[1] == stem and is_table(match[4])
     ]

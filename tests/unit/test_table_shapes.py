@@ -10,6 +10,7 @@ import errno
 import gzip
 import io
 import json
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -453,3 +454,33 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> No
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(RunError, match=r"cannot write to .*runs/\.shared/x: "):
         kept(tmp_path / "runs" / ".shared" / "x", "last", lambda: None)
+
+
+@pytest.mark.parametrize("reference", [".", "*.csv", "train-*-of-00003.csv"])
+def test_a_missing_shard_is_refused_by_training_and_scoring(tmp_path: Path, reference: str) -> None:
+    for number in (0, 2):
+        (tmp_path / f"train-{number:05}-of-00003.csv").write_text("text\nx\n")
+    path = tmp_path / reference
+    message = "found 2; number 1 is missing (train-00001-of-00003.csv)"
+    for read_it in (read_all, lambda path: find_inputs(str(path))):
+        with pytest.raises(DataError, match=re.escape(message)):
+            read_it(path)
+    # That of another data set does not stand in for it.
+    (tmp_path / "test-00001-of-00003.csv").write_text("text\nx\n")
+    for read_it in (read_all, lambda path: find_inputs(str(path))):
+        with pytest.raises(DataError, match="is missing"):
+            read_it(path)
+    (tmp_path / "test-00001-of-00003.csv").rename(tmp_path / "train-00001-of-00003.csv")
+    assert read_all(path) == ["x"] * 3
+    assert len(find_inputs(str(path))) == 3
+    (tmp_path / "train-00001-of-00003.csv").unlink()
+    alone = tmp_path / "train-00000-of-00003.csv"
+    assert read_all(alone) == ["x"]
+    assert len(find_inputs(str(alone))) == 1
+
+
+def test_shards_of_a_longer_name_belong_to_another_split(tmp_path: Path) -> None:
+    for name in ("train", "train-more"):
+        (tmp_path / f"{name}-00000-of-00001.csv").write_text(f"text\n{name}\n")
+    assert read_all(formats.split_of(tmp_path, "train", "train")) == ["train"]
+    assert read_all(formats.split_of(tmp_path, "train-more", "train")) == ["train-more"]
