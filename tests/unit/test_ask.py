@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from ad2kit.asking.endpoint import Pace, _retry_after
 from ad2kit.asking.journal import Journal
 from ad2kit.asking.prompts import Prompt, Question, parsed
 from ad2kit.asking.records import Agreement, Answer, AskJob, Usage
+from ad2kit.asking.requests import Asker, Costs
 from ad2kit.run.ask_section import AskRecipe, wrong_ask
-from ad2kit.run.errors import RecipeError, RunError
+from ad2kit.run.errors import RecipeError, RunError, UserError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import DataRecipe
 from ad2kit.scoring.output import OutputFolder
@@ -290,3 +292,58 @@ def test_a_row_whose_label_columns_are_all_empty_has_no_label(tmp_path: Path, mi
     )
     (found,) = agreements(recipe, job, tables, output, None)
     assert (found.rows, found.equal, found.left_out) == (1, 1, 0)
+
+
+class Server:
+    """An endpoint that answers each request with the same letter, after all that wait with it."""
+
+    base_url = "http://127.0.0.1/v1"
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.sent = 0
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def reply(self, *_: Any, on_try: Any, **__: Any) -> Any:
+        self.sent += 1
+        on_try()
+        await asyncio.sleep(0.001)
+        content = json.loads(reply({self.token: 0.99}))
+        usage = {"prompt_tokens": 1000, "completion_tokens": 0}
+        return parsed(json.dumps(content | {"usage": usage}).encode())
+
+
+def ask_all(server: Server, path: Path, texts: int, max_cost: float | None = None) -> Journal:
+    """Ask about texts, fifty at once; a request is a thousand tokens of a price of 1 for each."""
+    ask = section(input_price=1e6, output_price=1e6, prompt="x" * 3980 + "{labels}")
+    journal, prompt = Journal(path), Prompt(ask, data())
+    costs = Costs(ask)
+    costs.prompt_tokens_of = lambda _: 1000.0  # type: ignore[method-assign]
+    costs.completion_tokens = 0.0
+    asker = Asker(server, prompt, journal, costs, max_cost, lambda _: None)  # type: ignore[arg-type]
+    with journal.writing():
+        asyncio.run(asker.ask([(f"text {n}",) for n in range(texts)], 50))
+    return journal
+
+
+def test_no_more_than_the_first_answers_are_paid_for_if_none_is_a_label(tmp_path: Path) -> None:
+    server = Server("Q")
+    for _ in range(2):  # the same command again pays for none
+        with pytest.raises(UserError, match="none of the first 20 answers"):
+            ask_all(server, tmp_path / "journal", 100)
+        assert server.sent == 20
+    good = Server("A")
+    assert len(ask_all(good, tmp_path / "other", 100).answers) == good.sent == 100
+
+
+def test_a_request_in_flight_is_counted_once_in_the_cost(tmp_path: Path) -> None:
+    assert len(ask_all(Server("A"), tmp_path / "journal", 100, max_cost=10_500.0).answers) == 10
+    # A request that a killed command has lost is counted still.
+    with Journal(tmp_path / "lost").writing():
+        (tmp_path / "lost").write_text('{"sent": "x"}\n')
+    assert len(ask_all(Server("A"), tmp_path / "lost", 100, max_cost=10_500.0).answers) == 9
