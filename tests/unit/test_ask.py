@@ -25,6 +25,7 @@ from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import DataRecipe
 from ad2kit.scoring.output import OutputFolder
 from ad2kit.scoring.parts import BlockWorker, open_tables
+from ad2kit.scoring.records import InputFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -323,7 +324,7 @@ def ask_all(server: Server, path: Path, texts: int, max_cost: float | None = Non
     ask = section(input_price=1e6, output_price=1e6, prompt="x" * 3980 + "{labels}")
     journal, prompt = Journal(path), Prompt(ask, data())
     costs = Costs(ask)
-    costs.prompt_tokens_of = lambda _: 1000.0  # type: ignore[method-assign]
+    costs.prompt_tokens_of = lambda _: 1000.0  # type: ignore[method-assign, assignment]
     costs.completion_tokens = 0.0
     asker = Asker(server, prompt, journal, costs, max_cost, lambda _: None)  # type: ignore[arg-type]
     with journal.writing():
@@ -347,3 +348,34 @@ def test_a_request_in_flight_is_counted_once_in_the_cost(tmp_path: Path) -> None
     with Journal(tmp_path / "lost").writing():
         (tmp_path / "lost").write_text('{"sent": "x"}\n')
     assert len(ask_all(Server("A"), tmp_path / "lost", 100, max_cost=10_500.0).answers) == 9
+
+
+def test_requests_that_are_written_otherwise_are_those_of_another_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def job(**changes: Any) -> AskJob:
+        values = {
+            "text_columns": ("text",),
+            "prefix": "teacher_",
+            "block_rows": 4096,
+            "inputs": (),
+            "base_url": "http://127.0.0.1/v1",
+            "model": "m",
+            "ask": Prompt(section(), data()).settings,
+            "labels": ("a", "ab", "abc"),
+            "task": "single_label",
+            "prompt_fingerprint": Prompt(section(), data()).fingerprint,
+        }
+        return AskJob.model_validate(values | changes)
+
+    now = job()
+    table = InputFile(url="other.csv", size_bytes=1, version="1")
+    assert now.differences(job(inputs=(table,))) == []
+    (older,) = now.differences(job(prompt_fingerprint=""))
+    assert "is not known: it has no fingerprint; the version of ad2kit that made it" in older
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompt, "_described", lambda _, label: f"<{label}>")
+        (other,) = now.differences(job())
+    assert "written otherwise into the requests" in other
+    (model,) = now.differences(job(model="n", prompt_fingerprint=""))
+    assert model == "model: n there, m now"
