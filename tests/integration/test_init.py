@@ -295,7 +295,9 @@ def test_a_lone_table_of_spark_is_divided_as_the_hint_says(here: Path, ad2kit: A
     (here / "spark").mkdir()
     for number, part in enumerate((rows[:50], rows[50:])):
         with (here / f"spark/train-{number:05}-of-00002.csv").open("w", newline="") as stream:
-            writer = csv.writer(stream, doublequote=False, escapechar="\\")
+            writer = csv.writer(
+                stream, doublequote=False, escapechar="\\", quoting=csv.QUOTE_NONNUMERIC
+            )
             writer.writerows([tuple(table), *part])
     refused = ad2kit("init", "spark", "--csv-quotes", "backslash")
     divide, again = refused.err.splitlines()[-2:]
