@@ -336,7 +336,7 @@ def filled(task: Task, labels: NDArray[Any], logits: NDArray[Any]) -> NDArray[An
 
 
 def no_labels(task: Task, rows: int, outputs: int) -> NDArray[Any]:
-    """Return an array of missing labels in the form of :func:`read_labels`."""
+    """Return an array of missing labels in the form of :meth:`LabelReader.read`."""
     if task == "single_label":
         return np.full(rows, NO_CLASS, dtype=np.int64)
     shape = (rows,) if task == "regression" else (rows, outputs)

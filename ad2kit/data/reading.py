@@ -6,7 +6,8 @@
         rows.json                   the names of the labels, and the bad rows; written last
         fingerprints/               of splits of these rows, see ad2kit.data.mapped
 
-The key is the fingerprint of the tables and of every setting that decides how they are read.
+The key is the fingerprint of the tables, of every setting that decides how they are read, and of
+the format of the files.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 LARGE_BYTES = 2**25
 """Tables of this size or more are kept in files; smaller ones are read anew within a second."""
+# The format of the files, and how rows are read: a change needs another key, and so a new number.
+_FORMAT = 1
 _BATCH_ROWS = 10_000
 _LABELS = "labels.npy"
 
@@ -88,6 +91,7 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
         return _read(recipe, source, unlabelled, _in_memory)
     key = fingerprint(
         __version__,
+        _FORMAT,
         source.labels,
         recipe.max_unlabelled_rows,
         [[rows.settings, rows.identity or _contents(rows.files)] for rows in tables],

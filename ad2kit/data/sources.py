@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ad2kit.data import demo_reviews
 from ad2kit.run.errors import DataError, reading
 from ad2kit.tables import formats, hub, text_files
-from ad2kit.tables.rows import BadRows, Cells, Place, Row, SourceLabels
+from ad2kit.tables.rows import BadRows, Cells, Place, Row, SourceLabels, check_columns
 from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _hub_split(loaded: Any, address: str, name: str, recipe: DataRecipe, key: st
     def cells() -> Iterator[Cells]:
         from ad2kit.tables import arrow_files
 
-        formats.check_columns(f"{address} {name}", columns, loaded[name].column_names)
+        check_columns(f"{address} {name}", columns, loaded[name].column_names)
         split = loaded[name].select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
         yield from arrow_files.rows(parts, f"{address} {name}")

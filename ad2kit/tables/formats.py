@@ -23,9 +23,9 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.run.errors import DataError, no_column, reading
+from ad2kit.run.errors import DataError, reading
 from ad2kit.tables import text_files
-from ad2kit.tables.rows import Cells, Place
+from ad2kit.tables.rows import Cells, Place, check_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -371,17 +371,6 @@ def _read_text(
         if dialect is None and number == 1 and not every:
             check_columns(str(place), columns, cells)
         yield Cells(place, cells if dialect is None else dict(zip(names, cells, strict=True)))
-
-
-def check_columns(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
-    """Insist on columns.
-
-    Raises:
-        DataError: one is not among those that were found.
-    """
-    for column in columns:
-        if column not in found:
-            raise no_column(where, column, found)
 
 
 class _Made(io.RawIOBase):

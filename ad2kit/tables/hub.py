@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ad2kit.run import hub
 from ad2kit.run.errors import MissingExtra, UserError, no_room_left
+from ad2kit.tables.rows import check_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -117,14 +118,14 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
             raise _explained(error, address) from error
 
     def batches() -> Iterator[Any]:
-        from ad2kit.tables import arrow_files, formats
+        from ad2kit.tables import arrow_files
 
         with opened() as rows:
             # The columns of some formats are known only when the first rows are there.
             parts = rows.with_format("arrow").iter(min(arrow_files.BATCH_ROWS, most))
             for number, batch in enumerate(parts):
                 if number == 0:
-                    formats.check_columns(f"{address} {split}", columns, batch.column_names)
+                    check_columns(f"{address} {split}", columns, batch.column_names)
                 yield batch.select(list(dict.fromkeys(columns)))
 
     def schema() -> Any:

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from ad2kit.asking.agreement import agreements
-from ad2kit.asking.endpoint import Pace, _retry_after
+from ad2kit.asking.endpoint import Pace, _check_address, _retry_after
 from ad2kit.asking.journal import Journal
 from ad2kit.asking.prompts import Prompt, Question, parsed
 from ad2kit.asking.records import Agreement, Answer, AskJob, Usage
@@ -379,3 +379,20 @@ def test_requests_that_are_written_otherwise_are_those_of_another_job(
     assert "written otherwise into the requests" in other
     (model,) = now.differences(job(model="n", prompt_fingerprint=""))
     assert model == "model: n there, m now"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http//me:word@proxy:1",
+        "me:w@rd@proxy:1",
+        "ftp://me:word@proxy",
+        "http://me:word@proxy:8o",
+    ],
+)
+def test_a_mistyped_address_keeps_its_password(url: str) -> None:
+    with pytest.raises(
+        UserError, match=r"--proxy: expected an address .*\[user\]@proxy"
+    ) as refused:
+        _check_address("--proxy", url)
+    assert not any(part in refused.value.message for part in ("me:", "word", "w@rd"))
