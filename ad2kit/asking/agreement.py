@@ -6,24 +6,27 @@ says how far the teacher agrees with itself: no student can be expected to agree
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ad2kit.asking.records import Agreement, AskJob
 from ad2kit.asking.results import label_column
-from ad2kit.data.labels import LabelReader
+from ad2kit.data.labels import LabelReader, is_empty
+from ad2kit.data.sources import labels_beside, open_unlabelled
 from ad2kit.run.errors import DataError, RunError
+from ad2kit.scoring.blocks import filesystem, is_local
 from ad2kit.statistics import sample_size
-from ad2kit.tables.formats import read
+from ad2kit.tables.formats import known_format, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from ad2kit.run.sections import DataRecipe
     from ad2kit.scoring.parts import Tables
-    from ad2kit.tables.rows import Place
+    from ad2kit.tables.rows import Place, SourceLabels
     from ad2kit.tables.text_files import Quotes
 
 
@@ -74,13 +77,19 @@ def agreements(
     """
     answered = label_column(job.task, job.prefix)
     columns = data.label_columns
-    if columns and set(columns) <= set(tables.layout.columns):
-        rows = _rows(folder, (*columns, answered), job.csv_quotes)
+    has_labels = bool(columns) and set(columns) <= set(tables.layout.columns)
+    # The columns of JSON are those of its first row, and any other row may hold more.
+    is_json = known_format(tables.part(0)).is_json
+    if has_labels or (columns and is_json):
+        rows = _rows(folder, (*columns, answered), job.csv_quotes, every=is_json)
         pairs = (
             (place, cells[0] if len(columns) == 1 else cells, answer)
             for place, (*cells, answer) in rows
         )
-        yield _agreement(data, ", ".join(columns), columns, answered, pairs)
+        labels = _labels_of(data, tables, folder) if len(columns) == 1 else None
+        found = _agreement(data, ", ".join(columns), columns, answered, pairs, labels)
+        if has_labels or found.rows or found.left_out:
+            yield found
     if other is not None:
         rows = _rows(folder, (*job.text_columns, answered), job.csv_quotes)
         pairs = (
@@ -91,14 +100,20 @@ def agreements(
         yield _agreement(data, str(other.folder), (other.column,), answered, pairs)
 
 
+def _labels_of(data: DataRecipe, tables: Tables, folder: Path) -> SourceLabels | None:
+    """Return the names that the ids in the label column of a table stand for, if it has them."""
+    parts = open_unlabelled(str(folder), data)  # they keep the names of classes
+    store, path = filesystem(tables.files[0].url)
+    beside = labels_beside(Path(path)) if is_local(store) else None
+    return replace(parts, labels=beside).labels_of(data.label_columns[0])
+
+
 def _rows(
-    folder: Path, columns: tuple[str, ...], quotes: Quotes
+    folder: Path, columns: tuple[str, ...], quotes: Quotes, *, every: bool = False
 ) -> Iterator[tuple[Place, list[Any]]]:
-    """Yield the place and some cells of each row of the parts of a job."""
-    for place, cells, error in read(folder, columns, quotes):
-        if error is not None:
-            raise error
-        yield place, [cells[column] for column in columns]
+    """Yield the place and some cells of each row of the parts of a job; None for a missing key."""
+    for place, cells in read_rows(folder, columns, quotes, every=every):
+        yield place, [cells.get(column) for column in columns]
 
 
 def _agreement(
@@ -107,6 +122,7 @@ def _agreement(
     given_columns: tuple[str, ...],
     answered_column: str,
     pairs: Iterable[tuple[Place, Any, Any]],
+    labels: SourceLabels | None = None,
 ) -> Agreement:
     """Compare the labels in two columns of cells, as a training would read them.
 
@@ -116,16 +132,17 @@ def _agreement(
         given_columns: the columns of the given labels.
         answered_column: the column of the answers.
         pairs: the place of each row, its given cell or cells, and its answered cell.
+        labels: the names of the ids in the given column, if its table has them.
     """
     given_column = given_columns if len(given_columns) > 1 else given_columns[0]
     readers = [
-        LabelReader(data.model_copy(update={"label_column": column}), None)
-        for column in (given_column, answered_column)
+        LabelReader(data.model_copy(update={"label_column": column}), names)
+        for column, names in ((given_column, labels), (answered_column, None))
     ]
     codes: list[list[float]] = []
     reasons: list[str] = []
     for place, *cells in pairs:
-        if cells[0] is None or cells[0] == "":
+        if is_empty(cells[0]):
             continue
         try:
             row = [reader.code(place, cell) for reader, cell in zip(readers, cells, strict=True)]

@@ -227,7 +227,7 @@ def _tables(
 def _job(
     recipe: Recipe, prompt: Prompt, tables: Tables, base_url: str, model: str, prefix: str
 ) -> AskJob:
-    """Return what the answers depend on; another number of rows keeps the answers."""
+    """Return what the answers depend on; other rows or tables keep the answers."""
     return AskJob(
         text_columns=recipe.data.text_columns,
         csv_quotes=recipe.data.csv_quotes,
@@ -239,6 +239,7 @@ def _job(
         ask=prompt.settings,
         labels=prompt.labels,
         task=recipe.data.task,
+        prompt_fingerprint=prompt.fingerprint,
     )
 
 

@@ -255,7 +255,7 @@ def _check_address(option: str, url: str) -> None:
     """Refuse what is no address, and one that holds a password: it would be written down."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
     else:
@@ -267,9 +267,17 @@ def _check_address(option: str, url: str) -> None:
             )
     if not good:
         raise UserError(
-            f"{option}: expected an address such as http://127.0.0.1:8000/v1, found '{url}'",
+            f"{option}: expected an address such as http://127.0.0.1:8000/v1, found "
+            f"'{_without_user(url)}'",
             hint="correct it",
         )
+
+
+def _without_user(url: str) -> str:
+    """Return an address, also one that is none, without the user and password before its @."""
+    before, at, host = url.rpartition("@")
+    scheme, slashes, _ = before.rpartition("//")
+    return f"{scheme}{slashes}[user]@{host}" if at else url
 
 
 def _name(error: openai.APIError) -> str:

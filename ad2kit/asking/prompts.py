@@ -74,8 +74,18 @@ class Prompt:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of everything that decides what is asked, but the texts."""
-        return fingerprint(self.settings, list(self.labels), self.several, list(self.columns))
+        """The fingerprint of everything that decides what is asked, but the texts.
+
+        One request stands for how the others are written: another version may write them otherwise.
+        """
+        example = next(self.questions(tuple(f"text {column}" for column in self.columns)))
+        return fingerprint(
+            self.settings,
+            list(self.labels),
+            self.several,
+            list(self.columns),
+            self.request(example, 0),
+        )
 
     def questions(self, texts: tuple[str, ...]) -> Iterator[Question]:
         """Yield the questions about a row: one, or one for each of several labels."""

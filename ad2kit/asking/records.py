@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import computed_field
 
@@ -12,7 +12,12 @@ from ad2kit.scoring.records import Job
 
 
 class AskJob(Job):
-    """The job of `ad2kit ask`: who was asked what; ``ask`` is the section without its prices."""
+    """The job of `ad2kit ask`: who was asked what; ``ask`` is the section without its prices.
+
+    ``prompt_fingerprint`` changes if the same section is written otherwise into a request. An
+    answer belongs to a text: the inputs may be others than before, and known texts are not asked
+    about again.
+    """
 
     command: ClassVar[str] = "ad2kit ask"
 
@@ -21,6 +26,19 @@ class AskJob(Job):
     ask: dict[str, Any]
     labels: tuple[str, ...]
     task: Task
+    prompt_fingerprint: str = ""
+
+    def differences(self, previous: Self) -> list[str]:
+        """Return a line for each setting that differs, or one if the requests differ alone."""
+        alike = previous.model_copy(update={"prompt_fingerprint": self.prompt_fingerprint})
+        if lines := self._different_settings(alike):
+            return lines
+        if previous.prompt_fingerprint == self.prompt_fingerprint:
+            return []
+        how = "the same section is written otherwise into the requests now"
+        if not previous.prompt_fingerprint:
+            how = "whether its requests were written as now is not known: it has no fingerprint"
+        return [f"{how}; the version of ad2kit that made it can go on with it"]
 
 
 class Answer(Part):

@@ -57,10 +57,13 @@ class Costs:
             return None
         return (prompt_tokens * input_price + completion_tokens * output_price) / 1e6
 
-    def spent(self, journal: Journal) -> float | None:
-        """Return what the requests of a journal cost; a lost one counts as an average one."""
+    def spent(self, journal: Journal, in_flight: int = 0) -> float | None:
+        """Return what the requests of a journal cost; a lost one counts as an average one.
+
+        Of the requests without an end so many are in flight: they are not lost, and left out.
+        """
         answered = len(journal.answers)
-        scale = 1 + journal.lost / answered if answered else 1.0
+        scale = 1 + (journal.lost - in_flight) / answered if answered else 1.0
         tokens = journal.tokens
         return self.of(tokens.prompt_tokens * scale, tokens.completion_tokens * scale)
 
@@ -106,7 +109,10 @@ class Asker:
         self._max_cost = max_cost
         self._on_progress = on_progress
         self._reserved = 0.0
-        self._in_a_row = 0
+        self._in_flight = self._in_a_row = 0
+        self._fits = any(answer.probabilities for answer in journal.answers.values())
+        self._end_of_one = asyncio.Condition()
+        self._lost_before = journal.lost
         self._answered_before = len(journal.answers)
         self._requests = 0
         self._start = time.monotonic()
@@ -121,6 +127,7 @@ class Asker:
         draws = prompt.ask.draws
         self._requests = draws * len(texts) * (len(prompt.labels) if prompt.several else 1)
         self._show()
+        self._check_first_answers()
         remaining = (
             (question, draw)
             for row in texts
@@ -143,7 +150,19 @@ class Asker:
         for question, draw in remaining:
             if self.stopped_by:
                 return
-            await self._one(question, draw)
+            async with self._end_of_one:
+                await self._end_of_one.wait_for(self._may_send)
+                self._in_flight += 1
+            try:
+                await self._one(question, draw)
+            finally:
+                async with self._end_of_one:
+                    self._in_flight -= 1
+                    self._end_of_one.notify_all()
+
+    def _may_send(self) -> bool:
+        """Tell whether one more request can be paid for: until a label, only the first ones."""
+        return self._fits or len(self._journal.answers) + self._in_flight < _FIRST_ANSWERS
 
     async def _one(self, question: Question, draw: int) -> None:
         """Send one request, and write its end into the journal."""
@@ -155,7 +174,7 @@ class Asker:
             written = max(written, journal.tokens.completion_tokens / len(journal.answers))
         price = self._costs.of(tokens, written) or 0.0
         if self._max_cost is not None:
-            spent = (self._costs.spent(journal) or 0.0) + self._reserved
+            spent = (self._spent() or 0.0) + self._reserved
             if spent + price > self._max_cost:
                 self.stopped_by = "--max-cost"
                 return
@@ -186,6 +205,7 @@ class Asker:
             journal.failed(name, "no log-probabilities")
             raise
         journal.got(name, answer, reply.tokens, reply.model)
+        self._fits = self._fits or bool(answer.probabilities)
         self._in_a_row = 0
         self._check_first_answers()
         self._show()
@@ -213,7 +233,7 @@ class Asker:
             UserError: the prompt or the model does not fit.
         """
         answers = self._journal.answers
-        if len(answers) == _FIRST_ANSWERS and not any(a.probabilities for a in answers.values()):
+        if len(answers) >= _FIRST_ANSWERS and not self._fits:
             reason = next(reversed(answers.values())).reason
             advice = "ask for a shorter answer" if OUTSIDE in reason else "change the request"
             raise UserError(
@@ -221,6 +241,10 @@ class Asker:
                 f"{reason}",
                 hint=f"{advice} in the section 'ask' of the recipe, and name a new OUTPUT",
             )
+
+    def _spent(self) -> float | None:
+        """Return what was spent, without the requests that are in flight now."""
+        return self._costs.spent(self._journal, self._journal.lost - self._lost_before)
 
     def _show(self) -> None:
         journal = self._journal
@@ -230,7 +254,7 @@ class Asker:
                 answered=len(journal.answers),
                 answered_here=len(journal.answers) - self._answered_before,
                 failures=journal.failures.total(),
-                cost=self._costs.spent(journal),
+                cost=self._spent(),
                 seconds=time.monotonic() - self._start,
             )
         )

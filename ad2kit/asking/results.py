@@ -10,7 +10,9 @@ import numpy as np
 
 from ad2kit.asking.prompts import YES
 from ad2kit.run.files import fingerprint
+from ad2kit.scoring.output import part_name
 from ad2kit.scoring.parts import BlockWorker
+from ad2kit.tables.formats import known_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +103,9 @@ class Results(BlockWorker):
         """
         self._answers, self._unanswered = journal.answers, unanswered
         self.output.forget_errors()
+        self.output.forget_parts(
+            {part_name(number, known_format(block.url).of_parts) for number, block in blocks}
+        )
         self.answered_rows = 0
         self.bad_rows = sum(self(number, block).bad for number, block in blocks)
 

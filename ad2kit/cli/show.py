@@ -27,7 +27,7 @@ from ad2kit.gate.records import RowAnswers
 from ad2kit.gate.shipping import latest_passed_run
 from ad2kit.gate.summary import HEADER, caption, judged_against, model_rows
 from ad2kit.run import files
-from ad2kit.run.errors import UserError
+from ad2kit.run.errors import UserError, reading
 from ad2kit.run.folder import find_run, named_folder, open_run
 from ad2kit.run.machine import is_first_process
 from ad2kit.run.recipe import load_recipe
@@ -300,7 +300,7 @@ def _rows_of(
 ) -> Iterator[tuple[Place, tuple[Any, ...]]]:
     """Yield the texts of each row of a table, or the lines of another file."""
     if file.is_file() and not formats.is_table(file.name):
-        with file.open("rb") as stream:
+        with reading(str(file)), file.open("rb") as stream:
             for number, text in formats.text_lines(stream, str(file)):
                 yield Place(str(file), number, number), (text,)
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ad2kit.data.sources import SplitRows
     from ad2kit.data.splits import Data
     from ad2kit.run.sections import AnswersRecipe, DataRecipe
-    from ad2kit.tables.rows import Place
+    from ad2kit.tables.rows import Place, SourceLabels
 
     Logits = NDArray[np.float32]
 
@@ -67,6 +67,7 @@ def read_answers(recipe: DataRecipe, data: Data, given: AnswersRecipe) -> dict[s
         )
     found = _Found(str(given))
     for table in _tables(recipe, (*join, *given.columns), given.files):
+        reader.begin(table)
         for place, cells, error in table.cells():
             keys = tuple(cells.get(column) for column in join)
             if error is not None or not all(map(_is_key if given.key else is_text, keys)):
@@ -92,11 +93,15 @@ def _tables(
     """Yield the tables of answers, or those of the data, which then have to have the columns."""
     # What a table is read for are its texts: here, all columns that are needed.
     wanted = recipe.model_copy(update={"text_columns": tuple(dict.fromkeys(columns))})
-    if not files:
-        source = open_source(wanted)
-        yield from (source.train, source.validation)
-    for reference in files or recipe.unlabelled:
-        yield open_unlabelled(reference, wanted)
+    if files:
+        for reference in files:
+            yield open_unlabelled(reference, wanted, "teacher.answers")
+        return
+    source = open_source(wanted)
+    yield from (source.train, source.validation)
+    for reference in recipe.unlabelled:
+        table = open_unlabelled(reference, wanted)
+        yield replace(table, labels=table.labels or source.labels)
 
 
 def _is_key(cell: object) -> bool:
@@ -272,18 +277,43 @@ class _Reader:
         labels = None if data.task == "regression" else data.labels
         # The teacher's label: an empty cell is no answer, whatever the data may lack.
         update = {"label_column": given.label or "", "labels": labels, "missing_labels": "refuse"}
-        self._label_reader = LabelReader(recipe.model_copy(update=update), None)
+        self._recipe = recipe.model_copy(update=update)
+        self._label_readers: dict[SourceLabels | None, LabelReader] = {}
+        self._table = 0
+
+    def begin(self, table: SplitRows) -> None:
+        """Go on with another table, in which an id may stand for another label.
+
+        Raises:
+            DataError: the labels of the table do not fit those of the data.
+        """
+        if self._given.label is None:
+            return
+        labels = table.labels_of(self._given.label)
+        if labels not in self._label_readers:
+            named = self._recipe.model_copy(update={"source": table.name})
+            self._label_readers[labels] = LabelReader(named, labels)
+        self._table = list(self._label_readers).index(labels)
+        self._label_reader = self._label_readers[labels]
 
     def read(self, place: Place, cells: Any) -> bytes:
-        """Return the numbers of an answer as float32: of each output, or code and confidence.
+        """Return the numbers of an answer as float32: of each output, or those of a label.
+
+        Those of a label are its output, value or code, its confidence, and which reader gave the
+        code.
 
         Raises:
             DataError: the cells hold no such answer; the message begins with the place.
         """
         given = self._given
         if given.label is not None:
-            code = self._label_reader.code(place, cells.get(given.label))
-            return np.array([code, self._confidence(place, cells)], np.float32).tobytes()
+            cell, table = cells.get(given.label), 0
+            if self._task == "single_label":  # equal labels are equal answers, however written
+                code: float = self._label_reader.output(place, cell)
+            else:
+                code = self._label_reader.code(place, cell)
+                table = self._table if self._task == "multi_label" else 0
+            return np.array([code, self._confidence(place, cells), table], np.float32).tobytes()
         columns = given.probabilities or given.logits or ()
         if len(columns) == 1 and len(self._labels) > 1:
             numbers = self._from_one_cell(place, columns[0], cells.get(columns[0]))
@@ -380,11 +410,15 @@ class _Reader:
             return numbers
         if given.probabilities:
             return logits_of(self._task, numbers)
-        labels = self._label_reader.read(numbers[:, 0].astype(self._label_reader.code_type))
         if self._task == "regression":
-            return np.asarray(labels[:, None], np.float32)
+            return np.asarray(numbers[:, :1])
         if self._task == "multi_label":
-            return logits_of(self._task, labels)
+            indicators = np.zeros((len(answers), len(self._labels)), np.float32)
+            for table, reader in enumerate(self._label_readers.values()):
+                rows = numbers[:, 2] == table
+                indicators[rows] = reader.read(numbers[rows, 0].astype(reader.code_type))
+            return logits_of(self._task, indicators)
+        labels = numbers[:, 0].astype(np.int64)
         confidence = numbers[:, 1].astype(np.float64)
         shares = (1 - confidence) / (len(self._labels) - 1)
         distribution = np.repeat(shares[:, None], len(self._labels), axis=1)

@@ -131,7 +131,7 @@ class LabelReader:
         Raises:
             DataError: the cell is no label, whatever the other rows hold.
         """
-        if self._recipe.may_lack_labels and _is_empty(cell):
+        if self._recipe.may_lack_labels and is_empty(cell):
             return math.nan if self._recipe.task == "regression" else _NO_CODE
         if self._recipe.task == "regression":
             return _value(place, cell, self._column)
@@ -143,6 +143,14 @@ class LabelReader:
             code = self._codes[key] = len(self._cells)
             self._cells.append((place, cell))
         return code
+
+    def output(self, place: Place, cell: Any) -> int:
+        """Return the output of a cell that holds one class of those that recipe or source name.
+
+        Raises:
+            DataError: the cell is no class, or none of these.
+        """
+        return _index(place, _name(place, cell, self._column), self.fix())
 
     def _check(self, place: Place, cell: Any) -> None:
         """Refuse a cell that is no label; if the labels are known, one that is none of them."""
@@ -303,10 +311,10 @@ def _given_labels(recipe: DataRecipe, given: SourceLabels | None) -> LabelSet:
     return LabelSet(names, given=True, outputs=outputs, columns=columns)
 
 
-def _is_empty(cell: Any) -> bool:
+def is_empty(cell: Any) -> bool:
     """Tell whether a label cell, or the cells of all label columns, hold nothing."""
     if isinstance(cell, list) and cell:
-        return all(map(_is_empty, cell))
+        return all(map(is_empty, cell))
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
@@ -328,7 +336,7 @@ def filled(task: Task, labels: NDArray[Any], logits: NDArray[Any]) -> NDArray[An
 
 
 def no_labels(task: Task, rows: int, outputs: int) -> NDArray[Any]:
-    """Return an array of missing labels in the form of :func:`read_labels`."""
+    """Return an array of missing labels in the form of :meth:`LabelReader.read`."""
     if task == "single_label":
         return np.full(rows, NO_CLASS, dtype=np.int64)
     shape = (rows,) if task == "regression" else (rows, outputs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from ad2kit.run.errors import MissingExtra, RunError
+from ad2kit.run.errors import MissingExtra, RunError, no_room_left
 from ad2kit.run.files import fingerprint, remove_leftovers, whole_file, write_text, writing
 
 try:
@@ -276,14 +276,26 @@ def kept(folder: Path, last_file: str, write: Callable[[], None]) -> None:
     """Write the files of a folder unless they are there; ``write`` ends with ``last_file``.
 
     The first process writes them, others wait for it. After a kill they are written again.
+
+    Raises:
+        RunError: the folder cannot be written.
     """
-    if not (folder / last_file).is_file():
+    try:
+        if (folder / last_file).is_file():
+            return
         with writing(folder):
             if not (folder / last_file).is_file():
                 try:
                     write()
                 finally:
                     remove_leftovers(folder)  # a table that was refused at its last row is large
+    except OSError as error:
+        if no_room_left(error):
+            raise
+        raise RunError(
+            f"cannot write to {folder}: {error}",
+            hint="correct its access rights, or give another folder for runs",
+        ) from error
 
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

@@ -6,7 +6,8 @@
         rows.json                   the names of the labels, and the bad rows; written last
         fingerprints/               of splits of these rows, see ad2kit.data.mapped
 
-The key is the fingerprint of the tables and of every setting that decides how they are read.
+The key is the fingerprint of the tables, of every setting that decides how they are read, and of
+the format of the files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ad2kit import __version__
 from ad2kit.data.labels import LabelReader
 from ad2kit.data.mapped import TextRows, damaged, kept, map_table, write_table
 from ad2kit.data.sources import open_file, open_source, open_unlabelled
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, reading
 from ad2kit.run.files import fingerprint, sha256_of, whole_file, write_record
 from ad2kit.run.records import Record
 from ad2kit.tables.rows import BadRow, BadRows
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 LARGE_BYTES = 2**25
 """Tables of this size or more are kept in files; smaller ones are read anew within a second."""
+# The format of the files, and how rows are read: a change needs another key, and so a new number.
+_FORMAT = 1
 _BATCH_ROWS = 10_000
 _LABELS = "labels.npy"
 
@@ -82,12 +85,13 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
     source = open_source(recipe)
     unlabelled = tuple(open_unlabelled(reference, recipe) for reference in recipe.unlabelled)
     tables = (source.train, source.validation, *unlabelled)
-    size_bytes = sum(file.stat().st_size for rows in tables for file in rows.files)
+    size_bytes = sum(_size(file) for rows in tables for file in rows.files)
     is_large = size_bytes >= LARGE_BYTES or any(rows.streamed for rows in unlabelled)
     if store is None or not is_large:
         return _read(recipe, source, unlabelled, _in_memory)
     key = fingerprint(
         __version__,
+        _FORMAT,
         source.labels,
         recipe.max_unlabelled_rows,
         [[rows.settings, rows.identity or _contents(rows.files)] for rows in tables],
@@ -107,7 +111,16 @@ def read_recipe(recipe: DataRecipe, store: Path | None = None) -> RecipeRows:
 
 def _contents(files: tuple[Path, ...]) -> list[tuple[str, str]]:
     """Return name and sha256 of files; a bad row is listed with the name of its file."""
-    return [(str(file), sha256_of(file)) for file in files]
+    contents = []
+    for file in files:
+        with reading(str(file)):
+            contents.append((str(file), sha256_of(file)))
+    return contents
+
+
+def _size(file: Path) -> int:
+    with reading(str(file)):
+        return file.stat().st_size
 
 
 def read_labelled(

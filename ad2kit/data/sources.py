@@ -5,15 +5,15 @@ Nothing is read before a split is iterated. Each iteration reads it anew, row by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ad2kit.data import demo_reviews
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, reading
 from ad2kit.tables import formats, hub, text_files
-from ad2kit.tables.rows import BadRows, Cells, Place, Row, SourceLabels
+from ad2kit.tables.rows import BadRows, Cells, Place, Row, SourceLabels, check_columns
 from ad2kit.tables.texts import is_text
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class SplitRows:
         identity: what identifies its content, if not the content of ``files``: for the hub, the
             fingerprint that ``datasets`` gives it, or its commit.
         streamed: whether each reading downloads it again.
+        class_names: returns the names of the classes of a column, if the table holds them.
+        labels: the names of the labels, if they stand beside the table.
     """
 
     name: str
@@ -47,6 +49,8 @@ class SplitRows:
     files: tuple[Path, ...] = ()
     identity: str = ""
     streamed: bool = False
+    class_names: Callable[[str], tuple[str, ...] | None] = lambda _column: None
+    labels: SourceLabels | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -54,6 +58,13 @@ class SplitRows:
         keys = {"text_columns", "label_column", "label_separator", "missing_labels", "task"}
         keys |= {"labels", "csv_quotes", "bad_rows"}
         return self.recipe.model_dump(mode="json", include=keys)
+
+    def labels_of(self, column: str) -> SourceLabels | None:
+        """Return the names that ids in any column stand for: those of the column, else of all."""
+        if (names := self.class_names(column)) is not None:
+            return SourceLabels(names, only_ids=True)
+        # A column without names of its own may hold the ids of the label column, or names.
+        return self.labels and self.labels._replace(only_ids=False)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
         """Yield the rows whose texts are texts; ``bad`` gets all others.
@@ -106,6 +117,11 @@ def open_source(recipe: DataRecipe) -> Source:
         DataError: the source is unknown, a file is missing, or the hub cannot be reached.
         MissingExtra: the package that reads the source is not installed.
     """
+    train, validation, labels = _open_source(recipe)
+    return Source(replace(train, labels=labels), replace(validation, labels=labels), labels)
+
+
+def _open_source(recipe: DataRecipe) -> Source:
     if recipe.source is None:
         return _from_files(recipe, Path(recipe.train or ""), Path(recipe.validation or ""))
     names = (recipe.train or "train", recipe.validation or "validation")
@@ -119,10 +135,11 @@ def open_source(recipe: DataRecipe) -> Source:
         return Source(train, validation, SourceLabels(demo_reviews.LABELS, only_ids=False))
     if scheme == "hub":
         loaded = hub.load(recipe.source, key="data.source")
-        train, validation = (_hub_split(loaded, address, name, recipe) for name in names)
-        class_names = _hub_class_names(loaded[names[0]], recipe.label_columns)
-        labels = None if class_names is None else SourceLabels(class_names, only_ids=True)
-        return Source(train, validation, labels)
+        train, validation = (
+            _hub_split(loaded, address, name, recipe, "data.source") for name in names
+        )
+        columns = recipe.label_columns
+        return Source(train, validation, train.labels_of(columns[0]) if len(columns) == 1 else None)
     raise DataError(
         "data.source: expected a folder, hub://owner/name[/config][@revision] or "
         f"embedded://opinions, found '{recipe.source}'",
@@ -140,13 +157,16 @@ def open_file(path: Path, recipe: DataRecipe, name: str) -> tuple[SplitRows, Sou
     """
     columns = (*recipe.text_columns, *recipe.label_columns)
     cells = partial(formats.read, path, columns, recipe.csv_quotes)
-    rows = SplitRows(name, recipe, cells, files=formats.files_of(path))
-    class_names = formats.class_names(path, recipe.label_columns)
-    return rows, None if class_names is None else SourceLabels(class_names, only_ids=True)
+    files = formats.files_of(path)
+    rows = SplitRows(name, recipe, cells, files=files, class_names=_class_names_of(path))
+    columns = recipe.label_columns
+    return rows, rows.labels_of(columns[0]) if len(columns) == 1 else None
 
 
-def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
-    """Find one entry of ``data.unlabelled``: a table, or ``hub://owner/name[/config]#split``.
+def open_unlabelled(reference: str, recipe: DataRecipe, key: str = "data.unlabelled") -> SplitRows:
+    """Find one table whose labels are not read, or ``hub://owner/name[/config]#split``.
+
+    ``key`` is the key of the recipe that names it, for messages.
 
     Raises:
         DataError: see :func:`open_source`.
@@ -155,13 +175,46 @@ def open_unlabelled(reference: str, recipe: DataRecipe) -> SplitRows:
     if reference.startswith("hub://"):
         address, _, split = reference.removeprefix("hub://").partition("#")
         if recipe.max_unlabelled_rows is not None:
-            return _hub_stream(reference, split or "train", recipe)
-        loaded = hub.load(reference, key="data.unlabelled")
-        return _hub_split(loaded, address, split or "train", recipe, has_labels=False)
+            return _hub_stream(reference, split or "train", recipe, key)
+        loaded = hub.load(reference, key=key)
+        return _hub_split(loaded, address, split or "train", recipe, key)
     path = Path(reference)
     cells = partial(formats.read, path, columns, recipe.csv_quotes)
-    files = formats.files_of(path)
-    return SplitRows(reference, recipe, cells, has_labels=False, files=files)
+    return SplitRows(
+        reference,
+        recipe,
+        cells,
+        has_labels=False,
+        files=formats.files_of(path),
+        class_names=_class_names_of(path),
+        labels=labels_beside(path),
+    )
+
+
+def _class_names_of(path: Path) -> Callable[[str], tuple[str, ...] | None]:
+    return lambda column: formats.class_names(path, (column,))
+
+
+def labels_beside(path: Path) -> SourceLabels | None:
+    """Return the labels that the file labels.txt in the folder of a table names; None without it.
+
+    Raises:
+        DataError: its lines are not ids and names.
+    """
+    label_file = path.parent / "labels.txt"
+    if not label_file.is_file():
+        return None
+    with reading(str(label_file)), label_file.open("rb") as stream:
+        lines = [line for _, line in text_files.text_lines(stream, str(label_file))]
+    pairs = [line.split("\t") for line in lines if line]
+    ids = [pair[0] for pair in pairs]
+    expected_ids = [str(number) for number in range(len(pairs))]
+    if ids != expected_ids or not all(len(pair) == 2 for pair in pairs):
+        raise DataError(
+            f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
+            hint="correct the file, or give data.labels",
+        )
+    return SourceLabels(tuple(name for _, name in pairs), only_ids=False)
 
 
 def _embedded(pairs: Sequence[tuple[str, int]], recipe: DataRecipe, name: str) -> SplitRows:
@@ -188,27 +241,15 @@ def _from_folder(recipe: DataRecipe, folder: Path, names: tuple[str, str]) -> So
     train = formats.split_of(folder, train_name, "train")
     validation = formats.split_of(folder, validation_name, "validation")
     source = _from_files(recipe, train, validation)
-    label_file = folder / "labels.txt"
-    if not label_file.is_file():
-        return source
-    with label_file.open("rb") as stream:
-        lines = [line for _, line in text_files.text_lines(stream, str(label_file))]
-    pairs = [line.split("\t") for line in lines if line]
-    ids = [pair[0] for pair in pairs]
-    expected_ids = [str(number) for number in range(len(pairs))]
-    if ids != expected_ids or not all(len(pair) == 2 for pair in pairs):
-        raise DataError(
-            f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
-            hint="correct the file, or give data.labels",
-        )
-    names_in_file = tuple(name for _, name in pairs)
-    if source.labels is not None and source.labels.names != names_in_file:
+    beside = labels_beside(train)
+    if source.labels and beside and source.labels.names != beside.names:
+        label_file = folder / "labels.txt"
         raise DataError(
             f"{label_file} names other labels than the column '{recipe.label_columns[0]}' of "
-            f"{train}: {', '.join(names_in_file)}; {', '.join(source.labels.names)}",
+            f"{train}: {', '.join(beside.names)}; {', '.join(source.labels.names)}",
             hint=f"delete {label_file}, or write the same names into it",
         )
-    return source._replace(labels=source.labels or SourceLabels(names_in_file, only_ids=False))
+    return source._replace(labels=source.labels or beside)
 
 
 def _from_files(recipe: DataRecipe, train: Path, validation: Path) -> Source:
@@ -228,48 +269,59 @@ def _from_files(recipe: DataRecipe, train: Path, validation: Path) -> Source:
     return Source(train_rows, validation_rows, labels)
 
 
-def _hub_split(
-    loaded: Any, address: str, name: str, recipe: DataRecipe, *, has_labels: bool = True
-) -> SplitRows:
-    """Return the rows of one split of a loaded data set."""
+def _hub_split(loaded: Any, address: str, name: str, recipe: DataRecipe, key: str) -> SplitRows:
+    """Return the rows of one split of a loaded data set; those of ``data.source`` have labels."""
+    has_labels = key == "data.source"
     if name not in loaded:
+        at_end = f"write the split at the end of its address in {key}: #{next(iter(loaded))}"
         raise DataError(
             f"hub data set '{address}' has no split '{name}', only {', '.join(loaded)}",
-            hint="name its splits with data.train and data.validation",
+            hint="name its splits with data.train and data.validation" if has_labels else at_end,
         )
     columns = [*recipe.text_columns, *(recipe.label_columns if has_labels else ())]
 
     def cells() -> Iterator[Cells]:
         from ad2kit.tables import arrow_files
 
-        formats.check_columns(f"{address} {name}", columns, loaded[name].column_names)
+        check_columns(f"{address} {name}", columns, loaded[name].column_names)
         split = loaded[name].select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         parts = split.iter(batch_size=arrow_files.BATCH_ROWS)
         yield from arrow_files.rows(parts, f"{address} {name}")
 
+    def class_names(column: str) -> tuple[str, ...] | None:
+        from ad2kit.tables import arrow_files
+
+        return arrow_files.class_names(loaded[name].features.arrow_schema, column)
+
     files = tuple(Path(file["filename"]) for file in loaded[name].cache_files)
-    return SplitRows(name, recipe, cells, has_labels, files, loaded[name]._fingerprint)  # noqa: SLF001
+    identity = loaded[name]._fingerprint  # noqa: SLF001
+    return SplitRows(
+        name, recipe, cells, has_labels, files, identity=identity, class_names=class_names
+    )
 
 
-def _hub_stream(reference: str, split: str, recipe: DataRecipe) -> SplitRows:
+def _hub_stream(reference: str, split: str, recipe: DataRecipe, key: str) -> SplitRows:
     """Return the texts of one split of a data set that is read as a stream."""
     most = recipe.max_unlabelled_rows or 0
-    identity, batches = hub.stream(
-        reference, split, recipe.text_columns, most, key="data.unlabelled"
-    )
+    identity, batches, schema = hub.stream(reference, split, recipe.text_columns, most, key=key)
 
     def cells() -> Iterator[Cells]:
         from ad2kit.tables import arrow_files
 
         yield from arrow_files.rows(batches(), reference)
 
-    return SplitRows(reference, recipe, cells, has_labels=False, identity=identity, streamed=True)
+    def class_names(column: str) -> tuple[str, ...] | None:
+        from ad2kit.tables import arrow_files
 
+        found = schema()
+        return None if found is None else arrow_files.class_names(found, column)
 
-def _hub_class_names(split: Any, columns: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return the class names of a column of classes, or of lists of classes; else None."""
-    if len(columns) != 1:
-        return None
-    feature = split.features.get(columns[0])
-    feature = getattr(feature, "feature", feature)
-    return tuple(feature.names) if hasattr(feature, "names") else None
+    return SplitRows(
+        reference,
+        recipe,
+        cells,
+        has_labels=False,
+        identity=identity,
+        streamed=True,
+        class_names=class_names,
+    )

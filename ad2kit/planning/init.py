@@ -125,7 +125,7 @@ def init(
             f"'{recipe.stem}' cannot be the name of a recipe: it takes small letters, digits and -",
             hint=f"--name {_slug(recipe.stem)}",
         )
-    guess, train = _files(source, validation)
+    guess, train = _files(source, validation, csv_quotes)
     columns = _columns(train, (*text, *label), csv_quotes)
     labels = _labels(columns, text, label, guess)
     texts = _texts(columns, text, labels, guess)
@@ -180,7 +180,7 @@ def _taken(recipe: Path) -> RecipeError:
     )
 
 
-def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
+def _files(source: Path, validation: Path | None, quotes: Quotes) -> tuple[Guess, Path]:
     """Return a guess that names the files, and the path of the training table.
 
     Raises:
@@ -195,7 +195,7 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
             raise DataError(
                 f"{source} has no validation table beside it, and a gate needs rows that no "
                 "training sees",
-                hint="hold some rows out, and name both tables:\n" + _hold_out(source),
+                hint="hold some rows out, and name both tables:\n" + _hold_out(source, quotes),
             )
         return Guess({"source": None, "train": str(source), "validation": str(validation)}), source
     others = [(stem, path) for stem in _VALIDATION for path in formats.named(source, stem)]
@@ -206,7 +206,7 @@ def _files(source: Path, validation: Path | None) -> tuple[Guess, Path]:
         names = ", ".join(path.name for path in (*train, *(path for _, path in others)))
         hint = "name the tables: ad2kit init FILE --validation FILE"
         if not others:
-            hint += f"; to hold rows out:\n{_hold_out(train[0])}"
+            hint += f"; to hold rows out:\n{_hold_out(train[0], quotes)}"
         raise DataError(
             f"{source}: expected one train.({'|'.join(FORMATS)}) and one "
             f"({'|'.join(_VALIDATION)}).(…), found {names}",
@@ -229,14 +229,15 @@ def _check_is_table(source: Path) -> None:
         ) from error
 
 
-def _hold_out(path: Path) -> str:
+def _hold_out(path: Path, quotes: Quotes) -> str:
     """Return the commands that hold a fifth of a table out for validation, as JSON lines."""
-    stem = path.name.split(".")[0].partition("-*")[0]
+    stem = path.name.split(".")[0].partition("-[")[0]
     train, held_out = (str(path.with_name(f"{stem}-{part}.jsonl")) for part in _PARTS)
     code = (
         "import json, random; from pathlib import Path; "
         "from ad2kit.tables.formats import read_rows; "
-        f"rows = [dict(cells) for _, cells in read_rows(Path({json.dumps(str(path))}))]; "
+        f"rows = [dict(cells) for _, cells in read_rows(Path({json.dumps(str(path))}), "
+        f"quotes={quotes!r})]; "
         "random.Random(17).shuffle(rows); part = round(len(rows) / 5); "
         "[Path(name).write_text(''.join(json.dumps(row, default=str) + chr(10) for row in some)) "
         f"for name, some in (({json.dumps(held_out)}, rows[:part]), "

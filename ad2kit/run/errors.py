@@ -18,11 +18,12 @@ Any other exception that escapes is a defect of ad2kit: exit code 70.
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
@@ -118,6 +119,24 @@ def no_column(where: str, column: str, columns: Iterable[str]) -> DataError:
         f"columns: {', '.join(map(str, columns))}",
         hint="set data.text_columns and data.label_column",
     )
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn an error of the operating system in the block into one of the user's.
+
+    Raises:
+        DataError: the file or folder of this name is gone, or may not be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        if no_room_left(error):
+            raise
+        raise DataError(
+            f"cannot read {name}: {error}",
+            hint="put it back, or correct its access rights, then run the same command again",
+        ) from error
 
 
 def no_room_left(error: BaseException | None) -> bool:

@@ -202,16 +202,16 @@ def explained(error: Exception, address: Address) -> Exception:
         return address.error(reason, f"{log_in} anew; without a token, what is public can be read")
     if status is not None:
         return address.error(
-            f"the hub answered {status}", f"run the same command later; or {_elsewhere(address)}"
+            f"the hub answered {status}", f"run the same command later; or {elsewhere(address)}"
         )
     if isinstance(error, LocalEntryNotFoundError) or constants.HF_HUB_OFFLINE:
         return address.error(
             f"{constants.ENDPOINT} does not answer (or HF_HUB_OFFLINE is set), and the cache "
             f"{constants.HF_HUB_CACHE} does not hold it",
-            f"without a network, {_elsewhere(address)}",
+            f"without a network, {elsewhere(address)}",
         )
     reason, _, _ = str(error).strip().partition("\n")
-    return address.error(f"{type(error).__name__}: {reason}", _elsewhere(address))
+    return address.error(f"{type(error).__name__}: {reason}", elsewhere(address))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -221,8 +221,14 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _elsewhere(address: Address) -> str:
+def elsewhere(address: Address) -> str:
     """Return what to do without the hub."""
+    if address.key.startswith("teacher.answers"):
+        return (
+            f"download it elsewhere (`hf download {address.name} --repo-type {address.kind} "
+            "--local-dir FOLDER`), and name what it holds in place of the address in "
+            "teacher.answers"
+        )
     if address.kind == "model":
         return (
             f"download it elsewhere (`hf download {address.name} --local-dir FOLDER`) and give "

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ad2kit.run.errors import DataError, MissingExtra, nearest
+from ad2kit.run.errors import DataError, MissingExtra, nearest, reading
 from ad2kit.scoring.records import InputFile
-from ad2kit.tables.formats import FORMATS, SAVED, format_of, saved_files
+from ad2kit.tables.formats import FORMATS, SAVED, check_shards, format_of, saved_files
 from ad2kit.tables.rows import BadRow
 
 try:
@@ -126,13 +126,14 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
     In a folder, names that begin with ``_`` or ``.`` are ignored, as in other readers of tables.
 
     Raises:
-        DataError: there are no files, or they have several formats or an unknown one.
+        DataError: there are no files, or they have several formats or an unknown one, or one of
+            several that are numbered is missing.
     """
     store, path = filesystem(reference)
     try:
         names = sorted(_file_names(store, path))
         for name in names:
-            if is_local(store) and not store.exists(name):
+            if is_local(store) and store.islink(name) and not store.exists(name):
                 raise DataError(f"{name} is a link to nothing", hint="remove it, or mend it")
     except OSError as error:
         raise DataError(
@@ -152,7 +153,10 @@ def find_inputs(reference: str) -> tuple[InputFile, ...]:
             f"found {examples:.200}",
             hint="score the formats one after the other, by a glob such as 'data/*.csv'",
         )
-    return tuple(_describe(store, name) for name in names)
+    if names != [path]:
+        check_shards(reference, names)
+    with reading(reference):
+        return tuple(_describe(store, name) for name in names)
 
 
 def layout_of(

@@ -10,6 +10,7 @@ the folder as one table ignore names that begin with ``_`` or ``.``.
 
 from __future__ import annotations
 
+import re
 import secrets
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _ERRORS = "_errors"
 _TEMPORARY = ".tmp-"
+_PART = re.compile(r"part-[0-9]{8,}\.[a-z]+")
 
 
 def part_name(index: int, suffix: str) -> str:
@@ -119,6 +121,12 @@ class OutputFolder:
         folder = f"{self.path}/{_ERRORS}"
         if self.store.isdir(folder):
             self.store.rm(folder, recursive=True)
+
+    def forget_parts(self, but: set[str]) -> None:
+        """Delete the parts of an earlier, larger input: all but those of these names."""
+        for name in self.names() - but:
+            if _PART.fullmatch(name):
+                self.store.rm_file(f"{self.path}/{name}")
 
     def count_bad(self, parts: set[str]) -> int:
         """Return the number of bad rows of finished parts, which are given by name."""

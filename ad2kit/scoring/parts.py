@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, reading
 from ad2kit.scoring import text_blocks
 from ad2kit.scoring.blocks import (
     Block,
@@ -90,14 +90,6 @@ def blocks_of(url: str) -> BlockFormat:
     return arrow_blocks
 
 
-def cannot_read(url: str, error: OSError) -> DataError:
-    """Return the error for a file that exists but cannot be read."""
-    return DataError(
-        f"cannot read {url}: {error}",
-        hint="put it back, or correct its access rights, then run the same command again",
-    )
-
-
 class BlockWorker(ABC):
     """Reads blocks, gets the answers to their texts, and writes parts.
 
@@ -166,14 +158,12 @@ class BlockWorker(ABC):
 
     def _read(self, block_format: BlockFormat, block: Block) -> Rows:
         """Read a block, and check that it has as many rows as in the survey."""
-        try:
+        with reading(block.url):
             if self._reader is None or block.url != self._url:
                 self.close()
                 self._reader = block_format.Reader(block.url, self.layout)
                 self._url = block.url
             rows = self._reader.read(block)
-        except OSError as error:
-            raise cannot_read(block.url, error) from error
         row_count = len(rows.places) + len(rows.bad)
         if row_count != block.rows:
             raise DataError(
@@ -254,10 +244,8 @@ def _survey(
     surveys = {}
     for file in files:
         survey = blocks_of(file.url).survey
-        try:
+        with reading(file.url):
             surveys[file.url] = survey(file, block_rows, text_columns, quotes)
-        except OSError as error:
-            raise cannot_read(file.url, error) from error
     return surveys
 
 

@@ -35,12 +35,7 @@ class Job(Record):
 
     def differences(self, previous: Self) -> list[str]:
         """Return a line for each setting and each input file that differs from a previous job."""
-        lines = []
-        settings, previous_settings = self._settings(), previous._settings()
-        for name in sorted(settings.keys() | previous_settings.keys()):
-            now, there = (each.get(name) for each in (settings, previous_settings))
-            if now != there:
-                lines.append(f"{name}: {_plain(there)} there, {_plain(now)} now")
+        lines = self._different_settings(previous)
         files = {file.url: file for file in self.inputs}
         previous_files = {file.url: file for file in previous.inputs}
         for url in sorted(files.keys() | previous_files.keys()):
@@ -48,6 +43,16 @@ class Job(Record):
                 lines.append(f"{url} is an input only {'now' if url in files else 'there'}")
             elif files[url] != previous_files[url]:
                 lines.append(f"{url} has changed since")
+        return lines
+
+    def _different_settings(self, previous: Self) -> list[str]:
+        """Return a line for each setting that differs from a previous job."""
+        lines = []
+        settings, previous_settings = self._settings(), previous._settings()
+        for name in sorted(settings.keys() | previous_settings.keys()):
+            now, there = (each.get(name) for each in (settings, previous_settings))
+            if now != there:
+                lines.append(f"{name}: {_plain(there)} there, {_plain(now)} now")
         return lines
 
     def _settings(self) -> dict[str, object]:

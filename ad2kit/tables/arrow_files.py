@@ -10,8 +10,8 @@ import json
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from ad2kit.run.errors import DataError, MissingExtra, no_column
-from ad2kit.tables.rows import Cells, Place
+from ad2kit.run.errors import DataError, MissingExtra
+from ad2kit.tables.rows import Cells, Place, check_columns
 from ad2kit.tables.text_files import bad_row, not_utf8
 
 try:
@@ -186,9 +186,7 @@ def read(stream: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[Cells
     """Yield the rows of an open file; see :func:`ad2kit.tables.formats.read`."""
     table = open_table(stream, name)
     names = columns or table.schema.names
-    for column in names:
-        if column not in table.schema.names:
-            raise no_column(name, column, table.schema.names)
+    check_columns(name, names, table.schema.names)
     yield from rows(table.batches(columns=list(names)), name)
 
 

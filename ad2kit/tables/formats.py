@@ -23,9 +23,9 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from ad2kit.run.errors import DataError, no_column
+from ad2kit.run.errors import DataError, reading
 from ad2kit.tables import text_files
-from ad2kit.tables.rows import Cells, Place
+from ad2kit.tables.rows import Cells, Place, check_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ FORMATS = ("tsv", "csv", "jsonl", "ndjson", "json", "parquet", "arrow")
 _ARROW = ("parquet", "arrow")
 _COMPRESSIONS = ("gz", "zst")
 # A file of a data set in numbered files: its split, its number, their number, and the ending.
-_SHARD = re.compile(r"(.+)-([0-9]{5,})-of-([0-9]{5,})(\..+)")
+_SHARD = re.compile(r"(.+)-([0-9]{5,})-of-([0-9]{5,})(\.[^/]+)")
 _CHUNK_BYTES = 2**20
 # The file in which datasets names the files of a saved data set.
 SAVED = "state.json"
@@ -143,8 +143,8 @@ def read(
         every: read all columns, whether or not ``columns`` are among them.
 
     Raises:
-        DataError: there is no such table, it lacks a column, or a file of it is damaged.
-        OSError: the operating system cannot read a file.
+        DataError: there is no such table, it lacks a column, or a file of it is damaged or cannot
+            be read.
         MissingExtra: pyarrow reads the format, and is not installed.
     """
     for file in files_of(path):
@@ -155,7 +155,7 @@ def read(
                 f"{', '.join(columns) or 'a table'}",
                 hint="give a tsv, csv, jsonl or parquet file with these columns",
             )
-        with file.open("rb") as stream:
+        with reading(str(file)), file.open("rb") as stream:
             if format_.is_arrow:
                 from ad2kit.tables import arrow_files
 
@@ -171,15 +171,19 @@ def files_of(path: Path) -> tuple[Path, ...]:
     folder that ``save_to_disk()`` of ``datasets`` wrote names its files itself.
 
     Raises:
-        DataError: there is no such table, or its files have several formats.
+        DataError: there is no such table, it cannot be read, or its files have several formats.
     """
-    path = path.expanduser()
+    with reading(str(path)):
+        return _files_of(path.expanduser())
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
     if path.is_symlink() and not path.exists():
         raise DataError(f"{path} is a link to nothing", hint="put back what it links to")
     if path.is_file():
         return (path,)
     if glob.has_magic(path.name) and (files := sorted(path.parent.glob(path.name))):
-        _check_shards(path, files)
+        check_shards(str(path), [each.name for each in files])
         return tuple(part for each in files for part in files_of(each))
     if not path.is_dir():
         raise DataError(f"no file '{path}'", hint="correct the path")
@@ -197,19 +201,29 @@ def files_of(path: Path) -> tuple[Path, ...]:
             f"{path}: expected files of one format, found {names:.200}",
             hint="name one of the files, or move the others away",
         )
+    check_shards(str(path), [each.name for each in files])
     return tuple(part for each in sorted(files) for part in files_of(each))
 
 
-def _check_shards(pattern: Path, files: Sequence[Path]) -> None:
-    """Refuse files that are numbered, and of which some are missing."""
-    shards = [match for each in files if (match := _SHARD.fullmatch(each.name))]
-    for number_of_files in {int(match[3]) for match in shards}:
-        found = [int(match[2]) for match in shards if int(match[3]) == number_of_files]
-        if missing := sorted(set(range(number_of_files)) - set(found)):
+def check_shards(where: str, names: Iterable[str]) -> None:
+    """Insist on all of the files that are numbered, such as ``train-00000-of-00003.parquet``.
+
+    Args:
+        where: the folder or the pattern that named them, for messages.
+        names: the names of all files that are read together; folders may stand before them.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    numbers: dict[tuple[str, int, str], set[int]] = {}
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        numbers.setdefault((match[1], int(match[3]), match[4]), set()).add(int(match[2]))
+    for (name, expected, ending), found in numbers.items():
+        if missing := sorted(set(range(expected)) - found):
             raise DataError(
-                f"{pattern}: expected {number_of_files} files, found {len(found)}; number "
-                f"{missing[0]} is missing",
-                hint="bring the missing file, or write the data set again",
+                f"{where}: expected {expected} files, found {len(found)}; number {missing[0]} is "
+                f"missing ({PurePosixPath(name).name}-{missing[0]:05}-of-{expected:05}{ending})",
+                hint="bring the missing file, write the data set again, or name one file alone",
             )
 
 
@@ -237,10 +251,11 @@ def split_of(folder: Path, stem: str, key: str) -> Path:
 
 def named(folder: Path, stem: str) -> list[Path]:
     """Return the tables of a name in a folder; see :func:`split_of`."""
-    paths = sorted(folder.iterdir())
+    with reading(str(folder)):
+        paths = sorted(folder.iterdir())
     found = [each for each in paths if _is_named(each, stem)]
     patterns = [
-        f"{glob.escape(stem)}-*-of-{match[3]}{match[4]}"
+        f"{glob.escape(stem)}-[0-9]*-of-{match[3]}{match[4]}"
         for each in paths
         if (match := _SHARD.fullmatch(each.name)) and match[1] == stem and is_table(match[4])
     ]
@@ -294,7 +309,7 @@ def class_names(path: Path, columns: Sequence[str]) -> tuple[str, ...] | None:
         if known_format(file.name).is_arrow:
             from ad2kit.tables import arrow_files
 
-            with file.open("rb") as stream:
+            with reading(str(file)), file.open("rb") as stream:
                 schema = arrow_files.open_table(stream, str(file)).schema
                 found[arrow_files.class_names(schema, column)] = file
     if len(found) > 1:
@@ -356,17 +371,6 @@ def _read_text(
         if dialect is None and number == 1 and not every:
             check_columns(str(place), columns, cells)
         yield Cells(place, cells if dialect is None else dict(zip(names, cells, strict=True)))
-
-
-def check_columns(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
-    """Insist on columns.
-
-    Raises:
-        DataError: one is not among those that were found.
-    """
-    for column in columns:
-        if column not in found:
-            raise no_column(where, column, found)
 
 
 class _Made(io.RawIOBase):

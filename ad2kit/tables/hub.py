@@ -6,18 +6,21 @@ on the way to the hub, it takes the newest of these, of any commit; so the commi
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ad2kit.run import hub
 from ad2kit.run.errors import MissingExtra, UserError, no_room_left
+from ad2kit.tables.rows import check_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from ad2kit.run.hub import Address
 
-    Rows = tuple[str, Callable[[], Iterator[Any]]]
+    Rows = tuple[str, Callable[[], Iterator[Any]], Callable[[], Any]]
 
 
 def load(reference: str, *, key: str) -> Any:
@@ -41,8 +44,10 @@ def load(reference: str, *, key: str) -> Any:
     commit = hub.commit_of(address)
     prepared = _prepared(address, commit)
     config = address.config
-    if config is None and hub.is_offline() and len(prepared) == 1:
-        (config,) = prepared
+    if config not in prepared and hub.is_offline():
+        config = config or _default_config(address, commit)
+        if config not in prepared:
+            raise _not_prepared(address, config, commit, prepared)
     if config in prepared:
         return _open_prepared(address, prepared[config])
     try:
@@ -56,7 +61,10 @@ def load(reference: str, *, key: str) -> Any:
             raise
         raise _explained(error, address) from error
     for split in loaded.values():
-        if any(commit not in Path(file["filename"]).parts for file in split.cache_files):
+        found = [Path(file["filename"]).parts for file in split.cache_files]
+        # The folder of a part of its files, or of other arguments, has a longer name.
+        wanted = {commit, config or split.info.config_name or commit}
+        if any(not wanted <= set(parts) for parts in found):
             raise address.error(
                 f"the hub stopped answering, and the cache holds no commit {commit} of it",
                 "run the same command again when the hub answers",
@@ -75,8 +83,9 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
         key: the key of the recipe that holds it, for messages.
 
     Returns:
-        The address with its commit, and a function that starts to read. It yields batches of Arrow;
-        its errors are those of :func:`load`.
+        The address with its commit, a function that starts to read, and one that returns the
+        schema, or None if it is known only while rows are read. The first yields batches of Arrow;
+        the errors of both are those of :func:`load`.
 
     Raises:
         DataError, MissingExtra: see :func:`load`.
@@ -84,13 +93,12 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
     address = hub.parse(reference, "dataset", key)
     commit = hub.commit_of(address)
 
-    def batches() -> Iterator[Any]:
+    @contextmanager
+    def opened() -> Iterator[Any]:
         try:
             import datasets
         except ModuleNotFoundError as error:
             raise MissingExtra("datasets", extra="cpu") from error
-
-        from ad2kit.tables import arrow_files, formats
 
         try:
             loaded = datasets.load_dataset(
@@ -101,12 +109,7 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
                     f"it has no split '{split}', only {', '.join(loaded)}",
                     f"write the split at the end of {key}: #{next(iter(loaded))}",
                 )
-            # The columns of some formats are known only when the first rows are there.
-            rows = loaded[split].with_format("arrow")
-            for number, batch in enumerate(rows.iter(min(arrow_files.BATCH_ROWS, most))):
-                if number == 0:
-                    formats.check_columns(f"{address} {split}", columns, batch.column_names)
-                yield batch.select(list(dict.fromkeys(columns)))
+            yield loaded[split]
         except UserError:
             raise
         except Exception as error:
@@ -114,7 +117,22 @@ def stream(reference: str, split: str, columns: Sequence[str], most: int, *, key
                 raise
             raise _explained(error, address) from error
 
-    return f"{address.name}/{address.config or ''}@{commit}#{split}", batches
+    def batches() -> Iterator[Any]:
+        from ad2kit.tables import arrow_files
+
+        with opened() as rows:
+            # The columns of some formats are known only when the first rows are there.
+            parts = rows.with_format("arrow").iter(min(arrow_files.BATCH_ROWS, most))
+            for number, batch in enumerate(parts):
+                if number == 0:
+                    check_columns(f"{address} {split}", columns, batch.column_names)
+                yield batch.select(list(dict.fromkeys(columns)))
+
+    def schema() -> Any:
+        with opened() as rows:
+            return None if rows.features is None else rows.features.arrow_schema
+
+    return f"{address.name}/{address.config or ''}@{commit}#{split}", batches, schema
 
 
 def _prepared(address: Address, commit: str) -> dict[str | None, Path]:
@@ -126,6 +144,70 @@ def _prepared(address: Address, commit: str) -> dict[str | None, Path]:
     folder = f"{owner}{'___' if slash else ''}{camelcase_to_snakecase(name)}"
     folders = Path(config.HF_DATASETS_CACHE, folder).glob(f"*/*/{commit}")
     return {path.parts[-3]: path for path in folders if path.is_dir()}
+
+
+def _default_config(address: Address, commit: str) -> str | None:
+    """Return the configuration that an address without one means, by the card in the cache.
+
+    None if the card names several configurations, and none of them as the default.
+    """
+    from datasets.info import DatasetInfosDict
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard, constants, try_to_load_from_cache
+
+    card = try_to_load_from_cache(
+        address.name,
+        "README.md",
+        cache_dir=constants.HF_HUB_CACHE,
+        revision=commit,
+        repo_type=address.kind,
+    )
+    if not isinstance(card, str):
+        return "default"
+    try:
+        facts = DatasetCard.load(card, ignore_metadata_errors=True).data
+        configs = MetadataConfigs.from_dataset_card_data(facts)
+        infos = DatasetInfosDict.from_dataset_card_data(facts)
+        default: str | None = configs.get_default_config_name()
+    except (ValueError, TypeError, LookupError) as error:
+        raise _explained(error, address) from error
+    if configs:
+        return default
+    return next(iter(infos)) if len(infos) == 1 else "default"
+
+
+def _not_prepared(
+    address: Address, config: str | None, commit: str, prepared: dict[str | None, Path]
+) -> Exception:
+    """Return the error for a configuration that the cache does not hold, without the hub.
+
+    A folder such as ``default-1a2b`` holds a part of the files, or other columns.
+    """
+    from datasets import config as settings
+    from huggingface_hub import constants
+
+    whole = [each for each in prepared if each == _configuration_in(prepared[each])]
+    held = ", ".join(sorted(map(repr, whole))) or "none"
+    parts = ", ".join(sorted(repr(each) for each in prepared if each not in whole))
+    asked = f"its configuration '{config}'" if config else "a default configuration"
+    choice = f"write {hub.HUB}{address.name}/CONFIG with one of these; or " if whole else ""
+    return address.error(
+        f"{constants.ENDPOINT} does not answer (or HF_HUB_OFFLINE is set), and the cache "
+        f"{settings.HF_DATASETS_CACHE} does not hold {asked} at commit {commit}; configurations "
+        f"in it: {held}" + (f"; parts of some, which are not read: {parts}" if parts else ""),
+        f"{choice}run the same command again when the hub answers; without a network, "
+        f"{hub.elsewhere(address)}",
+    )
+
+
+def _configuration_in(folder: Path) -> str | None:
+    """Return the configuration whose rows a prepared folder holds, whole or in part."""
+    try:
+        content = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+        name: str | None = content.get("config_name")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name
 
 
 def _open_prepared(address: Address, folder: Path) -> Any:
@@ -152,13 +234,13 @@ def _explained(error: Exception, address: Address) -> Exception:
         return address.error(
             words,
             f"its files and its own card differ: take another revision, @REVISION at the end of "
-            f"{address.key}; or download its files and give data.source=FOLDER",
+            f"{address.key}; or {hub.elsewhere(address)}",
         )
     if isinstance(error, exceptions.DatasetsError) and not isinstance(error, OSError):
         return address.error(
             words,
-            f"its files are not what datasets reads: see {address.page}; or download them "
-            "and give data.source=FOLDER",
+            f"its files are not what datasets reads: see {address.page}; or "
+            f"{hub.elsewhere(address)}",
         )
     if isinstance(error, ValueError) and "config" in str(error).lower():
         return address.error(words, f"write {hub.HUB}{address.name}/CONFIG, with one of these")

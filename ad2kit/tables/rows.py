@@ -9,11 +9,12 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ad2kit.run.errors import no_column
 from ad2kit.run.files import write_text
 from ad2kit.run.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ad2kit.run.errors import DataError
@@ -113,3 +114,14 @@ class BadRows:
             raise error
         reason = error.message.removeprefix(f"{place}: ")
         self.listed.append(BadRow(**place._asdict(), reason=reason))
+
+
+def check_columns(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
+    """Insist on columns.
+
+    Raises:
+        DataError: one is not among those that were found.
+    """
+    for column in columns:
+        if column not in found:
+            raise no_column(where, column, found)

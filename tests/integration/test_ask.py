@@ -415,6 +415,24 @@ def test_more_rows_take_the_same_and_more(
     assert [row["text"] for row in read_csv(tmp_path / "out")] == texts
 
 
+def test_other_tables_keep_the_answers_and_leave_no_old_part(
+    ad2kit: Any, model: LanguageModel, url: str, recipe: Path, tmp_path: Path
+) -> None:
+    texts = reviews(20)
+    large = write_csv(tmp_path / "large.csv", [{"text": text} for text in texts * 250])
+    output = tmp_path / "out"
+    assert ad2kit("ask", recipe, large, output, *at(url)).code == 0
+    assert len(parts(output)) == 2
+    small = tmp_path / "small.jsonl"
+    small.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:5]))
+    outcome = ad2kit("ask", recipe, small, output, *at(url), "--json")
+    assert outcome.code == 0, outcome.err
+    assert set(parts(output)) == {"part-00000000.jsonl"}
+    assert len(parts(output)["part-00000000.jsonl"].splitlines()) == 5
+    assert (json.loads(outcome.out)["rows"], json.loads(outcome.out)["requests_here"]) == (5, 0)
+    assert model.asked.total() == 20
+
+
 def test_a_limit_of_the_cost_is_kept_and_can_be_raised(
     ad2kit: Any, model: LanguageModel, url: str, tmp_path: Path
 ) -> None:
@@ -458,6 +476,12 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(
     assert model.asked.total() == 0
     assert estimated["requests"] == 120
     assert 0.1 < estimated["cost"] < 10
+    # What all requests share is counted in each: here an example of 400 bytes, of 4 a token.
+    example = {"texts": ["x" * 400], "label": "positive"}
+    more = write_recipe(tmp_path, ask | {"answer": "samples", "samples": 3, "examples": [example]})
+    shared = json.loads(ad2kit("ask", more, *arguments[2:], "--dry-run", "--json").out)
+    tokens = (shared["prompt_tokens"] - estimated["prompt_tokens"]) / estimated["requests"]
+    assert 100 < tokens < 120
 
 
 def test_the_key_is_sent_and_kept_nowhere(

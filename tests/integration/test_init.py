@@ -288,6 +288,34 @@ def test_a_lone_table_is_divided_as_the_hint_says(here: Path, ad2kit: Any, suffi
     assert splits["validation"]["known"] == 0
 
 
+def test_a_lone_table_of_spark_is_divided_as_the_hint_says(here: Path, ad2kit: Any) -> None:
+    """Spark writes a quotation mark as \\", and a long table in numbered files."""
+    table = columns(range(99), topic=lambda n: TOPICS[n % 3])
+    rows = list(zip(*table.values(), strict=True))
+    (here / "spark").mkdir()
+    for number, part in enumerate((rows[:50], rows[50:])):
+        with (here / f"spark/train-{number:05}-of-00002.csv").open("w", newline="") as stream:
+            writer = csv.writer(
+                stream, doublequote=False, escapechar="\\", quoting=csv.QUOTE_NONNUMERIC
+            )
+            writer.writerows([tuple(table), *part])
+    refused = ad2kit("init", "spark", "--csv-quotes", "backslash")
+    divide, again = refused.err.splitlines()[-2:]
+    _, *code = shlex.split(divide)
+    subprocess.run([sys.executable, *code], check=True, cwd=here, env=os.environ)
+    _, *arguments = shlex.split(again)
+    assert {Path(arguments[1]).name, Path(arguments[3]).name} == {
+        "train-train.jsonl",
+        "train-held-out.jsonl",
+    }
+    found = [
+        json.loads(line)["text"]
+        for name in (arguments[1], arguments[3])
+        for line in Path(name).read_text().splitlines()
+    ]
+    assert sorted(found) == sorted(table["text"])
+
+
 def test_a_folder_with_validation_rows_and_names(here: Path, ad2kit: Any) -> None:
     folder = here / "News_24"
     folder.mkdir()

@@ -6,10 +6,13 @@ import csv
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from ad2kit.data import splits
 from ad2kit.data.answers import mean_answers, read_answers
@@ -18,12 +21,12 @@ from ad2kit.run.errors import DataError, RecipeError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import AnswersRecipe, DataRecipe
 from ad2kit.statistics.logits import answers, logits_of, scores
+from ad2kit.tables import hub
 from ad2kit.training.opening import open_models
 from tests import families, models
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from ad2kit.data.splits import Data
     from ad2kit.run.sections import Task
@@ -138,6 +141,126 @@ def test_a_label_with_its_confidence_or_alone(recipe: DataRecipe, tmp_path: Path
     check(recipe, wanted, files=(file,), label="said", confidence="sure")
     alone = np.eye(3)[P.argmax(axis=1)]
     check(recipe, alone, files=(file,), label="said")
+
+
+def class_column(path: Path, rows: Iterable[Sequence[Any]], **names: Sequence[str] | None) -> None:
+    """Write a table whose columns after ``text`` are ids, with the names of classes or without."""
+    kinds = {
+        name: datasets.ClassLabel(names=list(of)) if of else datasets.Value("int64")
+        for name, of in names.items()
+    }
+    columns = dict(zip(("text", *names), map(list, zip(*rows, strict=True)), strict=True))
+    features = datasets.Features(text=datasets.Value("string"), **kinds)
+    datasets.Dataset.from_dict(columns, features).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    "source", ["classes of the column", "classes of the labels", "labels.txt", "a file"]
+)
+def test_ids_of_a_teacher_stand_for_the_names_of_their_own_table(
+    tmp_path: Path, source: str
+) -> None:
+    rows = [(text, n % 3, (n + 1) % 3) for n, text in enumerate(TEXTS)]
+    said = [LABELS[row[2]] for row in rows]
+    named = {"label": LABELS, "said": LABELS if source == "classes of the column" else None}
+    for name, part in (("train", rows[:18]), ("validation", rows[18:])):
+        if source == "labels.txt":
+            table(tmp_path / f"{name}.csv", ("text", "label", "said"), part)
+            (tmp_path / "labels.txt").write_text("0\tgood\n1\tbad\n2\tugly\n")
+        else:
+            class_column(tmp_path / f"{name}.parquet", part, **named)
+    files: tuple[str, ...] = ()
+    if source == "a file":
+        # The table of the answers has names of its own, in an order of its own.
+        own = LABELS[::-1]
+        files = (str(tmp_path / "answers.parquet"),)
+        ids = [own.index(name) for name in said]
+        class_column(Path(files[0]), zip(TEXTS, ids, strict=True), said=own)
+    values: dict[str, Any] = {"text_columns": ("text",), "label_column": "label"}
+    values["max_length_tokens"] = 8
+    recipe = DataRecipe(source=str(tmp_path), labels=("ugly", "good", "bad"), **values)
+    certain = np.eye(3)[[("ugly", "good", "bad").index(name) for name in said]]
+    check(recipe, certain, label="said", files=files)
+
+
+@pytest.mark.parametrize("most", [None, 24])  # with a limit the tables are streams
+def test_ids_of_a_teacher_on_the_hub_stand_for_the_names_of_their_column(
+    recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch, most: int | None
+) -> None:
+    own = LABELS[::-1]
+    said = [LABELS[p.argmax()] for p in P]
+    features = datasets.Features(
+        text=datasets.Value("string"), said=datasets.ClassLabel(names=list(own))
+    )
+    columns = {"text": list(TEXTS), "said": [own.index(name) for name in said]}
+    rows = datasets.Dataset.from_dict(columns, features)
+    monkeypatch.setattr(hub, "load", lambda *_, **__: {"train": rows})
+    monkeypatch.setattr("ad2kit.run.hub.commit_of", lambda _: "0" * 40)
+    stream = {"train": rows.to_iterable_dataset()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    limited = recipe.model_copy(update={"max_unlabelled_rows": most})
+    found = read_answers(
+        limited,
+        splits.load_data(recipe, 3),
+        AnswersRecipe(files=("hub://one/answers",), label="said"),
+    )
+    wanted = expected(splits.load_data(recipe, 3), np.array([LABELS.index(name) for name in said]))
+    for name, ids in wanted.items():
+        np.testing.assert_array_equal(found[name].argmax(axis=1), ids)
+
+
+@pytest.mark.parametrize("most", [None, 24])
+@pytest.mark.parametrize("key", ["teacher.answers", "data.unlabelled"])
+def test_the_advice_names_the_section_that_names_the_table(
+    recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, most: int | None
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    data = splits.load_data(recipe, 3)
+    recipe = recipe.model_copy(update={"max_unlabelled_rows": most})
+    files: tuple[str, ...] = ("hub://one/answers#said",)
+    if key == "data.unlabelled":
+        recipe, files = recipe.model_copy(update={"unlabelled": files}), ()
+    with pytest.raises(DataError, match="does not answer") as refused:
+        read_answers(recipe, data, AnswersRecipe(files=files, label="label"))
+    (other,) = {"teacher.answers", "data.unlabelled", "data.source"} - {key, "data.source"}
+    assert key in refused.value.hint
+    assert not {other, "data.source"} & set(refused.value.hint.replace("=", " ").split())
+
+
+def test_equal_texts_may_have_a_label_as_id_and_as_name(recipe: DataRecipe, tmp_path: Path) -> None:
+    named = [LABELS.index(LABELS[p.argmax()]) for p in P]
+    class_column(tmp_path / "ids.parquet", zip(TEXTS, named, strict=True), said=LABELS)
+    names = [(text, LABELS[each]) for text, each in zip(TEXTS, named, strict=True)]
+    files = (str(tmp_path / "ids.parquet"), table(tmp_path / "names.csv", ("text", "said"), names))
+    check(recipe, np.eye(3)[named], files=files, label="said")
+
+
+def test_several_labels_of_a_teacher_are_ids_of_their_own_table(tmp_path: Path) -> None:
+    cells = [[0], [1, 0], [], [1]]
+    for name in ("train", "validation"):
+        texts = [f"{name} {n}" for n in range(4)]
+        names = [[("b", "a")[each] for each in ids] for ids in cells]
+        table(tmp_path / f"{name}.jsonl", ("text", "label"), zip(texts, names, strict=True))
+        features = datasets.Features(
+            text=datasets.Value("string"), said=datasets.List(datasets.ClassLabel(names=["b", "a"]))
+        )
+        rows = datasets.Dataset.from_dict({"text": texts, "said": cells}, features)
+        rows.to_parquet(tmp_path / f"said-{name}.parquet")
+    recipe = DataRecipe(
+        source=str(tmp_path),
+        task="multi_label",
+        text_columns=("text",),
+        label_column="label",
+        labels=("a", "b"),
+        max_length_tokens=8,
+        select_from="validation",
+    )
+    files = tuple(str(tmp_path / f"said-{name}.parquet") for name in ("train", "validation"))
+    found = read(recipe, files=files, label="said")
+    wanted = splits.load_data(recipe, 3)
+    for name, split in (("distillation", wanted.train), ("validation", wanted.validation)):
+        np.testing.assert_array_equal(answers("multi_label", found[name]), split.labels)
 
 
 def test_a_key_joins_a_file_that_has_no_texts(recipe: DataRecipe, tmp_path: Path) -> None:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import httpx2
+import numpy as np
 import openai
 import pytest
 
-from ad2kit.asking.endpoint import Pace, _retry_after
+from ad2kit.asking.agreement import agreements
+from ad2kit.asking.endpoint import Pace, _check_address, _retry_after
 from ad2kit.asking.journal import Journal
 from ad2kit.asking.prompts import Prompt, Question, parsed
-from ad2kit.asking.records import Answer, Usage
+from ad2kit.asking.records import Agreement, Answer, AskJob, Usage
+from ad2kit.asking.requests import Asker, Costs
 from ad2kit.run.ask_section import AskRecipe, wrong_ask
-from ad2kit.run.errors import RecipeError, RunError
+from ad2kit.run.errors import RecipeError, RunError, UserError
 from ad2kit.run.recipe import load_recipe
 from ad2kit.run.sections import DataRecipe
+from ad2kit.scoring.output import OutputFolder
+from ad2kit.scoring.parts import BlockWorker, open_tables
+from ad2kit.scoring.records import InputFile
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 ASK = {"prompt": "Which?\n{labels}", "text": "{text}"}
@@ -191,3 +200,199 @@ def test_requests_keep_the_limits_of_a_minute(
 ) -> None:
     assert [pace.start(100.0, tokens) for _ in starts] == starts
     assert pace.start(1000.0, tokens) == 1000.0  # nothing is saved up, and nothing is owed
+
+
+class Said(BlockWorker):
+    """Answers every row with the label that its text begins with."""
+
+    def answers(self, texts: Sequence[Any], _refuse: Any) -> dict[str, Any]:
+        return {"teacher_label": np.array([row[0].split()[0] for row in texts], dtype=str)}
+
+
+def agreement_of(source: Path, folder: Path, recipe: DataRecipe) -> list[Agreement]:
+    """Write the parts of a job without asking, and compare them with the labels of its table."""
+    output = OutputFolder(str(folder))
+    tables = open_tables(
+        str(source), output, ("text",), "doubled", ("teacher_label",), recipe.labels or (), 4096
+    )
+    worker = Said(output.url, tables.layout)
+    for number, block in tables.blocks:
+        worker(number, block)
+    job = AskJob(
+        text_columns=("text",),
+        prefix="teacher_",
+        block_rows=4096,
+        inputs=tables.files,
+        base_url="http://127.0.0.1/v1",
+        model="m",
+        ask={},
+        labels=recipe.labels or (),
+        task=recipe.task,
+    )
+    return list(agreements(recipe, job, tables, folder, None))
+
+
+@pytest.mark.parametrize("source", ["classes", "labels.txt"])
+def test_ids_are_compared_by_the_names_of_their_table(tmp_path: Path, source: str) -> None:
+    names = ["abc", "a", "ab"]  # the recipe has another order
+    texts = [f"{names[n % 3]} text {n}" for n in range(9)]
+    columns: dict[str, Any] = {"text": texts, "label": [n % 3 for n in range(9)]}
+    if source == "classes":
+        path = tmp_path / "in.parquet"
+        kind = datasets.ClassLabel(names=names)
+        features = datasets.Features(text=datasets.Value("string"), label=kind)
+        datasets.Dataset.from_dict(columns, features).to_parquet(path)
+    else:
+        path = tmp_path / "in.jsonl"
+        lines = zip(columns["text"], columns["label"], strict=True)
+        path.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in lines))
+        (tmp_path / "labels.txt").write_text("".join(f"{n}\t{x}\n" for n, x in enumerate(names)))
+    (found,) = agreement_of(path, tmp_path / "out", data())
+    assert (found.rows, found.equal, found.left_out) == (9, 9, 0)
+
+
+def json_lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_without_a_label_are_not_compared(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "a 1"},
+        {"text": "a 2", "label": "a"},
+        {"text": "ab 3", "label": " "},
+    ]
+    for number, order in enumerate((rows, rows[::-1])):
+        source = json_lines(tmp_path / f"{number}.jsonl", *order)
+        (found,) = agreement_of(source, tmp_path / f"out{number}", data())
+        assert (found.rows, found.equal, found.left_out) == (1, 1, 0)
+    source = json_lines(tmp_path / "none.jsonl", rows[0])
+    assert agreement_of(source, tmp_path / "out", data()) == []
+
+
+@pytest.mark.parametrize("missing", ["refuse", "accept"])
+def test_a_row_whose_label_columns_are_all_empty_has_no_label(tmp_path: Path, missing: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "a 1", "teacher_labels": ["a"], "a": 1, "b": 0},
+        {"text": "a 2", "teacher_labels": ["a"], "a": None, "b": ""},
+        {"text": "a 3", "teacher_labels": ["a"]},
+    ]
+    output = tmp_path / "out"
+    output.mkdir()
+    json_lines(output / "part-00000000.jsonl", *rows)
+    recipe = data(
+        task="multi_label", labels=["a", "b"], label_column=["a", "b"], missing_labels=missing
+    )
+    tables = open_tables(
+        str(json_lines(tmp_path / "in.jsonl", *({"text": row["text"]} for row in rows))),
+        OutputFolder(str(output)),
+        *(("text",), "doubled", ("teacher_labels",), ("a", "b"), 4096),
+    )
+    job = AskJob.model_construct(
+        text_columns=("text",), csv_quotes="doubled", prefix="teacher_", task="multi_label"
+    )
+    (found,) = agreements(recipe, job, tables, output, None)
+    assert (found.rows, found.equal, found.left_out) == (1, 1, 0)
+
+
+class Server:
+    """An endpoint that answers each request with the same letter, after all that wait with it."""
+
+    base_url = "http://127.0.0.1/v1"
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.sent = 0
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def reply(self, *_: Any, on_try: Any, **__: Any) -> Any:
+        self.sent += 1
+        on_try()
+        await asyncio.sleep(0.001)
+        content = json.loads(reply({self.token: 0.99}))
+        usage = {"prompt_tokens": 1000, "completion_tokens": 0}
+        return parsed(json.dumps(content | {"usage": usage}).encode())
+
+
+def ask_all(server: Server, path: Path, texts: int, max_cost: float | None = None) -> Journal:
+    """Ask about texts, fifty at once; a request is a thousand tokens of a price of 1 for each."""
+    ask = section(input_price=1e6, output_price=1e6, prompt="x" * 3980 + "{labels}")
+    journal, prompt = Journal(path), Prompt(ask, data())
+    costs = Costs(ask)
+    costs.prompt_tokens_of = lambda _: 1000.0  # type: ignore[method-assign, assignment]
+    costs.completion_tokens = 0.0
+    asker = Asker(server, prompt, journal, costs, max_cost, lambda _: None)  # type: ignore[arg-type]
+    with journal.writing():
+        asyncio.run(asker.ask([(f"text {n}",) for n in range(texts)], 50))
+    return journal
+
+
+def test_no_more_than_the_first_answers_are_paid_for_if_none_is_a_label(tmp_path: Path) -> None:
+    server = Server("Q")
+    for _ in range(2):  # the same command again pays for none
+        with pytest.raises(UserError, match="none of the first 20 answers"):
+            ask_all(server, tmp_path / "journal", 100)
+        assert server.sent == 20
+    good = Server("A")
+    assert len(ask_all(good, tmp_path / "other", 100).answers) == good.sent == 100
+
+
+def test_a_request_in_flight_is_counted_once_in_the_cost(tmp_path: Path) -> None:
+    assert len(ask_all(Server("A"), tmp_path / "journal", 100, max_cost=10_500.0).answers) == 10
+    # A request that a killed command has lost is counted still.
+    with Journal(tmp_path / "lost").writing():
+        (tmp_path / "lost").write_text('{"sent": "x"}\n')
+    assert len(ask_all(Server("A"), tmp_path / "lost", 100, max_cost=10_500.0).answers) == 9
+
+
+def test_requests_that_are_written_otherwise_are_those_of_another_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def job(**changes: Any) -> AskJob:
+        values = {
+            "text_columns": ("text",),
+            "prefix": "teacher_",
+            "block_rows": 4096,
+            "inputs": (),
+            "base_url": "http://127.0.0.1/v1",
+            "model": "m",
+            "ask": Prompt(section(), data()).settings,
+            "labels": ("a", "ab", "abc"),
+            "task": "single_label",
+            "prompt_fingerprint": Prompt(section(), data()).fingerprint,
+        }
+        return AskJob.model_validate(values | changes)
+
+    now = job()
+    table = InputFile(url="other.csv", size_bytes=1, version="1")
+    assert now.differences(job(inputs=(table,))) == []
+    (older,) = now.differences(job(prompt_fingerprint=""))
+    assert "is not known: it has no fingerprint; the version of ad2kit that made it" in older
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompt, "_described", lambda _, label: f"<{label}>")
+        (other,) = now.differences(job())
+    assert "written otherwise into the requests" in other
+    (model,) = now.differences(job(model="n", prompt_fingerprint=""))
+    assert model == "model: n there, m now"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http//me:word@proxy:1",
+        "me:w@rd@proxy:1",
+        "ftp://me:word@proxy",
+        "http://me:word@proxy:8o",
+    ],
+)
+def test_a_mistyped_address_keeps_its_password(url: str) -> None:
+    with pytest.raises(
+        UserError, match=r"--proxy: expected an address .*\[user\]@proxy"
+    ) as refused:
+        _check_address("--proxy", url)
+    assert not any(part in refused.value.message for part in ("me:", "word", "w@rd"))

@@ -6,9 +6,11 @@ Hypothesis makes the rows, another library writes them, and all readers must hav
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import json
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from ad2kit.data.mapped import kept
 from ad2kit.data.sources import open_unlabelled
 from ad2kit.data.splits import load_data
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, RunError
 from ad2kit.run.sections import DataRecipe
 from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.parts import blocks_of
@@ -398,3 +401,86 @@ def test_names_of_several_classes_and_what_contradicts_them(tmp_path: Path) -> N
     (tmp_path / "validation.parquet").unlink()
     frame.to_json(tmp_path / "validation.jsonl", orient="records", lines=True)
     assert load_data(recipe, 1).validation.labels.tolist() == [[0, 1], [1, 0], [0, 0], [1, 0]]
+
+
+def refuse_to(monkeypatch: pytest.MonkeyPatch, method: str, name: str) -> None:
+    """Let the operating system refuse a method of paths of this name; a superuser may do all."""
+    allowed = getattr(Path, method)
+
+    def refused(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return allowed(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, method, refused)
+
+
+def test_a_file_that_may_not_be_read_is_the_users_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train", "validation"):
+        class_table(tmp_path / f"{name}.parquet", [0, 1, 1, 0], ["b", "a"])
+    (tmp_path / "labels.txt").write_text("0\tb\n1\ta\n")
+    recipe = class_source(tmp_path, select_from="validation")
+    for method, name in (
+        ("open", "train.parquet"),
+        ("open", "labels.txt"),
+        ("iterdir", tmp_path.name),
+    ):
+        with monkeypatch.context() as patch:
+            refuse_to(patch, method, name)
+            with pytest.raises(DataError, match=rf"cannot read .*{name}: .*denied") as refused:
+                load_data(recipe, 1)
+            assert "access rights" in refused.value.hint
+    with monkeypatch.context() as patch:
+        refuse_to(patch, "iterdir", tmp_path.name)
+        with pytest.raises(DataError, match="cannot read"):
+            formats.files_of(tmp_path)
+        refuse_to(patch, "open", "train.parquet")
+        with pytest.raises(DataError, match="cannot read"):
+            read_all(tmp_path / "train.parquet")
+
+
+def test_a_missing_file_of_a_saved_data_set_is_no_link(tmp_path: Path) -> None:
+    class_table(tmp_path / "train", [0, 1], ["b", "a"])
+    (file,) = (tmp_path / "train").glob("*.arrow")
+    file.unlink()
+    for read_it in (read_all, lambda path: find_inputs(str(path))):
+        with pytest.raises(DataError, match=rf"cannot read .*train.*No such file.*{file.name}"):
+            read_it(tmp_path / "train")
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(RunError, match=r"cannot write to .*runs/\.shared/x: "):
+        kept(tmp_path / "runs" / ".shared" / "x", "last", lambda: None)
+
+
+@pytest.mark.parametrize("reference", [".", "*.csv", "train-*-of-00003.csv"])
+def test_a_missing_shard_is_refused_by_training_and_scoring(tmp_path: Path, reference: str) -> None:
+    for number in (0, 2):
+        (tmp_path / f"train-{number:05}-of-00003.csv").write_text("text\nx\n")
+    path = tmp_path / reference
+    message = "found 2; number 1 is missing (train-00001-of-00003.csv)"
+    for read_it in (read_all, lambda path: find_inputs(str(path))):
+        with pytest.raises(DataError, match=re.escape(message)):
+            read_it(path)
+    # That of another data set does not stand in for it.
+    (tmp_path / "test-00001-of-00003.csv").write_text("text\nx\n")
+    for read_it in (read_all, lambda path: find_inputs(str(path))):
+        with pytest.raises(DataError, match="is missing"):
+            read_it(path)
+    (tmp_path / "test-00001-of-00003.csv").rename(tmp_path / "train-00001-of-00003.csv")
+    assert read_all(path) == ["x"] * 3
+    assert len(find_inputs(str(path))) == 3
+    (tmp_path / "train-00001-of-00003.csv").unlink()
+    alone = tmp_path / "train-00000-of-00003.csv"
+    assert read_all(alone) == ["x"]
+    assert len(find_inputs(str(alone))) == 1
+
+
+def test_shards_of_a_longer_name_belong_to_another_split(tmp_path: Path) -> None:
+    for name in ("train", "train-more"):
+        (tmp_path / f"{name}-00000-of-00001.csv").write_text(f"text\n{name}\n")
+    assert read_all(formats.split_of(tmp_path, "train", "train")) == ["train"]
+    assert read_all(formats.split_of(tmp_path, "train-more", "train")) == ["train-more"]
