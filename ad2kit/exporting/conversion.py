@@ -105,6 +105,7 @@ def company_of(task: Task, alone: Logits, beside: Logits) -> Company:
         alone: the logits of the texts one by one, shape [texts, outputs].
         beside: the logits of the same texts in batches of others.
     """
+    alone, beside = np.nan_to_num(alone), np.nan_to_num(beside)
     first, second = (answers(task, logits) for logits in (alone, beside))
     if task == "regression":
         spread = float(np.std(first)) or 1.0

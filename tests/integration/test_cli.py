@@ -248,7 +248,7 @@ def test_report_and_bench_print_what_was_measured(ad2kit: Any, copied_run: RunDi
     assert "label flips" in copied_run.report.read_text()
     measured = ad2kit("bench", copied_run.path, "--price-per-hour", "0.17", "--p99-ms", "1e4")
     assert "capacity of this machine at a p99 of at most 10000 ms" in measured.out
-    assert measured.out.count("per million texts") == 5
+    assert measured.out.count("per million texts") == 6
     assert json.loads(copied_run.latency_report.read_text())["price_per_hour"] == 0.17
 
 

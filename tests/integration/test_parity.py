@@ -230,9 +230,9 @@ def test_a_run_passes_by_the_variant_that_ships_and_says_which_others_did_not(
     assert "label agreement with fp32 is " in failed
     assert "classes predicted is 1, expected at least 2" in failed
     assert f"next: ad2kit package {copied_run.path} (or --variant " in done.err
-    assert {folder.name for folder in passed_variants(copied_run)} == {"fp32", "fused"}
+    assert {folder.name for folder in passed_variants(copied_run)} == {"fp32", "fused", "steady"}
     # Nobody needs the latency of what cannot be shipped.
-    assert measure(copied_run).artifacts.keys() == {"fp32", "fused"}
+    assert measure(copied_run).artifacts.keys() == {"fp32", "fused", "steady"}
     assert ad2kit("report", copied_run.path).code == 0
     page = copied_run.report.read_text()
     assert "classes predicted is 1, expected at least 2" in page
@@ -316,7 +316,7 @@ def test_what_so_few_rows_do_not_show_ends_with_1_and_says_how_many_would(
     assert not unsure_run.bento_record.is_file()
     shown = ad2kit("parity", unsure_run.path)
     assert shown.code == 1
-    assert shown.out.count("not shown") == 3  # a row for each variant
+    assert shown.out.count("not shown") == 4  # a row for each variant
 
 
 def test_what_is_not_shown_is_shipped_by_no_command(unsure_run: RunDir, ad2kit: Any) -> None:

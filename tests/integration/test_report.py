@@ -103,7 +103,7 @@ def test_a_failed_gate_is_said_at_the_top(copied_run: RunDir) -> None:
     page = page_of((*judged.variants[:-1], failed[-1]))
     # A variant can be shipped: the page is about that one, and says which other cannot, and why.
     assert '<span class="good">passed</span></h1>' in page
-    assert "fused keeps" in page
+    assert "steady keeps" in page
     assert page.count('<details open><summary>int8: <span class="bad">') == 1
     assert "label flips is 0, expected at least 2" in page
     assert '<span class="bad">FAILED</span></h1>' in page_of(failed)
