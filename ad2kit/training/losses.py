@@ -75,7 +75,7 @@ def supervised(
     Args:
         task: decides between the losses.
         logits: shape [batch, outputs].
-        labels: as :func:`ad2kit.data.labels.read_labels` returns them;
+        labels: as :class:`ad2kit.data.labels.LabelReader` reads them;
             :data:`~ad2kit.data.labels.NO_CLASS` or NaN for a row without a label.
         weights: see :func:`balanced_weights`; None for equal weights.
     """

@@ -30,6 +30,8 @@ CONSTANTS = {
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
 }
 MANIFEST = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+(GROUP,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["spec"]["groups"]
+ALERTS = GROUP["rules"]
 DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text())
 METRICS = (Path(__file__).parents[2] / "ad2kit" / "service" / "monitoring.py").read_text()
 
@@ -58,11 +60,29 @@ def test_selectors_and_references_meet() -> None:
     assert of_kind("Deployment")["spec"]["selector"]["matchLabels"] == labels
     assert of_kind("Service")["spec"]["selector"] == labels
     assert of_kind("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
+    assert of_kind("NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == labels
+    (spread,) = pod["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == labels
     target = of_kind("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     assert target["name"] == of_kind("Deployment")["metadata"]["name"]
     (container,) = pod["spec"]["containers"]
     ports = {port["name"] for port in container["ports"]}
     assert {of_kind("Service")["spec"]["ports"][0]["targetPort"]} == ports
+    (ingress,) = of_kind("NetworkPolicy")["spec"]["ingress"]
+    assert {port["port"] for port in ingress["ports"]} == ports
+    # The root file system is read-only: what is written has a volume.
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    (volume,), (mount,) = pod["spec"]["volumes"], container["volumeMounts"]
+    assert mount == {"name": volume["name"], "mountPath": "/tmp"}  # noqa: S108  (of the container)
+
+
+def test_an_alert_says_what_it_is() -> None:
+    for rule in ALERTS:
+        assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["annotations"].keys() == {"summary"}
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert re.fullmatch(r"\d+[mh]", rule["for"])
+        assert rule["expr"].count("(") == rule["expr"].count(")")
 
 
 def test_a_pod_is_not_killed_while_it_answers() -> None:
@@ -111,14 +131,11 @@ def test_what_operators_read_names_every_setting_and_no_other() -> None:
     assert set(re.findall(r"AD2KIT_[A-Z_]+", (DEPLOY / "kubernetes.yaml").read_text())) < settings
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
-    asked = {
-        name
-        for panel in DASHBOARD["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"ad2kit_(\w+)", target["expr"])
-    }
-    for name in asked:
+def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
+    expressions = [
+        target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]
+    ] + [rule["expr"] for rule in ALERTS]
+    for name in {name for each in expressions for name in re.findall(r"ad2kit_(\w+)", each)}:
         stem = re.sub("_(total|bucket|sum|count)$", "", name)
         kind, _, unit = stem.partition("_")
         literal = f'"{stem}"' in METRICS or f'"ad2kit_{stem}"' in METRICS
