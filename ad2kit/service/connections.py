@@ -78,6 +78,7 @@ class Bounded(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         # A WebSocket would be another protocol, without bounds; nothing here speaks it.
         self.ws_protocol_class = None
+        self.timeout_keep_alive = self.limits.keep_alive_s  # uvicorn's own knows whole seconds only
         self._due = math.inf  # loop time at which the client is late with what it has to send
         self._write_due = math.inf  # loop time at which the client is late with reading its answer
         self._reading = False  # a request has begun and is not complete

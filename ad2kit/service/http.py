@@ -30,7 +30,7 @@ from pydantic_core import from_json, to_json
 from ad2kit.run.errors import TextTooLong, UserError, nearest
 from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing, TooMuch
 from ad2kit.service.errors import Problem, send_json
-from ad2kit.service.openapi import MAX_TEXTS, TIMING, ClassifyRequest
+from ad2kit.service.openapi import TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection
@@ -135,6 +135,7 @@ class Classify:
         classifier: tokenises texts, and turns logits into predictions.
         batcher: computes logits.
         deadline_s: time after which a request is given up.
+        max_texts: the most texts of a request.
         max_wait_s: how long a large request may wait until it is read.
         metrics: count answers, times and predictions.
         shadow: gets the answered texts and predictions, to compare them with the teacher's.
@@ -147,6 +148,7 @@ class Classify:
         batcher: Batcher,
         *,
         deadline_s: float,
+        max_texts: int,
         max_wait_s: float = math.inf,
         metrics: ServiceMetrics,
         shadow: Shadow | None = None,
@@ -156,6 +158,7 @@ class Classify:
         self.batcher = batcher
         self.metrics = metrics
         self.deadline_s = deadline_s
+        self.max_texts = max_texts
         self.shadow = shadow
         self.access_log = access_log
         self._here = _Here()
@@ -220,7 +223,7 @@ class Classify:
             raise Problem(413, str(error), hint="send fewer texts in one request") from error
         except UserError as error:
             columns = self.classifier.artifact.text_columns
-            raise Problem(422, error.message, hint=expected(columns)) from error
+            raise Problem(422, error.message, hint=expected(columns, self.max_texts)) from error
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
         except BatcherClosed as error:
@@ -243,7 +246,8 @@ class Classify:
         if len(body) > _LARGE_BYTES:
             lane = self._large if len(body) <= _HUGE_BYTES else self._huge
         async with lane.turn(len(body)):
-            texts, scores = await lane.run(parse, body, self.classifier.artifact.text_columns)
+            columns = self.classifier.artifact.text_columns
+            texts, scores = await lane.run(parse, body, columns, self.max_texts)
             encodings = list["Tokens"]()
             with self.batcher.reserved(len(texts)):
                 for first in range(0, len(texts), _PIECE_TEXTS):
@@ -408,7 +412,7 @@ class ApiKeys:
         await self.app(scope, receive, send)
 
 
-def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
+def parse(body: bytes, text_columns: int, max_texts: int) -> tuple[list[Any], bool]:
     """Return the texts of a request, and whether the scores of all labels are asked for.
 
     It accepts the same requests as :class:`ClassifyRequest`. That model lists a fault for each
@@ -416,7 +420,8 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     such items.
 
     Raises:
-        Problem: the body is not JSON, or does not fit a model of one or two ``text_columns``.
+        Problem: the body is not JSON, does not fit a model of one or two ``text_columns``, or has
+            more than ``max_texts``.
     """
     request: Any = None
     try:
@@ -429,21 +434,22 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
         status = 400
         fault = f"the body is not valid JSON: {error}{mark}"
     else:
-        status, fault = _fault(request)
+        status, fault = _fault(request, max_texts)
     if fault:
-        raise Problem(status, fault, hint="" if status == 413 else expected(text_columns))
+        hint = "" if status == 413 else expected(text_columns, max_texts)
+        raise Problem(status, fault, hint=hint)
     texts = request["texts"]
     return texts if isinstance(texts, list) else [texts], request.get("scores", False)
 
 
-def expected(text_columns: int) -> str:
+def expected(text_columns: int, max_texts: int) -> str:
     """Return a hint: the body to send to a model that reads one text or a pair of texts."""
     example = '"..."' if text_columns == 1 else '["...", "..."]'
     items = "texts" if text_columns == 1 else "pairs of texts"
-    return f'send {{"texts": [{example}]}} with 1 to {MAX_TEXTS} {items} that are not empty'
+    return f'send {{"texts": [{example}]}} with 1 to {max_texts} {items} that are not empty'
 
 
-def _fault(request: Any) -> tuple[int, str]:
+def _fault(request: Any, max_texts: int) -> tuple[int, str]:
     """Return a status and the fault of some JSON; the fault is empty if it is a valid request."""
     if not isinstance(request, dict):
         return 422, f"expected an object, found {_kind(request)}"
@@ -463,8 +469,8 @@ def _fault(request: Any) -> tuple[int, str]:
         return 422, f"texts: expected a text or a list of texts, found {_kind(texts)}"
     if not texts:
         return 422, "texts: expected at least 1 text, found an empty list"
-    if len(texts) > MAX_TEXTS:
-        return 413, f"texts: expected at most {MAX_TEXTS} texts, found {len(texts)}"
+    if len(texts) > max_texts:
+        return 413, f"texts: expected at most {max_texts} texts, found {len(texts)}"
     for row, text in enumerate(texts):
         if isinstance(text, str):
             continue

@@ -34,6 +34,12 @@ OF_A_CHECKOUT = ("model", "runs_dir")
 _NO_SETTING = re.compile(
     rf"{PREFIX}(BENCH_.*|SERVER|(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
 )
+# A part and the setting of its maximum, the whole and the setting of its maximum.
+_PARTS = (
+    ("the body of a request", "max_body_bytes", "all bodies in a worker", "max_held_bytes"),
+    ("the texts of a request", "max_texts", "the queue", "max_queue_texts"),
+    ("the tokens of a batch", "max_batch_tokens", "the queue", "max_queue_tokens"),
+)
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -52,7 +58,11 @@ class Settings(BaseModel):
     first 4096 bytes of each; ``max_header_bytes`` of the headers of a request, with its address,
     chunk sizes and trailers; ``max_headers`` of a request; ``header_timeout_s`` until the headers
     have arrived, then ``body_timeout_s`` until the body has arrived; ``write_timeout_s`` until the
-    client has read its answer; ``max_connections`` at a time.
+    client has read its answer; ``keep_alive_s`` between two requests of a connection;
+    ``max_connections`` at a time; ``max_texts`` of one request; ``max_queue_texts`` and
+    ``max_queue_tokens`` that wait (a window of a long text counts as a text); ``max_batch_tokens``,
+    with padding, that the engine computes at once; ``deadline_s`` until a request is answered or
+    given up.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,13 +83,19 @@ class Settings(BaseModel):
     header_timeout_s: float = Field(default=10.0, ge=0.1, le=3600)
     body_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
     write_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
+    keep_alive_s: float = Field(default=5.0, ge=0.1, le=3600)
     max_connections: int = Field(default=4096, ge=1, le=2**16)
+    max_texts: int = Field(default=128, ge=1, le=2**16)
+    max_queue_texts: int = Field(default=1024, ge=1, le=2**20)
+    max_queue_tokens: int = Field(default=2**17, ge=1, le=2**30)
+    max_batch_tokens: int = Field(default=1024, ge=1, le=2**20)
+    deadline_s: float = Field(default=10.0, ge=0.1, le=3600)
 
     def check_they_fit(self) -> None:
         """Refuse settings that contradict each other.
 
-        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and
-        ``max_body_bytes`` above ``max_held_bytes``.
+        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and a maximum of
+        a part above the maximum of the whole.
 
         Raises:
             UserError: names the setting to leave out or to change.
@@ -96,12 +112,26 @@ class Settings(BaseModel):
                 "and there is no shadow",
                 hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
             )
-        if self.max_held_bytes < self.max_body_bytes:
-            raise UserError(
-                f"one request may have {self.max_body_bytes} bytes (max_body_bytes), and all of a "
-                f"worker together {self.max_held_bytes} (max_held_bytes)",
-                hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
-            )
+        for part, its_name, whole, whole_name in _PARTS:
+            most_of_part, most_of_whole = getattr(self, its_name), getattr(self, whole_name)
+            if most_of_whole < most_of_part:
+                raise UserError(
+                    f"{part} may have {most_of_part} ({its_name}), and {whole} {most_of_whole} "
+                    f"({whole_name})",
+                    hint=f"raise {_variable(whole_name)}, or lower {_variable(its_name)}",
+                )
+
+    def limits(self) -> dict[str, int | float]:
+        """Return the bounds by name, without the ``max_`` in front."""
+        return {
+            name.removeprefix("max_"): getattr(self, name)
+            for name in type(self).model_fields
+            if name.startswith("max_") or name.endswith("_s")
+        }
+
+    def public(self) -> dict[str, Any]:
+        """Return the settings that a client may see: neither keys nor folders of this machine."""
+        return self.model_dump(exclude={*SECRETS, *PATHS})
 
     def keys(self) -> list[str]:
         """Return the keys that clients may use, from ``api_keys`` and ``api_keys_file``.
@@ -291,7 +321,7 @@ def _expected(name: str) -> str:
     (kind_words,) = (words for kind, words in kinds.items() if kind in types)
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds_words = [
-        f"{words} {getattr(limit, bound):g}"
+        f"{words} {getattr(limit, bound):.15g}"
         for limit in field.metadata
         for bound, words in bounds.items()
         if hasattr(limit, bound)
@@ -337,6 +367,11 @@ def _check_nothing_is_lost(
                 f"`{option} {name}=` was given, and {result}{reason}",
                 hint=_way_to_set(name, value, packed=packed),
             )
+    if any(word.partition("=")[0] == "--timeout-keep-alive" for word in command):
+        raise UserError(
+            "`--timeout-keep-alive` was given, and keep_alive_s is the setting for this time",
+            hint=f"set {_variable('keep_alive_s')} in the environment instead",
+        )
     typed_names = [name for _, name, _ in _typed(command) if name]
     for name in (*typed_names, *arg_values):
         if name not in Settings.model_fields:

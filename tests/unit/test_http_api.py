@@ -111,7 +111,7 @@ def test_what_comes_while_the_service_drains_is_told_so() -> None:
             lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=8, max_queue_texts=8
         )
         await batcher.close()
-        api = Classify(Tokens(), batcher, deadline_s=1.0, metrics=Uncounted())  # type: ignore[arg-type]
+        api = Classify(Tokens(), batcher, deadline_s=1.0, max_texts=9, metrics=Uncounted())  # type: ignore[arg-type]
         await api.answer(b'{"texts": ["late"]}')
 
     with pytest.raises(Problem) as problem:
@@ -159,7 +159,7 @@ async def classifying(
     batcher = Batcher(
         lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=64, max_queue_texts=max_queue_texts
     )
-    given: dict[str, Any] = {"deadline_s": 10.0, "metrics": Uncounted(), **more}
+    given: dict[str, Any] = {"deadline_s": 10.0, "max_texts": 128, "metrics": Uncounted(), **more}
     api = Classify(tokens, batcher, **given)  # type: ignore[arg-type]
     try:
         yield api
@@ -300,11 +300,11 @@ def test_a_body_is_read_as_its_published_model_reads_it(value: Any) -> None:
         expected = ClassifyRequest.model_validate_json(body)
     except ValidationError:
         with pytest.raises(Problem) as problem:
-            parse(body, 1)
+            parse(body, 1, 128)
         assert problem.value.status == 422
         assert problem.value.detail
         return
-    texts, scores = parse(body, 1)
+    texts, scores = parse(body, 1, 128)
     assert [tuple(each) if isinstance(each, list) else each for each in texts] == expected.as_list()
     assert scores is expected.scores
 
@@ -331,7 +331,7 @@ def test_a_body_is_read_as_its_published_model_reads_it(value: Any) -> None:
 )
 def test_a_client_is_told_of_one_fault_in_words(body: bytes, status: int, said: str) -> None:
     with pytest.raises(Problem) as problem:
-        parse(body, 1)
+        parse(body, 1, 128)
     assert problem.value.status == status
     assert said in problem.value.detail
 
@@ -347,13 +347,13 @@ def test_a_client_is_told_of_one_fault_in_words(body: bytes, status: int, said: 
 )
 def test_what_is_said_of_a_body_is_short_however_large_it_is(body: bytes) -> None:
     with pytest.raises(Problem) as problem:
-        parse(body, 1)
+        parse(body, 1, 128)
     assert len(problem.value.content()) < 400
 
 
 def test_a_model_of_pairs_asks_for_pairs() -> None:
     with pytest.raises(Problem) as problem:
-        parse(b'{"texts": [["a"]]}', 2)
+        parse(b'{"texts": [["a"]]}', 2, 128)
     assert problem.value.hint.startswith('send {"texts": [["...", "..."]]} with 1 to 128 pairs')
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ad2kit.run.errors import UserError
-from ad2kit.service.settings import Settings, client_key, keys_of, read_settings
+from ad2kit.service.settings import OF_A_CHECKOUT, Settings, client_key, keys_of, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +33,39 @@ ALL = {
     "header_timeout_s": ("0.5", 0.5),
     "body_timeout_s": ("1.5", 1.5),
     "write_timeout_s": ("2.5", 2.5),
+    "keep_alive_s": ("3.5", 3.5),
     "max_connections": ("7", 7),
+    "max_texts": ("5", 5),
+    "max_queue_texts": ("6", 6),
+    "max_queue_tokens": ("4096", 4096),
+    "max_batch_tokens": ("512", 512),
+    "deadline_s": ("4.5", 4.5),
+}
+# One value of each setting that is refused, and what is said to be right.
+WRONG = {
+    "model": ("", "a text that is not empty"),
+    "runs_dir": ("", "a text that is not empty"),
+    "workers": ("0", "a whole number, at least 1, at most 1024"),
+    "threads": ("1025", "a whole number, at least 1, at most 1024"),
+    "api_keys": (",", "one key a line"),
+    "api_keys_file": ("", "a text that is not empty"),
+    "shadow": ("", "a text that is not empty"),
+    "shadow_share": ("2", "a number, above 0, at most 1"),
+    "access_log": ("maybe", "true or false"),
+    "max_body_bytes": ("1023", "a whole number, at least 1024, at most 67108864"),
+    "max_held_bytes": ("1MB", "a whole number, at least 1024, at most 4294967296"),
+    "max_header_bytes": ("", "a whole number, at least 1024, at most 1048576"),
+    "max_headers": ("7", "a whole number, at least 8, at most 10000"),
+    "header_timeout_s": ("0", "a number, at least 0.1, at most 3600"),
+    "body_timeout_s": ("inf", "a number, at least 0.1, at most 3600"),
+    "write_timeout_s": ("nan", "a number, at least 0.1, at most 3600"),
+    "keep_alive_s": ("-1", "a number, at least 0.1, at most 3600"),
+    "max_connections": ("0", "a whole number, at least 1, at most 65536"),
+    "max_texts": ("0", "a whole number, at least 1, at most 65536"),
+    "max_queue_texts": ("1e3", "a whole number, at least 1, at most 1048576"),
+    "max_queue_tokens": ("0", "a whole number, at least 1, at most 1073741824"),
+    "max_batch_tokens": ("two", "a whole number, at least 1, at most 1048576"),
+    "deadline_s": ("5s", "a number, at least 0.1, at most 3600"),
 }
 
 
@@ -127,6 +159,11 @@ def test_a_lost_file_that_cannot_be_found_again_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("words", [["--timeout-keep-alive", "9"], ["--timeout-keep-alive=9"]])
+def test_an_option_of_bentoml_that_a_setting_replaces_is_refused(words: list[str]) -> None:
+    assert "set AD2KIT_KEEP_ALIVE_S" in refusal({}, {}, ["serve", *words])
+
+
 def test_an_argument_that_was_given_twice_is_refused() -> None:
     command = ["serve", "--arg", "workers=2", "--arg", "workers=3"]
     assert "BentoML hands on '3': it was given twice" in refusal({}, {"workers": "3"}, command)
@@ -160,6 +197,23 @@ def test_a_wrong_value_is_refused_with_what_is_right(name: str, text: str, expec
     assert f"AD2KIT_{name.upper()}: expected {expected}" in said
     assert f"found {text!r}" in said
     assert f"--arg {name}: expected {expected}" in refusal({}, {name: text})
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["Bento", "checkout"])
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_each_setting_is_in_force_or_refused_with_its_name_and_range(
+    name: str, packed: bool
+) -> None:
+    variable = f"AD2KIT_{name.upper()}"
+    text, expected = WRONG[name]
+    with pytest.raises(UserError) as refused:
+        read({variable: text}, packed=packed).keys()
+    said = f"{refused.value.message}; {refused.value.hint}"
+    assert variable in said
+    assert expected in said
+    if not (packed and name in OF_A_CHECKOUT):
+        text, value = ALL[name]
+        assert getattr(read({variable: text}, packed=packed), name) == value
 
 
 def test_a_truth_in_a_file_is_no_number() -> None:
@@ -221,11 +275,14 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
     assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
     with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
         Settings(model="a", runs_dir="b").check_they_fit()
-    with pytest.raises(
-        UserError, match=r"may have 1048576 bytes .* worker together 2048"
-    ) as refused:
+    with pytest.raises(UserError, match=r"may have 1048576 .* in a worker 2048") as refused:
         Settings(max_held_bytes=2048).check_they_fit()
     assert "raise AD2KIT_MAX_HELD_BYTES" in refused.value.hint
+    for part, whole in (("max_texts", "max_queue_texts"), ("max_batch_tokens", "max_queue_tokens")):
+        with pytest.raises(UserError, match=rf"may have 9 \({part}\), .* 8 \({whole}\)") as refused:
+            settings_of(**{part: 9, whole: 8}).check_they_fit()
+        assert f"raise AD2KIT_{whole.upper()}, or lower" in refused.value.hint
+        settings_of(**{part: 8, whole: 8}).check_they_fit()
     Settings(shadow="a", shadow_share=0.5, model="b").check_they_fit()
 
 
