@@ -26,6 +26,7 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from ad2kit.run.errors import ModelError
+from ad2kit.service.connections import REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -236,7 +237,15 @@ def log_as_json() -> None:
     for name in (None, "bentoml", "uvicorn.error"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(formatter)
+            handler.addFilter(_add_request)
     logging.getLogger("ad2kit").setLevel(logging.INFO)
+
+
+def _add_request(record: logging.LogRecord) -> bool:
+    """Add the id of the request to a log line; BentoML's filter has set the number of a span."""
+    vars(record).pop("request_id", None)
+    vars(record).update(REQUEST.get({}))
+    return True
 
 
 def tracing() -> dict[str, Any]:

@@ -168,21 +168,31 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
         "description": "Where the time went, in ms; if it was asked for",
         "schema": {"type": "string"},
     }
+    id_header = {
+        "description": "The id of the request, in every answer; the log has it, too",
+        "schema": {"type": "string"},
+    }
     return {
         "summary": "Classify texts",
         "parameters": [
+            {
+                "name": "X-Request-ID",
+                "in": "header",
+                "schema": {"type": "string"},
+                "description": "An id of 1 to 128 visible ASCII characters; otherwise one is made",
+            },
             {
                 "name": TIMING,
                 "in": "header",
                 "schema": {"type": "string"},
                 "description": "Any value asks for Server-Timing",
-            }
+            },
         ],
         "requestBody": {"required": True, "content": _json("ClassifyRequest", examples=bodies)},
         "responses": {
             "200": {
                 "description": "One prediction per text, in order",
-                "headers": {"Server-Timing": timing_header},
+                "headers": {"Server-Timing": timing_header, "X-Request-ID": id_header},
                 "content": _json("ClassifyResponse"),
             },
             **refusals,
