@@ -38,7 +38,7 @@ from ad2kit.run.machine import available_cpus
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.connections import bounded, check_files
 from ad2kit.service.errors import ErrorContract, Pace
-from ad2kit.service.http import ApiKeys, Classify, Direct, RequestTimes, Unlink
+from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, Unlink
 from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
 from ad2kit.service.openapi import (
     ClassifyPrediction,
@@ -79,7 +79,10 @@ async def info(_request: Request) -> JSONResponse:
 
 async def page(_request: Request) -> Response:
     """Answer GET / with a page for people; the page sends requests to this service only."""
-    content = (Path(__file__).parent / "page.html").read_bytes()
+    content = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    if settings.root_path:  # its addresses are relative, and /ad2kit may come without a slash
+        base = f'<base href="{settings.root_path}/">'
+        content = content.replace("<title>", f"{base}\n<title>", 1)
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     headers = {
         "Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'",
@@ -265,6 +268,8 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
         504: f"the deadline is {settings.deadline_s:g} s; retry, or send fewer texts",
     },
 )
+if settings.cors_origins:
+    Ad2kitClassifier.add_asgi_middleware(Preflight)  # type: ignore[attr-defined]
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ApiKeys, keys=KEYS, public=PUBLIC
 )

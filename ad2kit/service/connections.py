@@ -77,6 +77,8 @@ class Bounded(HttpToolsProtocol):
     """One connection within the bounds; :func:`bounded` returns the subclass that sets them."""
 
     limits: ClassVar[Settings]
+    origins: ClassVar[frozenset[bytes]]
+    prefix: ClassVar[bytes]
     observe: ClassVar[Callable[[int, str], None]]
     admit: ClassVar[Callable[[bytes, bytes], None]]
     pace: ClassVar[Pace]
@@ -193,6 +195,8 @@ class Bounded(HttpToolsProtocol):
         if len(self.pipeline) >= _PIPELINED:
             raise _RefusedError(Problem(429, f"{_PIPELINED} requests wait for one before them"))
         self.url = self.url.partition(b"?")[0]
+        if self.prefix and (self.url + b"/").startswith(self.prefix + b"/"):
+            self.url = self.url[len(self.prefix) :] or b"/"
         previous: Any = self.cycle  # None before the first request
         if previous is None or previous.response_complete:
             try:
@@ -368,6 +372,8 @@ class Bounded(HttpToolsProtocol):
             if not _REQUEST_ID.fullmatch(request_id):
                 request_id = b"%b-%x" % (_PROCESS_ID, next(_numbers))
             self._answer_headers = [(b"x-request-id", request_id)]
+            if self.origins:
+                self._answer_headers += _cross_origin(self.origins, given.get(b"origin", b""))
         return self._answer_headers
 
     def _say(self, problem: Problem, *extra_headers: tuple[bytes, bytes]) -> None:
@@ -459,10 +465,23 @@ def bounded(
         """A connection of this worker."""
 
     Within.limits = limits
+    Within.origins = frozenset(origin.encode() for origin in limits.origins())
+    Within.prefix = (limits.root_path or "").encode()
     Within.pace = pace or Pace()
     Within.observe = staticmethod(observe)
     Within.admit = staticmethod(admit)
     return Within
+
+
+def _cross_origin(origins: frozenset[bytes], origin: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the headers that let a browser show an answer to a page of ``origin``, if it may."""
+    exposed = (b"access-control-expose-headers", b"Retry-After, Server-Timing, X-Request-ID")
+    if b"*" in origins:
+        return [(b"access-control-allow-origin", b"*"), exposed]
+    vary = (b"vary", b"Origin")  # for caches: the answer to another origin has other headers
+    if origin in origins:
+        return [(b"access-control-allow-origin", origin), vary, exposed]
+    return [vary]
 
 
 def give_back() -> None:

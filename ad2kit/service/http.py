@@ -1,7 +1,7 @@
 """POST /classify as plain ASGI, from the body of a request to the bytes of its answer.
 
     connections.Bounded    the socket: bytes, headers, time
-    Unlink, ErrorContract, ApiKeys, Documented    ASGI middleware, in this order
+    Unlink, ErrorContract, Preflight, ApiKeys, Documented    ASGI middleware, in this order
     Direct -> Classify.answer    the body is read, checked and tokenised
     Batcher.submit -> OnnxClassifier    a thread of the engine computes a batch
     Classify -> errors.send_json    the answer
@@ -379,6 +379,38 @@ class Unlink:
             else:
                 layer = layer.app
         await self.app(scope, receive, send)
+
+
+class Preflight:
+    """ASGI middleware: tells a browser beforehand what a page of another origin may send.
+
+    Whether the page may send anything, a header of every answer says (``connections.py``). A
+    browser asks without a key.
+
+    Args:
+        app: the application for everything else.
+    """
+
+    _HEADERS = (
+        (b"access-control-allow-methods", b"GET, POST"),
+        (
+            b"access-control-allow-headers",
+            b"Authorization, Content-Type, Content-Encoding, X-Request-ID, X-Server-Timing",
+        ),
+        (b"access-control-max-age", b"600"),
+    )
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a preflight request, or pass a request on."""
+        is_asked = scope["type"] == "http" and scope["method"] == "OPTIONS"
+        if not (is_asked and b"access-control-request-method" in dict(scope["headers"])):
+            await self.app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 204, "headers": [*self._HEADERS]})
+        await send({"type": "http.response.body"})
 
 
 class ApiKeys:

@@ -40,6 +40,8 @@ _PARTS = (
     ("the texts of a request", "max_texts", "the queue", "max_queue_texts"),
     ("the tokens of a batch", "max_batch_tokens", "the queue", "max_queue_tokens"),
 )
+# An origin as browsers send it: scheme, host in small letters, and a port if it is not the usual.
+_ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -51,7 +53,10 @@ class Settings(BaseModel):
     has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
     holds keys separated by commas, ``api_keys_file`` one key a line. ``shadow`` is a run or an
     artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
-    ``access_log`` writes a line for each request.
+    ``access_log`` writes a line for each request. ``root_path`` is the path below which a proxy
+    offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
+    ``cors_origins`` may ask the service from a browser: origins with commas between them, or ``*``
+    for all.
 
     The other settings bound the resources of a worker that its clients can use:
     ``max_body_bytes`` of one body; ``max_held_bytes`` of the bodies of all requests, without the
@@ -76,6 +81,16 @@ class Settings(BaseModel):
     shadow: str | None = Field(default=None, min_length=1)
     shadow_share: float = Field(default=0.01, gt=0, le=1)
     access_log: bool = False
+    root_path: str | None = Field(
+        default=None,
+        pattern=r"^(/[A-Za-z0-9._~-]+)+$",
+        description="a path such as /ad2kit, without a slash at its end",
+    )
+    cors_origins: str | None = Field(
+        default=None,
+        pattern=rf"^(\*|{_ORIGIN}( *, *{_ORIGIN})*)$",
+        description="* or origins with commas between them, such as https://app.example.com",
+    )
     max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
     max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
     max_header_bytes: int = Field(default=2**14, ge=2**10, le=2**20)
@@ -128,6 +143,10 @@ class Settings(BaseModel):
             for name in type(self).model_fields
             if name.startswith("max_") or name.endswith("_s")
         }
+
+    def origins(self) -> list[str]:
+        """Return the origins whose pages may ask the service."""
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin]
 
     def public(self) -> dict[str, Any]:
         """Return the settings that a client may see: neither keys nor folders of this machine."""
@@ -311,6 +330,8 @@ def _value(name: str, text: str, source: str) -> Any:
 def _expected(name: str) -> str:
     """Return in words which values a setting may have."""
     field = Settings.model_fields[name]
+    if field.description:
+        return field.description
     kinds = {
         int: "a whole number",
         float: "a number",

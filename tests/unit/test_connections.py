@@ -324,6 +324,71 @@ def test_what_is_not_admitted_has_its_id() -> None:
         assert server.logged == ["a-1"]
 
 
+def head_of(server: Server, sent: bytes) -> dict[str, str]:
+    """The headers of an answer that ends its connection or not; names in small letters."""
+    with server.connect() as link:
+        link.sendall(sent)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += link.recv(2**16)
+    lines = received.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+
+
+def of_origin(origin: str, request: bytes = GET) -> bytes:
+    return request[:-2] + f"Origin: {origin}\r\nA: b\r\n\r\n".encode()
+
+
+ALLOW = "access-control-allow-origin"
+TOO_LARGE = GET[:-2] + b"Large: " + b"x" * 2048 + b"\r\n\r\n"
+
+
+def test_pages_of_some_origins_read_every_answer_and_no_others_do() -> None:
+    given = {"cors_origins": "https://a.example, http://b:8080", "max_header_bytes": 2048}
+    with serving(**given) as server:
+        refusal = of_origin("http://b:8080")[:-2] + b"Large: " + b"x" * 2048 + b"\r\n\r\n"
+        for request in (GET, GET.replace(b"/", b"/full", 1)):
+            answer = head_of(server, of_origin("https://a.example", request))
+            assert (answer[ALLOW], answer["vary"]) == ("https://a.example", "Origin")
+            assert "X-Request-ID" in answer["access-control-expose-headers"]
+        assert head_of(server, refusal)[ALLOW] == "http://b:8080"  # the application is not asked
+        for origin in ("https://a.example.evil", "http://a.example", "null", "*"):
+            answer = head_of(server, of_origin(origin))
+            assert ALLOW not in answer
+            assert answer["vary"] == "Origin"
+        server.full = True
+        post = of_origin("https://a.example", GET.replace(b"GET", b"POST"))
+        assert head_of(server, post)[ALLOW] == "https://a.example"
+
+
+def test_pages_of_all_origins_or_of_none() -> None:
+    with serving(cors_origins="*") as server:
+        for request in (GET, of_origin("null")):
+            answer = head_of(server, request)
+            assert (answer[ALLOW], "vary" in answer) == ("*", False)
+    with serving() as server:
+        assert not {ALLOW, "vary"} & set(head_of(server, of_origin("https://a.example")))
+
+
+def test_the_prefix_of_a_proxy_is_taken_off() -> None:
+    with serving(root_path="/ad2/kit") as server:
+        for sent, path in (
+            ("/ad2/kit/info", "/info"),
+            ("/info", "/info"),
+            ("/ad2/kit/?text=a", "/"),
+            ("/ad2/kit", "/"),
+            ("/ad2/kit?text=a", "/"),
+            ("/ad2/kitten", "/ad2/kitten"),
+            ("/ad2/kit//metrics", "//metrics"),
+            ("/ad2/kit/ad2/kit/x", "/ad2/kit/x"),
+        ):
+            server.ask(GET.replace(b"/", sent.encode(), 1))
+            assert server.seen[-1]["path"] == path
+        server.full = True
+        (refused,) = server.ask(POST.replace(b"/", b"/ad2/kit/", 1) + b"Content-Length: 0\r\n\r\n")
+        assert refused[0] == 429
+
+
 def test_an_upgrade_to_another_protocol_is_answered_as_none(
     server: Server, seen: list[Message]
 ) -> None:

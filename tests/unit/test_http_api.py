@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ad2kit.exporting.classifier import Prediction
 from ad2kit.service.batcher import Batcher
 from ad2kit.service.errors import ErrorContract, Problem
-from ad2kit.service.http import Classify, Direct, RequestTimes, parse
+from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, parse
 from ad2kit.service.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
@@ -103,6 +103,28 @@ def test_a_body_in_an_encoding_that_is_not_read_is_told_so(
     assert said in error["message"]
     assert len(error["message"]) < 200
     assert error["hint"].startswith("send the header Content-Type: application/json")
+
+
+def test_a_browser_is_told_without_a_key_what_a_page_may_send() -> None:
+    sent = list[Any]()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    api = Preflight(ApiKeys(passed_on, keys=["one"], public=()))
+    asked = [(b"origin", b"https://a.example"), (b"access-control-request-method", b"POST")]
+    asyncio.run(api({**SCOPE, "method": "OPTIONS", "headers": asked}, receive, send))
+    start, _ = sent
+    assert start["status"] == 204
+    headers = dict(start["headers"])
+    assert b"Authorization" in headers[b"access-control-allow-headers"]
+    for others in ({"method": "OPTIONS"}, {"method": "POST", "headers": asked}):
+        with pytest.raises(Problem) as problem:
+            asyncio.run(api({**SCOPE, **others}, receive, send))
+        assert problem.value.status == 401
 
 
 def test_what_comes_while_the_service_drains_is_told_so() -> None:

@@ -26,6 +26,8 @@ ALL = {
     "shadow": ("/teacher", "/teacher"),
     "shadow_share": ("0.5", 0.5),
     "access_log": ("true", True),
+    "root_path": ("/ad2kit", "/ad2kit"),
+    "cors_origins": ("https://a.example,http://b:8080", "https://a.example,http://b:8080"),
     "max_body_bytes": ("2048", 2048),
     "max_held_bytes": ("4096", 4096),
     "max_header_bytes": ("1024", 1024),
@@ -52,6 +54,8 @@ WRONG = {
     "shadow": ("", "a text that is not empty"),
     "shadow_share": ("2", "a number, above 0, at most 1"),
     "access_log": ("maybe", "true or false"),
+    "root_path": ("/ad2kit/", "a path such as /ad2kit, without a slash at its end"),
+    "cors_origins": ("https://a.example/", "* or origins with commas between them"),
     "max_body_bytes": ("1023", "a whole number, at least 1024, at most 67108864"),
     "max_held_bytes": ("1MB", "a whole number, at least 1024, at most 4294967296"),
     "max_header_bytes": ("", "a whole number, at least 1024, at most 1048576"),
@@ -190,6 +194,17 @@ def test_argument_and_variable_that_differ_are_refused() -> None:
         ("access_log", "maybe", "true or false"),
         ("model", "", "a text that is not empty"),
         ("api_keys_file", "", "a text that is not empty"),
+        ("root_path", "", "a path such as /ad2kit"),
+        ("root_path", "/", "a path such as /ad2kit"),
+        ("root_path", "ad2kit", "a path such as /ad2kit"),
+        ("root_path", '/"><script>', "a path such as /ad2kit"),
+        ("root_path", "/a\n", "a path such as /ad2kit"),
+        ("cors_origins", "", "* or origins"),
+        ("cors_origins", "a.example", "* or origins"),
+        ("cors_origins", "https://A.example", "* or origins"),
+        ("cors_origins", "*, https://a.example", "* or origins"),
+        ("cors_origins", "https://a.example,", "* or origins"),
+        ("cors_origins", "null", "* or origins"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_right(name: str, text: str, expected: str) -> None:
@@ -267,6 +282,15 @@ def test_a_bento_serves_the_model_that_it_holds() -> None:
         said = refusal({f"AD2KIT_{name.upper()}": "/elsewhere"}, packed=True)
         assert "serves the model that it holds" in said
         assert f"unset AD2KIT_{name.upper()}" in said
+
+
+def test_origins_are_listed_with_commas_between_them() -> None:
+    assert Settings().origins() == []
+    assert Settings(cors_origins="*").origins() == ["*"]
+    assert Settings(cors_origins="https://a.example , http://[::1]:8080").origins() == [
+        "https://a.example",
+        "http://[::1]:8080",
+    ]
 
 
 def test_settings_that_do_not_fit_together_are_refused() -> None:
