@@ -153,6 +153,7 @@ class Ad2kitClassifier:
             self.batcher,
             deadline_s=settings.deadline_s,
             max_texts=settings.max_texts,
+            max_body_bytes=settings.max_body_bytes,
             max_wait_s=max_wait_s,
             metrics=self.metrics,
             shadow=self.shadow,

@@ -29,6 +29,7 @@ from pydantic_core import from_json, to_json
 
 from ad2kit.run.errors import TextTooLong, UserError, nearest
 from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing, TooMuch
+from ad2kit.service.encodings import Damaged, TooLarge, encoding_of, unpack
 from ad2kit.service.errors import Problem, send_json
 from ad2kit.service.openapi import TIMING, ClassifyRequest
 
@@ -136,6 +137,7 @@ class Classify:
         batcher: computes logits.
         deadline_s: time after which a request is given up.
         max_texts: the most texts of a request.
+        max_body_bytes: the most bytes of a body after it is unpacked.
         max_wait_s: how long a large request may wait until it is read.
         metrics: count answers, times and predictions.
         shadow: gets the answered texts and predictions, to compare them with the teacher's.
@@ -149,6 +151,7 @@ class Classify:
         *,
         deadline_s: float,
         max_texts: int,
+        max_body_bytes: int,
         max_wait_s: float = math.inf,
         metrics: ServiceMetrics,
         shadow: Shadow | None = None,
@@ -159,6 +162,7 @@ class Classify:
         self.metrics = metrics
         self.deadline_s = deadline_s
         self.max_texts = max_texts
+        self.max_body_bytes = max_body_bytes
         self.shadow = shadow
         self.access_log = access_log
         self._here = _Here()
@@ -181,14 +185,18 @@ class Classify:
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
 
-    async def answer(self, body: bytes) -> tuple[bytes, RequestTimes]:
+    async def answer(self, body: bytes, encoding: bytes = b"") -> tuple[bytes, RequestTimes]:
         """Return the JSON answer to a JSON request, and the times of its stages.
+
+        Args:
+            body: the request.
+            encoding: how the client has compressed it; empty for a plain body.
 
         Raises:
             Problem: the error that the client is told instead.
         """
         stages = RequestTimes()
-        predictions = await self._answer(body, stages)
+        predictions = await self._answer(body, encoding, stages)
         content = to_json({"predictions": predictions})
         stages.total_s = time.perf_counter() - stages.start
         self.metrics.answered(stages.total_s)
@@ -207,16 +215,22 @@ class Classify:
         Raises:
             Problem: a text that cannot be read, a full queue, or a deadline that passed.
         """
-        return await self._answer(request.model_dump_json().encode(), stages)
+        return await self._answer(request.model_dump_json().encode(), b"", stages)
 
-    async def _answer(self, body: bytes, stages: RequestTimes) -> list[dict[str, Any]]:
+    async def _answer(
+        self, body: bytes, encoding: bytes, stages: RequestTimes
+    ) -> list[dict[str, Any]]:
         """Return the predictions for the body of a request; raises :class:`Problem`."""
         try:
             async with asyncio.timeout(self.deadline_s):
-                encodings, texts, scores = await self._read(body)
+                encodings, texts, scores = await self._read(body, encoding)
                 stages.tokenise_s = time.perf_counter() - stages.start
                 self.metrics.tokenised(stages.tokenise_s)
                 logits = await self.batcher.submit(encodings, stages.timing)
+        except Damaged as error:
+            raise Problem(400, f"the body is not valid {encoding.decode()}: {error}") from error
+        except TooLarge as error:
+            raise Problem(413, str(error)) from error
         except TextTooLong as error:
             raise Problem(413, error.message, hint=error.hint) from error
         except TooMuch as error:
@@ -240,12 +254,20 @@ class Classify:
                 answer.pop("scores", None)
         return answers
 
-    async def _read(self, body: bytes) -> tuple[list[Tokens], list[Any], bool]:
+    async def _read(self, body: bytes, encoding: bytes) -> tuple[list[Tokens], list[Any], bool]:
         """Return the tokens of a request, its texts for a shadow, and whether scores are wanted."""
         lane: _Lane | _Here = self._here
-        if len(body) > _LARGE_BYTES:
+        if encoding and len(body) <= _LARGE_BYTES:
+            with contextlib.suppress(TooLarge):
+                body = unpack(body, encoding, min(_LARGE_BYTES, self.max_body_bytes))
+                encoding = b""
+        if encoding:
+            lane = self._huge  # only one such body is unpacked and held at a time
+        elif len(body) > _LARGE_BYTES:
             lane = self._large if len(body) <= _HUGE_BYTES else self._huge
         async with lane.turn(len(body)):
+            if encoding:
+                body = await lane.run(unpack, body, encoding, self.max_body_bytes)
             columns = self.classifier.artifact.text_columns
             texts, scores = await lane.run(parse, body, columns, self.max_texts)
             encodings = list["Tokens"]()
@@ -306,6 +328,7 @@ class Direct:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
+        request_headers = dict(scope["headers"])
         body = await _whole(receive)
         if body is None:
             return
@@ -323,7 +346,7 @@ class Direct:
         patience_s = 0.0 if len(body) > _LARGE_BYTES else _PATIENCE_S
         timer = asyncio.get_running_loop().call_later(patience_s, start_watching)
         try:
-            content, stages = await handler.answer(body)
+            content, stages = await handler.answer(body, encoding_of(request_headers))
         except asyncio.CancelledError:
             if watcher is None or not watcher.done():
                 raise  # the server stops
@@ -333,8 +356,7 @@ class Direct:
             timer.cancel()
             if watcher is not None:
                 watcher.cancel()
-        wants_timing = any(name == _TIMING for name, _ in scope["headers"])
-        headers = [(b"server-timing", stages.header())] if wants_timing else []
+        headers = [(b"server-timing", stages.header())] if _TIMING in request_headers else []
         await send_json(send, 200, content, headers)
 
 

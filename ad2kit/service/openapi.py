@@ -188,7 +188,11 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
                 "description": "Any value asks for Server-Timing",
             },
         ],
-        "requestBody": {"required": True, "content": _json("ClassifyRequest", examples=bodies)},
+        "requestBody": {
+            "required": True,
+            "description": "It may be compressed with gzip, which Content-Encoding then says",
+            "content": _json("ClassifyRequest", examples=bodies),
+        },
         "responses": {
             "200": {
                 "description": "One prediction per text, in order",

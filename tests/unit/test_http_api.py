@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import importlib
 import json
+import sys
 import threading
+import tracemalloc
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +22,7 @@ from pydantic import ValidationError
 
 from ad2kit.exporting.classifier import Prediction
 from ad2kit.service.batcher import Batcher
+from ad2kit.service.encodings import _readers
 from ad2kit.service.errors import ErrorContract, Problem
 from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, parse
 from ad2kit.service.openapi import ClassifyRequest
@@ -35,8 +41,8 @@ class Echo(Classify):
 
     def __init__(self) -> None: ...
 
-    async def answer(self, body: bytes) -> tuple[bytes, RequestTimes]:
-        return body, RequestTimes()
+    async def answer(self, body: bytes, encoding: bytes = b"") -> tuple[bytes, RequestTimes]:
+        return encoding + body, RequestTimes()
 
 
 async def passed_on(*_: object) -> None:
@@ -86,7 +92,8 @@ def test_plain_json_is_read_however_it_is_said(declared: list[tuple[bytes, bytes
     [
         ([], "found no Content-Type"),
         ([(b"content-type", b"text/plain")], "found Content-Type text/plain"),
-        ([*JSON, (b"content-encoding", b"gzip")], "Content-Encoding gzip is not read"),
+        ([*JSON, (b"content-encoding", b"deflate")], "Content-Encoding deflate is not read"),
+        ([*JSON, (b"content-encoding", b"gzip, gzip")], "Content-Encoding gzip, gzip is not"),
         ([*JSON, (b"Content-Encoding", b" BR ")], "Content-Encoding BR is not read"),
         ([*JSON, (b"content-encoding", b"\xff" * 999)], "is not read"),
         ([*JSON, (b"transfer-encoding", b"gzip, chunked")], "Transfer-Encoding gzip, chunked is"),
@@ -127,13 +134,119 @@ def test_a_browser_is_told_without_a_key_what_a_page_may_send() -> None:
         assert problem.value.status == 401
 
 
+PACKERS = {b"gzip": gzip.compress}
+PACKED = gzip.compress(b'{"texts": "a"}', mtime=0)
+with contextlib.suppress(ImportError):  # whichever of the two there is
+    PACKERS[b"zstd"] = importlib.import_module("zstandard").compress
+with contextlib.suppress(ImportError):
+    PACKERS[b"zstd"] = importlib.import_module("compression.zstd").compress
+
+
+async def read_packed(encoding: bytes, body: bytes, **more: Any) -> list[str]:
+    """The texts that are read of a compressed body."""
+    tokens = Tokens()
+    async with classifying(tokens, **more) as api:
+        await api.answer(body, encoding)
+    return tokens.seen
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+@pytest.mark.parametrize("size", [1, 2**13 - 15, 2**13, 2**16, 2**20 - 15])
+def test_a_compressed_body_is_read_as_the_plain_one(encoding: bytes, size: int) -> None:
+    text = "x" * size
+    assert asyncio.run(read_packed(encoding, PACKERS[encoding](body_of([text])))) == [text]
+
+
+def test_the_encoding_that_is_declared_is_handed_on() -> None:
+    for declared, encoding in ((b"gzip", b"gzip"), (b" X-GZIP ", b"x-gzip"), (b"identity", b"")):
+        start, body = ask([b"{}"], headers=[*JSON, (b"content-encoding", declared)])
+        assert (start["status"], body["body"]) == (200, encoding + b"{}")
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+@pytest.mark.parametrize(("limit", "size"), [(2**10, 2**11), (2**20, 2**20), (2**20, 2**28)])
+def test_a_body_that_unpacks_to_more_than_it_may_have_is_refused_before_it_is_unpacked(
+    encoding: bytes, limit: int, size: int
+) -> None:
+    bomb = PACKERS[encoding](b" " * size + b'{"texts": "a"}')
+    tracemalloc.start()
+    with pytest.raises(Problem) as problem:
+        asyncio.run(read_packed(encoding, bomb, max_body_bytes=limit))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert problem.value.status == 413
+    assert f"at most {limit} bytes after it is unpacked" in problem.value.detail
+    assert most < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "ends too early"),
+        (b'{"texts": "a"}', "incorrect header"),
+        (PACKED[:-1], "ends too early"),
+        (PACKED[:-8] + bytes(8), "incorrect data check"),
+        (PACKED + b"more", "incorrect header"),
+        (gzip.compress(b"", mtime=0) * 40_000, "more than 16 parts"),
+    ],
+    ids=["empty", "plain", "cut", "wrong sum", "followed by more", "many members"],
+)
+def test_a_damaged_body_is_refused(body: bytes, said: str) -> None:
+    with pytest.raises(Problem, match=said) as problem:
+        asyncio.run(read_packed(b"gzip", body))
+    assert problem.value.status == 400
+    members = gzip.compress(b'{"texts": ') + gzip.compress(b'"a"}')
+    assert asyncio.run(read_packed(b"gzip", members)) == ["a"]
+
+
+@pytest.mark.skipif(b"zstd" not in PACKERS, reason="needs Python 3.14 or the package zstandard")
+@pytest.mark.parametrize(
+    "body", [b"", b'{"texts": "a"}', b"\x28\xb5\x2f\xfd\x00\xa8" + bytes(9)], ids=repr
+)
+def test_a_damaged_body_of_zstd_is_refused(body: bytes) -> None:
+    """The last one asks for a window of gigabytes."""
+    with pytest.raises(Problem) as problem:
+        asyncio.run(read_packed(b"zstd", body))
+    assert problem.value.status == 400
+
+
+def test_without_a_reader_of_zstd_its_bodies_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    _readers.cache_clear()
+    try:
+        start, body = ask([b"{}"], headers=[*JSON, (b"content-encoding", b"zstd")])
+    finally:
+        _readers.cache_clear()
+    assert start["status"] == 415
+    assert b"needs Python 3.14 or the package zstandard" in body["body"]
+
+
+def test_of_the_bodies_that_are_much_larger_unpacked_only_one_is_unpacked_at_a_time() -> None:
+    async def ask_all() -> None:
+        tokens = Tokens()
+        async with classifying(tokens) as api:
+            body = gzip.compress(body_of(["x" * 2**19]))
+            await asyncio.gather(*(api.answer(body, b"gzip") for _ in range(8)))
+        assert (len(tokens.seen), tokens.most_at_once) == (8, 1)
+
+    asyncio.run(ask_all())
+
+
 def test_what_comes_while_the_service_drains_is_told_so() -> None:
     async def ask_late() -> None:
         batcher = Batcher(
             lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=8, max_queue_texts=8
         )
         await batcher.close()
-        api = Classify(Tokens(), batcher, deadline_s=1.0, max_texts=9, metrics=Uncounted())  # type: ignore[arg-type]
+        api = Classify(
+            Tokens(),
+            batcher,
+            deadline_s=1.0,
+            max_texts=9,
+            max_body_bytes=2**20,
+            metrics=Uncounted(),
+        )  # type: ignore[arg-type]
         await api.answer(b'{"texts": ["late"]}')
 
     with pytest.raises(Problem) as problem:
@@ -181,7 +294,13 @@ async def classifying(
     batcher = Batcher(
         lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=64, max_queue_texts=max_queue_texts
     )
-    given: dict[str, Any] = {"deadline_s": 10.0, "max_texts": 128, "metrics": Uncounted(), **more}
+    given: dict[str, Any] = {
+        "deadline_s": 10.0,
+        "max_texts": 128,
+        "max_body_bytes": 2**20,
+        "metrics": Uncounted(),
+        **more,
+    }
     api = Classify(tokens, batcher, **given)  # type: ignore[arg-type]
     try:
         yield api
