@@ -229,6 +229,11 @@ def reject(status: int, reason: str) -> None:
         logger.info("refused", extra={"status": status, "reason": reason})
 
 
+def count_key(name: str) -> None:
+    """Count a request by the name of its key."""
+    this_service().metrics.asked_with(name)
+
+
 def admit(method: bytes, path: bytes) -> None:
     """Refuse a POST to /classify while the queue is full, before any work is spent on it.
 
@@ -272,7 +277,10 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
 if settings.cors_origins:
     Ad2kitClassifier.add_asgi_middleware(Preflight)  # type: ignore[attr-defined]
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    ApiKeys, keys=KEYS, public=PUBLIC
+    ApiKeys,
+    keys=KEYS,
+    public=PUBLIC,
+    count=count_key,
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi

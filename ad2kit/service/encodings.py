@@ -68,13 +68,14 @@ def _readers() -> dict[bytes, Callable[[bytes, int], bytes]]:
 
         return _members(member, zlib.error, body, max_bytes)
 
-    readers = {b"gzip": gunzip, b"x-gzip": gunzip}
+    readers: dict[bytes, Callable[[bytes, int], bytes]] = {b"gzip": gunzip, b"x-gzip": gunzip}
     for name, reader in (("compression.zstd", _of_python), ("zstandard", _of_package)):
         try:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        return {**readers, b"zstd": reader(module)}
+        readers[b"zstd"] = reader(module)
+        break
     return readers
 
 
@@ -110,7 +111,7 @@ def _members(
     Raises:
         Damaged: ``error`` was raised, or the body ends within a member, or has too many.
     """
-    content = b""
+    content: bytes = b""
     for _ in range(_MAX_MEMBERS):
         decompressor = member()
         try:

@@ -29,12 +29,13 @@ from pydantic_core import from_json, to_json
 
 from ad2kit.run.errors import TextTooLong, UserError, nearest
 from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing, TooMuch
+from ad2kit.service.connections import REQUEST
 from ad2kit.service.encodings import Damaged, TooLarge, encoding_of, unpack
 from ad2kit.service.errors import Problem, send_json
 from ad2kit.service.openapi import TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
     from ad2kit.exporting.classifier import OnnxClassifier
     from ad2kit.exporting.tokenise import Tokens
@@ -440,14 +441,26 @@ class ApiKeys:
 
     Args:
         app: the application to guard.
-        keys: the valid keys; several during a change of keys. Without keys all paths are open.
+        keys: the names of the valid keys, by key; a name may be empty. There are several keys
+            during a change of keys. Without keys all paths are open.
         public: paths that need no key.
+        count: called with the name of the key of each request, if the key has a name.
     """
 
-    def __init__(self, app: App, *, keys: Collection[str], public: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: Mapping[str, str],
+        public: Collection[str],
+        count: Callable[[str], None] = lambda _name: None,
+    ) -> None:
         self.app = app
         self.public = frozenset(public)
-        self.keys = [key.encode() for key in keys]
+        self.count = count
+        self.keys = [(key.encode(), name) for key, name in keys.items()]
+        # Older files of keys had no names: a key that holds a colon is sent as a whole.
+        self.keys += [(f"{name}:{key}".encode(), name) for key, name in keys.items() if name]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass one request on if it has a valid key or needs none.
@@ -460,9 +473,13 @@ class ApiKeys:
             scheme, _, key = authorization.partition(b" ")
             # The key is compared with all valid keys, each time in constant time, so that the
             # time of an answer reveals nothing about a valid key.
-            matches = sum([hmac.compare_digest(key.strip(), valid_key) for valid_key in self.keys])
-            if scheme.lower() != b"bearer" or not matches:
+            key = key.strip()
+            names = [name for valid, name in self.keys if hmac.compare_digest(key, valid)]
+            if scheme.lower() != b"bearer" or not names:
                 raise Problem(401)
+            if names[0]:
+                REQUEST.get({})["key_name"] = names[0]
+                self.count(names[0])
         await self.app(scope, receive, send)
 
 

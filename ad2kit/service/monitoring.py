@@ -152,6 +152,9 @@ class ServiceMetrics:
         self._rejected = prometheus.Counter(
             "ad2kit_rejected", "Requests that were not answered, by reason", ["reason"]
         )
+        self._by_key = prometheus.Counter(
+            "ad2kit_key_requests", "Requests with a key that has a name, by this name", ["name"]
+        )
         self._shadowed = prometheus.Counter(
             "ad2kit_shadow_texts",
             "Texts that the shadow teacher was offered: agreed, disagreed, left_out",
@@ -183,6 +186,10 @@ class ServiceMetrics:
         """Count a request that was rejected, by status and reason."""
         self._requests.labels(str(status)).inc()
         self._rejected.labels(reason).inc()
+
+    def asked_with(self, name: str) -> None:
+        """Count a request with the key of some name."""
+        self._by_key.labels(name).inc()
 
     def tokenised(self, seconds: float) -> None:
         """Record how long the tokenizer took for a request."""

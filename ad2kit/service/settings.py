@@ -42,6 +42,7 @@ _PARTS = (
 )
 # An origin as browsers send it: scheme, host in small letters, and a port if it is not the usual.
 _ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
+_NAMED_KEY_CHARACTERS = 16
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -51,7 +52,8 @@ class Settings(BaseModel):
     ``model`` is a run or an exported variant; without it the service serves the most recent run in
     ``runs_dir`` that passed its gate. ``workers`` processes share the cores, and the engine of each
     has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
-    holds keys separated by commas, ``api_keys_file`` one key a line. ``shadow`` is a run or an
+    holds keys separated by commas, ``api_keys_file`` one key a line; ``name:key`` is a key with a
+    name for log and metrics. ``shadow`` is a run or an
     artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
     ``access_log`` writes a line for each request. ``root_path`` is the path below which a proxy
     offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
@@ -152,21 +154,21 @@ class Settings(BaseModel):
         """Return the settings that a client may see: neither keys nor folders of this machine."""
         return self.model_dump(exclude={*SECRETS, *PATHS})
 
-    def keys(self) -> list[str]:
-        """Return the keys that clients may use, from ``api_keys`` and ``api_keys_file``.
+    def keys(self) -> dict[str, str]:
+        """Return the names of the keys that clients may use; a name may be empty.
 
         Raises:
-            UserError: the file cannot be read, a key is invalid, or keys were set but there is
-                none.
+            UserError: the file cannot be read, a key is invalid or has two names, or keys were set
+                but there is none.
         """
-        keys = [
+        named_keys = [
             _key(key, f"{_variable('api_keys')}, key {number}")
             for number, key in enumerate(map(_strip, (self.api_keys or "").split(",")), 1)
             if key
         ]
         if self.api_keys_file is not None:
-            keys += keys_of(Path(self.api_keys_file))
-        if not keys and (self.api_keys is not None or self.api_keys_file is not None):
+            named_keys += keys_of(Path(self.api_keys_file))
+        if not named_keys and (self.api_keys is not None or self.api_keys_file is not None):
             # A faulty secret must not open the service to everybody.
             raise UserError(
                 "API keys were asked for and there is none",
@@ -174,6 +176,13 @@ class Settings(BaseModel):
                 f"or several with commas into {_variable('api_keys')}; unset both to serve "
                 "everybody",
             )
+        keys = dict[str, str]()
+        for name, key in named_keys:
+            if keys.setdefault(key, name) != name:
+                raise UserError(
+                    f"one API key has two names, {keys[key]!r} and {name!r}",
+                    hint="give each client a key of its own",
+                )
         return keys
 
 
@@ -236,11 +245,11 @@ def client_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
             name: environment[_variable(name)] for name in names if _variable(name) in environment
         }
     keys = Settings.model_validate(values).keys()
-    return keys[0] if keys else None
+    return next(iter(keys), None)
 
 
-def keys_of(path: Path) -> list[str]:
-    """Return the keys in a file: one a line, in UTF-8, with or without a byte order mark.
+def keys_of(path: Path) -> list[tuple[str, str]]:
+    """Return names and keys in a file: one key a line, in UTF-8, a byte order mark or none.
 
     Empty lines and lines that begin with ``#`` are left out.
 
@@ -272,17 +281,32 @@ def _strip(text: str) -> str:
     return text.strip(" \t\r\n")
 
 
-def _key(key: str, where: str) -> str:
-    """Return a key, or raise an error that tells its place but does not show it."""
+def _key(line: str, where: str) -> tuple[str, str]:
+    """Return name and key of a line, or raise an error that tells its place but does not show it.
+
+    Before there were names, the whole of ``part:rest`` was a key, which :class:`ApiKeys` therefore
+    accepts, too. A short rest is refused: it would become a key that is easy to guess.
+    """
     # The characters that RFC 6750 allows, and a few more.
-    if not re.fullmatch("[!-~]+", key):
+    if not re.fullmatch("[!-~]+", line):
         raise UserError(
             f"{where}: an API key consists of visible ASCII characters, without a blank, and this "
             "one has another character",
             hint="write one key a line, comments on lines of their own that begin with #, or in "
             f"{_variable('api_keys')} a comma between keys",
         )
-    return key
+    name, colon, key = line.partition(":")
+    if not colon:
+        return "", line
+    if not re.fullmatch("[A-Za-z0-9._-]{1,64}", name) or len(key) < _NAMED_KEY_CHARACTERS:
+        raise UserError(
+            f"{where}: a colon stands between the name of a key and the key; expected a name of at "
+            "most 64 letters, digits, '.', '_' and '-', and a key of at least "
+            f"{_NAMED_KEY_CHARACTERS} characters",
+            hint="make such a key (`openssl rand -hex 16`), or write a name and a colon before a "
+            "key that itself holds a colon",
+        )
+    return name, key
 
 
 def _variable(name: str) -> str:

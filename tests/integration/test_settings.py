@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 PUBLIC = {"/", "/livez", "/readyz", "/healthz", "/metrics"}
+NAMED = "0123456789abcdef"
 TEXT = json.dumps({"texts": ["fine"]}).encode()
 # A user whom /etc/passwd does not know, as in many containers. It may read and not write.
 STRANGER = """#!/bin/sh
@@ -63,7 +64,8 @@ def bento(packaged: tuple[RunDir, BentoRecord]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("settings")
-    (folder / "keys").write_text("\ufeff# of Ann\none\n\n# of Bob\ntwo\n", encoding="utf-8")
+    content = f"\ufeff# of Ann\none\n\n# of Bob\ntwo\ncarol:{NAMED}\n"
+    (folder / "keys").write_text(content, encoding="utf-8")
     return folder
 
 
@@ -236,6 +238,23 @@ def test_keys_are_asked_for_on_every_route_that_is_not_public(operated: str) -> 
         assert call(operated, "GET", path).status == 200
 
 
+def test_requests_are_counted_and_logged_by_the_name_of_their_key(
+    operated: str, folder: Path
+) -> None:
+    for key, body, status in ((NAMED, TEXT, 200), (f"carol:{NAMED}", b"{}", 422)):
+        headers = {**bearer(key), "X-Request-ID": "of-carol"}
+        assert call(operated, "POST", "/classify", body, headers).status == status
+    wait_for(lambda: counted(operated, "ad2kit_key_requests_total") == 2)
+    assert 'ad2kit_key_requests_total{name="carol"}' in metrics_of(operated)
+
+    def logged() -> list[tuple[Any, Any]]:
+        of_carol = [each for each in log_of(folder) if each.get("request_id") == "of-carol"]
+        return [(each["status"], each["key_name"]) for each in of_carol]
+
+    wait_for(lambda: sorted(logged()) == [(200, "carol"), (422, "carol")])
+    assert NAMED not in (folder / "server.log").read_text()
+
+
 def test_there_are_as_many_workers_and_threads_as_were_asked_for(
     operated: str, folder: Path
 ) -> None:
@@ -405,7 +424,7 @@ def test_a_worker_takes_what_its_parent_decided(
     monkeypatch.setenv("AD2KIT_THREADS", "7")  # whatever a worker may find there
     worker = this_server(place, {}, worker=True)
     assert worker == decided.model_copy(update={"pid": os.getppid()})
-    assert worker.settings.keys() == ["one"]
+    assert worker.settings.keys() == {"one": ""}
     # The parent process of another server looks for itself.
     assert this_server(place, {}, worker=False).settings.threads == 7
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from ad2kit.exporting.classifier import Prediction
 from ad2kit.service.batcher import Batcher
+from ad2kit.service.connections import REQUEST
 from ad2kit.service.encodings import _readers
 from ad2kit.service.errors import ErrorContract, Problem
 from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, parse
@@ -121,7 +122,7 @@ def test_a_browser_is_told_without_a_key_what_a_page_may_send() -> None:
     async def receive() -> Message:
         raise AssertionError
 
-    api = Preflight(ApiKeys(passed_on, keys=["one"], public=()))
+    api = Preflight(ApiKeys(passed_on, keys={"one": ""}, public=()))
     asked = [(b"origin", b"https://a.example"), (b"access-control-request-method", b"POST")]
     asyncio.run(api({**SCOPE, "method": "OPTIONS", "headers": asked}, receive, send))
     start, _ = sent
@@ -233,6 +234,34 @@ def test_of_the_bodies_that_are_much_larger_unpacked_only_one_is_unpacked_at_a_t
     asyncio.run(ask_all())
 
 
+def test_who_asks_is_known_by_the_name_of_the_key() -> None:
+    counted = list[str]()
+
+    async def answered(*_: object) -> None: ...
+
+    async def nothing(*_: object) -> Message:
+        raise AssertionError
+
+    long = "0123456789abcdef"
+    keys = {long: "ann", "plain": ""}
+    api = ApiKeys(answered, keys=keys, public=("/livez",), count=counted.append)
+
+    def name_of(key: str, **more: Any) -> str | None:
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        facts: dict[str, str] = {}
+        REQUEST.set(facts)
+        asyncio.run(api({**SCOPE, "headers": headers, **more}, nothing, nothing))
+        return facts.get("key_name")
+
+    # As a whole, it was a key before there were names.
+    assert (name_of(long), name_of(f"ann:{long}"), name_of("plain")) == ("ann", "ann", None)
+    assert name_of(long, path="/livez") is None
+    for wrong in ("ann", "ann:", f"bob:{long}", f":{long}", ":plain", ""):
+        with pytest.raises(Problem):
+            name_of(wrong)
+    assert counted == ["ann", "ann"]
+
+
 def test_what_comes_while_the_service_drains_is_told_so() -> None:
     async def ask_late() -> None:
         batcher = Batcher(
@@ -240,13 +269,13 @@ def test_what_comes_while_the_service_drains_is_told_so() -> None:
         )
         await batcher.close()
         api = Classify(
-            Tokens(),
+            Tokens(),  # type: ignore[arg-type]
             batcher,
             deadline_s=1.0,
             max_texts=9,
             max_body_bytes=2**20,
-            metrics=Uncounted(),
-        )  # type: ignore[arg-type]
+            metrics=Uncounted(),  # type: ignore[arg-type]
+        )
         await api.answer(b'{"texts": ["late"]}')
 
     with pytest.raises(Problem) as problem:

@@ -330,9 +330,10 @@ def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_keys_are_read_from_a_file(content: bytes, keys: list[str], tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(content)
-    assert keys_of(tmp_path / "keys") == keys
-    assert Settings(api_keys_file=str(tmp_path / "keys")).keys() == keys
-    assert Settings(api_keys="x", api_keys_file=str(tmp_path / "keys")).keys() == ["x", *keys]
+    assert keys_of(tmp_path / "keys") == [("", key) for key in keys]
+    assert list(Settings(api_keys_file=str(tmp_path / "keys")).keys()) == keys
+    both = Settings(api_keys="x", api_keys_file=str(tmp_path / "keys"))
+    assert list(both.keys()) == ["x", *keys]
 
 
 @pytest.mark.parametrize(
@@ -348,14 +349,29 @@ def test_keys_are_read_from_a_file(content: bytes, keys: list[str], tmp_path: Pa
         pytest.param(b"\x80\x81secret", "cannot read the API keys", id="not UTF-8"),
         pytest.param(b"one two\n", "line 1: an API key", id="two in a line"),
         pytest.param("schl\u00fcssel\n".encode(), "line 1: an API key", id="not ASCII"),
+        pytest.param(b"longsecret:1\n", "line 1: a colon stands between", id="a short key"),
+        pytest.param(b":" + b"k" * 16, "line 1: a colon stands between", id="no name"),
+        pytest.param(b"a/b:" + b"k" * 16, "a name of at most 64 letters", id="a wrong name"),
+        pytest.param(b"x" * 65 + b":" + b"k" * 16, "at most 64 letters", id="a long name"),
+        pytest.param(b"a:%b\nb:%b" % (b"k" * 16, b"k" * 16), "two names, 'a' and 'b'", id="twice"),
+        pytest.param(b"%b\nb:%b" % (b"k" * 16, b"k" * 16), "two names, '' and 'b'", id="no name"),
     ],
 )
 def test_a_file_without_keys_opens_nothing(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(UserError, match=said) as refused:
         Settings(api_keys_file=str(tmp_path / "keys")).keys()
-    assert "key a line" in refused.value.hint
+    assert refused.value.hint.startswith(("write one key", "give", "make such a key"))
     assert "secret" not in refused.value.message
+
+
+def test_a_key_may_have_a_name(tmp_path: Path) -> None:
+    old, new = "0123456789abcdef", "0123:456789abcdef"
+    (tmp_path / "keys").write_text(f"ann:{old}\nann:{new}\nplain\n")
+    settings = Settings(api_keys=f"bob-2:{old}x", api_keys_file=str(tmp_path / "keys"))
+    assert settings.keys() == {f"{old}x": "bob-2", old: "ann", new: "ann", "plain": ""}
+    # What a client sends is the key alone.
+    assert client_key(tmp_path / "keys", {}) == old
 
 
 def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
@@ -370,8 +386,8 @@ def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
 
 
 def test_keys_in_the_environment() -> None:
-    assert Settings(api_keys=" one, two ,\n").keys() == ["one", "two"]
-    assert Settings().keys() == []
+    assert Settings(api_keys=" one, two ,\n").keys() == {"one": "", "two": ""}
+    assert Settings().keys() == {}
     for text in ("", ",", " , \n"):
         with pytest.raises(UserError, match="asked for and there is none"):
             Settings(api_keys=text).keys()
