@@ -38,10 +38,9 @@ from ad2kit.run.machine import available_cpus
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.connections import bounded, check_files
 from ad2kit.service.errors import ErrorContract, Pace
-from ad2kit.service.http import ApiKeys, Classify, Direct, RequestTimes, Unlink
+from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, Unlink
 from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
 from ad2kit.service.openapi import (
-    MAX_TEXTS,
     ClassifyPrediction,
     ClassifyRequest,
     ClassifyResponse,
@@ -52,25 +51,11 @@ from ad2kit.service.process import end_with_parent, errors_of_bentoml, this_serv
 
 logger = logging.getLogger("ad2kit.service")
 
-MAX_QUEUE_TEXTS = 1024
-MAX_QUEUE_TOKENS = 2**17
-MAX_BATCH_TOKENS = 1024
-DEADLINE_S = 10.0
 # Shorter than the deadline: accepted requests must be answered in time, also when the machine
 # becomes slower meanwhile.
-MAX_WAIT_S = DEADLINE_S / 4
+WAIT_PER_DEADLINE = 1 / 4
 # How long Python lets the event loop run before the engine's thread may go on (default 5 ms).
 SWITCH_S = 0.0005
-LIMITS = (
-    "max_body_bytes",
-    "max_held_bytes",
-    "max_header_bytes",
-    "max_headers",
-    "max_connections",
-    "header_timeout_s",
-    "body_timeout_s",
-    "write_timeout_s",
-)
 PUBLIC = ("/", "/livez", "/readyz", "/healthz", "/metrics")
 
 
@@ -94,7 +79,10 @@ async def info(_request: Request) -> JSONResponse:
 
 async def page(_request: Request) -> Response:
     """Answer GET / with a page for people; the page sends requests to this service only."""
-    content = (Path(__file__).parent / "page.html").read_bytes()
+    content = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    if settings.root_path:  # its addresses are relative, and /ad2kit may come without a slash
+        base = f'<base href="{settings.root_path}/">'
+        content = content.replace("<title>", f"{base}\n<title>", 1)
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     headers = {
         "Content-Security-Policy": f"{policy}connect-src 'self'; form-action 'none'",
@@ -129,11 +117,11 @@ class Ad2kitClassifier:
     def __init__(self) -> None:
         log_as_json()
         if server.pid != os.getpid():
-            end_with_parent(server.pid, drain_s=settings.body_timeout_s + DEADLINE_S)
+            end_with_parent(server.pid, drain_s=settings.body_timeout_s + settings.deadline_s)
         sys.setswitchinterval(SWITCH_S)
         folder = server.artifact
-        threads = settings.threads or max(1, available_cpus() // WORKERS)
-        self.classifier = OnnxClassifier(folder, threads=threads)
+        self.threads = settings.threads or max(1, available_cpus() // WORKERS)
+        self.classifier = OnnxClassifier(folder, threads=self.threads)
         lineage = Path(__file__).with_name("lineage.json")  # in a Bento
         report = folder / ParityReport.file_name
         self.parity = None
@@ -145,12 +133,13 @@ class Ad2kitClassifier:
         golden_answers = warm_up(self.classifier)
         seconds = time.perf_counter() - start
         self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
+        max_wait_s = settings.deadline_s * WAIT_PER_DEADLINE
         self.batcher = Batcher(
             self.classifier.run,
-            max_batch_tokens=MAX_BATCH_TOKENS,
-            max_queue_texts=MAX_QUEUE_TEXTS,
-            max_queue_tokens=MAX_QUEUE_TOKENS,
-            max_wait_s=MAX_WAIT_S,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queue_texts=settings.max_queue_texts,
+            max_queue_tokens=settings.max_queue_tokens,
+            max_wait_s=max_wait_s,
             observe=self.observe,
         )
         self.shadow = None
@@ -162,8 +151,10 @@ class Ad2kitClassifier:
         self.api = Classify(
             self.classifier,
             self.batcher,
-            deadline_s=DEADLINE_S,
-            max_wait_s=MAX_WAIT_S,
+            deadline_s=settings.deadline_s,
+            max_texts=settings.max_texts,
+            max_body_bytes=settings.max_body_bytes,
+            max_wait_s=max_wait_s,
             metrics=self.metrics,
             shadow=self.shadow,
             access_log=settings.access_log,
@@ -171,7 +162,7 @@ class Ad2kitClassifier:
         facts = {
             "variant": self.classifier.artifact.variant,
             "model": str(folder),
-            "threads": threads,
+            "threads": self.threads,
             "golden_answers": golden_answers,
             "warm_up_ms": round(1e3 * seconds, 1),
         }
@@ -214,13 +205,8 @@ class Ad2kitClassifier:
             "text_columns": artifact.text_columns,
             **artifact.length._asdict(),
             "model_sha256": artifact.files["model.onnx"],
-            "limits": {
-                "texts": MAX_TEXTS,
-                "queue_texts": MAX_QUEUE_TEXTS,
-                "queue_tokens": MAX_QUEUE_TOKENS,
-                "deadline_s": DEADLINE_S,
-                **{name.removeprefix("max_"): getattr(settings, name) for name in LIMITS},
-            },
+            "limits": settings.limits(),
+            "settings": settings.public() | {"workers": WORKERS, "threads": self.threads},
             "lineage": artifact.lineage,
             "parity": self.parity,
         }
@@ -243,6 +229,11 @@ def reject(status: int, reason: str) -> None:
         logger.info("refused", extra={"status": status, "reason": reason})
 
 
+def count_key(name: str) -> None:
+    """Count a request by the name of its key."""
+    this_service().metrics.asked_with(name)
+
+
 def admit(method: bytes, path: bytes) -> None:
     """Refuse a POST to /classify while the queue is full, before any work is spent on it.
 
@@ -256,7 +247,9 @@ def admit(method: bytes, path: bytes) -> None:
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI document of this service and its model."""
     artifact = this_service().classifier.artifact
-    return document(text_columns=artifact.text_columns, keys=bool(KEYS))
+    return document(
+        text_columns=artifact.text_columns, keys=bool(KEYS), max_texts=settings.max_texts
+    )
 
 
 # BentoML builds uvicorn's configuration itself, without a way to choose a protocol. The
@@ -276,12 +269,18 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     observe=reject,
     pace=PACE,
     hints={
-        413: f"send at most {MAX_TEXTS} texts, and {settings.max_body_bytes} bytes, per request",
-        504: f"the deadline is {DEADLINE_S:g} s; retry, or send fewer texts",
+        413: f"send at most {settings.max_texts} texts, and {settings.max_body_bytes} bytes, "
+        "per request",
+        504: f"the deadline is {settings.deadline_s:g} s; retry, or send fewer texts",
     },
 )
+if settings.cors_origins:
+    Ad2kitClassifier.add_asgi_middleware(Preflight)  # type: ignore[attr-defined]
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    ApiKeys, keys=KEYS, public=PUBLIC
+    ApiKeys,
+    keys=KEYS,
+    public=PUBLIC,
+    count=count_key,
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import math
+import re
 import resource
+import secrets
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import httptools
@@ -51,6 +55,13 @@ _LARGE_BYTES = 2**16
 _TIDY_S = 2.0
 # Files that a process opens beside its connections: libraries, model, log, metrics, and BentoML's.
 _OTHER_FILES = 192
+# What log lines say of the request that they belong to, for example its id.
+REQUEST: ContextVar[dict[str, str]] = ContextVar("REQUEST")
+# An id that a client or a proxy may choose: visible ASCII characters, so that it is safe to repeat.
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+# Ids that are made here: random for the process, then counted, which costs less than a random one.
+_PROCESS_ID = secrets.token_hex(8).encode()
+_numbers = itertools.count(1)
 _HINT = "send HTTP/1.1; for https use the port of the proxy in front of this service"
 
 
@@ -66,6 +77,8 @@ class Bounded(HttpToolsProtocol):
     """One connection within the bounds; :func:`bounded` returns the subclass that sets them."""
 
     limits: ClassVar[Settings]
+    origins: ClassVar[frozenset[bytes]]
+    prefix: ClassVar[bytes]
     observe: ClassVar[Callable[[int, str], None]]
     admit: ClassVar[Callable[[bytes, bytes], None]]
     pace: ClassVar[Pace]
@@ -78,10 +91,12 @@ class Bounded(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         # A WebSocket would be another protocol, without bounds; nothing here speaks it.
         self.ws_protocol_class = None
+        self.timeout_keep_alive = self.limits.keep_alive_s  # type: ignore[assignment]
         self._due = math.inf  # loop time at which the client is late with what it has to send
         self._write_due = math.inf  # loop time at which the client is late with reading its answer
         self._reading = False  # a request has begun and is not complete
         self._in_body = False  # its headers are complete
+        self._answer_headers: list[tuple[bytes, bytes]] = []  # of every answer to this request
         self._parsed_headers = 0  # headers and trailers of this request
         self._parsed_bytes = 0  # bytes of its address, headers and trailers
         self._unparsed_bytes = 0  # since the last part of a body or its begin: headers, chunk sizes
@@ -153,6 +168,7 @@ class Bounded(HttpToolsProtocol):
         super().on_message_begin()
         self._reading = True
         self._in_body = False
+        self._answer_headers = []
         self._parsed_headers = self._parsed_bytes = self._body_bytes = self._rest_bytes = 0
         self._due = self.loop.time() + self.limits.header_timeout_s
 
@@ -179,6 +195,8 @@ class Bounded(HttpToolsProtocol):
         if len(self.pipeline) >= _PIPELINED:
             raise _RefusedError(Problem(429, f"{_PIPELINED} requests wait for one before them"))
         self.url = self.url.partition(b"?")[0]
+        if self.prefix and (self.url + b"/").startswith(self.prefix + b"/"):
+            self.url = self.url[len(self.prefix) :] or b"/"
         previous: Any = self.cycle  # None before the first request
         if previous is None or previous.response_complete:
             try:
@@ -188,7 +206,10 @@ class Bounded(HttpToolsProtocol):
                     raise _RefusedError(problem) from None
                 self._answer_at_once(problem)
                 return
+        answer_headers = self._headers_of_answers()
+        self.scope["state"]["request_id"] = answer_headers[0][1].decode()
         super().on_headers_complete()
+        self.cycle.default_headers = [*self.cycle.default_headers, *answer_headers]
         self._in_body = True
         self._due = self.loop.time() + self.limits.body_timeout_s
 
@@ -222,6 +243,11 @@ class Bounded(HttpToolsProtocol):
         super().on_message_complete()
 
     # Calls of the application
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Start the task of a request; its log lines have the id of the request."""
+        REQUEST.set({"request_id": cycle.scope["state"]["request_id"]})
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Begin the next request, or set the time until which the client may send one.
@@ -338,12 +364,27 @@ class Bounded(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
+    def _headers_of_answers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that every answer to this request has; the first is its id."""
+        if not self._answer_headers:
+            given = dict(self.headers or ())
+            request_id = given.get(b"x-request-id", b"")
+            if not _REQUEST_ID.fullmatch(request_id):
+                request_id = b"%b-%x" % (_PROCESS_ID, next(_numbers))
+            self._answer_headers = [(b"x-request-id", request_id)]
+            if self.origins:
+                self._answer_headers += _cross_origin(self.origins, given.get(b"origin", b""))
+        return self._answer_headers
+
     def _say(self, problem: Problem, *extra_headers: tuple[bytes, bytes]) -> None:
         """Write a whole answer that tells the client of a problem, and count it."""
+        answer_headers = self._headers_of_answers()
+        REQUEST.set({"request_id": answer_headers[0][1].decode()})
         type(self).observe(problem.status, problem.kind)
         content = problem.content()
         headers = [
             *self.server_state.default_headers,
+            *answer_headers,
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(content)),
             *problem.headers(),
@@ -424,10 +465,23 @@ def bounded(
         """A connection of this worker."""
 
     Within.limits = limits
+    Within.origins = frozenset(origin.encode() for origin in limits.origins())
+    Within.prefix = (limits.root_path or "").encode()
     Within.pace = pace or Pace()
     Within.observe = staticmethod(observe)
     Within.admit = staticmethod(admit)
     return Within
+
+
+def _cross_origin(origins: frozenset[bytes], origin: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the headers that let a browser show an answer to a page of ``origin``, if it may."""
+    exposed = (b"access-control-expose-headers", b"Retry-After, Server-Timing, X-Request-ID")
+    if b"*" in origins:
+        return [(b"access-control-allow-origin", b"*"), exposed]
+    vary = (b"vary", b"Origin")  # for caches: the answer to another origin has other headers
+    if origin in origins:
+        return [(b"access-control-allow-origin", origin), vary, exposed]
+    return [vary]
 
 
 def give_back() -> None:

@@ -10,6 +10,8 @@ from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from ad2kit.service.encodings import encoding_of, fault_of
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 
@@ -43,7 +45,7 @@ ERRORS: dict[int, tuple[str, str, str]] = {
     415: (
         "unsupported_media_type",
         "the body is not declared as plain JSON in UTF-8",
-        "send the header Content-Type: application/json, and no Content-Encoding",
+        "send the header Content-Type: application/json, and no Content-Encoding other than gzip",
     ),
     422: (
         "invalid_input",
@@ -309,10 +311,11 @@ def _understand(status: int, answer: bytes) -> tuple[int, str]:
 
 def _not_plain_json(headers: Mapping[bytes, bytes]) -> str | None:
     """Return why the headers do not declare JSON in UTF-8, or None if they declare it."""
-    for name, plain in ((b"content-encoding", b"identity"), (b"transfer-encoding", b"chunked")):
-        value = headers.get(name, plain)
-        if value.strip().lower() != plain:
-            return f"{name.title().decode()} {_shown(value)} is not read"
+    if fault := fault_of(encoding_of(headers)):
+        return f"Content-Encoding {_shown(headers[b'content-encoding'])} {fault}"
+    transfer = headers.get(b"transfer-encoding", b"chunked")
+    if transfer.strip().lower() != b"chunked":
+        return f"Transfer-Encoding {_shown(transfer)} is not read"
     media_type, *parameters = headers.get(b"content-type", b"").lower().split(b";")
     if media_type.strip() != b"application/json":
         return f"found Content-Type {_shown(media_type)}" if media_type else "found no Content-Type"

@@ -1,7 +1,7 @@
 """POST /classify as plain ASGI, from the body of a request to the bytes of its answer.
 
     connections.Bounded    the socket: bytes, headers, time
-    Unlink, ErrorContract, ApiKeys, Documented    ASGI middleware, in this order
+    Unlink, ErrorContract, Preflight, ApiKeys, Documented    ASGI middleware, in this order
     Direct -> Classify.answer    the body is read, checked and tokenised
     Batcher.submit -> OnnxClassifier    a thread of the engine computes a batch
     Classify -> errors.send_json    the answer
@@ -29,11 +29,13 @@ from pydantic_core import from_json, to_json
 
 from ad2kit.run.errors import TextTooLong, UserError, nearest
 from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing, TooMuch
+from ad2kit.service.connections import REQUEST
+from ad2kit.service.encodings import Damaged, TooLarge, encoding_of, unpack
 from ad2kit.service.errors import Problem, send_json
-from ad2kit.service.openapi import MAX_TEXTS, TIMING, ClassifyRequest
+from ad2kit.service.openapi import TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
     from ad2kit.exporting.classifier import OnnxClassifier
     from ad2kit.exporting.tokenise import Tokens
@@ -135,6 +137,8 @@ class Classify:
         classifier: tokenises texts, and turns logits into predictions.
         batcher: computes logits.
         deadline_s: time after which a request is given up.
+        max_texts: the most texts of a request.
+        max_body_bytes: the most bytes of a body after it is unpacked.
         max_wait_s: how long a large request may wait until it is read.
         metrics: count answers, times and predictions.
         shadow: gets the answered texts and predictions, to compare them with the teacher's.
@@ -147,6 +151,8 @@ class Classify:
         batcher: Batcher,
         *,
         deadline_s: float,
+        max_texts: int,
+        max_body_bytes: int,
         max_wait_s: float = math.inf,
         metrics: ServiceMetrics,
         shadow: Shadow | None = None,
@@ -156,6 +162,8 @@ class Classify:
         self.batcher = batcher
         self.metrics = metrics
         self.deadline_s = deadline_s
+        self.max_texts = max_texts
+        self.max_body_bytes = max_body_bytes
         self.shadow = shadow
         self.access_log = access_log
         self._here = _Here()
@@ -178,14 +186,18 @@ class Classify:
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
 
-    async def answer(self, body: bytes) -> tuple[bytes, RequestTimes]:
+    async def answer(self, body: bytes, encoding: bytes = b"") -> tuple[bytes, RequestTimes]:
         """Return the JSON answer to a JSON request, and the times of its stages.
+
+        Args:
+            body: the request.
+            encoding: how the client has compressed it; empty for a plain body.
 
         Raises:
             Problem: the error that the client is told instead.
         """
         stages = RequestTimes()
-        predictions = await self._answer(body, stages)
+        predictions = await self._answer(body, encoding, stages)
         content = to_json({"predictions": predictions})
         stages.total_s = time.perf_counter() - stages.start
         self.metrics.answered(stages.total_s)
@@ -204,23 +216,29 @@ class Classify:
         Raises:
             Problem: a text that cannot be read, a full queue, or a deadline that passed.
         """
-        return await self._answer(request.model_dump_json().encode(), stages)
+        return await self._answer(request.model_dump_json().encode(), b"", stages)
 
-    async def _answer(self, body: bytes, stages: RequestTimes) -> list[dict[str, Any]]:
+    async def _answer(
+        self, body: bytes, encoding: bytes, stages: RequestTimes
+    ) -> list[dict[str, Any]]:
         """Return the predictions for the body of a request; raises :class:`Problem`."""
         try:
             async with asyncio.timeout(self.deadline_s):
-                encodings, texts, scores = await self._read(body)
+                encodings, texts, scores = await self._read(body, encoding)
                 stages.tokenise_s = time.perf_counter() - stages.start
                 self.metrics.tokenised(stages.tokenise_s)
                 logits = await self.batcher.submit(encodings, stages.timing)
+        except Damaged as error:
+            raise Problem(400, f"the body is not valid {encoding.decode()}: {error}") from error
+        except TooLarge as error:
+            raise Problem(413, str(error)) from error
         except TextTooLong as error:
             raise Problem(413, error.message, hint=error.hint) from error
         except TooMuch as error:
             raise Problem(413, str(error), hint="send fewer texts in one request") from error
         except UserError as error:
             columns = self.classifier.artifact.text_columns
-            raise Problem(422, error.message, hint=expected(columns)) from error
+            raise Problem(422, error.message, hint=expected(columns, self.max_texts)) from error
         except QueueFull as full:
             raise Problem(429, str(full), retry_after_s=full.retry_after_s) from full
         except BatcherClosed as error:
@@ -237,13 +255,22 @@ class Classify:
                 answer.pop("scores", None)
         return answers
 
-    async def _read(self, body: bytes) -> tuple[list[Tokens], list[Any], bool]:
+    async def _read(self, body: bytes, encoding: bytes) -> tuple[list[Tokens], list[Any], bool]:
         """Return the tokens of a request, its texts for a shadow, and whether scores are wanted."""
         lane: _Lane | _Here = self._here
-        if len(body) > _LARGE_BYTES:
+        if encoding and len(body) <= _LARGE_BYTES:
+            with contextlib.suppress(TooLarge):
+                body = unpack(body, encoding, min(_LARGE_BYTES, self.max_body_bytes))
+                encoding = b""
+        if encoding:
+            lane = self._huge  # only one such body is unpacked and held at a time
+        elif len(body) > _LARGE_BYTES:
             lane = self._large if len(body) <= _HUGE_BYTES else self._huge
         async with lane.turn(len(body)):
-            texts, scores = await lane.run(parse, body, self.classifier.artifact.text_columns)
+            if encoding:
+                body = await lane.run(unpack, body, encoding, self.max_body_bytes)
+            columns = self.classifier.artifact.text_columns
+            texts, scores = await lane.run(parse, body, columns, self.max_texts)
             encodings = list["Tokens"]()
             with self.batcher.reserved(len(texts)):
                 for first in range(0, len(texts), _PIECE_TEXTS):
@@ -302,6 +329,7 @@ class Direct:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
+        request_headers = dict(scope["headers"])
         body = await _whole(receive)
         if body is None:
             return
@@ -319,7 +347,7 @@ class Direct:
         patience_s = 0.0 if len(body) > _LARGE_BYTES else _PATIENCE_S
         timer = asyncio.get_running_loop().call_later(patience_s, start_watching)
         try:
-            content, stages = await handler.answer(body)
+            content, stages = await handler.answer(body, encoding_of(request_headers))
         except asyncio.CancelledError:
             if watcher is None or not watcher.done():
                 raise  # the server stops
@@ -329,8 +357,7 @@ class Direct:
             timer.cancel()
             if watcher is not None:
                 watcher.cancel()
-        wants_timing = any(name == _TIMING for name, _ in scope["headers"])
-        headers = [(b"server-timing", stages.header())] if wants_timing else []
+        headers = [(b"server-timing", stages.header())] if _TIMING in request_headers else []
         await send_json(send, 200, content, headers)
 
 
@@ -377,19 +404,63 @@ class Unlink:
         await self.app(scope, receive, send)
 
 
+class Preflight:
+    """ASGI middleware: tells a browser beforehand what a page of another origin may send.
+
+    Whether the page may send anything, a header of every answer says (``connections.py``). A
+    browser asks without a key.
+
+    Args:
+        app: the application for everything else.
+    """
+
+    _HEADERS = (
+        (b"access-control-allow-methods", b"GET, POST"),
+        (
+            b"access-control-allow-headers",
+            b"Authorization, Content-Type, Content-Encoding, X-Request-ID, X-Server-Timing",
+        ),
+        (b"access-control-max-age", b"600"),
+    )
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a preflight request, or pass a request on."""
+        is_asked = scope["type"] == "http" and scope["method"] == "OPTIONS"
+        if not (is_asked and b"access-control-request-method" in dict(scope["headers"])):
+            await self.app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 204, "headers": [*self._HEADERS]})
+        await send({"type": "http.response.body"})
+
+
 class ApiKeys:
     """ASGI middleware: requests without a valid key get an answer from the public paths only.
 
     Args:
         app: the application to guard.
-        keys: the valid keys; several during a change of keys. Without keys all paths are open.
+        keys: the names of the valid keys, by key; a name may be empty. There are several keys
+            during a change of keys. Without keys all paths are open.
         public: paths that need no key.
+        count: called with the name of the key of each request, if the key has a name.
     """
 
-    def __init__(self, app: App, *, keys: Collection[str], public: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: Mapping[str, str],
+        public: Collection[str],
+        count: Callable[[str], None] = lambda _name: None,
+    ) -> None:
         self.app = app
         self.public = frozenset(public)
-        self.keys = [key.encode() for key in keys]
+        self.count = count
+        self.keys = [(key.encode(), name) for key, name in keys.items()]
+        # Older files of keys had no names: a key that holds a colon is sent as a whole.
+        self.keys += [(f"{name}:{key}".encode(), name) for key, name in keys.items() if name]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass one request on if it has a valid key or needs none.
@@ -402,13 +473,17 @@ class ApiKeys:
             scheme, _, key = authorization.partition(b" ")
             # The key is compared with all valid keys, each time in constant time, so that the
             # time of an answer reveals nothing about a valid key.
-            matches = sum([hmac.compare_digest(key.strip(), valid_key) for valid_key in self.keys])
-            if scheme.lower() != b"bearer" or not matches:
+            key = key.strip()
+            names = [name for valid, name in self.keys if hmac.compare_digest(key, valid)]
+            if scheme.lower() != b"bearer" or not names:
                 raise Problem(401)
+            if names[0]:
+                REQUEST.get({})["key_name"] = names[0]
+                self.count(names[0])
         await self.app(scope, receive, send)
 
 
-def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
+def parse(body: bytes, text_columns: int, max_texts: int) -> tuple[list[Any], bool]:
     """Return the texts of a request, and whether the scores of all labels are asked for.
 
     It accepts the same requests as :class:`ClassifyRequest`. That model lists a fault for each
@@ -416,7 +491,8 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
     such items.
 
     Raises:
-        Problem: the body is not JSON, or does not fit a model of one or two ``text_columns``.
+        Problem: the body is not JSON, does not fit a model of one or two ``text_columns``, or has
+            more than ``max_texts``.
     """
     request: Any = None
     try:
@@ -429,21 +505,22 @@ def parse(body: bytes, text_columns: int) -> tuple[list[Any], bool]:
         status = 400
         fault = f"the body is not valid JSON: {error}{mark}"
     else:
-        status, fault = _fault(request)
+        status, fault = _fault(request, max_texts)
     if fault:
-        raise Problem(status, fault, hint="" if status == 413 else expected(text_columns))
+        hint = "" if status == 413 else expected(text_columns, max_texts)
+        raise Problem(status, fault, hint=hint)
     texts = request["texts"]
     return texts if isinstance(texts, list) else [texts], request.get("scores", False)
 
 
-def expected(text_columns: int) -> str:
+def expected(text_columns: int, max_texts: int) -> str:
     """Return a hint: the body to send to a model that reads one text or a pair of texts."""
     example = '"..."' if text_columns == 1 else '["...", "..."]'
     items = "texts" if text_columns == 1 else "pairs of texts"
-    return f'send {{"texts": [{example}]}} with 1 to {MAX_TEXTS} {items} that are not empty'
+    return f'send {{"texts": [{example}]}} with 1 to {max_texts} {items} that are not empty'
 
 
-def _fault(request: Any) -> tuple[int, str]:
+def _fault(request: Any, max_texts: int) -> tuple[int, str]:
     """Return a status and the fault of some JSON; the fault is empty if it is a valid request."""
     if not isinstance(request, dict):
         return 422, f"expected an object, found {_kind(request)}"
@@ -463,8 +540,8 @@ def _fault(request: Any) -> tuple[int, str]:
         return 422, f"texts: expected a text or a list of texts, found {_kind(texts)}"
     if not texts:
         return 422, "texts: expected at least 1 text, found an empty list"
-    if len(texts) > MAX_TEXTS:
-        return 413, f"texts: expected at most {MAX_TEXTS} texts, found {len(texts)}"
+    if len(texts) > max_texts:
+        return 413, f"texts: expected at most {max_texts} texts, found {len(texts)}"
     for row, text in enumerate(texts):
         if isinstance(text, str):
             continue

@@ -26,6 +26,7 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from ad2kit.run.errors import ModelError
+from ad2kit.service.connections import REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -151,6 +152,9 @@ class ServiceMetrics:
         self._rejected = prometheus.Counter(
             "ad2kit_rejected", "Requests that were not answered, by reason", ["reason"]
         )
+        self._by_key = prometheus.Counter(
+            "ad2kit_key_requests", "Requests with a key that has a name, by this name", ["name"]
+        )
         self._shadowed = prometheus.Counter(
             "ad2kit_shadow_texts",
             "Texts that the shadow teacher was offered: agreed, disagreed, left_out",
@@ -182,6 +186,10 @@ class ServiceMetrics:
         """Count a request that was rejected, by status and reason."""
         self._requests.labels(str(status)).inc()
         self._rejected.labels(reason).inc()
+
+    def asked_with(self, name: str) -> None:
+        """Count a request with the key of some name."""
+        self._by_key.labels(name).inc()
 
     def tokenised(self, seconds: float) -> None:
         """Record how long the tokenizer took for a request."""
@@ -236,7 +244,15 @@ def log_as_json() -> None:
     for name in (None, "bentoml", "uvicorn.error"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(formatter)
+            handler.addFilter(_add_request)
     logging.getLogger("ad2kit").setLevel(logging.INFO)
+
+
+def _add_request(record: logging.LogRecord) -> bool:
+    """Add the id of the request to a log line; BentoML's filter has set the number of a span."""
+    vars(record).pop("request_id", None)
+    vars(record).update(REQUEST.get({}))
+    return True
 
 
 def tracing() -> dict[str, Any]:

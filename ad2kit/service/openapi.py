@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ad2kit.service.errors import App, Message, Receive, Send
 
-MAX_TEXTS = 128
 TIMING = "X-Server-Timing"
 
 # A field that belongs to another task is left out of an answer; it is not null.
@@ -42,7 +41,7 @@ class ClassifyRequest(BaseModel):
         json_schema_extra={"example": {"texts": ["the plot is weak, but the acting is superb"]}},
     )
 
-    texts: str | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    texts: str | Annotated[list[Text], Field(min_length=1)]
     scores: StrictBool = False
 
     def as_list(self) -> list[Text]:
@@ -88,12 +87,13 @@ class ErrorResponse(BaseModel):
     error: Error
 
 
-def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
+def document(*, text_columns: int, keys: bool, max_texts: int) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the service.
 
     Args:
         text_columns: how many texts the model reads for each example, 1 or 2.
         keys: whether clients need an API key.
+        max_texts: the most texts of a request.
     """
     refusals = {str(status): _refusal(status) for status in _REFUSALS if keys or status != 401}
     locked = {"401": _refusal(401)} if keys else {}
@@ -115,7 +115,7 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
         "/livez": {"get": _plain("The process lives") | {"security": []}},
         "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
     }
-    components: dict[str, Any] = {"schemas": _schemas(text_columns)}
+    components: dict[str, Any] = {"schemas": _schemas(text_columns, max_texts)}
     root: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -133,7 +133,7 @@ def document(*, text_columns: int, keys: bool) -> dict[str, Any]:
     return root
 
 
-def _schemas(text_columns: int) -> dict[str, Any]:
+def _schemas(text_columns: int, max_texts: int) -> dict[str, Any]:
     """Return the JSON schemas of request, response and error, for texts or pairs of texts."""
     models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ErrorResponse]
     _, definitions = models_json_schema(
@@ -147,7 +147,7 @@ def _schemas(text_columns: int) -> dict[str, Any]:
     item: dict[str, Any] = _TEXT
     if text_columns != 1:
         item = {"type": "array", "prefixItems": [_TEXT, _TEXT], "minItems": 2, "maxItems": 2}
-    items = {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_TEXTS}
+    items = {"type": "array", "items": item, "minItems": 1, "maxItems": max_texts}
     schemas["ClassifyRequest"]["properties"]["texts"] = (
         {"anyOf": [item, items]} if text_columns == 1 else items
     )
@@ -168,21 +168,35 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
         "description": "Where the time went, in ms; if it was asked for",
         "schema": {"type": "string"},
     }
+    id_header = {
+        "description": "The id of the request, in every answer; the log has it, too",
+        "schema": {"type": "string"},
+    }
     return {
         "summary": "Classify texts",
         "parameters": [
+            {
+                "name": "X-Request-ID",
+                "in": "header",
+                "schema": {"type": "string"},
+                "description": "An id of 1 to 128 visible ASCII characters; otherwise one is made",
+            },
             {
                 "name": TIMING,
                 "in": "header",
                 "schema": {"type": "string"},
                 "description": "Any value asks for Server-Timing",
-            }
+            },
         ],
-        "requestBody": {"required": True, "content": _json("ClassifyRequest", examples=bodies)},
+        "requestBody": {
+            "required": True,
+            "description": "It may be compressed with gzip, which Content-Encoding then says",
+            "content": _json("ClassifyRequest", examples=bodies),
+        },
         "responses": {
             "200": {
                 "description": "One prediction per text, in order",
-                "headers": {"Server-Timing": timing_header},
+                "headers": {"Server-Timing": timing_header, "X-Request-ID": id_header},
                 "content": _json("ClassifyResponse"),
             },
             **refusals,

@@ -151,7 +151,7 @@ def _sha256(settings: Settings, artifact: Path, shadow: Path | None) -> dict[str
         for folder in (artifact, shadow)
         if folder is not None
     }
-    keys = "\n".join(settings.keys())
+    keys = "\n".join(f"{name}:{key}" for key, name in settings.keys().items())
     return hashes | {"the list of API keys": hashlib.sha256(keys.encode()).hexdigest()}
 
 

@@ -34,6 +34,15 @@ OF_A_CHECKOUT = ("model", "runs_dir")
 _NO_SETTING = re.compile(
     rf"{PREFIX}(BENCH_.*|SERVER|(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
 )
+# A part and the setting of its maximum, the whole and the setting of its maximum.
+_PARTS = (
+    ("the body of a request", "max_body_bytes", "all bodies in a worker", "max_held_bytes"),
+    ("the texts of a request", "max_texts", "the queue", "max_queue_texts"),
+    ("the tokens of a batch", "max_batch_tokens", "the queue", "max_queue_tokens"),
+)
+# An origin as browsers send it: scheme, host in small letters, and a port if it is not the usual.
+_ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
+_NAMED_KEY_CHARACTERS = 16
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -43,16 +52,24 @@ class Settings(BaseModel):
     ``model`` is a run or an exported variant; without it the service serves the most recent run in
     ``runs_dir`` that passed its gate. ``workers`` processes share the cores, and the engine of each
     has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
-    holds keys separated by commas, ``api_keys_file`` one key a line. ``shadow`` is a run or an
+    holds keys separated by commas, ``api_keys_file`` one key a line; ``name:key`` is a key with a
+    name for log and metrics. ``shadow`` is a run or an
     artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
-    ``access_log`` writes a line for each request.
+    ``access_log`` writes a line for each request. ``root_path`` is the path below which a proxy
+    offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
+    ``cors_origins`` may ask the service from a browser: origins with commas between them, or ``*``
+    for all.
 
     The other settings bound the resources of a worker that its clients can use:
     ``max_body_bytes`` of one body; ``max_held_bytes`` of the bodies of all requests, without the
     first 4096 bytes of each; ``max_header_bytes`` of the headers of a request, with its address,
     chunk sizes and trailers; ``max_headers`` of a request; ``header_timeout_s`` until the headers
     have arrived, then ``body_timeout_s`` until the body has arrived; ``write_timeout_s`` until the
-    client has read its answer; ``max_connections`` at a time.
+    client has read its answer; ``keep_alive_s`` between two requests of a connection;
+    ``max_connections`` at a time; ``max_texts`` of one request; ``max_queue_texts`` and
+    ``max_queue_tokens`` that wait (a window of a long text counts as a text); ``max_batch_tokens``,
+    with padding, that the engine computes at once; ``deadline_s`` until a request is answered or
+    given up.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +83,16 @@ class Settings(BaseModel):
     shadow: str | None = Field(default=None, min_length=1)
     shadow_share: float = Field(default=0.01, gt=0, le=1)
     access_log: bool = False
+    root_path: str | None = Field(
+        default=None,
+        pattern=r"^(/[A-Za-z0-9._~-]+)+$",
+        description="a path such as /ad2kit, without a slash at its end",
+    )
+    cors_origins: str | None = Field(
+        default=None,
+        pattern=rf"^(\*|{_ORIGIN}( *, *{_ORIGIN})*)$",
+        description="* or origins with commas between them, such as https://app.example.com",
+    )
     max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
     max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
     max_header_bytes: int = Field(default=2**14, ge=2**10, le=2**20)
@@ -73,13 +100,19 @@ class Settings(BaseModel):
     header_timeout_s: float = Field(default=10.0, ge=0.1, le=3600)
     body_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
     write_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
+    keep_alive_s: float = Field(default=5.0, ge=0.1, le=3600)
     max_connections: int = Field(default=4096, ge=1, le=2**16)
+    max_texts: int = Field(default=128, ge=1, le=2**16)
+    max_queue_texts: int = Field(default=1024, ge=1, le=2**20)
+    max_queue_tokens: int = Field(default=2**17, ge=1, le=2**30)
+    max_batch_tokens: int = Field(default=1024, ge=1, le=2**20)
+    deadline_s: float = Field(default=10.0, ge=0.1, le=3600)
 
     def check_they_fit(self) -> None:
         """Refuse settings that contradict each other.
 
-        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and
-        ``max_body_bytes`` above ``max_held_bytes``.
+        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and a maximum of
+        a part above the maximum of the whole.
 
         Raises:
             UserError: names the setting to leave out or to change.
@@ -96,28 +129,46 @@ class Settings(BaseModel):
                 "and there is no shadow",
                 hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
             )
-        if self.max_held_bytes < self.max_body_bytes:
-            raise UserError(
-                f"one request may have {self.max_body_bytes} bytes (max_body_bytes), and all of a "
-                f"worker together {self.max_held_bytes} (max_held_bytes)",
-                hint=f"raise {_variable('max_held_bytes')}, or lower {_variable('max_body_bytes')}",
-            )
+        for part, its_name, whole, whole_name in _PARTS:
+            most_of_part, most_of_whole = getattr(self, its_name), getattr(self, whole_name)
+            if most_of_whole < most_of_part:
+                raise UserError(
+                    f"{part} may have {most_of_part} ({its_name}), and {whole} {most_of_whole} "
+                    f"({whole_name})",
+                    hint=f"raise {_variable(whole_name)}, or lower {_variable(its_name)}",
+                )
 
-    def keys(self) -> list[str]:
-        """Return the keys that clients may use, from ``api_keys`` and ``api_keys_file``.
+    def limits(self) -> dict[str, int | float]:
+        """Return the bounds by name, without the ``max_`` in front."""
+        return {
+            name.removeprefix("max_"): getattr(self, name)
+            for name in type(self).model_fields
+            if name.startswith("max_") or name.endswith("_s")
+        }
+
+    def origins(self) -> list[str]:
+        """Return the origins whose pages may ask the service."""
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin]
+
+    def public(self) -> dict[str, Any]:
+        """Return the settings that a client may see: neither keys nor folders of this machine."""
+        return self.model_dump(exclude={*SECRETS, *PATHS})
+
+    def keys(self) -> dict[str, str]:
+        """Return the names of the keys that clients may use; a name may be empty.
 
         Raises:
-            UserError: the file cannot be read, a key is invalid, or keys were set but there is
-                none.
+            UserError: the file cannot be read, a key is invalid or has two names, or keys were set
+                but there is none.
         """
-        keys = [
+        named_keys = [
             _key(key, f"{_variable('api_keys')}, key {number}")
             for number, key in enumerate(map(_strip, (self.api_keys or "").split(",")), 1)
             if key
         ]
         if self.api_keys_file is not None:
-            keys += keys_of(Path(self.api_keys_file))
-        if not keys and (self.api_keys is not None or self.api_keys_file is not None):
+            named_keys += keys_of(Path(self.api_keys_file))
+        if not named_keys and (self.api_keys is not None or self.api_keys_file is not None):
             # A faulty secret must not open the service to everybody.
             raise UserError(
                 "API keys were asked for and there is none",
@@ -125,6 +176,13 @@ class Settings(BaseModel):
                 f"or several with commas into {_variable('api_keys')}; unset both to serve "
                 "everybody",
             )
+        keys = dict[str, str]()
+        for name, key in named_keys:
+            if keys.setdefault(key, name) != name:
+                raise UserError(
+                    f"one API key has two names, {keys[key]!r} and {name!r}",
+                    hint="give each client a key of its own",
+                )
         return keys
 
 
@@ -187,11 +245,11 @@ def client_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
             name: environment[_variable(name)] for name in names if _variable(name) in environment
         }
     keys = Settings.model_validate(values).keys()
-    return keys[0] if keys else None
+    return next(iter(keys), None)
 
 
-def keys_of(path: Path) -> list[str]:
-    """Return the keys in a file: one a line, in UTF-8, with or without a byte order mark.
+def keys_of(path: Path) -> list[tuple[str, str]]:
+    """Return names and keys in a file: one key a line, in UTF-8, a byte order mark or none.
 
     Empty lines and lines that begin with ``#`` are left out.
 
@@ -223,17 +281,32 @@ def _strip(text: str) -> str:
     return text.strip(" \t\r\n")
 
 
-def _key(key: str, where: str) -> str:
-    """Return a key, or raise an error that tells its place but does not show it."""
+def _key(line: str, where: str) -> tuple[str, str]:
+    """Return name and key of a line, or raise an error that tells its place but does not show it.
+
+    Before there were names, the whole of ``part:rest`` was a key, which :class:`ApiKeys` therefore
+    accepts, too. A short rest is refused: it would become a key that is easy to guess.
+    """
     # The characters that RFC 6750 allows, and a few more.
-    if not re.fullmatch("[!-~]+", key):
+    if not re.fullmatch("[!-~]+", line):
         raise UserError(
             f"{where}: an API key consists of visible ASCII characters, without a blank, and this "
             "one has another character",
             hint="write one key a line, comments on lines of their own that begin with #, or in "
             f"{_variable('api_keys')} a comma between keys",
         )
-    return key
+    name, colon, key = line.partition(":")
+    if not colon:
+        return "", line
+    if not re.fullmatch("[A-Za-z0-9._-]{1,64}", name) or len(key) < _NAMED_KEY_CHARACTERS:
+        raise UserError(
+            f"{where}: a colon stands between the name of a key and the key; expected a name of at "
+            "most 64 letters, digits, '.', '_' and '-', and a key of at least "
+            f"{_NAMED_KEY_CHARACTERS} characters",
+            hint="make such a key (`openssl rand -hex 16`), or write a name and a colon before a "
+            "key that itself holds a colon",
+        )
+    return name, key
 
 
 def _variable(name: str) -> str:
@@ -281,6 +354,8 @@ def _value(name: str, text: str, source: str) -> Any:
 def _expected(name: str) -> str:
     """Return in words which values a setting may have."""
     field = Settings.model_fields[name]
+    if field.description:
+        return field.description
     kinds = {
         int: "a whole number",
         float: "a number",
@@ -291,7 +366,7 @@ def _expected(name: str) -> str:
     (kind_words,) = (words for kind, words in kinds.items() if kind in types)
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds_words = [
-        f"{words} {getattr(limit, bound):g}"
+        f"{words} {getattr(limit, bound):.15g}"
         for limit in field.metadata
         for bound, words in bounds.items()
         if hasattr(limit, bound)
@@ -337,6 +412,11 @@ def _check_nothing_is_lost(
                 f"`{option} {name}=` was given, and {result}{reason}",
                 hint=_way_to_set(name, value, packed=packed),
             )
+    if any(word.partition("=")[0] == "--timeout-keep-alive" for word in command):
+        raise UserError(
+            "`--timeout-keep-alive` was given, and keep_alive_s is the setting for this time",
+            hint=f"set {_variable('keep_alive_s')} in the environment instead",
+        )
     typed_names = [name for _, name, _ in _typed(command) if name]
     for name in (*typed_names, *arg_values):
         if name not in Settings.model_fields:

@@ -149,7 +149,9 @@ def test_a_body_in_an_encoding_that_is_not_read_is_told_so(tight: str) -> None:
     packed = call(
         tight, "POST", "/classify", gzip.compress(BODY), {**KEY, "Content-Encoding": "gzip"}
     )
-    assert "gzip" in check_error(packed, 415, "unsupported_media_type")["message"]
+    assert packed.status == 200
+    packed = call(tight, "POST", "/classify", BODY, {**KEY, "Content-Encoding": "br"})
+    assert "br is not read" in check_error(packed, 415, "unsupported_media_type")["message"]
     latin = {**KEY, "Content-Type": "application/json; charset=latin-1"}
     reply = call(tight, "POST", "/classify", '{"texts": "é"}'.encode("latin-1"), latin)
     assert "latin-1" in check_error(reply, 415, "unsupported_media_type")["message"]

@@ -95,6 +95,12 @@ def test_the_log_is_json_and_holds_numbers_and_no_texts(operated: str, folder: P
     assert answered["total_ms"] >= answered["inference_ms"] > 0
     refused = [each for each in records if each["message"] == "refused"][-1]
     assert (refused["status"], refused["reason"]) == (422, "invalid_input")
+    classified, refusal = (
+        call(operated, "POST", "/classify", body, {**JSON, "X-Request-ID": "mine"})
+        for body in (b'{"texts": ["fine"]}', b"{}")
+    )
+    assert classified.headers["x-request-id"] == refusal.headers["x-request-id"] == "mine"
+    wait_for(lambda: sum(each.get("request_id") == "mine" for each in log_of(folder)) == 2)
     assert SECRET not in (folder / "server.log").read_text()
 
 

@@ -53,7 +53,7 @@ from pathlib import Path
 
 from serving import service
 
-service.DEADLINE_S, service.MAX_QUEUE_TEXTS = 1.0, 2
+service.settings = service.settings.model_copy(update={"deadline_s": 1.0, "max_queue_texts": 2})
 honest_run = service.OnnxClassifier.run
 
 
@@ -213,6 +213,7 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
         "texts": 128,
         "queue_texts": 1024,
         "queue_tokens": 2**17,
+        "batch_tokens": 1024,
         "deadline_s": 10.0,
         "body_bytes": MEBIBYTE,
         "held_bytes": 24 * MEBIBYTE,
@@ -222,6 +223,7 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
         "header_timeout_s": 10.0,
         "body_timeout_s": 30.0,
         "write_timeout_s": 30.0,
+        "keep_alive_s": 5.0,
     }
     assert info["lineage"] == fp32.artifact.lineage
     assert len(info["lineage"]["student_sha256"]) == 64

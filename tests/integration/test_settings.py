@@ -26,7 +26,7 @@ from ad2kit.run.errors import ModelError, RunError, UserError
 from ad2kit.service.bento import served
 from ad2kit.service.check import fetch, judge_service
 from ad2kit.service.process import Server, this_server
-from ad2kit.service.settings import SERVER
+from ad2kit.service.settings import PATHS, SECRETS, SERVER, Settings
 from tests.http_client import (
     CHECKOUT,
     JSON,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 PUBLIC = {"/", "/livez", "/readyz", "/healthz", "/metrics"}
+NAMED = "0123456789abcdef"
 TEXT = json.dumps({"texts": ["fine"]}).encode()
 # A user whom /etc/passwd does not know, as in many containers. It may read and not write.
 STRANGER = """#!/bin/sh
@@ -63,7 +64,8 @@ def bento(packaged: tuple[RunDir, BentoRecord]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("settings")
-    (folder / "keys").write_text("\ufeff# of Ann\none\n\n# of Bob\ntwo\n", encoding="utf-8")
+    content = f"\ufeff# of Ann\none\n\n# of Bob\ntwo\ncarol:{NAMED}\n"
+    (folder / "keys").write_text(content, encoding="utf-8")
     return folder
 
 
@@ -82,6 +84,99 @@ def operated(bento: Path, packaged: tuple[RunDir, BentoRecord], folder: Path) ->
     }
     with served(bento, folder, environment=environment) as address:
         yield address
+
+
+# A value of each setting that a client sees in /info.
+IN_FORCE = {
+    "workers": 1,
+    "threads": 2,
+    "shadow_share": 0.5,
+    "access_log": True,
+    "root_path": "/ad2kit",
+    "cors_origins": "https://a.example",
+    "max_body_bytes": 2**14,
+    "max_held_bytes": 2**21,
+    "max_header_bytes": 2**13,
+    "max_headers": 40,
+    "header_timeout_s": 5.5,
+    "body_timeout_s": 6.5,
+    "write_timeout_s": 7.5,
+    "keep_alive_s": 8.5,
+    "max_connections": 90,
+    "max_texts": 4,
+    "max_queue_texts": 400,
+    "max_queue_tokens": 8192,
+    "max_batch_tokens": 512,
+    "deadline_s": 9.5,
+}
+
+
+@pytest.fixture(scope="module", params=["Bento", "checkout"])
+def governed(
+    request: pytest.FixtureRequest,
+    bento: Path,
+    packaged: tuple[RunDir, BentoRecord],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """A Bento, and a checkout, with the same variables for all settings."""
+    folder = tmp_path_factory.mktemp("governed")
+    model = str(packaged[0].onnx("int8"))
+    (folder / "keys").write_text("one\n")
+    environment = {
+        **os.environ,
+        **{f"AD2KIT_{name.upper()}": str(value) for name, value in IN_FORCE.items()},
+        "AD2KIT_SHADOW": model,
+        "AD2KIT_API_KEYS_FILE": str(folder / "keys"),
+    }
+    target, arguments = str(bento), tuple[str, ...]()
+    if request.param == "checkout":
+        environment["AD2KIT_MODEL"] = model
+        target, arguments = SERVICE, ("--working-dir", str(CHECKOUT))
+    with served(target, folder, *arguments, environment=environment) as address:
+        yield address
+
+
+def test_each_setting_is_in_force_in_a_bento_and_in_a_checkout(governed: str) -> None:
+    info = call(governed, "GET", "/info", headers=bearer("one")).json
+    assert info["settings"] == IN_FORCE
+    assert set(Settings.model_fields) == set(IN_FORCE) | {*SECRETS, *PATHS}
+    for name, value in info["limits"].items():
+        assert value == IN_FORCE.get(f"max_{name}", IN_FORCE.get(name))
+    five = json.dumps({"texts": ["fine"] * 5}).encode()
+    error = check_error(call(governed, "POST", "/classify", five, bearer("one")), 413, "too_large")
+    assert "at most 4 texts" in error["message"]
+    assert "at most 4 texts, and 16384 bytes" in error["hint"]
+    document = call(governed, "GET", "/docs.json", headers=bearer("one")).json
+    texts = document["components"]["schemas"]["ClassifyRequest"]["properties"]["texts"]
+    assert texts["anyOf"][1]["maxItems"] == 4
+
+
+@pytest.mark.parametrize("prefix", ["", "/ad2kit"])
+def test_behind_a_proxy_with_a_path_each_path_works(governed: str, prefix: str) -> None:
+    for path in ("/", "/info", "/docs.json", "/metrics", "/livez", "/readyz"):
+        assert call(governed, "GET", f"{prefix}{path}", headers=bearer("one")).status == 200
+    assert call(governed, "POST", f"{prefix}/classify", TEXT, bearer("one")).status == 200
+    check_error(call(governed, "GET", f"{prefix}/info"), 401, "unauthorized")
+    page = call(governed, "GET", prefix or "/").body.decode()
+    assert '<base href="/ad2kit/">' in page
+    assert re.findall(r'(?:href=|fetched\()"(/[^"]*)"', page) == ["/ad2kit/"]  # others: relative
+
+
+def test_a_page_of_another_origin_may_ask_where_it_was_allowed(governed: str) -> None:
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    told = call(governed, "OPTIONS", "/classify", headers=asked)
+    assert told.status == 204
+    assert told.headers["access-control-allow-origin"] == "https://a.example"
+    assert "Authorization" in told.headers["access-control-allow-headers"]
+    for key, status in (("one", 200), ("five", 401)):
+        headers = {**bearer(key), "Origin": "https://a.example"}
+        reply = call(governed, "POST", "/classify", TEXT, headers)
+        assert reply.status == status
+        assert reply.headers["access-control-allow-origin"] == "https://a.example"
+        other = call(
+            governed, "POST", "/classify", TEXT, {**headers, "Origin": "https://b.example"}
+        )
+        assert "access-control-allow-origin" not in other.headers
 
 
 def said_in(folder: Path, message: str) -> list[dict[str, Any]]:
@@ -141,6 +236,23 @@ def test_keys_are_asked_for_on_every_route_that_is_not_public(operated: str) -> 
         assert call(operated, "POST", "/classify", TEXT, bearer(key)).status == 200
     for path in PUBLIC:
         assert call(operated, "GET", path).status == 200
+
+
+def test_requests_are_counted_and_logged_by_the_name_of_their_key(
+    operated: str, folder: Path
+) -> None:
+    for key, body, status in ((NAMED, TEXT, 200), (f"carol:{NAMED}", b"{}", 422)):
+        headers = {**bearer(key), "X-Request-ID": "of-carol"}
+        assert call(operated, "POST", "/classify", body, headers).status == status
+    wait_for(lambda: counted(operated, "ad2kit_key_requests_total") == 2)
+    assert 'ad2kit_key_requests_total{name="carol"}' in metrics_of(operated)
+
+    def logged() -> list[tuple[Any, Any]]:
+        of_carol = [each for each in log_of(folder) if each.get("request_id") == "of-carol"]
+        return [(each["status"], each["key_name"]) for each in of_carol]
+
+    wait_for(lambda: sorted(logged()) == [(200, "carol"), (422, "carol")])
+    assert NAMED not in (folder / "server.log").read_text()
 
 
 def test_there_are_as_many_workers_and_threads_as_were_asked_for(
@@ -314,7 +426,7 @@ def test_a_worker_takes_what_its_parent_decided(
     monkeypatch.setenv("AD2KIT_THREADS", "7")  # whatever a worker may find there
     worker = this_server(place, {}, worker=True)
     assert worker == decided.model_copy(update={"pid": os.getppid()})
-    assert worker.settings.keys() == ["one"]
+    assert worker.settings.keys() == {"one": ""}
     # The parent process of another server looks for itself.
     assert this_server(place, {}, worker=False).settings.threads == 7
 

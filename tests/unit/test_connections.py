@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ import uvicorn
 
 from ad2kit.run.errors import UserError
 from ad2kit.service import connections
-from ad2kit.service.connections import bounded, check_files
+from ad2kit.service.connections import REQUEST, bounded, check_files
 from ad2kit.service.errors import ErrorContract, Pace, Problem, send_json
 from ad2kit.service.settings import Settings
 
@@ -38,11 +39,10 @@ class Server:
         self.seen, self.told = list[Any](), list[tuple[int, str]]()
         self.go_on = threading.Event()
         self.go_on.set()
-        contract = ErrorContract(self.app, max_body_bytes=2**30, pace=pace)
+        self.logged = list[str]()  # the ids of the requests for which something could be logged
+        contract = ErrorContract(self.app, max_body_bytes=2**30, observe=self.observe, pace=pace)
         self.full = False
-        self.protocol = bounded(
-            Settings(**limits), lambda *told: self.told.append(told), self.admit, pace
-        )
+        self.protocol = bounded(Settings(**limits), self.observe, self.admit, pace)
         config = uvicorn.Config(
             contract,
             port=0,
@@ -53,6 +53,11 @@ class Server:
         )
         self.server = uvicorn.Server(config)
 
+    def observe(self, *told: Any) -> None:
+        """Note a problem that a client was told."""
+        self.told.append(told)
+        self.logged.append(REQUEST.get()["request_id"])
+
     def admit(self, method: bytes, path: bytes) -> None:
         """Refuse POSTs to one path while the server is full."""
         if self.full and (method, path) == (b"POST", b"/"):
@@ -61,6 +66,8 @@ class Server:
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer with the size of the body; nothing is read of a body for /unread."""
         self.seen.append(scope)
+        if scope["path"] != "/full":
+            self.logged.append(REQUEST.get()["request_id"])
         if scope["path"] == "/full":
             raise Problem(429, "no room for so many")
         size, more = 0, scope["path"] != "/unread"
@@ -144,6 +151,7 @@ def seen(server: Server) -> list[Message]:
     wait_for(lambda: not server.server.server_state.tasks)
     server.seen.clear()
     server.told.clear()
+    server.logged.clear()
     return server.seen
 
 
@@ -262,6 +270,123 @@ def test_a_query_reaches_neither_application_nor_log(server: Server, seen: list[
     assert status == 200
     assert (seen[0]["path"], seen[0]["query_string"]) == ("/", b"")
     assert "secret" not in str(seen[0])
+
+
+def with_id(request_id: bytes) -> bytes:
+    return GET.replace(b"\r\n\r\n", b"\r\nX-Request-ID: " + request_id + b"\r\n\r\n")
+
+
+def ids(server: Server, *requests: bytes) -> list[str]:
+    """The ids in the answers to some requests of one connection, which are sent together."""
+    with server.connect() as link:
+        link.sendall(b"".join(requests))
+        received = b""
+        while received.count(b"x-request-id: ") < len(requests):
+            received += link.recv(2**16)
+    return re.findall(r"x-request-id: (.*)\r\n", received.decode())
+
+
+@pytest.mark.usefixtures("seen")
+def test_the_id_of_a_request_is_taken_over_or_made(server: Server) -> None:
+    longest = b"x" * 128
+    assert ids(server, with_id(b"a-1"), with_id(longest)) == ["a-1", longest.decode()]
+    wrong = (b"", b"x" * 129, b"two words", "\u00e9".encode(), b"tab\there")
+    made = ids(server, GET, GET, *map(with_id, wrong))
+    assert len(set(made)) == 2 + len(wrong)
+    assert all(re.fullmatch("[0-9a-f]{16}-[0-9a-f]+", each) for each in made)
+    # Requests that wait for one before them log with their own id.
+    assert server.logged[-2 - len(wrong) :] == made
+    assert server.logged[:2] == ["a-1", longest.decode()]
+
+
+@pytest.mark.usefixtures("seen")
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (with_id(b"a-1")[:-2] + b"Large: " + b"x" * 2048 + b"\r\n\r\n", 431),
+        (with_id(b"a-1")[:-2] + b"A: b\r\nNo colon\r\n\r\n", 400),
+        (with_id(b"a-1").replace(b"GET /", b"GET /full"), 429),
+    ],
+)
+def test_what_is_refused_has_its_id_in_the_answer_and_in_the_log(
+    server: Server, sent: bytes, status: int
+) -> None:
+    assert ids(server, sent) == ["a-1"]
+    assert server.told[-1][0] == status
+    assert server.logged[-1] == "a-1"
+
+
+def test_what_is_not_admitted_has_its_id() -> None:
+    with serving() as server:
+        server.full = True
+        request = with_id(b"a-1").replace(b"GET", b"POST")
+        assert ids(server, request[:-2] + b"Content-Length: 0\r\n\r\n") == ["a-1"]
+        assert server.logged == ["a-1"]
+
+
+def head_of(server: Server, sent: bytes) -> dict[str, str]:
+    """The headers of an answer that ends its connection or not; names in small letters."""
+    with server.connect() as link:
+        link.sendall(sent)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += link.recv(2**16)
+    lines = received.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+
+
+def of_origin(origin: str, request: bytes = GET) -> bytes:
+    return request[:-2] + f"Origin: {origin}\r\nA: b\r\n\r\n".encode()
+
+
+ALLOW = "access-control-allow-origin"
+TOO_LARGE = GET[:-2] + b"Large: " + b"x" * 2048 + b"\r\n\r\n"
+
+
+def test_pages_of_some_origins_read_every_answer_and_no_others_do() -> None:
+    given = {"cors_origins": "https://a.example, http://b:8080", "max_header_bytes": 2048}
+    with serving(**given) as server:
+        refusal = of_origin("http://b:8080")[:-2] + b"Large: " + b"x" * 2048 + b"\r\n\r\n"
+        for request in (GET, GET.replace(b"/", b"/full", 1)):
+            answer = head_of(server, of_origin("https://a.example", request))
+            assert (answer[ALLOW], answer["vary"]) == ("https://a.example", "Origin")
+            assert "X-Request-ID" in answer["access-control-expose-headers"]
+        assert head_of(server, refusal)[ALLOW] == "http://b:8080"  # the application is not asked
+        for origin in ("https://a.example.evil", "http://a.example", "null", "*"):
+            answer = head_of(server, of_origin(origin))
+            assert ALLOW not in answer
+            assert answer["vary"] == "Origin"
+        server.full = True
+        post = of_origin("https://a.example", GET.replace(b"GET", b"POST"))
+        assert head_of(server, post)[ALLOW] == "https://a.example"
+
+
+def test_pages_of_all_origins_or_of_none() -> None:
+    with serving(cors_origins="*") as server:
+        for request in (GET, of_origin("null")):
+            answer = head_of(server, request)
+            assert (answer[ALLOW], "vary" in answer) == ("*", False)
+    with serving() as server:
+        assert not {ALLOW, "vary"} & set(head_of(server, of_origin("https://a.example")))
+
+
+def test_the_prefix_of_a_proxy_is_taken_off() -> None:
+    with serving(root_path="/ad2/kit") as server:
+        for sent, path in (
+            ("/ad2/kit/info", "/info"),
+            ("/info", "/info"),
+            ("/ad2/kit/?text=a", "/"),
+            ("/ad2/kit", "/"),
+            ("/ad2/kit?text=a", "/"),
+            ("/ad2/kitten", "/ad2/kitten"),
+            ("/ad2/kit//metrics", "//metrics"),
+            ("/ad2/kit/ad2/kit/x", "/ad2/kit/x"),
+        ):
+            server.ask(GET.replace(b"/", sent.encode(), 1))
+            assert server.seen[-1]["path"] == path
+        server.full = True
+        (refused,) = server.ask(POST.replace(b"/", b"/ad2/kit/", 1) + b"Content-Length: 0\r\n\r\n")
+        assert refused[0] == 429
 
 
 def test_an_upgrade_to_another_protocol_is_answered_as_none(

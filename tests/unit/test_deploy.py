@@ -89,9 +89,7 @@ def test_a_pod_is_not_killed_while_it_answers() -> None:
     pod = of_kind("Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     _, delay_s = container["lifecycle"]["preStop"]["exec"]["command"]
-    assert pod["terminationGracePeriodSeconds"] > int(delay_s) + ast.literal_eval(
-        CONSTANTS["DEADLINE_S"]
-    )
+    assert pod["terminationGracePeriodSeconds"] > int(delay_s) + Settings().deadline_s
     for probe in ("readinessProbe", "startupProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in ast.literal_eval(CONSTANTS["PUBLIC"])
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import importlib
 import json
+import sys
 import threading
+import tracemalloc
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,8 +22,10 @@ from pydantic import ValidationError
 
 from ad2kit.exporting.classifier import Prediction
 from ad2kit.service.batcher import Batcher
+from ad2kit.service.connections import REQUEST
+from ad2kit.service.encodings import _readers
 from ad2kit.service.errors import ErrorContract, Problem
-from ad2kit.service.http import Classify, Direct, RequestTimes, parse
+from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, parse
 from ad2kit.service.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
@@ -35,8 +42,8 @@ class Echo(Classify):
 
     def __init__(self) -> None: ...
 
-    async def answer(self, body: bytes) -> tuple[bytes, RequestTimes]:
-        return body, RequestTimes()
+    async def answer(self, body: bytes, encoding: bytes = b"") -> tuple[bytes, RequestTimes]:
+        return encoding + body, RequestTimes()
 
 
 async def passed_on(*_: object) -> None:
@@ -86,7 +93,8 @@ def test_plain_json_is_read_however_it_is_said(declared: list[tuple[bytes, bytes
     [
         ([], "found no Content-Type"),
         ([(b"content-type", b"text/plain")], "found Content-Type text/plain"),
-        ([*JSON, (b"content-encoding", b"gzip")], "Content-Encoding gzip is not read"),
+        ([*JSON, (b"content-encoding", b"deflate")], "Content-Encoding deflate is not read"),
+        ([*JSON, (b"content-encoding", b"gzip, gzip")], "Content-Encoding gzip, gzip is not"),
         ([*JSON, (b"Content-Encoding", b" BR ")], "Content-Encoding BR is not read"),
         ([*JSON, (b"content-encoding", b"\xff" * 999)], "is not read"),
         ([*JSON, (b"transfer-encoding", b"gzip, chunked")], "Transfer-Encoding gzip, chunked is"),
@@ -105,13 +113,169 @@ def test_a_body_in_an_encoding_that_is_not_read_is_told_so(
     assert error["hint"].startswith("send the header Content-Type: application/json")
 
 
+def test_a_browser_is_told_without_a_key_what_a_page_may_send() -> None:
+    sent = list[Any]()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    api = Preflight(ApiKeys(passed_on, keys={"one": ""}, public=()))
+    asked = [(b"origin", b"https://a.example"), (b"access-control-request-method", b"POST")]
+    asyncio.run(api({**SCOPE, "method": "OPTIONS", "headers": asked}, receive, send))
+    start, _ = sent
+    assert start["status"] == 204
+    headers = dict(start["headers"])
+    assert b"Authorization" in headers[b"access-control-allow-headers"]
+    for others in ({"method": "OPTIONS"}, {"method": "POST", "headers": asked}):
+        with pytest.raises(Problem) as problem:
+            asyncio.run(api({**SCOPE, **others}, receive, send))
+        assert problem.value.status == 401
+
+
+PACKERS = {b"gzip": gzip.compress}
+PACKED = gzip.compress(b'{"texts": "a"}', mtime=0)
+with contextlib.suppress(ImportError):  # whichever of the two there is
+    PACKERS[b"zstd"] = importlib.import_module("zstandard").compress
+with contextlib.suppress(ImportError):
+    PACKERS[b"zstd"] = importlib.import_module("compression.zstd").compress
+
+
+async def read_packed(encoding: bytes, body: bytes, **more: Any) -> list[str]:
+    """The texts that are read of a compressed body."""
+    tokens = Tokens()
+    async with classifying(tokens, **more) as api:
+        await api.answer(body, encoding)
+    return tokens.seen
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+@pytest.mark.parametrize("size", [1, 2**13 - 15, 2**13, 2**16, 2**20 - 15])
+def test_a_compressed_body_is_read_as_the_plain_one(encoding: bytes, size: int) -> None:
+    text = "x" * size
+    assert asyncio.run(read_packed(encoding, PACKERS[encoding](body_of([text])))) == [text]
+
+
+def test_the_encoding_that_is_declared_is_handed_on() -> None:
+    for declared, encoding in ((b"gzip", b"gzip"), (b" X-GZIP ", b"x-gzip"), (b"identity", b"")):
+        start, body = ask([b"{}"], headers=[*JSON, (b"content-encoding", declared)])
+        assert (start["status"], body["body"]) == (200, encoding + b"{}")
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+@pytest.mark.parametrize(("limit", "size"), [(2**10, 2**11), (2**20, 2**20), (2**20, 2**28)])
+def test_a_body_that_unpacks_to_more_than_it_may_have_is_refused_before_it_is_unpacked(
+    encoding: bytes, limit: int, size: int
+) -> None:
+    bomb = PACKERS[encoding](b" " * size + b'{"texts": "a"}')
+    tracemalloc.start()
+    with pytest.raises(Problem) as problem:
+        asyncio.run(read_packed(encoding, bomb, max_body_bytes=limit))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert problem.value.status == 413
+    assert f"at most {limit} bytes after it is unpacked" in problem.value.detail
+    assert most < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "ends too early"),
+        (b'{"texts": "a"}', "incorrect header"),
+        (PACKED[:-1], "ends too early"),
+        (PACKED[:-8] + bytes(8), "incorrect data check"),
+        (PACKED + b"more", "incorrect header"),
+        (gzip.compress(b"", mtime=0) * 40_000, "more than 16 parts"),
+    ],
+    ids=["empty", "plain", "cut", "wrong sum", "followed by more", "many members"],
+)
+def test_a_damaged_body_is_refused(body: bytes, said: str) -> None:
+    with pytest.raises(Problem, match=said) as problem:
+        asyncio.run(read_packed(b"gzip", body))
+    assert problem.value.status == 400
+    members = gzip.compress(b'{"texts": ') + gzip.compress(b'"a"}')
+    assert asyncio.run(read_packed(b"gzip", members)) == ["a"]
+
+
+@pytest.mark.skipif(b"zstd" not in PACKERS, reason="needs Python 3.14 or the package zstandard")
+@pytest.mark.parametrize(
+    "body", [b"", b'{"texts": "a"}', b"\x28\xb5\x2f\xfd\x00\xa8" + bytes(9)], ids=repr
+)
+def test_a_damaged_body_of_zstd_is_refused(body: bytes) -> None:
+    """The last one asks for a window of gigabytes."""
+    with pytest.raises(Problem) as problem:
+        asyncio.run(read_packed(b"zstd", body))
+    assert problem.value.status == 400
+
+
+def test_without_a_reader_of_zstd_its_bodies_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    _readers.cache_clear()
+    try:
+        start, body = ask([b"{}"], headers=[*JSON, (b"content-encoding", b"zstd")])
+    finally:
+        _readers.cache_clear()
+    assert start["status"] == 415
+    assert b"needs Python 3.14 or the package zstandard" in body["body"]
+
+
+def test_of_the_bodies_that_are_much_larger_unpacked_only_one_is_unpacked_at_a_time() -> None:
+    async def ask_all() -> None:
+        tokens = Tokens()
+        async with classifying(tokens) as api:
+            body = gzip.compress(body_of(["x" * 2**19]))
+            await asyncio.gather(*(api.answer(body, b"gzip") for _ in range(8)))
+        assert (len(tokens.seen), tokens.most_at_once) == (8, 1)
+
+    asyncio.run(ask_all())
+
+
+def test_who_asks_is_known_by_the_name_of_the_key() -> None:
+    counted = list[str]()
+
+    async def answered(*_: object) -> None: ...
+
+    async def nothing(*_: object) -> Message:
+        raise AssertionError
+
+    long = "0123456789abcdef"
+    keys = {long: "ann", "plain": ""}
+    api = ApiKeys(answered, keys=keys, public=("/livez",), count=counted.append)
+
+    def name_of(key: str, **more: Any) -> str | None:
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        facts: dict[str, str] = {}
+        REQUEST.set(facts)
+        asyncio.run(api({**SCOPE, "headers": headers, **more}, nothing, nothing))
+        return facts.get("key_name")
+
+    # As a whole, it was a key before there were names.
+    assert (name_of(long), name_of(f"ann:{long}"), name_of("plain")) == ("ann", "ann", None)
+    assert name_of(long, path="/livez") is None
+    for wrong in ("ann", "ann:", f"bob:{long}", f":{long}", ":plain", ""):
+        with pytest.raises(Problem):
+            name_of(wrong)
+    assert counted == ["ann", "ann"]
+
+
 def test_what_comes_while_the_service_drains_is_told_so() -> None:
     async def ask_late() -> None:
         batcher = Batcher(
             lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=8, max_queue_texts=8
         )
         await batcher.close()
-        api = Classify(Tokens(), batcher, deadline_s=1.0, metrics=Uncounted())  # type: ignore[arg-type]
+        api = Classify(
+            Tokens(),  # type: ignore[arg-type]
+            batcher,
+            deadline_s=1.0,
+            max_texts=9,
+            max_body_bytes=2**20,
+            metrics=Uncounted(),  # type: ignore[arg-type]
+        )
         await api.answer(b'{"texts": ["late"]}')
 
     with pytest.raises(Problem) as problem:
@@ -159,7 +323,13 @@ async def classifying(
     batcher = Batcher(
         lambda rows: np.zeros((len(rows), 2)), max_batch_tokens=64, max_queue_texts=max_queue_texts
     )
-    given: dict[str, Any] = {"deadline_s": 10.0, "metrics": Uncounted(), **more}
+    given: dict[str, Any] = {
+        "deadline_s": 10.0,
+        "max_texts": 128,
+        "max_body_bytes": 2**20,
+        "metrics": Uncounted(),
+        **more,
+    }
     api = Classify(tokens, batcher, **given)  # type: ignore[arg-type]
     try:
         yield api
@@ -300,11 +470,11 @@ def test_a_body_is_read_as_its_published_model_reads_it(value: Any) -> None:
         expected = ClassifyRequest.model_validate_json(body)
     except ValidationError:
         with pytest.raises(Problem) as problem:
-            parse(body, 1)
+            parse(body, 1, 128)
         assert problem.value.status == 422
         assert problem.value.detail
         return
-    texts, scores = parse(body, 1)
+    texts, scores = parse(body, 1, 128)
     assert [tuple(each) if isinstance(each, list) else each for each in texts] == expected.as_list()
     assert scores is expected.scores
 
@@ -331,7 +501,7 @@ def test_a_body_is_read_as_its_published_model_reads_it(value: Any) -> None:
 )
 def test_a_client_is_told_of_one_fault_in_words(body: bytes, status: int, said: str) -> None:
     with pytest.raises(Problem) as problem:
-        parse(body, 1)
+        parse(body, 1, 128)
     assert problem.value.status == status
     assert said in problem.value.detail
 
@@ -347,13 +517,13 @@ def test_a_client_is_told_of_one_fault_in_words(body: bytes, status: int, said: 
 )
 def test_what_is_said_of_a_body_is_short_however_large_it_is(body: bytes) -> None:
     with pytest.raises(Problem) as problem:
-        parse(body, 1)
+        parse(body, 1, 128)
     assert len(problem.value.content()) < 400
 
 
 def test_a_model_of_pairs_asks_for_pairs() -> None:
     with pytest.raises(Problem) as problem:
-        parse(b'{"texts": [["a"]]}', 2)
+        parse(b'{"texts": [["a"]]}', 2, 128)
     assert problem.value.hint.startswith('send {"texts": [["...", "..."]]} with 1 to 128 pairs')
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ad2kit.run.errors import UserError
-from ad2kit.service.settings import Settings, client_key, keys_of, read_settings
+from ad2kit.service.settings import OF_A_CHECKOUT, Settings, client_key, keys_of, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ ALL = {
     "shadow": ("/teacher", "/teacher"),
     "shadow_share": ("0.5", 0.5),
     "access_log": ("true", True),
+    "root_path": ("/ad2kit", "/ad2kit"),
+    "cors_origins": ("https://a.example,http://b:8080", "https://a.example,http://b:8080"),
     "max_body_bytes": ("2048", 2048),
     "max_held_bytes": ("4096", 4096),
     "max_header_bytes": ("1024", 1024),
@@ -33,7 +35,41 @@ ALL = {
     "header_timeout_s": ("0.5", 0.5),
     "body_timeout_s": ("1.5", 1.5),
     "write_timeout_s": ("2.5", 2.5),
+    "keep_alive_s": ("3.5", 3.5),
     "max_connections": ("7", 7),
+    "max_texts": ("5", 5),
+    "max_queue_texts": ("6", 6),
+    "max_queue_tokens": ("4096", 4096),
+    "max_batch_tokens": ("512", 512),
+    "deadline_s": ("4.5", 4.5),
+}
+# One value of each setting that is refused, and what is said to be right.
+WRONG = {
+    "model": ("", "a text that is not empty"),
+    "runs_dir": ("", "a text that is not empty"),
+    "workers": ("0", "a whole number, at least 1, at most 1024"),
+    "threads": ("1025", "a whole number, at least 1, at most 1024"),
+    "api_keys": (",", "one key a line"),
+    "api_keys_file": ("", "a text that is not empty"),
+    "shadow": ("", "a text that is not empty"),
+    "shadow_share": ("2", "a number, above 0, at most 1"),
+    "access_log": ("maybe", "true or false"),
+    "root_path": ("/ad2kit/", "a path such as /ad2kit, without a slash at its end"),
+    "cors_origins": ("https://a.example/", "* or origins with commas between them"),
+    "max_body_bytes": ("1023", "a whole number, at least 1024, at most 67108864"),
+    "max_held_bytes": ("1MB", "a whole number, at least 1024, at most 4294967296"),
+    "max_header_bytes": ("", "a whole number, at least 1024, at most 1048576"),
+    "max_headers": ("7", "a whole number, at least 8, at most 10000"),
+    "header_timeout_s": ("0", "a number, at least 0.1, at most 3600"),
+    "body_timeout_s": ("inf", "a number, at least 0.1, at most 3600"),
+    "write_timeout_s": ("nan", "a number, at least 0.1, at most 3600"),
+    "keep_alive_s": ("-1", "a number, at least 0.1, at most 3600"),
+    "max_connections": ("0", "a whole number, at least 1, at most 65536"),
+    "max_texts": ("0", "a whole number, at least 1, at most 65536"),
+    "max_queue_texts": ("1e3", "a whole number, at least 1, at most 1048576"),
+    "max_queue_tokens": ("0", "a whole number, at least 1, at most 1073741824"),
+    "max_batch_tokens": ("two", "a whole number, at least 1, at most 1048576"),
+    "deadline_s": ("5s", "a number, at least 0.1, at most 3600"),
 }
 
 
@@ -127,6 +163,11 @@ def test_a_lost_file_that_cannot_be_found_again_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("words", [["--timeout-keep-alive", "9"], ["--timeout-keep-alive=9"]])
+def test_an_option_of_bentoml_that_a_setting_replaces_is_refused(words: list[str]) -> None:
+    assert "set AD2KIT_KEEP_ALIVE_S" in refusal({}, {}, ["serve", *words])
+
+
 def test_an_argument_that_was_given_twice_is_refused() -> None:
     command = ["serve", "--arg", "workers=2", "--arg", "workers=3"]
     assert "BentoML hands on '3': it was given twice" in refusal({}, {"workers": "3"}, command)
@@ -153,6 +194,17 @@ def test_argument_and_variable_that_differ_are_refused() -> None:
         ("access_log", "maybe", "true or false"),
         ("model", "", "a text that is not empty"),
         ("api_keys_file", "", "a text that is not empty"),
+        ("root_path", "", "a path such as /ad2kit"),
+        ("root_path", "/", "a path such as /ad2kit"),
+        ("root_path", "ad2kit", "a path such as /ad2kit"),
+        ("root_path", '/"><script>', "a path such as /ad2kit"),
+        ("root_path", "/a\n", "a path such as /ad2kit"),
+        ("cors_origins", "", "* or origins"),
+        ("cors_origins", "a.example", "* or origins"),
+        ("cors_origins", "https://A.example", "* or origins"),
+        ("cors_origins", "*, https://a.example", "* or origins"),
+        ("cors_origins", "https://a.example,", "* or origins"),
+        ("cors_origins", "null", "* or origins"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_right(name: str, text: str, expected: str) -> None:
@@ -160,6 +212,23 @@ def test_a_wrong_value_is_refused_with_what_is_right(name: str, text: str, expec
     assert f"AD2KIT_{name.upper()}: expected {expected}" in said
     assert f"found {text!r}" in said
     assert f"--arg {name}: expected {expected}" in refusal({}, {name: text})
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["Bento", "checkout"])
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_each_setting_is_in_force_or_refused_with_its_name_and_range(
+    name: str, packed: bool
+) -> None:
+    variable = f"AD2KIT_{name.upper()}"
+    text, expected = WRONG[name]
+    with pytest.raises(UserError) as refused:
+        read({variable: text}, packed=packed).keys()
+    said = f"{refused.value.message}; {refused.value.hint}"
+    assert variable in said
+    assert expected in said
+    if not (packed and name in OF_A_CHECKOUT):
+        text, value = ALL[name]
+        assert getattr(read({variable: text}, packed=packed), name) == value
 
 
 def test_a_truth_in_a_file_is_no_number() -> None:
@@ -215,17 +284,29 @@ def test_a_bento_serves_the_model_that_it_holds() -> None:
         assert f"unset AD2KIT_{name.upper()}" in said
 
 
+def test_origins_are_listed_with_commas_between_them() -> None:
+    assert Settings().origins() == []
+    assert Settings(cors_origins="*").origins() == ["*"]
+    assert Settings(cors_origins="https://a.example , http://[::1]:8080").origins() == [
+        "https://a.example",
+        "http://[::1]:8080",
+    ]
+
+
 def test_settings_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(UserError, match=r"shadow_share=0\.5 .* there is no shadow") as refused:
         Settings(shadow_share=0.5).check_they_fit()
     assert "AD2KIT_SHADOW=FOLDER" in refused.value.hint
     with pytest.raises(UserError, match=r"model names what is served, a, and runs_dir .* b"):
         Settings(model="a", runs_dir="b").check_they_fit()
-    with pytest.raises(
-        UserError, match=r"may have 1048576 bytes .* worker together 2048"
-    ) as refused:
+    with pytest.raises(UserError, match=r"may have 1048576 .* in a worker 2048") as refused:
         Settings(max_held_bytes=2048).check_they_fit()
     assert "raise AD2KIT_MAX_HELD_BYTES" in refused.value.hint
+    for part, whole in (("max_texts", "max_queue_texts"), ("max_batch_tokens", "max_queue_tokens")):
+        with pytest.raises(UserError, match=rf"may have 9 \({part}\), .* 8 \({whole}\)") as refused:
+            settings_of(**{part: 9, whole: 8}).check_they_fit()
+        assert f"raise AD2KIT_{whole.upper()}, or lower" in refused.value.hint
+        settings_of(**{part: 8, whole: 8}).check_they_fit()
     Settings(shadow="a", shadow_share=0.5, model="b").check_they_fit()
 
 
@@ -249,9 +330,10 @@ def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_keys_are_read_from_a_file(content: bytes, keys: list[str], tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(content)
-    assert keys_of(tmp_path / "keys") == keys
-    assert Settings(api_keys_file=str(tmp_path / "keys")).keys() == keys
-    assert Settings(api_keys="x", api_keys_file=str(tmp_path / "keys")).keys() == ["x", *keys]
+    assert keys_of(tmp_path / "keys") == [("", key) for key in keys]
+    assert list(Settings(api_keys_file=str(tmp_path / "keys")).keys()) == keys
+    both = Settings(api_keys="x", api_keys_file=str(tmp_path / "keys"))
+    assert list(both.keys()) == ["x", *keys]
 
 
 @pytest.mark.parametrize(
@@ -267,14 +349,29 @@ def test_keys_are_read_from_a_file(content: bytes, keys: list[str], tmp_path: Pa
         pytest.param(b"\x80\x81secret", "cannot read the API keys", id="not UTF-8"),
         pytest.param(b"one two\n", "line 1: an API key", id="two in a line"),
         pytest.param("schl\u00fcssel\n".encode(), "line 1: an API key", id="not ASCII"),
+        pytest.param(b"longsecret:1\n", "line 1: a colon stands between", id="a short key"),
+        pytest.param(b":" + b"k" * 16, "line 1: a colon stands between", id="no name"),
+        pytest.param(b"a/b:" + b"k" * 16, "a name of at most 64 letters", id="a wrong name"),
+        pytest.param(b"x" * 65 + b":" + b"k" * 16, "at most 64 letters", id="a long name"),
+        pytest.param(b"a:%b\nb:%b" % (b"k" * 16, b"k" * 16), "two names, 'a' and 'b'", id="twice"),
+        pytest.param(b"%b\nb:%b" % (b"k" * 16, b"k" * 16), "two names, '' and 'b'", id="no name"),
     ],
 )
 def test_a_file_without_keys_opens_nothing(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(UserError, match=said) as refused:
         Settings(api_keys_file=str(tmp_path / "keys")).keys()
-    assert "key a line" in refused.value.hint
+    assert refused.value.hint.startswith(("write one key", "give", "make such a key"))
     assert "secret" not in refused.value.message
+
+
+def test_a_key_may_have_a_name(tmp_path: Path) -> None:
+    old, new = "0123456789abcdef", "0123:456789abcdef"
+    (tmp_path / "keys").write_text(f"ann:{old}\nann:{new}\nplain\n")
+    settings = Settings(api_keys=f"bob-2:{old}x", api_keys_file=str(tmp_path / "keys"))
+    assert settings.keys() == {f"{old}x": "bob-2", old: "ann", new: "ann", "plain": ""}
+    # What a client sends is the key alone.
+    assert client_key(tmp_path / "keys", {}) == old
 
 
 def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
@@ -289,8 +386,8 @@ def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
 
 
 def test_keys_in_the_environment() -> None:
-    assert Settings(api_keys=" one, two ,\n").keys() == ["one", "two"]
-    assert Settings().keys() == []
+    assert Settings(api_keys=" one, two ,\n").keys() == {"one": "", "two": ""}
+    assert Settings().keys() == {}
     for text in ("", ",", " , \n"):
         with pytest.raises(UserError, match="asked for and there is none"):
             Settings(api_keys=text).keys()

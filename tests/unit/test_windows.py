@@ -207,7 +207,14 @@ def classify(
             observe=seen.append,
             **limits,
         )
-        api = Classify(classifier, batcher, deadline_s=20.0, metrics=Uncounted())  # type: ignore[arg-type]
+        api = Classify(
+            classifier,
+            batcher,
+            deadline_s=20.0,
+            max_texts=9,
+            max_body_bytes=2**20,
+            metrics=Uncounted(),  # type: ignore[arg-type]
+        )
         try:
             requests = [api.answer(json.dumps(body).encode()) for body in bodies]
             return await asyncio.gather(*requests, return_exceptions=True)
