@@ -34,11 +34,11 @@ OF_A_CHECKOUT = ("model", "runs_dir")
 _NO_SETTING = re.compile(
     rf"{PREFIX}(BENCH_.*|SERVER|(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
 )
-# A part and the setting of its maximum, the whole and the setting of its maximum.
+# The bound of a part, the bound of the whole, and what the whole is.
 _PARTS = (
-    ("the body of a request", "max_body_bytes", "all bodies in a worker", "max_held_bytes"),
-    ("the texts of a request", "max_texts", "the queue", "max_queue_texts"),
-    ("the tokens of a batch", "max_batch_tokens", "the queue", "max_queue_tokens"),
+    ("max_body_bytes", "max_held_bytes", "all bodies in a worker"),
+    ("max_texts", "max_queue_texts", "the queue"),
+    ("max_batch_tokens", "max_queue_tokens", "the queue"),
 )
 # An origin as browsers send it: scheme, host in small letters, and a port if it is not the usual.
 _ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
@@ -129,13 +129,13 @@ class Settings(BaseModel):
                 "and there is no shadow",
                 hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
             )
-        for part, its_name, whole, whole_name in _PARTS:
-            most_of_part, most_of_whole = getattr(self, its_name), getattr(self, whole_name)
-            if most_of_whole < most_of_part:
+        for part, whole, meaning in _PARTS:
+            most_of_part, most_of_whole = getattr(self, part), getattr(self, whole)
+            if most_of_part > most_of_whole:
                 raise UserError(
-                    f"{part} may have {most_of_part} ({its_name}), and {whole} {most_of_whole} "
-                    f"({whole_name})",
-                    hint=f"raise {_variable(whole_name)}, or lower {_variable(its_name)}",
+                    f"{part}={most_of_part} is more than {whole}={most_of_whole}, the bound of "
+                    f"{meaning}",
+                    hint=f"raise {_variable(whole)}, or lower {_variable(part)}",
                 )
 
     def limits(self) -> dict[str, int | float]:
@@ -412,7 +412,9 @@ def _check_nothing_is_lost(
                 f"`{option} {name}=` was given, and {result}{reason}",
                 hint=_way_to_set(name, value, packed=packed),
             )
-    if any(word.partition("=")[0] == "--timeout-keep-alive" for word in command):
+    if _is_bentoml(command) and any(
+        word.partition("=")[0] == "--timeout-keep-alive" for word in command
+    ):
         raise UserError(
             "`--timeout-keep-alive` was given, and keep_alive_s is the setting for this time",
             hint=f"set {_variable('keep_alive_s')} in the environment instead",
@@ -444,13 +446,18 @@ def _way_to_set(name: str, value: str, *, packed: bool) -> str:
     return f"set {_variable(name)}={shown} in the environment instead"
 
 
+def _is_bentoml(command: Sequence[str]) -> bool:
+    """Tell whether a command line is one of ``bentoml``, or of ``python -m bentoml``."""
+    program = Path(command[0]) if command else Path()
+    return program.stem == "bentoml" or program.parent.name == "bentoml"
+
+
 def _typed(command: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Yield option, name and value of each typed argument of ``bentoml``.
 
     A file of arguments that cannot be read has an empty name, and its path is the value.
     """
-    program = Path(command[0]) if command else Path()
-    if program.stem != "bentoml" and program.parent.name != "bentoml":
+    if not _is_bentoml(command):
         return
     words = iter(command[1:])
     for word in words:
