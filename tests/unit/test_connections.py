@@ -281,8 +281,10 @@ def ids(server: Server, *requests: bytes) -> list[str]:
     with server.connect() as link:
         link.sendall(b"".join(requests))
         received = b""
-        while received.count(b"x-request-id: ") < len(requests):
-            received += link.recv(2**16)
+        while received.count(b"HTTP/1.1") < len(requests) or not received.endswith(b"}"):
+            data = link.recv(2**16)
+            assert data
+            received += data
     return re.findall(r"x-request-id: (.*)\r\n", received.decode())
 
 
@@ -330,7 +332,9 @@ def head_of(server: Server, sent: bytes) -> dict[str, str]:
         link.sendall(sent)
         received = b""
         while b"\r\n\r\n" not in received:
-            received += link.recv(2**16)
+            data = link.recv(2**16)
+            assert data
+            received += data
     lines = received.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
     return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
 

@@ -228,7 +228,12 @@ def test_of_the_bodies_that_are_much_larger_unpacked_only_one_is_unpacked_at_a_t
         tokens = Tokens()
         async with classifying(tokens) as api:
             body = gzip.compress(body_of(["x" * 2**19]))
-            await asyncio.gather(*(api.answer(body, b"gzip") for _ in range(8)))
+            tokens.go_on.clear()
+            answers = asyncio.gather(*(api.answer(body, b"gzip") for _ in range(8)))
+            await asyncio.to_thread(tokens.entered.wait, 10)
+            await asyncio.sleep(0.2)  # time for a second one
+            tokens.go_on.set()
+            await answers
         assert (len(tokens.seen), tokens.most_at_once) == (8, 1)
 
     asyncio.run(ask_all())
