@@ -117,14 +117,7 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
             settings = fp32.tokenisation
             temperature = fp32.temperature
             _copy_all_but_the_graph(fp32, run.onnx("fp32"), new)
-        if variant == "int8":
-            write_record(run.int8_search, _quantize(run, new / MODEL_FILE, inputs))
-        elif variant == "fused":
-            fuse(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
-        elif variant == "fp16":
-            to_fp16(run.onnx("fused") / MODEL_FILE, new / MODEL_FILE)
-        elif variant == "steady":
-            make_steady(run.onnx("fp32") / MODEL_FILE, new / MODEL_FILE)
+            _convert(run, variant, new / MODEL_FILE, inputs)
         has_8_bits = variant in ("steady", "int8")
         share, in_float = weights_in_8_bits(new / MODEL_FILE) if has_8_bits else (None, ())
         artifact = OnnxArtifact(
@@ -158,6 +151,18 @@ def _export(run: RunDir, variant: Variant) -> OnnxArtifact:
         artifact = add_golden_answers(new)
     logger.info("%s: %.1f MB", variant, artifact.model_bytes / 1e6)
     return artifact
+
+
+def _convert(run: RunDir, variant: Variant, graph: Path, inputs: str) -> None:
+    """Write the graph of a variant from that of an earlier one."""
+    if variant == "fused":
+        fuse(run.onnx("fp32") / MODEL_FILE, graph)
+    elif variant == "fp16":
+        to_fp16(run.onnx("fused") / MODEL_FILE, graph)
+    elif variant == "steady":
+        make_steady(run.onnx("fp32") / MODEL_FILE, graph)
+    else:
+        write_record(run.int8_search, _quantize(run, graph, inputs))
 
 
 def _inputs(run: RunDir, variant: Variant, tools: dict[str, str]) -> str:

@@ -165,14 +165,10 @@ def _judge(
         if name not in EXACT:
             alone = classifier.run_sorted(encodings[name], batch_size=1)
             company = _company(classifier, encodings[name], alone, recipe.seed)
+            by_text = classifier.by_text(encodings[name], alone)
             checks += company_checks(company, recipe.parity)
             checks += conversion_cost(
-                logits[name],
-                classifier.by_text(encodings[name], alone),
-                logits["fp32"],
-                reference,
-                recipe.parity,
-                recipe.seed,
+                logits[name], by_text, logits["fp32"], reference, recipe.parity, recipe.seed
             )
         if (share := classifier.artifact.weights_in_8_bits) is not None:
             checks += (mostly_8_bits(share),)

@@ -53,8 +53,8 @@ def parity_of(runs: Path) -> dict[str, Any]:
     return found
 
 
-def shipped(runs: Path) -> OnnxClassifier:
-    return OnnxClassifier(made(runs) / "onnx" / "steady", threads=1)
+def int8_of(runs: Path) -> OnnxClassifier:
+    return OnnxClassifier(made(runs) / "onnx" / "int8", threads=1)
 
 
 def table(path: Path) -> list[list[str]]:
@@ -71,7 +71,7 @@ class TestLabels:
         assert ad2kit("export", "--runs-dir", tmp_path).code == 0
         assert parity_of(tmp_path)["teacher_score"] == 1.0
         rows = table(folder / "data" / "validation.csv")[1:]
-        answers = shipped(tmp_path).predict([text for text, _ in rows])
+        answers = int8_of(tmp_path).predict([text for text, _ in rows])
         right = [answer.label == label for answer, (_, label) in zip(answers, rows, strict=True)]
         assert sum(right) >= 0.97 * len(rows)
 
@@ -203,7 +203,7 @@ class TestTables:
         assert done.code == 0
         tokens = [json.loads(line)["tokens"] for line in done.out.splitlines()]
         texts = ["never dull", "boring plot", "last line without end"]
-        assert tokens == [answer.tokens for answer in shipped(tmp_path).predict(texts)]
+        assert tokens == [answer.tokens for answer in int8_of(tmp_path).predict(texts)]
 
     @pytest.mark.parametrize("name", [".", "spark", "shards"])
     def test_28_what_other_systems_leave(
@@ -233,7 +233,7 @@ class TestTokenizers:
         assert ad2kit("export", "--runs-dir", tmp_path).code == 0
         filler = " ".join(["staff", "line", "call", "bank", "price", "food"] * 10)
         names = {"topicaa": "alpha", "topicab": "beta", "topicac": "delta", "topicad": "gamma"}
-        answers = shipped(tmp_path).predict([f"{filler} {word}" for word in names])
+        answers = int8_of(tmp_path).predict([f"{filler} {word}" for word in names])
         assert [answer.label for answer in answers] == list(names.values())
         assert all(answer.truncated for answer in answers)
 

@@ -325,7 +325,7 @@ def test_load_does_not_take_a_variant_that_changed_after_it_was_judged(copied_ru
 
     edit_json(copied_run.onnx("steady") / OnnxArtifact.file_name, change)
     assert ad2kit.load(copied_run.path).folder == copied_run.onnx("int8")
-    for name in ("fused", "fp32"):
+    for name in ("int8", "fused", "fp32"):
         edit_json(copied_run.onnx(name) / OnnxArtifact.file_name, change)
     with pytest.raises(RunError, match="no variant that passed"):
         ad2kit.load(copied_run.path)

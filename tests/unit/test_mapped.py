@@ -133,13 +133,13 @@ def test_tokens_are_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     tokenizer = tiny_bert().tokenizer
     split = Split.of(PAIRS, np.arange(50))
     monkeypatch.setattr(splits, "LARGE_ROWS", 50)
-    monkeypatch.setattr(splits, "_CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr("ad2kit.data.tokens._CHUNK_CHARACTERS", 200)
     in_memory = encode(split, tokenizer, TextLength(16))
     first = encode(split, tokenizer, TextLength(16), tmp_path)
     (file,) = tmp_path.rglob("*.arrow")
     written = file.stat().st_mtime_ns
     with monkeypatch.context() as context:
-        context.setattr(splits, "_token_batches", lambda *_: iter(()))  # not read
+        context.setattr(splits, "token_batches", lambda *_: iter(()))  # not read
         again = encode(split, tokenizer, TextLength(16), tmp_path)
     for found in (first, again):
         assert list(found.input_ids) == list(in_memory.input_ids)

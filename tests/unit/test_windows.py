@@ -211,7 +211,7 @@ def classify(
             classifier,
             batcher,
             deadline_s=20.0,
-            max_texts=9,
+            max_texts=128,
             max_body_bytes=2**20,
             metrics=Uncounted(),  # type: ignore[arg-type]
         )
