@@ -163,7 +163,7 @@ def read_first_token_only(model: onnx.ModelProto) -> int:
         for input_index, name in enumerate(node.input):
             axis = None if input_axes is None else input_axes.get(input_index)
             demands[name] = axis if demands.get(name, axis) == axis else None
-        demands |= dict.fromkeys(_names_read_inside(node))
+        demands |= dict.fromkeys(names_read_inside(node))
     return _rewrite(graph, narrow, demands, shapes)
 
 
@@ -267,7 +267,7 @@ def _live_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onn
     live_nodes = []
     for node in reversed(nodes):
         if live_names.intersection(node.output):
-            live_names.update([*node.input, *_names_read_inside(node)])
+            live_names.update([*node.input, *names_read_inside(node)])
             live_nodes.append(node)
     return live_nodes[::-1]
 
@@ -301,7 +301,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _names_read_inside(node: onnx.NodeProto) -> set[str]:
+def names_read_inside(node: onnx.NodeProto) -> set[str]:
     """Return the names of all tensors that the branches or the body of a node read."""
     bodies = [
         attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH
@@ -310,5 +310,5 @@ def _names_read_inside(node: onnx.NodeProto) -> set[str]:
     for body in bodies:
         for inner in body.node:
             names.update(inner.input)
-            names |= _names_read_inside(inner)
+            names |= names_read_inside(inner)
     return names

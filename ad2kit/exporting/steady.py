@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ad2kit.exporting.fuse import fused_copy
+from ad2kit.exporting.fuse import fused_copy, names_read_inside
+from ad2kit.run.errors import ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _CONTRIB = "com.microsoft"
 _LARGEST = 127
 _ZERO = 128  # of the activations, which are uint8: the fast products take them with int8 weights
+_LEAST_OPSET = 18  # ReduceMax takes its axes as an input
 # A row of zeros has the scale 0, which nothing can be divided by.
 _LEAST_SCALE = 1e-12
 # A smaller table stays in float: its lookup costs nothing, and its errors would add to the others.
@@ -42,10 +44,20 @@ def make_steady(fp32: Path, steady: Path) -> None:
     Args:
         fp32: the graph to read, of any family.
         steady: the graph to write.
+
+    Raises:
+        ModelError: the graph is older than the operators that are written.
     """
     fused = fused_copy(fp32, keep_products=True)
     fused.topological_sort()
     model = fused.model
+    opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+    if opset < _LEAST_OPSET:
+        raise ModelError(
+            f"{fp32} has opset {opset}, expected at least {_LEAST_OPSET} for the variant steady",
+            hint="export it again with a newer torch or optimum, or leave steady out of "
+            "export.variants",
+        )
     _Rewriting(model.graph).write()
     if not any(opset.domain == _CONTRIB for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(_CONTRIB, 1))
@@ -74,11 +86,12 @@ class _Rewriting:
         for node in self._graph.node:
             if node.op_type == "MatMul" and self._is_matrix(node.input[1]):
                 self._product(node)
-            elif node.op_type == "Gather" and node.input[0] in tables:
+            elif _looks_up_rows(node) and node.input[0] in tables:
                 self._lookup(node)
             else:
                 self._nodes.append(node)
         used = {name for node in self._nodes for name in node.input}
+        used |= {name for node in self._nodes for name in names_read_inside(node)}
         kept = [tensor for tensor in self._graph.initializer if tensor.name in used]
         new = [numpy_helper.from_array(v, n) for n, v in self._tensors.items()]
         for field, content in (("node", self._nodes), ("initializer", [*kept, *new])):
@@ -99,7 +112,7 @@ class _Rewriting:
         sizes = {
             node.input[0]: int(np.prod(self._weights[node.input[0]].dims))
             for node in self._graph.node
-            if node.op_type == "Gather" and self._is_matrix(node.input[0])
+            if _looks_up_rows(node) and self._is_matrix(node.input[0])
         }
         total = sum(
             int(np.prod(tensor.dims)) for tensor in self._weights.values() if len(tensor.dims) == 2
@@ -149,7 +162,7 @@ class _Rewriting:
 
         Columns (``axis`` 0) have a vector of scales; rows (``axis`` 1) have a column of them.
         """
-        integers, scales = f"{name}/int8", f"{name}/scales"
+        integers, scales = (f"{name}/{part}_by_axis_{axis}" for part in ("int8", "scales"))
         if integers not in self._tensors:
             matrix = numpy_helper.to_array(self._weights[name])
             size = np.abs(matrix).max(axis=axis, keepdims=True) / _LARGEST
@@ -157,3 +170,10 @@ class _Rewriting:
             self._tensors[integers] = np.round(matrix / size).astype(np.int8)
             self._tensors[scales] = size if axis else size[0]
         return integers, scales
+
+
+def _looks_up_rows(node: onnx.NodeProto) -> bool:
+    """Whether a node takes rows of a table."""
+    return node.op_type == "Gather" and all(
+        attribute.i == 0 for attribute in node.attribute if attribute.name == "axis"
+    )

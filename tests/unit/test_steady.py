@@ -20,6 +20,7 @@ from ad2kit.exporting.steady import make_steady
 from ad2kit.gate.records import LatencyReport, ParityReport
 from ad2kit.gate.shipping import passed_variants
 from ad2kit.run import machine
+from ad2kit.run.errors import ModelError
 from ad2kit.run.files import write_record
 from ad2kit.run.sections import ParityRecipe
 
@@ -88,9 +89,41 @@ def test_weights_are_kept_once_and_in_8_bits(graph: Path, tmp_path: Path) -> Non
     assert kinds["QuantizeLinear"] == 2  # x once for its three products, and c
     large = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2]
     integers = [each.name for each in large if each.data_type == onnx.TensorProto.INT8]
-    assert sorted(integers) == ["table/int8", "v/int8", "w/int8"]
+    assert sorted(integers) == ["table/int8_by_axis_1", "v/int8_by_axis_0", "w/int8_by_axis_0"]
     assert weights_in_8_bits(tmp_path / "steady.onnx")[0] > 0.95
     assert (tmp_path / "steady.onnx").stat().st_size < graph.stat().st_size / 3
+
+
+def test_other_readers_of_a_matrix_are_left_alone(tmp_path: Path) -> None:
+    """A matrix that is both table and weights, columns that are looked up, a branch that reads."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 9, opset_import: ["" : 18]>
+        g (int64[n, t] input_ids) => (float[n, t, {WIDTH}] logits)
+        {{ x = Gather(w, input_ids)  a = MatMul(x, w)  c = Gather<axis = 1>(w, zero)
+           d = Mul(a, c)  yes = Greater(one, none)
+           logits = If (yes) <
+               then_branch = yes_branch () => (float[n, t, {WIDTH}] e) {{ e = Add(d, b) }},
+               else_branch = no_branch () => (float[n, t, {WIDTH}] f) {{ f = Sub(d, b) }}> }}
+    """)
+    rng = np.random.default_rng(3)
+    tensors = {
+        "w": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32),
+        "b": rng.normal(size=WIDTH).astype(np.float32),
+        "zero": np.array(0, np.int64),
+        "one": np.array(1, np.float32),
+        "none": np.array(0, np.float32),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in tensors.items())
+    onnx.save(model, tmp_path / "plain.onnx")
+    make_steady(tmp_path / "plain.onnx", tmp_path / "steady.onnx")
+    ids = rng.integers(0, WIDTH, (3, 4))
+    (plain,), (found,) = (run(tmp_path / f"{name}.onnx", ids) for name in ("plain", "steady"))
+    assert 0 < np.abs(found - plain).max() < 0.05 * np.abs(plain).max()
+    old = onnx.load(tmp_path / "plain.onnx")
+    old.opset_import[0].version = 17
+    onnx.save(old, tmp_path / "old.onnx")
+    with pytest.raises(ModelError, match="has opset 17, expected at least 18"):
+        make_steady(tmp_path / "old.onnx", tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize(
