@@ -29,6 +29,8 @@ Question = Literal["export fidelity", "conversion cost", "distillation quality"]
 # An int8 variant with a smaller share of its weights in 8 bits is mostly a float model.
 LEAST_8_BITS = 0.5
 POINTS_LOST = "points lost to fp32"
+# In standard deviations: the most that company may move the answer of a regression by default.
+_MOST_OF_A_VALUE = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class LabelledRows:
     task: Task
     metrics: tuple[Metric, ...]
     labels: NDArray[Any]
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the labels of a regression; 1 for other tasks."""
+        return float(np.std(self.labels)) if self.task == "regression" else 1.0
 
     def score(self, logits: Logits) -> float:
         """Return the mean of the metrics for logits of shape [rows, outputs]."""
@@ -97,37 +104,46 @@ def conversion_cost(
     )
 
 
-def company_of(task: Task, alone: Logits, beside: Logits) -> Company:
+def company_of(
+    task: Task, alone: Logits, beside: Logits, *, temperature: float = 1.0, spread: float = 1.0
+) -> Company:
     """Compare the answers to texts alone with those in batches of others.
+
+    A text whose logits are not finite counts as one whose answer changed.
 
     Args:
         task: the task, which says what the logits mean.
         alone: the logits of the texts one by one, shape [texts, outputs].
         beside: the logits of the same texts in batches of others.
+        temperature: the divisor of the logits that are served.
+        spread: the standard deviation of the values of a regression.
     """
+    unknown = ~(np.isfinite(alone) & np.isfinite(beside)).all(axis=1)
     alone, beside = np.nan_to_num(alone), np.nan_to_num(beside)
-    first, second = (answers(task, logits) for logits in (alone, beside))
+    served = [scores(task, logits / temperature) for logits in (alone, beside)]
+    moved = np.abs(served[0] - served[1])
+    changed = unknown
     if task == "regression":
-        spread = float(np.std(first)) or 1.0
-        shift = float(np.abs(first - second).max()) / spread
-        return Company(texts=len(alone), flips=0.0, shift=shift)
-    changed = (first != second).reshape(len(alone), -1).any(axis=1)
-    shift = float(np.abs(scores(task, alone) - scores(task, beside)).max())
-    return Company(texts=len(alone), flips=float(changed.mean()), shift=shift)
+        moved = moved / spread
+    else:
+        differs = answers(task, alone) != answers(task, beside)
+        changed = unknown | differs.reshape(len(alone), -1).any(axis=1)
+    return Company(texts=len(alone), flips=float(changed.mean()), shift=float(moved.max()))
 
 
-def company_checks(company: Company, thresholds: ParityRecipe) -> tuple[Check, ...]:
+def company_checks(company: Company, task: Task, thresholds: ParityRecipe) -> tuple[Check, ...]:
     """Question 2: return the checks of answers that depend on the texts beside them."""
     question: Question = "conversion cost"
+    most = thresholds.max_company_shift
+    if task == "regression":
+        name = "answer moved by company, in standard deviations"
+        return (at_most(question, name, company.shift, _MOST_OF_A_VALUE if most is None else most),)
     flips = at_most(
         question, "answers changed by company", company.flips, thresholds.max_company_flips
     )
-    if thresholds.max_company_shift is None:
+    if most is None:
         return (flips,)
-    shift = at_most(
-        question, "probability moved by company", company.shift, thresholds.max_company_shift
-    )
-    return (flips, shift)
+    return (flips, at_most(question, "probability moved by company", company.shift, most))
 
 
 def _points_lost(

@@ -27,7 +27,13 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
-from ad2kit.exporting.conversion import POINTS_LOST, conversion_cost, mostly_8_bits
+from ad2kit.exporting.conversion import (
+    POINTS_LOST,
+    company_checks,
+    company_of,
+    conversion_cost,
+    mostly_8_bits,
+)
 from ad2kit.exporting.records import QuantisationTrial
 from ad2kit.run.errors import ModelError, no_room_left
 from ad2kit.run.machine import without_message
@@ -391,6 +397,14 @@ class Int8Search:
             self.reference.by_text(self.encodings, logits) for logits in (batched, alone, fp32)
         ]
         checks = conversion_cost(of_texts[0], of_texts[1], of_texts[2], self.rows, self.thresholds)
+        company = company_of(
+            self.rows.task,
+            of_texts[1],
+            of_texts[0],
+            temperature=classifier.artifact.temperature,
+            spread=self.rows.spread,
+        )
+        checks += company_checks(company, self.rows.task, self.thresholds)
         checks += (mostly_8_bits(weights_in_8_bits(graph)[0]),)
         error = max(math.sqrt(np.square(logits - fp32).mean()) for logits in (batched, alone))
         return QuantisedGraph(way, graph, checks, self._cost(classifier), error)

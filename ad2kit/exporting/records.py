@@ -148,7 +148,7 @@ class Company(Part):
 
     ``texts`` were answered alone and in batches of random others. ``flips`` is the share of them
     whose answer changed, and ``shift`` is the largest change of a probability. For a regression
-    nothing flips, and ``shift`` is in standard deviations of the answers.
+    ``shift`` is in standard deviations of the labels, and only answers that are not finite flip.
     """
 
     texts: int

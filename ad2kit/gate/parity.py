@@ -164,9 +164,9 @@ def _judge(
         company = None
         if name not in EXACT:
             alone = classifier.run_sorted(encodings[name], batch_size=1)
-            company = _company(classifier, encodings[name], alone, recipe.seed)
+            company = _company(classifier, encodings[name], alone, reference, recipe.seed)
             by_text = classifier.by_text(encodings[name], alone)
-            checks += company_checks(company, recipe.parity)
+            checks += company_checks(company, data.task, recipe.parity)
             checks += conversion_cost(
                 logits[name], by_text, logits["fp32"], reference, recipe.parity, recipe.seed
             )
@@ -199,19 +199,33 @@ def _judge(
 
 
 def _company(
-    classifier: OnnxClassifier, encodings: Sequence[Tokens], alone: Logits, seed: int
+    classifier: OnnxClassifier,
+    encodings: Sequence[Tokens],
+    alone: Logits,
+    reference: Reference,
+    seed: int,
 ) -> Company:
     """Ask again for some of the texts, in batches of random others; the longest is in each batch.
 
-    ``alone`` has the logits of all texts one by one.
+    ``alone`` has the logits of all texts one by one, or of their windows.
     """
-    order = np.random.default_rng([seed, 1]).permutation(len(encodings))[:_COMPANY_TEXTS]
+    generator = np.random.default_rng([seed, 1])
+    text_of_window = np.cumsum([not encoding.continues for encoding in encodings]) - 1
+    texts = np.sort(generator.permutation(text_of_window[-1] + 1)[:_COMPANY_TEXTS])
+    is_chosen = np.isin(text_of_window, texts)
+    chosen = [tokens for tokens, taken in zip(encodings, is_chosen, strict=True) if taken]
     longest = max(encodings, key=lambda encoding: len(encoding.ids))
-    beside = [
-        classifier.run([*(encodings[row] for row in rows), longest])[:-1]
-        for rows in np.split(order, range(_COMPANY - 1, len(order), _COMPANY - 1))
-    ]
-    return company_of(classifier.artifact.task, alone[order], np.concatenate(beside))
+    beside = np.empty((len(chosen), alone.shape[1]), alone.dtype)
+    order = generator.permutation(len(chosen))
+    for rows in np.split(order, range(_COMPANY - 1, len(order), _COMPANY - 1)):
+        beside[rows] = classifier.run([*(chosen[row] for row in rows), longest])[:-1]
+    return company_of(
+        reference.task,
+        classifier.by_text(encodings, alone)[texts],
+        classifier.by_text(chosen, beside),
+        temperature=classifier.artifact.temperature,
+        spread=reference.spread,
+    )
 
 
 def _reference(

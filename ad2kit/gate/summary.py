@@ -11,6 +11,8 @@ from ad2kit.models.records import TeacherReport, is_given
 from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ad2kit.gate.records import LatencyCell
     from ad2kit.run.folder import RunDir
 
@@ -172,8 +174,8 @@ def caption(run: RunDir) -> str:
             f" Rows above the teacher: simpler models, trained on {teacher.train_rows} rows; the "
             f"probes read {encoder} as it was before fine-tuning."
         )
-    if int8 := _int8_words(run):
-        text += f" {int8}"
+    for words in (*_words_on_8_bits(run), *_words_on_company(run)):
+        text += f" {words}"
     latency = measured_latency(run)
     if latency is None:
         return text
@@ -233,16 +235,39 @@ def times_as_fast(cell: LatencyCell, other: LatencyCell) -> str:
     return f"{ratio:.1f} times ({min(ratios):.1f} to {max(ratios):.1f} over {len(ratios)} rounds)"
 
 
-def _int8_words(run: RunDir) -> str:
-    """Return a sentence on the weights of the int8 variant; "" if there is no such variant."""
-    manifest = run.onnx("int8") / OnnxArtifact.file_name
-    if "int8" not in run.recipe.export.variants or not manifest.is_file():
-        return ""
-    artifact = OnnxArtifact.read(manifest)
-    words = f"int8 has {artifact.weights_in_8_bits or 0.0:.0%} of its weights in 8 bits"
-    # The last part of a name is the kind of the node.
-    float_nodes = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
-    return f"{words}, and in float {', '.join(float_nodes)}." if float_nodes else f"{words}."
+def _words_on_8_bits(run: RunDir) -> Iterator[str]:
+    """Yield a sentence on the weights of each variant that has weights of 8 bits."""
+    for variant in run.recipe.export.variants:
+        manifest = run.onnx(variant) / OnnxArtifact.file_name
+        if not manifest.is_file():
+            continue
+        artifact = OnnxArtifact.read(manifest)
+        if artifact.weights_in_8_bits is None:
+            continue
+        words = f"{variant} has {artifact.weights_in_8_bits:.0%} of its weights in 8 bits"
+        # The last part of a name is the kind of the node.
+        float_nodes = [name.strip("/").rpartition("/")[0] for name in artifact.in_float]
+        yield f"{words}, and in float {', '.join(float_nodes)}." if float_nodes else f"{words}."
+
+
+def _words_on_company(run: RunDir) -> Iterator[str]:
+    """Yield a sentence on each variant whose answers depend on the texts beside them."""
+    if not run.parity_report.is_file():
+        return
+    for verdict in ParityReport.read(run.parity_report).variants:
+        company = verdict.company
+        if company is None or verdict.is_steady:
+            continue
+        moved = f"moved a probability by {company.shift:.2g}"
+        if run.recipe.data.task == "regression":
+            moved = f"moved a value by {company.shift:.2g} standard deviations"
+        ships = ""
+        if run.recipe.export.ship == "steady":
+            ships = ", so a steady variant ships before it"
+        yield (
+            f"{verdict.variant} {moved} and changed {company.flips:.1%} of the answers when other "
+            f"texts shared a batch{ships}."
+        )
 
 
 def latency_lines(latency: LatencyReport) -> list[str]:

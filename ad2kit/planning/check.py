@@ -274,7 +274,7 @@ def _gate_words(report: CheckReport, rows: int) -> list[str]:
         f"the gate: with {rows:,} validation rows the interval of what is retained will be about "
         f"±{100 * report.half_width:.1f} points, if teacher and student differ on one text of ten; "
         f"{report.min_retained:g} can be shown {_rows_words(report.rows_to_pass)} for a student as "
-        f"good as its teacher, and the agreement of int8 or fp16 with fp32 "
+        f"good as its teacher, and the agreement of a converted variant with fp32 "
         f"{_rows_words(report.rows_to_agree)}"
     )
     if not report.few_rows:

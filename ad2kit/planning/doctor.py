@@ -87,7 +87,7 @@ def _eight_bit(flags: frozenset[str] | None) -> Finding:
     return Finding(
         name="int8",
         value="no 8-bit dot products in the CPU",
-        advice="int8 may be no faster than fused here: look at `ad2kit bench`",
+        advice="variants of 8 bits may be no faster than fused here: look at `ad2kit bench`",
     )
 
 

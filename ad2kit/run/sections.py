@@ -537,8 +537,9 @@ class ParityRecipe(Section):
     answers of its teacher.
 
     ``max_company_flips`` is the largest share of texts whose answer may change with the texts that
-    share their batch, and ``max_company_shift`` the largest change of a probability. Null sets no
-    bound to the change.
+    share their batch, and ``max_company_shift`` the largest change of a probability (of a
+    regression, in standard deviations of the labels). With null, a probability has no bound, and a
+    regression 0.5.
     """
 
     max_logit_gap: NotNegative = 1e-4

@@ -219,6 +219,8 @@ def check_shards(where: str, names: Iterable[str]) -> None:
     for match in filter(None, map(_SHARD.fullmatch, names)):
         numbers.setdefault((match[1], int(match[3]), match[4]), set()).add(int(match[2]))
     for (name, expected, ending), found in numbers.items():
+        if found == set(range(1, expected + 1)):
+            continue  # numbered from 1
         if missing := sorted(set(range(expected)) - found):
             raise DataError(
                 f"{where}: expected {expected} files, found {len(found)}; number {missing[0]} is "

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ad2kit.run.folder import RunDir
+    from ad2kit.run.sections import Task
 
 TABLE, WIDTH, OUTPUTS = 300, 32, 8
 
@@ -163,14 +164,26 @@ def test_company_is_measured_by_task() -> None:
     assert found.shift == pytest.approx(2 / (1 + np.exp(-0.1)) - 1, abs=1e-6)
     several = company_of("multi_label", alone - 1, beside - 1)
     assert several.flips == 0  # 0.1 - 1 is below the threshold, alone and beside others
-    value = company_of("regression", alone[:, :1], beside[:, :1])
+    value = company_of("regression", alone[:, :1], beside[:, :1], spread=0.5)
     assert value.flips == 0
-    assert value.shift == pytest.approx(0.1 / alone[:, 0].std())
-    assert [check.passed for check in company_checks(found, ParityRecipe())] == [False]
+    assert value.shift == pytest.approx(0.2)
+    hot = company_of("single_label", alone, beside, temperature=2.0)
+    assert hot.flips == found.flips
+    assert hot.shift < found.shift
+    unknown = company_of("single_label", alone, np.where(beside == 3, np.nan, beside))
+    assert unknown.flips == pytest.approx(2 / 3)
     strict = ParityRecipe(max_company_flips=0.5, max_company_shift=0.01)
-    assert [check.passed for check in company_checks(found, strict)] == [True, False]
-    same = company_of("single_label", alone, alone)
-    assert all(check.passed for check in company_checks(same, strict))
+
+    def passed(company: Company, task: Task, thresholds: ParityRecipe) -> list[bool]:
+        return [check.passed for check in company_checks(company, task, thresholds)]
+
+    assert passed(found, "single_label", ParityRecipe()) == [False]
+    assert passed(found, "single_label", strict) == [True, False]
+    assert passed(company_of("single_label", alone, alone), "single_label", strict) == [True, True]
+    assert passed(value, "regression", ParityRecipe()) == [True]
+    assert passed(value, "regression", strict) == [False]
+    wild = company_of("regression", alone[:, :1], alone[::-1, :1], spread=0.5)
+    assert passed(wild, "regression", ParityRecipe()) == [False]
 
 
 def shipped(run: RunDir, ship: str) -> list[str]:

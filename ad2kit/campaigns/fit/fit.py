@@ -295,7 +295,7 @@ class _ShapeSearch:
     def _gate(
         self, candidate: Candidate, run: RunDir, promising: list[Cost], facts: dict[str, Any]
     ) -> Candidate:
-        """Judge the promising variants, fastest first, on the validation rows.
+        """Judge the promising variants on the validation rows: in the order of ``export.ship``.
 
         The verdicts are written into the run, which may ship no other variants.
         """
@@ -303,7 +303,10 @@ class _ShapeSearch:
         failures = list[str]()
         outcomes = set[Outcome]()
         record = self.rule
-        for cost in sorted(promising, key=lambda cost: cost.p50_ms):
+        last = set[str]()
+        if self.recipe.export.ship == "steady":
+            last = {each.variant for each in report.variants if not each.is_steady}
+        for cost in sorted(promising, key=lambda cost: (cost.variant in last, cost.p50_ms)):
             look = self.looks.look(run, report, cost.variant)
             verdicts = (*record.verdicts, look.record())
             record = record.model_copy(update={"verdicts": verdicts})

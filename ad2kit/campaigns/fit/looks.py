@@ -125,8 +125,8 @@ class Look(NamedTuple):
 def lost_on_select(run: RunDir, variant: str) -> float:
     """Return the loss of a variant's score on ``select`` by its conversion, as a fraction.
 
-    It is known for int8, which is chosen on ``select``. It is 0 for the others, which may differ
-    from fp32 by rounding only.
+    It is known for int8 alone, which is chosen on ``select``. It is 0 for the others: they differ
+    from fp32 by rounding, or were not measured there (``steady``).
     """
     if variant != "int8":
         return 0.0
