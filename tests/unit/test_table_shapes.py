@@ -479,6 +479,15 @@ def test_a_missing_shard_is_refused_by_training_and_scoring(tmp_path: Path, refe
     assert len(find_inputs(str(alone))) == 1
 
 
+def test_shards_may_be_numbered_from_one(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        (tmp_path / f"train-{number:05}-of-00003.csv").write_text("text\nx\n")
+    assert read_all(tmp_path) == ["x"] * 3
+    (tmp_path / "train-00003-of-00003.csv").unlink()
+    with pytest.raises(DataError, match="found 2; number 0 is missing"):
+        read_all(tmp_path)
+
+
 def test_shards_of_a_longer_name_belong_to_another_split(tmp_path: Path) -> None:
     for name in ("train", "train-more"):
         (tmp_path / f"{name}-00000-of-00001.csv").write_text(f"text\n{name}\n")
