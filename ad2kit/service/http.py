@@ -68,7 +68,14 @@ _MARKS = {
 }
 
 
-_AT_ONCE = contextlib.nullcontext()
+@dataclass(slots=True)
+class _Turn:
+    """The turn of a request: the number of bytes that are read in it."""
+
+    size_bytes: int
+
+
+_AT_ONCE = contextlib.nullcontext(_Turn(0))
 
 
 class _Lane:
@@ -90,8 +97,11 @@ class _Lane:
         self._bytes_per_s = math.nan  # before the first request
 
     @contextlib.asynccontextmanager
-    async def turn(self, size_bytes: int) -> AsyncIterator[None]:
+    async def turn(self, size_bytes: int) -> AsyncIterator[_Turn]:
         """Wait for the turn of a request of some bytes; the turn is the body of the ``with``.
+
+        ``size_bytes`` is what the request counts for while it waits. In its turn it may say how
+        many bytes were really read.
 
         Raises:
             QueueFull: the turn would come too late.
@@ -104,8 +114,9 @@ class _Lane:
         try:
             async with self._free:
                 start = time.perf_counter()
-                yield
-                rate = size_bytes / (time.perf_counter() - start)
+                turn = _Turn(size_bytes)
+                yield turn
+                rate = turn.size_bytes / (time.perf_counter() - start)
                 if math.isnan(self._bytes_per_s):
                     self._bytes_per_s = rate
                 else:
@@ -121,7 +132,7 @@ class _Lane:
 class _Here:
     """The lane of small requests, which are read at once in the event loop's own thread."""
 
-    def turn(self, _size_bytes: int) -> contextlib.AbstractAsyncContextManager[None]:
+    def turn(self, _size_bytes: int) -> contextlib.AbstractAsyncContextManager[_Turn]:
         """Have a turn at once."""
         return _AT_ONCE
 
@@ -266,9 +277,11 @@ class Classify:
             lane = self._huge  # only one such body is unpacked and held at a time
         elif len(body) > _LARGE_BYTES:
             lane = self._large if len(body) <= _HUGE_BYTES else self._huge
-        async with lane.turn(len(body)):
+        # How much a compressed body holds is not known before.
+        async with lane.turn(self.max_body_bytes if encoding else len(body)) as turn:
             if encoding:
                 body = await lane.run(unpack, body, encoding, self.max_body_bytes)
+                turn.size_bytes = len(body)
             columns = self.classifier.artifact.text_columns
             texts, scores = await lane.run(parse, body, columns, self.max_texts)
             encodings = list["Tokens"]()
@@ -459,8 +472,6 @@ class ApiKeys:
         self.public = frozenset(public)
         self.count = count
         self.keys = [(key.encode(), name) for key, name in keys.items()]
-        # Older files of keys had no names: a key that holds a colon is sent as a whole.
-        self.keys += [(f"{name}:{key}".encode(), name) for key, name in keys.items() if name]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass one request on if it has a valid key or needs none.
