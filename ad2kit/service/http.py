@@ -473,8 +473,6 @@ class ApiKeys:
         self.public = frozenset(public)
         self.count = count
         self.keys = [(key.encode(), name) for key, name in keys.items()]
-        # Older files of keys had no names: a key that holds a colon is sent as a whole.
-        self.keys += [(f"{name}:{key}".encode(), name) for key, name in keys.items() if name]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass one request on if it has a valid key or needs none.

@@ -42,7 +42,6 @@ _PARTS = (
 )
 # An origin as browsers send it: scheme, host in small letters, and a port if it is not the usual.
 _ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
-_NAMED_KEY_CHARACTERS = 16
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -52,9 +51,9 @@ class Settings(BaseModel):
     ``model`` is a run or an exported variant; without it the service serves the most recent run in
     ``runs_dir`` that passed its gate. ``workers`` processes share the cores, and the engine of each
     has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
-    holds keys separated by commas, ``api_keys_file`` one key a line; ``name:key`` is a key with a
-    name for log and metrics. ``shadow`` is a run or an
-    artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
+    holds keys separated by commas, ``api_keys_file`` one key a line; ``NAME: KEY``, with a
+    blank after the colon, is a key with a name for the log and for the public metrics. ``shadow``
+    is a run or an artefact of the teacher, which scores ``shadow_share`` of the texts in the background.
     ``access_log`` writes a line for each request. ``root_path`` is the path below which a proxy
     offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
     ``cors_origins`` may ask the service from a browser: origins with commas between them, or ``*``
@@ -284,29 +283,20 @@ def _strip(text: str) -> str:
 def _key(line: str, where: str) -> tuple[str, str]:
     """Return name and key of a line, or raise an error that tells its place but does not show it.
 
-    Before there were names, the whole of ``part:rest`` was a key, which :class:`ApiKeys` therefore
-    accepts, too. A short rest is refused: it would become a key that is easy to guess.
+    A key never holds a blank, so that a key with a colon in it is not taken for a name and a key.
+    A name without a key is refused: the name would be a key that everybody can guess.
     """
     # The characters that RFC 6750 allows, and a few more.
-    if not re.fullmatch("[!-~]+", line):
+    found = re.fullmatch(r"(?:([A-Za-z0-9._-]{1,64}):[ \t]+)?([!-~]+)", line)
+    if not found or re.fullmatch("[A-Za-z0-9._-]{1,64}:", line):
         raise UserError(
-            f"{where}: an API key consists of visible ASCII characters, without a blank, and this "
-            "one has another character",
-            hint="write one key a line, comments on lines of their own that begin with #, or in "
-            f"{_variable('api_keys')} a comma between keys",
+            f"{where}: an API key consists of visible ASCII characters, without a blank; a name of "
+            "at most 64 letters, digits, '.', '_' and '-', a colon and a blank may stand before "
+            "it; this line has another form",
+            hint="write one key a line, as KEY or as NAME: KEY, comments on lines of their own "
+            f"that begin with #, or in {_variable('api_keys')} a comma between keys",
         )
-    name, colon, key = line.partition(":")
-    if not colon:
-        return "", line
-    if not re.fullmatch("[A-Za-z0-9._-]{1,64}", name) or len(key) < _NAMED_KEY_CHARACTERS:
-        raise UserError(
-            f"{where}: a colon stands between the name of a key and the key; expected a name of at "
-            "most 64 letters, digits, '.', '_' and '-', and a key of at least "
-            f"{_NAMED_KEY_CHARACTERS} characters",
-            hint="make such a key (`openssl rand -hex 16`), or write a name and a colon before a "
-            "key that itself holds a colon",
-        )
-    return name, key
+    return found[1] or "", found[2]
 
 
 def _variable(name: str) -> str:
