@@ -97,6 +97,11 @@ async def metrics(_request: Request) -> Response:
     return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+APP = Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)])
+# A redirect from /info/ would lead past the path of a proxy, which is taken off before.
+APP.router.redirect_slashes = False
+
+
 @bentoml.service(
     name="ad2kit-classifier",
     workers=WORKERS,
@@ -108,9 +113,7 @@ async def metrics(_request: Request) -> Response:
     logging={"access": {"enabled": False}},
     tracing=tracing(),
 )
-@bentoml.asgi_app(
-    Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)]), path="/"
-)
+@bentoml.asgi_app(APP, path="/")
 class Ad2kitClassifier:
     """Text classification by a distilled student."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ad2kit.run.errors import UserError
+from ad2kit.run.sections import TextLength
 from ad2kit.service.settings import OF_A_CHECKOUT, Settings, client_key, keys_of, read_settings
 
 if TYPE_CHECKING:
@@ -200,6 +201,19 @@ def test_argument_and_variable_that_differ_are_refused() -> None:
         ("root_path", "ad2kit", "a path such as /ad2kit"),
         ("root_path", '/"><script>', "a path such as /ad2kit"),
         ("root_path", "/a\n", "a path such as /ad2kit"),
+        *(
+            ("root_path", path, "a path such as /ad2kit")
+            for path in ("/..", "/a/../b", "/.", "/a/.")
+        ),
+        *(
+            ("root_path", path, "a path such as /ad2kit")
+            for path in ("/classify", "/livez", "/info")
+        ),
+        ("cors_origins", "https://a.b:443", "* or origins"),
+        ("cors_origins", "http://a.b:80", "* or origins"),
+        ("cors_origins", "https://a.example, https://[::1]:443", "* or origins"),
+        ("cors_origins", "https://a.b:08443", "* or origins"),
+        ("cors_origins", "https://a.b:65536", "* or origins"),
         ("cors_origins", "", "* or origins"),
         ("cors_origins", "a.example", "* or origins"),
         ("cors_origins", "https://A.example", "* or origins"),
@@ -313,6 +327,22 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
         assert f"raise AD2KIT_{whole.upper()}, or lower" in refused.value.hint
         settings_of(**{part: 8, whole: 8}).check_they_fit()
     Settings(shadow="a", shadow_share=0.5, model="b").check_they_fit()
+
+
+def test_a_queue_that_cannot_hold_the_longest_text_is_refused() -> None:
+    windows = TextLength(64, "windows", 32, 3)
+    settings_of(max_queue_tokens=192, max_queue_texts=3).check_model_fits(windows)
+    for name, least in (("max_queue_tokens", 192), ("max_queue_texts", 3)):
+        with pytest.raises(UserError, match=f"{name}={least - 1}: expected at least {least}") as no:
+            settings_of(**{name: least - 1}).check_model_fits(windows)
+        assert f"AD2KIT_{name.upper()}={least}" in no.value.hint
+
+
+def test_other_paths_and_ports_are_taken() -> None:
+    for path in ("/classify2", "/a/classify", "/..a", "/a..b"):
+        assert read({"AD2KIT_ROOT_PATH": path}).root_path == path
+    for origin in ("https://a.b:80", "http://a.b:443", "http://[::1]:8080", "http://a443"):
+        assert read({"AD2KIT_CORS_ORIGINS": origin}).cors_origins == origin
 
 
 def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
