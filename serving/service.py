@@ -97,11 +97,6 @@ async def metrics(_request: Request) -> Response:
     return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-APP = Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)])
-# A redirect from /info/ would lead past the path of a proxy, which is taken off before.
-APP.router.redirect_slashes = False
-
-
 @bentoml.service(
     name="ad2kit-classifier",
     workers=WORKERS,
@@ -113,7 +108,9 @@ APP.router.redirect_slashes = False
     logging={"access": {"enabled": False}},
     tracing=tracing(),
 )
-@bentoml.asgi_app(APP, path="/")
+@bentoml.asgi_app(
+    Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)]), path="/"
+)
 class Ad2kitClassifier:
     """Text classification by a distilled student."""
 

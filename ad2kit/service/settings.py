@@ -67,7 +67,8 @@ class Settings(BaseModel):
     holds keys separated by commas, ``api_keys_file`` one key a line; ``NAME: KEY``, with a
     blank after the colon, is a key with a name for the log and for the public metrics. ``shadow``
     is a run or an artefact of the teacher, which scores ``shadow_share`` of the texts in the
-    background. ``access_log`` writes a line for each request. ``root_path`` is the path below which a proxy
+    background. ``access_log`` writes a line for each request. ``root_path`` is the path below
+    which a proxy
     offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
     ``cors_origins`` may ask the service from a browser: origins with commas between them, or ``*``
     for all.
