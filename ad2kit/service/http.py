@@ -68,16 +68,6 @@ _MARKS = {
 }
 
 
-@dataclass(slots=True)
-class _Turn:
-    """The turn of a request: the number of bytes that are read in it."""
-
-    size_bytes: int
-
-
-_AT_ONCE = contextlib.nullcontext(_Turn(0))
-
-
 class _Lane:
     """Threads that read requests, and the turns of the requests that use them.
 
@@ -97,26 +87,42 @@ class _Lane:
         self._bytes_per_s = math.nan  # before the first request
 
     @contextlib.asynccontextmanager
-    async def turn(self, size_bytes: int) -> AsyncIterator[_Turn]:
-        """Wait for the turn of a request of some bytes; the turn is the body of the ``with``.
+    async def turn(self, body: bytes, encoding: bytes, max_bytes: int) -> AsyncIterator[bytes]:
+        """Wait for the turn of a request; the turn is the body of the ``with``.
+
+        Args:
+            body: the body of the request.
+            encoding: how it is compressed; empty for a plain body. It is unpacked in its turn.
+            max_bytes: the most bytes of the body after it is unpacked.
+
+        Yields:
+            The plain body.
 
         ``size_bytes`` is what the request counts for while it waits. In its turn it may say how
         many bytes were really read.
 
         Raises:
             QueueFull: the turn would come too late.
+            Damaged: the body is not in its encoding.
+            TooLarge: the body unpacks to too many bytes.
         """
         # NaN before the first request; every comparison with NaN is false, so never too long.
         wait_s = self._waiting_bytes / self._bytes_per_s
         if wait_s > self._max_wait_s:
             raise QueueFull(math.ceil(wait_s))
+        size_bytes = len(body)
         self._waiting_bytes += size_bytes
         try:
             async with self._free:
                 start = time.perf_counter()
-                turn = _Turn(size_bytes)
-                yield turn
-                rate = turn.size_bytes / (time.perf_counter() - start)
+                if encoding:
+                    body = await self.run(unpack, body, encoding, max_bytes)
+                    # The work grows with the unpacked bytes. A rate of compressed bytes would be
+                    # far too low for the plain bodies that wait.
+                    self._waiting_bytes += len(body) - size_bytes
+                    size_bytes = len(body)
+                yield body
+                rate = size_bytes / (time.perf_counter() - start)
                 if math.isnan(self._bytes_per_s):
                     self._bytes_per_s = rate
                 else:
@@ -132,9 +138,11 @@ class _Lane:
 class _Here:
     """The lane of small requests, which are read at once in the event loop's own thread."""
 
-    def turn(self, _size_bytes: int) -> contextlib.AbstractAsyncContextManager[_Turn]:
-        """Have a turn at once."""
-        return _AT_ONCE
+    def turn(
+        self, body: bytes, _encoding: bytes, _max_bytes: int
+    ) -> contextlib.AbstractAsyncContextManager[bytes]:
+        """Have a turn at once; a small body is unpacked already."""
+        return contextlib.nullcontext(body)
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run a function, and return its result."""
@@ -277,11 +285,7 @@ class Classify:
             lane = self._huge  # only one such body is unpacked and held at a time
         elif len(body) > _LARGE_BYTES:
             lane = self._large if len(body) <= _HUGE_BYTES else self._huge
-        # How much a compressed body holds is not known before.
-        async with lane.turn(self.max_body_bytes if encoding else len(body)) as turn:
-            if encoding:
-                body = await lane.run(unpack, body, encoding, self.max_body_bytes)
-                turn.size_bytes = len(body)
+        async with lane.turn(body, encoding, self.max_body_bytes) as body:
             columns = self.classifier.artifact.text_columns
             texts, scores = await lane.run(parse, body, columns, self.max_texts)
             encodings = list["Tokens"]()

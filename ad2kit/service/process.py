@@ -98,8 +98,9 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
     # Absolute, so that the parent process and its workers call the same folder by the same name.
     shadow = servable_artifact(settings.shadow).absolute() if settings.shadow is not None else None
     artifact = (packed if packed.is_dir() else _chosen(settings, place.parent)).absolute()
-    for folder in filter(None, (shadow, artifact)):
-        read_artifact(folder)
+    if shadow is not None:
+        read_artifact(shadow)
+    settings.check_model_fits(read_artifact(artifact).length)
     sha256 = _sha256(settings, artifact, shadow)
     return Server(
         pid=os.getpid(),

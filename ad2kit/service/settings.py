@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ad2kit.run.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from ad2kit.run.sections import TextLength
 
 PREFIX = "AD2KIT_"
 # The variable in which the parent process of a server hands its decisions to its workers
@@ -42,6 +44,17 @@ _PARTS = (
 )
 # An origin as browsers send it: scheme, host in small letters, and a port if it is not the usual.
 _ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
+# What the service and BentoML answer themselves; as a prefix of a proxy it would be taken off.
+_OWN_PATHS = (
+    "/classify",
+    "/docs.json",
+    "/healthz",
+    "/info",
+    "/livez",
+    "/metrics",
+    "/readyz",
+    "/schema.json",
+)
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -51,11 +64,11 @@ class Settings(BaseModel):
     ``model`` is a run or an exported variant; without it the service serves the most recent run in
     ``runs_dir`` that passed its gate. ``workers`` processes share the cores, and the engine of each
     has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
-    holds keys separated by commas, ``api_keys_file`` one key a line. ``NAME: KEY``, with a blank,
-    is a key with a name for the log and for ``/metrics``, where everybody can read it. ``shadow``
+    holds keys separated by commas, ``api_keys_file`` one key a line; ``NAME: KEY``, with a
+    blank after the colon, is a key with a name for the log and for the public metrics. ``shadow``
     is a run or an artefact of the teacher, which scores ``shadow_share`` of the texts in the
-    background.
-    ``access_log`` writes a line for each request. ``root_path`` is the path below which a proxy
+    background. ``access_log`` writes a line for each request. ``root_path`` is the path below
+    which a proxy
     offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
     ``cors_origins`` may ask the service from a browser: origins with commas between them, or ``*``
     for all.
@@ -86,12 +99,14 @@ class Settings(BaseModel):
     root_path: str | None = Field(
         default=None,
         pattern=r"^(/[A-Za-z0-9._~-]+)+$",
-        description="a path such as /ad2kit, without a slash at its end",
+        description="a path such as /ad2kit, without a slash at its end, no part is . or .., "
+        f"and none of {', '.join(_OWN_PATHS)}",
     )
     cors_origins: str | None = Field(
         default=None,
         pattern=rf"^(\*|{_ORIGIN}( *, *{_ORIGIN})*)$",
-        description="* or origins with commas between them, such as https://app.example.com",
+        description="* or origins with commas between them, as browsers send them: such as "
+        "https://app.example.com, without :443 after https or :80 after http",
     )
     max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
     max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
@@ -107,6 +122,26 @@ class Settings(BaseModel):
     max_queue_tokens: int = Field(default=2**17, ge=1, le=2**30)
     max_batch_tokens: int = Field(default=1024, ge=1, le=2**20)
     deadline_s: float = Field(default=10.0, ge=0.1, le=3600)
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, path: str | None) -> str | None:
+        """Refuse a path that a browser would shorten, or that hides a path of the service."""
+        if path in _OWN_PATHS or {".", ".."} & set((path or "").split("/")):
+            raise ValueError(path)
+        return path
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_cors_origins(cls, origins: str | None) -> str | None:
+        """Refuse an origin with a port that browsers leave out, so that it would never match."""
+        for origin in (origins or "").split(","):
+            scheme, _, port = re.sub(r"\[.*\]", "", origin.strip()).partition("://")
+            port = port.partition(":")[2]
+            usual = {"http": "80", "https": "443"}.get(scheme)
+            if port and (port == usual or port != str(int(port)) or int(port) >= 2**16):
+                raise ValueError(origin)
+        return origins
 
     def check_they_fit(self) -> None:
         """Refuse settings that contradict each other.
@@ -136,6 +171,24 @@ class Settings(BaseModel):
                     f"{part}={most_of_part} is more than {whole}={most_of_whole}, the bound of "
                     f"{meaning}",
                     hint=f"raise {_variable(whole)}, or lower {_variable(part)}",
+                )
+
+    def check_model_fits(self, length: TextLength) -> None:
+        """Refuse a queue that cannot hold the longest text of the model that is served.
+
+        Raises:
+            UserError: names the setting and its least value.
+        """
+        windows = length.max_windows
+        for name, least in (
+            ("max_queue_texts", windows),
+            ("max_queue_tokens", windows * length.max_length_tokens),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"{name}={getattr(self, name)}: expected at least {least}, because the longest "
+                    f"text of the model has {windows} windows of {length.max_length_tokens} tokens",
+                    hint=f"set {_variable(name)}={least} or more",
                 )
 
     def limits(self) -> dict[str, int | float]:
@@ -284,17 +337,18 @@ def _strip(text: str) -> str:
 def _key(line: str, where: str) -> tuple[str, str]:
     """Return name and key of a line, or raise an error that tells its place but does not show it.
 
-    A blank stands between ``name:`` and the key. A key has no blank, but it may have a colon.
+    A key never holds a blank, so that a key with a colon in it is not taken for a name and a key.
+    A name without a key is refused: the name would be a key that everybody can guess.
     """
-    # The characters of a key that RFC 6750 allows, and a few more.
+    # The characters that RFC 6750 allows, and a few more.
     found = re.fullmatch(r"(?:([A-Za-z0-9._-]{1,64}):[ \t]+)?([!-~]+)", line)
-    if found is None:
+    if not found or re.fullmatch("[A-Za-z0-9._-]{1,64}:", line):
         raise UserError(
-            f"{where}: an API key consists of visible ASCII characters, without a blank, and this "
-            "one has another character",
-            hint="write one key a line, or `NAME: KEY` with a name of at most 64 letters, digits, "
-            "'.', '_' and '-'; comments on lines of their own that begin with #; in "
-            f"{_variable('api_keys')} a comma between keys",
+            f"{where}: an API key consists of visible ASCII characters, without a blank; a name of "
+            "at most 64 letters, digits, '.', '_' and '-', a colon and a blank may stand before "
+            "it; this line has another form",
+            hint="write one key a line, as KEY or as NAME: KEY, comments on lines of their own "
+            f"that begin with #, or in {_variable('api_keys')} a comma between keys",
         )
     return found[1] or "", found[2]
 

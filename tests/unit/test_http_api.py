@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import importlib
+import itertools
 import json
 import sys
 import threading
@@ -256,6 +257,35 @@ def test_of_the_bodies_that_are_much_larger_unpacked_only_one_is_unpacked_at_a_t
     asyncio.run(ask_all())
 
 
+@pytest.mark.parametrize("encoding", PACKERS)
+def test_a_compressed_body_does_not_change_what_plain_ones_wait_for(
+    encoding: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock of this test the turn of each body takes a second."""
+    clock = SimpleNamespace(perf_counter=itertools.count(1.0).__next__)
+    monkeypatch.setattr("ad2kit.service.http.time", clock)
+
+    async def test() -> None:
+        tokens = Tokens()
+        async with classifying(tokens, max_wait_s=1.5) as api:
+            plain = body_of(["x" * 2**17])
+            await api.answer(plain)
+            await api.answer(PACKERS[encoding](plain), encoding)
+            tokens.entered.clear()
+            tokens.go_on.clear()
+            first = asyncio.create_task(api.answer(plain))
+            await asyncio.to_thread(tokens.entered.wait, 10)
+            second = asyncio.create_task(api.answer(plain))  # it waits for one second
+            await asyncio.sleep(0)
+            with pytest.raises(Problem) as problem:  # it would wait for two
+                await api.answer(plain)
+            assert problem.value.status == 429
+            tokens.go_on.set()
+            await asyncio.gather(first, second)
+
+    run(test)
+
+
 def test_who_asks_is_known_by_the_name_of_the_key() -> None:
     counted = list[str]()
 
@@ -277,7 +307,7 @@ def test_who_asks_is_known_by_the_name_of_the_key() -> None:
 
     assert (name_of(long), name_of("plain")) == ("ann", None)
     assert name_of(long, path="/livez") is None
-    for wrong in ("ann", "ann:", f"ann:{long}", f"ann: {long}", f":{long}", ":plain", ""):
+    for wrong in ("ann", "ann:", f"ann:{long}", f"bob:{long}", f":{long}", ":plain", ""):
         with pytest.raises(Problem):
             name_of(wrong)
     assert counted == ["ann"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ad2kit.run.errors import UserError
+from ad2kit.run.sections import TextLength
 from ad2kit.service.settings import OF_A_CHECKOUT, Settings, client_key, keys_of, read_settings
 
 if TYPE_CHECKING:
@@ -200,6 +201,19 @@ def test_argument_and_variable_that_differ_are_refused() -> None:
         ("root_path", "ad2kit", "a path such as /ad2kit"),
         ("root_path", '/"><script>', "a path such as /ad2kit"),
         ("root_path", "/a\n", "a path such as /ad2kit"),
+        *(
+            ("root_path", path, "a path such as /ad2kit")
+            for path in ("/..", "/a/../b", "/.", "/a/.")
+        ),
+        *(
+            ("root_path", path, "a path such as /ad2kit")
+            for path in ("/classify", "/livez", "/info")
+        ),
+        ("cors_origins", "https://a.b:443", "* or origins"),
+        ("cors_origins", "http://a.b:80", "* or origins"),
+        ("cors_origins", "https://a.example, https://[::1]:443", "* or origins"),
+        ("cors_origins", "https://a.b:08443", "* or origins"),
+        ("cors_origins", "https://a.b:65536", "* or origins"),
         ("cors_origins", "", "* or origins"),
         ("cors_origins", "a.example", "* or origins"),
         ("cors_origins", "https://A.example", "* or origins"),
@@ -315,6 +329,22 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
     Settings(shadow="a", shadow_share=0.5, model="b").check_they_fit()
 
 
+def test_a_queue_that_cannot_hold_the_longest_text_is_refused() -> None:
+    windows = TextLength(64, "windows", 32, 3)
+    settings_of(max_queue_tokens=192, max_queue_texts=3).check_model_fits(windows)
+    for name, least in (("max_queue_tokens", 192), ("max_queue_texts", 3)):
+        with pytest.raises(UserError, match=f"{name}={least - 1}: expected at least {least}") as no:
+            settings_of(**{name: least - 1}).check_model_fits(windows)
+        assert f"AD2KIT_{name.upper()}={least}" in no.value.hint
+
+
+def test_other_paths_and_ports_are_taken() -> None:
+    for path in ("/classify2", "/a/classify", "/..a", "/a..b"):
+        assert read({"AD2KIT_ROOT_PATH": path}).root_path == path
+    for origin in ("https://a.b:80", "http://a.b:443", "http://[::1]:8080", "http://a443"):
+        assert read({"AD2KIT_CORS_ORIGINS": origin}).cors_origins == origin
+
+
 def test_a_path_is_absolute_or_made_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert read({"AD2KIT_SHADOW": "here"}).shadow == str(tmp_path / "here")
@@ -354,12 +384,13 @@ def test_keys_are_read_from_a_file(content: bytes, keys: list[str], tmp_path: Pa
         pytest.param(b"\x80\x81secret", "cannot read the API keys", id="not UTF-8"),
         pytest.param(b"one two\n", "line 1: an API key", id="two in a line"),
         pytest.param("schl\u00fcssel\n".encode(), "line 1: an API key", id="not ASCII"),
-        pytest.param(b": key", "line 1: an API key", id="no name"),
-        pytest.param(b"a/b: key", "line 1: an API key", id="a wrong name"),
-        pytest.param(b"x" * 65 + b": key", "line 1: an API key", id="a long name"),
-        pytest.param(b"a: two keys", "line 1: an API key", id="two after a name"),
-        pytest.param(b"a: key\nb: key", "two names, 'a' and 'b'", id="twice"),
-        pytest.param(b"key\nb: key", "two names, '' and 'b'", id="once without a name"),
+        pytest.param(b": secret", "line 1: an API key consists", id="a blank name"),
+        pytest.param(b"ann: ", "line 1: an API key consists", id="a name without a key"),
+        pytest.param(b"ann: secret more", "line 1: an API key consists", id="two keys of a name"),
+        pytest.param(b"a/b: secret", "a name of at most 64 letters", id="a wrong name"),
+        pytest.param(b"x" * 65 + b": secret", "at most 64 letters", id="a long name"),
+        pytest.param(b"a: k\nb: k", "two names, 'a' and 'b'", id="twice"),
+        pytest.param(b"k\nb: k", "two names, '' and 'b'", id="with and without a name"),
     ],
 )
 def test_a_file_without_keys_opens_nothing(content: bytes, said: str, tmp_path: Path) -> None:
@@ -371,19 +402,20 @@ def test_a_file_without_keys_opens_nothing(content: bytes, said: str, tmp_path: 
 
 
 def test_a_key_may_have_a_name(tmp_path: Path) -> None:
-    # A key with a colon is what it was before keys had names: a whole.
-    old, new = "0123456789abcdef", "prod-7:456789abcdef"
-    (tmp_path / "keys").write_text(f"ann: {old}\nann:\t{new}\nplain\nprod-7:more\n")
-    settings = Settings(api_keys=f"bob-2: {old}x", api_keys_file=str(tmp_path / "keys"))
-    assert settings.keys() == {
-        f"{old}x": "bob-2",
-        old: "ann",
-        new: "ann",
-        "plain": "",
-        "prod-7:more": "",
-    }
+    (tmp_path / "keys").write_text("ann: one\nann:\t 0123:x\nplain\n")
+    settings = Settings(api_keys="bob-2: three, four", api_keys_file=str(tmp_path / "keys"))
+    named = {"three": "bob-2", "four": "", "one": "ann", "0123:x": "ann", "plain": ""}
+    assert settings.keys() == named
     # What a client sends is the key alone.
-    assert client_key(tmp_path / "keys", {}) == old
+    assert client_key(tmp_path / "keys", {}) == "one"
+
+
+@pytest.mark.parametrize("key", ["ann:0123456789abcdef", "a:1", ":a", "a:b:", "https://a:b"])
+def test_a_key_that_holds_a_colon_is_one_key_and_has_no_name(key: str, tmp_path: Path) -> None:
+    """Names are public in /metrics: no part of a key may become one."""
+    (tmp_path / "keys").write_text(f"{key}\n")
+    assert Settings(api_keys_file=str(tmp_path / "keys")).keys() == {key: ""}
+    assert Settings(api_keys=key).keys() == {key: ""}
 
 
 def test_what_is_no_file_opens_nothing(tmp_path: Path) -> None:
