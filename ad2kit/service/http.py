@@ -98,9 +98,6 @@ class _Lane:
         Yields:
             The plain body.
 
-        ``size_bytes`` is what the request counts for while it waits. In its turn it may say how
-        many bytes were really read.
-
         Raises:
             QueueFull: the turn would come too late.
             Damaged: the body is not in its encoding.
@@ -110,7 +107,8 @@ class _Lane:
         wait_s = self._waiting_bytes / self._bytes_per_s
         if wait_s > self._max_wait_s:
             raise QueueFull(math.ceil(wait_s))
-        size_bytes = len(body)
+        # How much a compressed body holds is not known before its turn.
+        size_bytes = max_bytes if encoding else len(body)
         self._waiting_bytes += size_bytes
         try:
             async with self._free:

@@ -174,22 +174,18 @@ class Settings(BaseModel):
                 )
 
     def check_model_fits(self, length: TextLength) -> None:
-        """Refuse a queue that cannot hold the longest text of the model that is served.
+        """Refuse a queue that cannot hold one text, or one window of a text, of the model.
 
         Raises:
             UserError: names the setting and its least value.
         """
-        windows = length.max_windows
-        for name, least in (
-            ("max_queue_texts", windows),
-            ("max_queue_tokens", windows * length.max_length_tokens),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{name}={getattr(self, name)}: expected at least {least}, because the longest "
-                    f"text of the model has {windows} windows of {length.max_length_tokens} tokens",
-                    hint=f"set {_variable(name)}={least} or more",
-                )
+        least = length.max_length_tokens
+        if self.max_queue_tokens < least:
+            raise UserError(
+                f"max_queue_tokens={self.max_queue_tokens}: expected at least {least}, because the "
+                f"model reads texts of {least} tokens",
+                hint=f"set {_variable('max_queue_tokens')}={least} or more",
+            )
 
     def limits(self) -> dict[str, int | float]:
         """Return the bounds by name, without the ``max_`` in front."""
