@@ -181,7 +181,6 @@ def test_the_whole_chain_from_a_teacher_to_the_gate(family: str, tmp_path: Path)
     company = {verdict.variant: verdict.company for verdict in report.variants if verdict.company}
     assert company["steady"].flips == 0
     assert company["steady"].shift < 0.003
-    assert company["steady"].shift <= company["int8"].shift / 2  # control: dynamic int8 moves
     assert (read_artifact(run.onnx("steady")).weights_in_8_bits or 0) > 0.8
     nodes = read_artifact(run.onnx("fused")).nodes
     kinds = ("Attention", "EmbedLayerNormalization", "SkipLayerNormalization")
