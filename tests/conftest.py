@@ -24,12 +24,14 @@ from hypothesis import HealthCheck, settings
 from ad2kit.__main__ import main
 from ad2kit.run import recipe as recipes
 from ad2kit.run.folder import RunDir, open_run
+from tests.warm import warm_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ad2kit.gate.records import BentoRecord
     from ad2kit.run.recipe import Recipe
+    from tests.warm import Warm
 
 # Real data lies beside the checkout on the machines of the developers.
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -143,6 +145,13 @@ def copied_run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     folder = tmp_path / "runs" / finished_run.path.name
     shutil.copytree(finished_run.path, folder)
     return RunDir(folder)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Run commands in processes of their own that need not import anything first."""
+    with warm_process() as process:
+        yield process
 
 
 class Outcome:

@@ -166,10 +166,7 @@ def ask(
             with journal.writing():
                 asyncio.run(asker.ask(results.texts, limits.concurrency))
         except BaseException:
-            names = {AskJob.file_name, NAME}
-            if not journal.answers and output.names() == names:
-                for name in names:  # what was wrong may be part of the job: the next may differ
-                    (Path(output.path) / name).unlink()
+            _forget_job_without_answers(output, journal)
             raise
         results.write(tables.blocks, journal, asker.unanswered)
         report = _report(results, tables, job, journal, costs, prompt).model_copy(
@@ -182,6 +179,14 @@ def ask(
         )
         output.write(AskReport.file_name, report.model_dump_json(indent=2).encode() + b"\n")
         return report
+
+
+def _forget_job_without_answers(output: OutputFolder, journal: Journal) -> None:
+    """Empty the folder if nothing was answered: what was wrong may be part of the job."""
+    names = {AskJob.file_name, NAME}
+    if not journal.answers and output.names() == names:
+        for name in names:
+            (Path(output.path) / name).unlink()
 
 
 def _prompt(recipe: Recipe) -> Prompt:

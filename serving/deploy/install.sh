@@ -8,6 +8,6 @@
 set -eu
 python3 -m venv "$2"
 "$2/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --only-binary=:all: \
-  --no-deps --requirement "$1/env/python/requirements.txt"
+  --requirement "$1/env/python/requirements.txt"
 "$2/bin/python" -m compileall -q "$1/src"
 "$2/bin/python" -m pip uninstall --yes --quiet setuptools pip

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bentoml
+import psutil
 import pytest
 
+from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
-from ad2kit.service.bento import served
+from ad2kit.service.bento import pinned_requirements, served
 from ad2kit.service.check import ask
 
 if TYPE_CHECKING:
@@ -96,6 +98,43 @@ def contained(tmp_path: Path, environment: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "AD2KIT_WORKERS": "1",
     }
+
+
+def test_the_bento_serves_where_only_its_own_requirements_are_installed(
+    packaged: tuple[RunDir, BentoRecord],
+    bento: Path,
+    environment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As on another machine: no checkout on the path, no store of ours, another python.
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    python = str(environment / "bin" / "python")
+    names = "from importlib.metadata import *; print(*(d.name for d in distributions()))"
+    listed = subprocess.run([python, "-c", names], check=True, capture_output=True, text=True)
+    # pip had to add nothing of its own choice: the pins are the whole closure.
+    pinned = {pin.split("==")[0] for pin in pinned_requirements()}
+    assert {name.lower().replace("_", "-") for name in listed.stdout.split()} == pinned
+    assert not pinned & {"torch", "transformers"}
+
+    monkeypatch.setattr(sys, "executable", python)  # whose `bentoml serve` it shall be
+    run, record = packaged
+    validation = load_data(run.recipe.data, run.recipe.seed).validation
+    texts = [text[0] for text in validation.texts[:60]]
+    expected = OnnxClassifier(run.onnx(record.variant), threads=1).predict(texts, batch_size=1)
+    with served(bento, tmp_path) as address:
+        port = address.rpartition(":")[2]  # other tests may have servers, and a Ray, of their own
+        (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
+        family = [server, *server.children(recursive=True)]
+        commands = [process.cmdline() for process in family]
+        answers = [ask(address, [text])[0] for text in texts]
+    assert {command[0] for command in commands} == {python}
+    for answer, prediction in zip(answers, expected, strict=True):
+        assert answer["label"] == prediction.label
+        assert answer["scores"] == pytest.approx(prediction.scores, abs=1e-5)
+        assert answer["tokens"] == prediction.tokens
 
 
 def test_the_image_answers_as_the_artefact_does(

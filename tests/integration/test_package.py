@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bentoml
-import psutil
 import pytest
 
-from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.golden import GOLDEN_FILE
 from ad2kit.exporting.records import OnnxArtifact
@@ -283,48 +279,3 @@ def test_a_bento_answers_with_the_code_that_it_was_made_with(
     monkeypatch.setenv("PYTHONPATH", str(other.parent))
     with served(bento_folder(record.tag), tmp_path) as address:
         assert ask(address, ["never dull"])
-
-
-def test_the_bento_serves_where_only_its_own_requirements_are_installed(
-    packaged: tuple[RunDir, BentoRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, record = packaged
-    bento = tmp_path / "bento"
-    shutil.copytree(bento_folder(record.tag), bento)
-    # As on another machine: no checkout on the path, no store of ours, another python.
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "store"))
-    monkeypatch.chdir(tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    requirements = bento / "env" / "python" / "requirements.txt"
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(requirements)], check=True)
-    # pip had to add nothing of its own choice: the pins are the whole closure.
-    listed = subprocess.run(
-        [str(python), "-m", "pip", "list", "--format=json"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    installed = {each["name"].lower().replace("_", "-") for each in json.loads(listed.stdout)}
-    pinned = {pin.split("==")[0] for pin in pinned_requirements()}
-    assert installed - {"pip", "setuptools", "wheel"} == pinned
-    assert not pinned & {"torch", "transformers"}
-
-    monkeypatch.setattr(sys, "executable", str(python))  # whose `bentoml serve` it shall be
-    validation = load_data(run.recipe.data, run.recipe.seed).validation
-    texts = [text[0] for text in validation.texts[:60]]
-    expected = OnnxClassifier(run.onnx("steady"), threads=1).predict(texts, batch_size=1)
-    working = tmp_path / "elsewhere"
-    working.mkdir()
-    with served(bento, working) as address:
-        port = address.rpartition(":")[2]  # other tests may have servers, and a Ray, of their own
-        (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
-        family = [server, *server.children(recursive=True)]
-        commands = [process.cmdline() for process in family]
-        answers = [ask(address, [text])[0] for text in texts]
-    assert {command[0] for command in commands} == {str(python)}
-    for answer, prediction in zip(answers, expected, strict=True):
-        assert answer["label"] == prediction.label
-        assert answer["scores"] == pytest.approx(prediction.scores, abs=1e-5)
-        assert answer["tokens"] == prediction.tokens

@@ -22,10 +22,12 @@ import pytest
 
 from ad2kit.data.demo_reviews import LABELS, opinions
 from ad2kit.run.recipe import load_recipe
+from tests import warm as warm_commands
 
 if TYPE_CHECKING:
     from ad2kit.gate.records import BentoRecord
     from ad2kit.run.folder import RunDir
+    from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -67,21 +69,22 @@ SMALL_TEACHER = (
     "teacher.finetune.lr=1e-4",
 )
 
-# The commands of a block, made small; a server goes to the background, and is there when its line
-# ends.
+# The commands of a block, made small, in forks of a warm process; a server goes to the background,
+# and is there when its line ends.
 SHELL = r"""
 set -euo pipefail
+warm() { "$PYTHON" -S "$WARM_SCRIPT" "$WARM" "$@"; }
 small_arguments() {
   case " $* " in *" teacher.finetune=null "*) ;; *) echo "$SMALL_TEACHER" ;; esac
   echo "$SMALL"
 }
 ad2kit() {
   case "$1" in
-    check | run | distill | compare) command ad2kit "$@" $(small_arguments "$@") ;;
+    check | run | distill | compare) warm "$@" $(small_arguments "$@") ;;
     # So small a student seldom meets the target. Exit code 1 is a verdict, and no mistake.
-    fit) command ad2kit "$@" $(small_arguments "$@") || [ $? = 1 ] ;;
-    parity) case " $* " in *" --model "*) set -- "$@" $SMALL_GATE ;; esac; command ad2kit "$@" ;;
-    *) command ad2kit "$@" ;;
+    fit) warm "$@" $(small_arguments "$@") || [ $? = 1 ] ;;
+    parity) case " $* " in *" --model "*) set -- "$@" $SMALL_GATE ;; esac; warm "$@" ;;
+    *) warm "$@" ;;
   esac
 }
 bentoml() {
@@ -210,18 +213,26 @@ def run_block(block: Block, desk: Path, environment: dict[str, str]) -> str:
     return "" if done.returncode == 0 else f"{block.code}\n{log.read_text()}"
 
 
-@pytest.mark.parametrize("page", page_paths())
-def test_the_blocks_of_a_page_run(
-    page: str, desk: Path, packaged: tuple[RunDir, BentoRecord]
-) -> None:
-    port = _free_port()
-    environment = os.environ | {
+def _environment(warm: Warm, port: int) -> dict[str, str]:
+    """Return the variables of the blocks; their servers listen on ``port``."""
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "SMALL": " ".join(SMALL),
         "SMALL_TEACHER": " ".join(SMALL_TEACHER),
         "SMALL_GATE": " ".join(SMALL_GATE),
         "BENTOML_PORT": str(port),
+        "PYTHON": sys.executable,
+        "WARM_SCRIPT": warm_commands.__file__,
+        "WARM": warm.address,
     }
+
+
+@pytest.mark.parametrize("page", page_paths())
+def test_the_blocks_of_a_page_run(
+    page: str, desk: Path, packaged: tuple[RunDir, BentoRecord], warm: Warm
+) -> None:
+    port = _free_port()
+    environment = _environment(warm, port)
     try:
         for block in blocks((ROOT / page).read_text()):
             if block.reason:
@@ -250,16 +261,16 @@ def _stop_servers(port: int) -> None:
     psutil.wait_procs(servers, timeout=30)
 
 
-def test_what_is_not_run_has_a_reason_and_what_fails_is_seen(desk: Path) -> None:
+def test_what_is_not_run_has_a_reason_and_what_fails_is_seen(desk: Path, warm: Warm) -> None:
     text = "<!-- not run: needs a GPU -->\n```sh\nfalse\n```\n```python\n1 / 0\n```\n"
     assert [(block.reason, block.language) for block in blocks(text)] == [
         ("needs a GPU", "sh"),
         ("", "python"),
     ]
-    environment = os.environ | {"SMALL": "", "SMALL_TEACHER": ""}
+    environment = _environment(warm, 0) | {"SMALL": "", "SMALL_TEACHER": ""}
     assert "ZeroDivisionError" in run_block(blocks(text)[1], desk, environment)
     assert run_block(Block("", "sh", "false | true\n"), desk, environment)
-    assert run_block(Block("", "sh", "ad2kit predict\ntrue\n"), desk, environment)
+    assert run_block(Block("", "sh", "ad2kit predict --file missing.txt\ntrue\n"), desk, environment)
 
 
 def test_the_small_recipe_is_one() -> None:

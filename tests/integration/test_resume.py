@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.run.recipe import Recipe
+    from tests.warm import Warm
 
 
 class Stopped(Exception):
@@ -57,10 +56,8 @@ def curve(run: RunDir, phase: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "stops",
     [
-        [("teacher", 3)],
-        [("teacher", 17), ("student", 1)],
-        [("student", 10)],
-        [("teacher", 124), ("student", 15), ("student", 23)],
+        [("teacher", 3), ("student", 10)],
+        [("teacher", 17), ("teacher", 124), ("student", 1), ("student", 15), ("student", 23)],
     ],
 )
 def test_a_resumed_run_is_bit_identical_to_a_straight_one(
@@ -128,13 +125,13 @@ def test_patience_and_started_heads_end_with_the_same_bits_after_any_stop(tmp_pa
         assert not run.snapshots(phase).exists()
 
 
-def test_a_snapshot_that_was_deleted_is_missed(tmp_path: Path, quick_recipe: Recipe) -> None:
+def test_a_snapshot_that_was_deleted_is_missed(with_teacher: Path, quick_recipe: Recipe) -> None:
     recipe = quick_recipe.model_copy(
         update={
             "distill": quick_recipe.distill.model_copy(update={"evaluations": 12}),
         }
     )
-    run = half_trained(tmp_path, recipe)
+    run = half_trained(with_teacher, recipe)
     snapshots = sorted(run.snapshots("student").iterdir())
     assert len(snapshots) > 1
     shutil.rmtree(snapshots[0])
@@ -154,15 +151,22 @@ def test_a_finished_stage_is_not_done_again(finished_run: RunDir) -> None:
     assert finished_run.distill_report.read_bytes() == before
 
 
-def half_trained(tmp_path: Path, recipe: Recipe) -> RunDir:
-    run = open_run(recipe, tmp_path)
+@pytest.fixture
+def with_teacher(tmp_path: Path, finished_run: RunDir) -> Path:
+    """A folder for runs whose teacher is trained already."""
+    shutil.copytree(finished_run.shared, tmp_path / "runs" / finished_run.shared.name)
+    return tmp_path / "runs"
+
+
+def half_trained(runs_dir: Path, recipe: Recipe) -> RunDir:
+    run = open_run(recipe, runs_dir)
     with pytest.raises(Stopped):
         distill(run, on_step=stop_at("student", 15))
     return run
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, quick_recipe: Recipe) -> None:
-    run = half_trained(tmp_path, quick_recipe)
+def test_a_damaged_checkpoint_is_refused(with_teacher: Path, quick_recipe: Recipe) -> None:
+    run = half_trained(with_teacher, quick_recipe)
     path = run.checkpoint("student") / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunError, match="is damaged: sha256 expected") as caught:
@@ -171,9 +175,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, quick_recipe: Recipe) -
 
 
 def test_a_resume_under_other_threads_or_versions_is_refused_unless_allowed(
-    tmp_path: Path, quick_recipe: Recipe
+    with_teacher: Path, quick_recipe: Recipe
 ) -> None:
-    run = half_trained(tmp_path, quick_recipe)
+    run = half_trained(with_teacher, quick_recipe)
     path = run.checkpoint("student") / "checkpoint.json"
     facts = json.loads(path.read_text())
     facts["environment"] |= {"threads": "64", "torch": "1.0"}
@@ -185,9 +189,9 @@ def test_a_resume_under_other_threads_or_versions_is_refused_unless_allowed(
 
 
 def test_a_resume_under_another_kernel_or_quota_is_exact(
-    tmp_path: Path, quick_recipe: Recipe, finished_run: RunDir
+    with_teacher: Path, quick_recipe: Recipe, finished_run: RunDir
 ) -> None:
-    run = half_trained(tmp_path, quick_recipe)
+    run = half_trained(with_teacher, quick_recipe)
     path = run.checkpoint("student") / "checkpoint.json"
     facts = json.loads(path.read_text())
     assert set(facts["environment"]) > DECIDE_BITS  # no name of one that is never compared
@@ -228,9 +232,9 @@ def test_two_processes_cannot_write_one_run(finished_run: RunDir) -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(
-    tmp_path: Path, finished_run: RunDir, quick_recipe: Recipe
+    with_teacher: Path, finished_run: RunDir, quick_recipe: Recipe
 ) -> None:
-    run = open_run(quick_recipe, tmp_path)
+    run = open_run(quick_recipe, with_teacher)
 
     def press(record: StepRecord) -> None:
         if (record.phase, record.step) == ("student", 13):
@@ -246,44 +250,38 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [QUICK, WITH_PATIENCE], ids=["plain", "with patience"])
 def test_kill_9_at_random_moments_changes_nothing(
-    tmp_path: Path, settings: tuple[str, ...]
+    tmp_path: Path, settings: tuple[str, ...], finished_run: RunDir, warm: Warm
 ) -> None:
     """The short form of `make soak`, which kills the whole chain more often."""
-    straight = open_run(recipes.load_recipe("smoke", settings), tmp_path / "straight")
-    steps = distill(straight).steps
+    straight = finished_run
+    if settings != QUICK:
+        straight = open_run(recipes.load_recipe("smoke", settings), tmp_path / "straight")
+        distill(straight)
     runs_dir = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "ad2kit",
-        "distill",
-        "smoke",
-        *settings,
-        "--runs-dir",
-        str(runs_dir),
-    ]
-    # The start-up takes seconds: counted from the first line of the curve, kills hit the work.
+    command = ("distill", "smoke", *settings, "--runs-dir", str(runs_dir))
+    # The start-up takes a while: counted from the first line of the curve, kills hit the work.
     for marker, delay in (
         ("teacher-training.jsonl", 0.15),
         ("training.jsonl", 0.05),
         ("training.jsonl", 0.3),
     ):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = warm.start(*command)
         end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end:
+        while time.monotonic() < end:
             found = list(runs_dir.glob(f"*/{marker}"))
             if found and found[0].stat().st_size:
                 time.sleep(delay)
                 break
             time.sleep(0.01)
         process.kill()
-        process.wait()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.wait() == -signal.SIGKILL
+    result = warm.run(*command)
     assert result.returncode == 0, result.stderr
     (folder,) = runs_dir.glob("smoke-*")
     run = RunDir(folder)
     assert weights(run) == weights(straight)
-    assert DistillReport.read(run.distill_report).steps == steps
+    ours, theirs = (DistillReport.read(each.distill_report) for each in (run, straight))
+    assert ours.steps == theirs.steps
     assert not list(folder.rglob(".tmp-*"))
 
 
@@ -301,9 +299,9 @@ INSIDE = {
     "the trial of the service": ("ad2kit.service.check", "ask", 3),
 }
 KILLER = """
-import importlib, os, signal, sys
+import importlib, os, signal
 from pathlib import Path
-module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+module, name, calls = {}
 module = importlib.import_module(module)
 original = getattr(module, name)
 def killing(*args, **kwargs):
@@ -316,24 +314,18 @@ def killing(*args, **kwargs):
     calls -= 1
     return original(*args, **kwargs)
 setattr(module, name, killing)
-sys.argv = ["ad2kit", *sys.argv[4:]]
-from ad2kit.__main__ import main
-main()
 """
 
 
 @pytest.mark.slow
 def test_a_kill_inside_each_kind_of_write_changes_nothing(
-    tmp_path: Path, finished_run: RunDir
+    tmp_path: Path, finished_run: RunDir, warm: Warm
 ) -> None:
-    arguments = ["run", "smoke", *QUICK, "--runs-dir", str(tmp_path)]
-    for what, (module, name, calls) in INSIDE.items():
-        script = [sys.executable, "-c", KILLER, module, name, str(calls), *arguments]
-        killed = subprocess.run(script, capture_output=True, text=True, check=False)
+    chain = ("run", "smoke", *QUICK, "--runs-dir", tmp_path)
+    for what, place in INSIDE.items():
+        killed = warm.run(*chain, before=KILLER.format(place))
         assert killed.returncode == -signal.SIGKILL, f"not inside {what}: {killed.stderr}"
-    result = subprocess.run(
-        [sys.executable, "-m", "ad2kit", *arguments], capture_output=True, text=True, check=False
-    )
+    result = warm.run(*chain)
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.glob("smoke-*")
     run = RunDir(folder)

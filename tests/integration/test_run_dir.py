@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -30,18 +28,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ad2kit.run.recipe import Recipe
+    from tests.warm import Warm
 
 LAX = "parity.min_retained=0.1"
 FIT = CampaignRecord(command="ad2kit fit", rule="retain 97 %")
-
-
-def ad2kit_alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ad2kit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def opened_again(run: RunDir, recipe: Recipe, **options: Any) -> RunDir:
@@ -51,23 +41,23 @@ def opened_again(run: RunDir, recipe: Recipe, **options: Any) -> RunDir:
 # One recipe.
 
 
-def test_a_refused_command_changes_nothing(copied_run: RunDir) -> None:
+def test_a_refused_command_changes_nothing(copied_run: RunDir, warm: Warm) -> None:
     before = sha256_of(copied_run.recipe_file)
     with copied_run.locked() as held:
-        refused = ad2kit_alone("run", "smoke", *QUICK, LAX, "--runs-dir", copied_run.path.parent)
+        refused = warm.run("run", "smoke", *QUICK, LAX, "--runs-dir", copied_run.path.parent)
         assert refused.returncode == 2
         assert f"run: {copied_run.path}" in refused.stderr
         assert "is being written by another ad2kit process" in refused.stderr
         assert sha256_of(copied_run.recipe_file) == before
         assert held.recipe.parity.min_retained == 0.5
     # The control: with the lock free the same command changes the gate.
-    lax = ad2kit_alone("distill", "smoke", *QUICK, LAX, "--runs-dir", copied_run.path.parent)
+    lax = warm.run("distill", "smoke", *QUICK, LAX, "--runs-dir", copied_run.path.parent)
     assert lax.returncode == 0, lax.stderr
     assert copied_run.recipe.parity.min_retained == 0.1
 
 
 def test_a_command_at_work_keeps_the_recipe_that_it_began_with(
-    tmp_path: Path, quick_recipe: Recipe
+    tmp_path: Path, quick_recipe: Recipe, warm: Warm
 ) -> None:
     """Another process types the same recipe with a laxer gate while the student trains."""
     run = open_run(quick_recipe, tmp_path)
@@ -75,7 +65,7 @@ def test_a_command_at_work_keeps_the_recipe_that_it_began_with(
 
     def another(_record: object) -> None:
         if not codes:
-            done = ad2kit_alone("distill", "smoke", *QUICK, LAX, "--runs-dir", tmp_path)
+            done = warm.run("distill", "smoke", *QUICK, LAX, "--runs-dir", tmp_path)
             codes.append(done.returncode)
 
     distill(run, on_step=another)

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
+from onnxruntime.quantization import quantize_dynamic
 
 from ad2kit.exporting import classifier
 from ad2kit.exporting.conversion import company_checks, company_of
@@ -79,6 +80,28 @@ def test_products_and_tables_are_close_and_steady(graph: Path, tmp_path: Path) -
     for row in range(len(ids)):
         for together, alone in zip(found, run(steady, ids[row : row + 1]), strict=True):
             np.testing.assert_array_equal(together[row], alone[0])
+
+
+def test_a_scale_for_a_whole_batch_is_not_steady(graph: Path, tmp_path: Path) -> None:
+    """Control: the same weights with the dynamic scales of ONNX Runtime."""
+    model = onnx.load(graph)
+    for position, node in enumerate(model.graph.node):
+        node.name = str(position)  # the quantiser asks for names
+    (table,) = (each for each in model.graph.initializer if each.name == "table")
+    values = numpy_helper.to_array(table).copy()
+    values[1] *= 50  # a company that takes the range of all
+    table.CopyFrom(numpy_helper.from_array(values, "table"))
+    onnx.save(model, graph)
+    quantize_dynamic(graph, tmp_path / "int8.onnx")
+    make_steady(graph, tmp_path / "steady.onnx")
+    ids = np.array([[5, 6, 7], [1, 1, 1]])
+
+    def moved(path: Path) -> float:
+        alone, together = run(path, ids[:1])[1][0], run(path, ids)[1][0]
+        return float(np.abs(together - alone).max() / np.abs(alone).max())
+
+    assert moved(tmp_path / "int8.onnx") > 0.1
+    assert moved(tmp_path / "steady.onnx") == 0
 
 
 def test_weights_are_kept_once_and_in_8_bits(graph: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ whole text with ``truncation=True``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,13 @@ def ours(kind: str, side: str, length: int, columns: int) -> Tokenise:
     return Tokenise(backend, tokenisation(tokenizer), TextLength(length), columns)
 
 
+def first_reading(tokenise: Tokenise, characters: int) -> Tokenise:
+    """A copy that reads so many characters of a text first; tests share the original."""
+    changed = copy.copy(tokenise)
+    changed.short_characters = characters
+    return changed
+
+
 def expected(tokenizer: Fast, example: tuple[str, ...], length: int) -> Tokens:
     """What transformers makes of the whole text."""
     columns = [[text] for text in example]
@@ -317,8 +325,8 @@ def texts(most: int) -> st.SearchStrategy[str]:
 def test_any_text_is_read_as_transformers_reads_it(
     kind: str, example: tuple[str, ...], side: str, length: int, first_piece: int
 ) -> None:
-    tokenise = ours(kind, side, length, len(example))
-    tokenise.short_characters = first_piece  # so small that most texts are read in pieces
+    # The first piece is so small that most texts are read in pieces.
+    tokenise = first_reading(ours(kind, side, length, len(example)), first_piece)
     assert tokenise([example]) == [expected(original(kind, side), example, length)]
 
 
@@ -338,13 +346,15 @@ def types_as_in(first: Encoding, window: Encoding) -> list[int]:
     """The segments of a window as those of the first one.
 
     The library gives the windows after the first other segments, if the post-processor has no
-    usual ones: segment 1 by RoBERTa's, whose models have only segment 0.
+    usual ones: segment 1 by RoBERTa's, whose models have only segment 0. Without a post-processor
+    it forgets the sequences of these windows, but not their segments.
     """
     places = list(zip(first.sequence_ids, first.type_ids, strict=True))
     special = iter([kind for sequence, kind in places if sequence is None])
     kinds = dict(places)
     return [
-        next(special) if sequence is None else kinds[sequence] for sequence in window.sequence_ids
+        next(special, kind) if sequence is None else kinds[sequence]
+        for sequence, kind in zip(window.sequence_ids, window.type_ids, strict=True)
     ]
 
 
@@ -395,8 +405,7 @@ def expected_windows(tokenizer: Fast, example: tuple[str, ...], length: int) -> 
 def test_windows_are_those_of_transformers(
     kind: str, example: tuple[str, ...], side: str, length: int, first_piece: int
 ) -> None:
-    tokenise = windowed(kind, side, length, len(example))
-    tokenise.short_characters = first_piece
+    tokenise = first_reading(windowed(kind, side, length, len(example)), first_piece)
     refused = dict[int, str]()
     found = tokenise([("fine",) * len(example), example], refused.__setitem__)
     assert found[1:] == expected_windows(original(kind, side), example, length)
@@ -419,8 +428,7 @@ def test_a_real_tokenizer_is_read_as_transformers_reads_it(
 ) -> None:
     minilm.truncation_side = side
     backend = Tokenizer.from_str(minilm.backend_tokenizer.to_str())
-    tokenise = Tokenise(backend, tokenisation(minilm), TextLength(32), 1)
-    tokenise.short_characters = 100
+    tokenise = first_reading(Tokenise(backend, tokenisation(minilm), TextLength(32), 1), 100)
     assert tokenise([(text,)]) == [expected(minilm, (text,), 32)]
 
 
@@ -434,14 +442,11 @@ SEAMS = (
 
 def wrong_pieces(kind: str, side: str) -> int:
     """How many pieces of a text, of all lengths, say a token that the whole text has not."""
-    tokenise = ours(kind, side, 16, 1)
-    tokenise._room, before = 10_000, tokenise._room
+    tokenise = copy.copy(ours(kind, side, 16, 1))  # tests share the original
+    tokenise._room = 10_000
     text = SEAMS * 3
-    try:
-        whole = tokenise._read(text, len(text)).ids
-        pieces = [tokenise._read(text, length).ids for length in range(1, len(text))]
-    finally:
-        tokenise._room = before
+    whole = tokenise._read(text, len(text)).ids
+    pieces = [tokenise._read(text, length).ids for length in range(1, len(text))]
     if side == "left":
         return sum(piece != whole[len(whole) - len(piece) :] for piece in pieces)
     return sum(piece != whole[: len(piece)] for piece in pieces)
