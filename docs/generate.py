@@ -162,7 +162,7 @@ def _yaml(value: Any) -> str:
 
 
 def _http() -> Iterator[str]:
-    whole = document(text_columns=1, keys=True, max_texts=Settings().max_texts)
+    whole = document({"": 1}, keys=True, max_texts=Settings().max_texts)
     yield from ("# HTTP", "")
     yield "The running service returns this as an OpenAPI document at `/docs.json`."
     yield from ("This page shows it for a model of one text and with API keys.", "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import sys
@@ -32,13 +31,13 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from ad2kit import __version__
 from ad2kit.exporting.classifier import OnnxClassifier
-from ad2kit.exporting.golden import warm_up
-from ad2kit.gate.records import ParityReport
 from ad2kit.run.machine import available_cpus
+from ad2kit.service.access import ApiKeys, Keys, Preflight
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.connections import bounded, check_files
-from ad2kit.service.errors import ErrorContract, Pace
-from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, Unlink
+from ad2kit.service.errors import ErrorContract, Pace, Problem
+from ad2kit.service.http import Classify, Direct, RequestTimes, Unlink
+from ad2kit.service.models import Loaded, Model
 from ad2kit.service.monitoring import ServiceMetrics, Shadow, log_as_json, metrics_folder, tracing
 from ad2kit.service.openapi import (
     ClassifyPrediction,
@@ -47,7 +46,7 @@ from ad2kit.service.openapi import (
     Documented,
     document,
 )
-from ad2kit.service.process import end_with_parent, errors_of_bentoml, this_server
+from ad2kit.service.process import Server, end_with_parent, errors_of_bentoml, follow, this_server
 
 logger = logging.getLogger("ad2kit.service")
 
@@ -67,7 +66,7 @@ with errors_of_bentoml():
         Path(__file__).parent, vars(bentoml.use_arguments()), worker=WORKER is not None
     )
     settings = server.settings
-    KEYS = settings.keys()
+    keys = Keys(settings.keys())
     check_files(settings.max_connections)
 WORKERS = settings.workers or max(1, available_cpus() // (settings.threads or 1))
 
@@ -119,23 +118,15 @@ class Ad2kitClassifier:
         if server.pid != os.getpid():
             end_with_parent(server.pid, drain_s=settings.body_timeout_s + settings.deadline_s)
         sys.setswitchinterval(SWITCH_S)
-        folder = server.artifact
         self.threads = settings.threads or max(1, available_cpus() // WORKERS)
-        self.classifier = OnnxClassifier(folder, threads=self.threads)
-        lineage = Path(__file__).with_name("lineage.json")  # in a Bento
-        report = folder / ParityReport.file_name
-        self.parity = None
-        if lineage.is_file():
-            self.parity = json.loads(lineage.read_text())["parity"]
-        elif report.is_file():
-            self.parity = json.loads(report.read_text())
         start = time.perf_counter()
-        golden_answers = warm_up(self.classifier)
+        self.loaded = Loaded(server.models, server.refused, self.threads, self.exchange)
         seconds = time.perf_counter() - start
+        classifier = self.model.classifier
         self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
         max_wait_s = settings.deadline_s * WAIT_PER_DEADLINE
         self.batcher = Batcher(
-            self.classifier.run,
+            classifier.run,
             max_batch_tokens=settings.max_batch_tokens,
             max_queue_texts=settings.max_queue_texts,
             max_queue_tokens=settings.max_queue_tokens,
@@ -144,12 +135,10 @@ class Ad2kitClassifier:
         )
         self.shadow = None
         if server.shadow is not None:
-            teacher = OnnxClassifier(server.shadow, threads=1)
-            self.shadow = Shadow(
-                teacher, self.classifier, settings.shadow_share, self.metrics.shadowed
-            )
+            teacher = OnnxClassifier(server.shadow.folder, threads=1)
+            self.shadow = Shadow(teacher, classifier, settings.shadow_share, self.metrics.shadowed)
         self.api = Classify(
-            self.classifier,
+            classifier,
             self.batcher,
             deadline_s=settings.deadline_s,
             max_texts=settings.max_texts,
@@ -159,23 +148,57 @@ class Ad2kitClassifier:
             shadow=self.shadow,
             access_log=settings.access_log,
         )
+        self.apis = {
+            name: self.api.of(name, model.classifier) for name, model in self.loaded.models.items()
+        }
         facts = {
-            "variant": self.classifier.artifact.variant,
-            "model": str(folder),
+            "variant": classifier.artifact.variant,
+            "model": str(self.model.version.folder),
+            "models": sorted(name for name in self.apis if name),
             "threads": self.threads,
-            "golden_answers": golden_answers,
-            "warm_up_ms": round(1e3 * seconds, 1),
+            "golden_answers": self.model.golden_answers,
+            "load_ms": round(1e3 * seconds, 1),
         }
         # These objects live as long as the process; the garbage collector need not search them.
         gc.collect()
         gc.freeze()
         logger.info("ready", extra=facts)
+        self.keys_sha256 = server.keys_sha256
+        if settings.is_watched:
+            follow(server, self.take)
 
     @bentoml.on_deployment
     def hand_on() -> None:
         """Hand the decisions of the parent process on to the workers before it starts them."""
         with errors_of_bentoml():
             server.hand_on()
+
+    @property
+    def model(self) -> Model:
+        """The service's own model."""
+        return self.loaded.models[""]
+
+    def take(self, decided: Server) -> None:
+        """Put new decisions of the parent process into force; called in another thread."""
+        if decided.keys_sha256 != self.keys_sha256:
+            keys.change(decided.settings.keys())
+            self.keys_sha256 = decided.keys_sha256
+        self.loaded.take(decided.models, decided.refused)
+
+    def exchange(self, name: str, classifier: OnnxClassifier) -> None:
+        """Let requests from now on have a new version of a model; called in another thread."""
+        self.apis[name] = self.api.of(name, classifier)
+
+    def api_of(self, name: str) -> Classify:
+        """Return what answers the requests to a model.
+
+        Raises:
+            Problem: there is no such model.
+        """
+        if name not in self.apis:
+            paths = [f"/classify/{each}".rstrip("/") for each in sorted(self.apis)]
+            raise Problem(404, f"/classify/{name}", hint=f"POST to {' or '.join(paths)}")
+        return self.apis[name]
 
     def observe(self, facts: BatchFacts) -> None:
         """Record the facts of a batch and the length of the queue behind it."""
@@ -189,26 +212,21 @@ class Ad2kitClassifier:
         HTTP never comes here: :class:`ad2kit.service.http.Direct` answers POST /classify before.
         This method is for BentoML's clients and schema.
         """
-        predictions = await self.api.classify(request, RequestTimes())
+        predictions = await self.apis[""].classify(request, RequestTimes())
         return ClassifyResponse(
             predictions=[ClassifyPrediction.model_validate(row) for row in predictions]
         )
 
     def info(self) -> dict[str, Any]:
         """Return the model, its lineage, its parity report, and the limits of the service."""
-        artifact = self.classifier.artifact
+        models = self.loaded.models
         return {
             "ad2kit": __version__,
-            "variant": artifact.variant,
-            "task": artifact.task,
-            "labels": list(artifact.labels),
-            "text_columns": artifact.text_columns,
-            **artifact.length._asdict(),
-            "model_sha256": artifact.files["model.onnx"],
+            **self.model.facts(),
             "limits": settings.limits(),
             "settings": settings.public() | {"workers": WORKERS, "threads": self.threads},
-            "lineage": artifact.lineage,
-            "parity": self.parity,
+            "models": {name: models[name].facts() for name in models if name},
+            "refused": sorted(self.loaded.refused),  # the reasons stand in the log
         }
 
     @bentoml.on_shutdown
@@ -240,16 +258,15 @@ def admit(method: bytes, path: bytes) -> None:
     Raises:
         Problem: the queue is full.
     """
-    if method == b"POST" and path.rstrip(b"/") == b"/classify":
+    if method == b"POST" and path.startswith(b"/classify"):
         this_service().api.check_room()
 
 
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI document of this service and its model."""
-    artifact = this_service().classifier.artifact
-    return document(
-        text_columns=artifact.text_columns, keys=bool(KEYS), max_texts=settings.max_texts
-    )
+    models = this_service().loaded.models
+    text_columns = {name: model.classifier.artifact.text_columns for name, model in models.items()}
+    return document(text_columns, keys=bool(keys.pairs), max_texts=settings.max_texts)
 
 
 # BentoML builds uvicorn's configuration itself, without a way to choose a protocol. The
@@ -278,7 +295,7 @@ if settings.cors_origins:
     Ad2kitClassifier.add_asgi_middleware(Preflight)  # type: ignore[attr-defined]
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     ApiKeys,
-    keys=KEYS,
+    keys=keys,
     public=PUBLIC,
     count=count_key,
 )
@@ -286,5 +303,5 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
-    Direct, path="/classify", handler=lambda: this_service().api
+    Direct, path="/classify", handler=lambda name: this_service().api_of(name)
 )

@@ -1,5 +1,7 @@
 """A micro-batcher for serving: bounded queue, token budget, deadlines, fairness. No torch, no HTTP.
 
+Several models may share it: one queue, one thread, and one batch at a time, of texts of one model.
+
 An item is a text, or a window of a long text; all windows of a text are items of one call. The
 engine has a thread of its own. As soon as a batch is done, the thread takes the next one: the
 texts that arrived meanwhile, sorted by length and cut to a budget of padded tokens. So the engine
@@ -84,6 +86,7 @@ class Timing:
 class _Call:
     """One call of ``submit``: its future answer, and the rows of logits that are there so far."""
 
+    infer: Callable[[Sequence[Any]], NDArray[Any]]
     answer: asyncio.Future[NDArray[Any]]
     rows: list[Any]
     missing: int
@@ -108,7 +111,8 @@ class Batcher:
     """Gathers concurrent requests into batches for one engine.
 
     Args:
-        infer: computes the logits [items, labels] of a batch; runs in a thread of its own.
+        infer: computes the logits [items, labels] of a batch, unless a call brings its own model;
+            runs in a thread of its own.
         max_batch_tokens: the most padded tokens (items x longest) in one batch; a single item
             may be longer and then goes alone.
         max_queue_texts: the most items that may wait.
@@ -184,7 +188,12 @@ class Batcher:
         ):
             raise QueueFull(1 if math.isnan(wait_s) else max(1, math.ceil(wait_s)))
 
-    async def submit(self, tokenised: Sequence[Any], timing: Timing | None = None) -> NDArray[Any]:
+    async def submit(
+        self,
+        tokenised: Sequence[Any],
+        timing: Timing | None = None,
+        infer: Callable[[Sequence[Any]], NDArray[Any]] | None = None,
+    ) -> NDArray[Any]:
         """Return the logits of some texts or windows, shape [items, labels], in order.
 
         Cancelling the call (a deadline, a client that left) takes its texts out of the queue.
@@ -192,6 +201,8 @@ class Batcher:
         Args:
             tokenised: the texts or windows, each with its token ids, without padding, in ``ids``.
             timing: receives the times of this call.
+            infer: computes these texts; if None, what the batcher was made with. Only texts with
+                the same function share a batch.
 
         Raises:
             TooMuch: the empty queue does not hold so many texts, windows or tokens.
@@ -207,7 +218,13 @@ class Batcher:
             self._thread = threading.Thread(target=self._work, name="ad2kit-infer", daemon=True)
             self._thread.start()
         texts = len(tokenised)
-        call = _Call(self._loop.create_future(), [None] * texts, texts, timing or Timing())
+        call = _Call(
+            infer or self._infer,
+            self._loop.create_future(),
+            [None] * texts,
+            texts,
+            timing or Timing(),
+        )
         lengths = [len(tokens.ids) for tokens in tokenised]
         if texts > self._max_queue_texts or sum(lengths) > self._max_queue_tokens:
             raise TooMuch(
@@ -283,14 +300,15 @@ class Batcher:
             start = end
 
     def _next_batch(self) -> list[_Item]:
-        """Take the item whose turn it is, and the waiting items nearest in length."""
+        """Take the item whose turn it is, and the items of its model nearest in length."""
         first = min(self._waiting, key=lambda item: item.turn)  # among equals the oldest
+        infer = first.call.infer
         self._turn += 1
         batch = list[_Item]()
         longest = first.length
         tokens = 0
         for item in sorted(  # the first item, then the nearest lengths; among equals by turn
-            self._waiting,
+            [item for item in self._waiting if item.call.infer == infer],
             key=lambda item: (item is not first, abs(item.length - first.length), item.turn),
         ):
             width = max(longest, item.length)
@@ -317,7 +335,7 @@ class Batcher:
             return
         start = time.perf_counter()
         try:
-            logits = self._infer([item.tokenised for item in batch])
+            logits = batch[0].call.infer([item.tokenised for item in batch])
             if len(logits) != len(batch):
                 raise RuntimeError(f"{len(logits)} rows of logits for {len(batch)} texts")
         except Exception as error:  # whatever the engine raises belongs to the caller

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
+import copy
 import json
 import logging
 import math
@@ -29,13 +29,12 @@ from pydantic_core import from_json, to_json
 
 from ad2kit.run.errors import TextTooLong, UserError, nearest
 from ad2kit.service.batcher import BatcherClosed, QueueFull, Timing, TooMuch
-from ad2kit.service.connections import REQUEST
 from ad2kit.service.encodings import Damaged, TooLarge, encoding_of, unpack
 from ad2kit.service.errors import Problem, send_json
 from ad2kit.service.openapi import TIMING, ClassifyRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Mapping
+    from collections.abc import AsyncIterator, Callable, Collection
 
     from ad2kit.exporting.classifier import OnnxClassifier
     from ad2kit.exporting.tokenise import Tokens
@@ -183,9 +182,26 @@ class Classify:
         self.max_body_bytes = max_body_bytes
         self.shadow = shadow
         self.access_log = access_log
+        self.model = ""
         self._here = _Here()
         self._large = _Lane(2, max_wait_s)
         self._huge = _Lane(1, max_wait_s)
+
+    def of(self, model: str, classifier: OnnxClassifier) -> Classify:
+        """Return the same for another model, or for another version of a model.
+
+        Queue, threads, limits and metrics are shared. Requests that are under way end with the
+        version that has read them.
+
+        Args:
+            model: its name; the service's own model has none. Only this one has a shadow.
+            classifier: the model.
+        """
+        other = copy.copy(self)
+        other.model = model
+        other.classifier = classifier
+        other.shadow = None if model else self.shadow
+        return other
 
     def close(self) -> None:
         """Shut the threads down."""
@@ -244,7 +260,7 @@ class Classify:
                 encodings, texts, scores = await self._read(body, encoding)
                 stages.tokenise_s = time.perf_counter() - stages.start
                 self.metrics.tokenised(stages.tokenise_s)
-                logits = await self.batcher.submit(encodings, stages.timing)
+                logits = await self.batcher.submit(encodings, stages.timing, self.classifier.run)
         except Damaged as error:
             raise Problem(400, f"the body is not valid {encoding.decode()}: {error}") from error
         except TooLarge as error:
@@ -263,7 +279,7 @@ class Classify:
         except TimeoutError as error:
             raise Problem(504) from error
         predictions = self.classifier.predictions(encodings, logits)
-        self.metrics.predicted(predictions)
+        self.metrics.predicted(predictions, self.model)
         if self.shadow is not None:
             self.shadow.offer(texts, predictions)
         answers = [prediction.as_dict() for prediction in predictions]
@@ -320,30 +336,30 @@ class RequestTimes:
 
 
 class Direct:
-    """ASGI middleware: answers POST requests to one path, and passes everything else on.
+    """ASGI middleware: answers POST requests to ``path`` and ``path/MODEL``, and passes others on.
 
     Args:
         app: the application for everything else.
         path: the path of the requests that are answered here.
-        handler: returns the object that answers a body. It is called at each request, because the
-            service is created after its middleware.
+        handler: returns the object that answers a body, by the name of the model. It is called at
+            each request, because the service is created after its middleware, and because a model
+            may have a new version.
     """
 
-    def __init__(self, app: App, *, path: str, handler: Callable[[], Classify]) -> None:
+    def __init__(self, app: App, *, path: str, handler: Callable[[str], Classify]) -> None:
         self.app = app
         self.path = path
         self.handler = handler
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
-        if (
-            scope["type"] != "http"
-            or scope["path"].rstrip("/") != self.path
-            or scope["method"] != "POST"
-        ):
+        model = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            model = model_of(scope["path"], self.path)
+        if model is None:
             await self.app(scope, receive, send)
             return
-        handler = self.handler()
+        handler = self.handler(model)
         request_headers = dict(scope["headers"])
         body = await _whole(receive)
         if body is None:
@@ -374,6 +390,18 @@ class Direct:
                 watcher.cancel()
         headers = [(b"server-timing", stages.header())] if _TIMING in request_headers else []
         await send_json(send, 200, content, headers)
+
+
+def model_of(path: str, prefix: str = "/classify") -> str | None:
+    """Return the name of the model in a path; None if the path is not ``prefix`` or below it.
+
+    model_of("/classify/topics")  # "topics"
+    model_of("/classify")  # "", the service's own model
+    """
+    if not path.startswith(prefix):
+        return None
+    rest = path[len(prefix) :].rstrip("/")
+    return rest[1:] if rest[:1] in ("", "/") else None
 
 
 async def _whole(receive: Receive) -> bytes | None:
@@ -416,83 +444,6 @@ class Unlink:
                 layer.app = layer.app.app
             else:
                 layer = layer.app
-        await self.app(scope, receive, send)
-
-
-class Preflight:
-    """ASGI middleware: tells a browser beforehand what a page of another origin may send.
-
-    Whether the page may send anything, a header of every answer says (``connections.py``). A
-    browser asks without a key.
-
-    Args:
-        app: the application for everything else.
-    """
-
-    _HEADERS = (
-        (b"access-control-allow-methods", b"GET, POST"),
-        (
-            b"access-control-allow-headers",
-            b"Authorization, Content-Type, Content-Encoding, X-Request-ID, X-Server-Timing",
-        ),
-        (b"access-control-max-age", b"600"),
-    )
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a preflight request, or pass a request on."""
-        is_asked = scope["type"] == "http" and scope["method"] == "OPTIONS"
-        if not (is_asked and b"access-control-request-method" in dict(scope["headers"])):
-            await self.app(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 204, "headers": [*self._HEADERS]})
-        await send({"type": "http.response.body"})
-
-
-class ApiKeys:
-    """ASGI middleware: requests without a valid key get an answer from the public paths only.
-
-    Args:
-        app: the application to guard.
-        keys: the names of the valid keys, by key; a name may be empty. There are several keys
-            during a change of keys. Without keys all paths are open.
-        public: paths that need no key.
-        count: called with the name of the key of each request, if the key has a name.
-    """
-
-    def __init__(
-        self,
-        app: App,
-        *,
-        keys: Mapping[str, str],
-        public: Collection[str],
-        count: Callable[[str], None] = lambda _name: None,
-    ) -> None:
-        self.app = app
-        self.public = frozenset(public)
-        self.count = count
-        self.keys = [(key.encode(), name) for key, name in keys.items()]
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass one request on if it has a valid key or needs none.
-
-        Raises:
-            Problem: with status 401, if it has no valid key and needs one.
-        """
-        if self.keys and scope["type"] == "http" and scope["path"] not in self.public:
-            authorization = dict(scope["headers"]).get(b"authorization", b"")
-            scheme, _, key = authorization.partition(b" ")
-            # The key is compared with all valid keys, each time in constant time, so that the
-            # time of an answer reveals nothing about a valid key.
-            key = key.strip()
-            names = [name for valid, name in self.keys if hmac.compare_digest(key, valid)]
-            if scheme.lower() != b"bearer" or not names:
-                raise Problem(401)
-            if names[0]:
-                REQUEST.get({})["key_name"] = names[0]
-                self.count(names[0])
         await self.app(scope, receive, send)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ad2kit.exporting.classifier import OnnxClassifier, Prediction
+    from ad2kit.exporting.records import OnnxArtifact
     from ad2kit.service.batcher import BatchFacts
 
 
@@ -145,7 +146,11 @@ class ServiceMetrics:
         self._texts = histogram("batch_texts", "Texts of a batch", _POWERS)
         self._tokens = histogram("batch_tokens", "Tokens of a batch, without padding", _POWERS)
         self._score = histogram("score", "Probability of the label that was answered", _SHARES)
-        self._labels = prometheus.Counter("ad2kit_predictions", "Answers by label", ["label"])
+        self._labels = prometheus.Counter(
+            "ad2kit_predictions",
+            "Answers by model and label; the service's own model has no name",
+            ["model", "label"],
+        )
         # Cached, because looking up the counter of a label costs more than counting.
         self._of_label = functools.cache(self._labels.labels)
         self._truncated = prometheus.Counter("ad2kit_truncated_texts", "Texts that were cut")
@@ -195,14 +200,14 @@ class ServiceMetrics:
         """Record how long the tokenizer took for a request."""
         self._tokenise_s.observe(seconds)
 
-    def predicted(self, predictions: Sequence[Prediction]) -> None:
-        """Record labels and scores of some answers; their distributions show drift."""
+    def predicted(self, predictions: Sequence[Prediction], model: str = "") -> None:
+        """Record labels and scores of some answers of a model; their distributions show drift."""
         for prediction in predictions:
             if prediction.labels:
                 for label in prediction.labels:
-                    self._of_label(label).inc()
+                    self._of_label(model, label).inc()
             elif prediction.label is not None:
-                self._of_label(prediction.label).inc()
+                self._of_label(model, prediction.label).inc()
             if prediction.score is not None:
                 self._score.observe(prediction.score)
             if prediction.truncated:
@@ -283,6 +288,23 @@ def tracing() -> dict[str, Any]:
     return {"exporter_type": "otlp", "sample_rate": rate, "otlp": collector}
 
 
+def check_shadow(student: OnnxArtifact, teacher: OnnxArtifact, folder: Path) -> None:
+    """Refuse a shadow teacher, in ``folder``, that answers something else than its student.
+
+    Raises:
+        ModelError: the two differ in their task, labels or text columns.
+    """
+    student_task, teacher_task = (
+        (artifact.task, artifact.labels, artifact.text_columns) for artifact in (student, teacher)
+    )
+    if student_task != teacher_task:
+        raise ModelError(
+            f"the shadow in {folder} answers {teacher_task} (task, labels, texts), and the student "
+            f"{student_task}",
+            hint="give the artefact of the student's own teacher",
+        )
+
+
 class Shadow:
     """Compares some of a student's answers with its teacher's.
 
@@ -304,16 +326,7 @@ class Shadow:
         share: float,
         observe: Callable[[bool | None], None],
     ) -> None:
-        student_task, teacher_task = (
-            (model.artifact.task, model.labels, model.artifact.text_columns)
-            for model in (student, teacher)
-        )
-        if student_task != teacher_task:
-            raise ModelError(
-                f"the shadow in {teacher.folder} answers {teacher_task} (task, labels, texts), and "
-                f"the student {student_task}",
-                hint="give the artefact of the student's own teacher",
-            )
+        check_shadow(student.artifact, teacher.artifact, teacher.folder)
         self._teacher = teacher
         self._share = share
         self._observe = observe

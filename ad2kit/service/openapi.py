@@ -18,7 +18,7 @@ from ad2kit.service.errors import ERRORS, send_json
 from ad2kit.tables.texts import VISIBLE, Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ad2kit.service.errors import App, Message, Receive, Send
 
@@ -87,18 +87,28 @@ class ErrorResponse(BaseModel):
     error: Error
 
 
-def document(*, text_columns: int, keys: bool, max_texts: int) -> dict[str, Any]:
+def document(text_columns: Mapping[str, int], *, keys: bool, max_texts: int) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the service.
 
     Args:
-        text_columns: how many texts the model reads for each example, 1 or 2.
+        text_columns: how many texts each model reads for each example, 1 or 2, by its name; the
+            service's own model has the name "".
         keys: whether clients need an API key.
         max_texts: the most texts of a request.
     """
     refusals = {str(status): _refusal(status) for status in _REFUSALS if keys or status != 401}
     locked = {"401": _refusal(401)} if keys else {}
+    own_columns = text_columns[""]
+    requests = {own_columns: "ClassifyRequest"}
+    for columns in set(text_columns.values()) - {own_columns}:
+        requests[columns] = "ClassifyTextsRequest" if columns == 1 else "ClassifyPairsRequest"
     paths: dict[str, Any] = {
-        "/classify": {"post": _classify(text_columns, refusals)},
+        **{
+            f"/classify/{name}".rstrip("/"): {
+                "post": _classify(columns, requests[columns], refusals)
+            }
+            for name, columns in sorted(text_columns.items())
+        },
         "/info": {
             "get": {
                 "summary": "The model, where it comes from, what it passed, and the limits",
@@ -115,7 +125,7 @@ def document(*, text_columns: int, keys: bool, max_texts: int) -> dict[str, Any]
         "/livez": {"get": _plain("The process lives") | {"security": []}},
         "/readyz": {"get": _plain("A worker has given its golden answers") | {"security": []}},
     }
-    components: dict[str, Any] = {"schemas": _schemas(text_columns, max_texts)}
+    components: dict[str, Any] = {"schemas": _schemas(requests, max_texts)}
     root: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -133,8 +143,8 @@ def document(*, text_columns: int, keys: bool, max_texts: int) -> dict[str, Any]
     return root
 
 
-def _schemas(text_columns: int, max_texts: int) -> dict[str, Any]:
-    """Return the JSON schemas of request, response and error, for texts or pairs of texts."""
+def _schemas(requests: Mapping[int, str], max_texts: int) -> dict[str, Any]:
+    """Return the JSON schemas of response, error and requests, which have names by columns."""
     models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ErrorResponse]
     _, definitions = models_json_schema(
         [
@@ -144,18 +154,20 @@ def _schemas(text_columns: int, max_texts: int) -> dict[str, Any]:
         ref_template="#/components/schemas/{model}",
     )
     schemas: dict[str, Any] = definitions["$defs"]
-    item: dict[str, Any] = _TEXT
-    if text_columns != 1:
-        item = {"type": "array", "prefixItems": [_TEXT, _TEXT], "minItems": 2, "maxItems": 2}
-    items = {"type": "array", "items": item, "minItems": 1, "maxItems": max_texts}
-    schemas["ClassifyRequest"]["properties"]["texts"] = (
-        {"anyOf": [item, items]} if text_columns == 1 else items
-    )
-    schemas["ClassifyRequest"].pop("example")
-    return schemas
+    request = schemas.pop("ClassifyRequest")
+    request.pop("example")
+    for columns, name in requests.items():
+        item: dict[str, Any] = _TEXT
+        if columns != 1:
+            item = {"type": "array", "prefixItems": [_TEXT, _TEXT], "minItems": 2, "maxItems": 2}
+        items = {"type": "array", "items": item, "minItems": 1, "maxItems": max_texts}
+        texts = {"anyOf": [item, items]} if columns == 1 else items
+        properties = request["properties"] | {"texts": texts}
+        schemas[name] = request | {"properties": properties}
+    return dict(sorted(schemas.items()))
 
 
-def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
+def _classify(text_columns: int, request: str, refusals: dict[str, Any]) -> dict[str, Any]:
     """Return the OpenAPI operation of ``POST /classify``: its parameters, bodies and responses."""
     example: Any = TEXTS[0] if text_columns == 1 else [TEXTS[1], TEXTS[0]]
     bodies: dict[str, Any] = {
@@ -191,7 +203,7 @@ def _classify(text_columns: int, refusals: dict[str, Any]) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "description": "It may be compressed with gzip, which Content-Encoding then says",
-            "content": _json("ClassifyRequest", examples=bodies),
+            "content": _json(request, examples=bodies),
         },
         "responses": {
             "200": {

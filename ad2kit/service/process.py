@@ -2,13 +2,19 @@
 
 A worker that decided for itself could serve another run, other keys or other metrics than its
 siblings, because runs, files and free disk space change while a server runs.
+
+A setting may name a folder that later leads to another artefact. The parent process tries this
+artefact in a process of its own, and then writes a new decision, which the workers follow one by
+one. If the artefact cannot be served, the old one stays.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,16 +27,32 @@ from pydantic import BaseModel, ConfigDict
 
 from ad2kit.exporting.classifier import read_artifact
 from ad2kit.exporting.records import OnnxArtifact
-from ad2kit.gate.shipping import latest_passed_run, servable_artifact
+from ad2kit.gate.shipping import latest_passed_run
 from ad2kit.run.errors import Ad2kitError, RunError
-from ad2kit.run.files import sha256_of
-from ad2kit.service.monitoring import metrics_folder
+from ad2kit.run.files import sha256_of, write_text
+from ad2kit.service.models import Version
+from ad2kit.service.monitoring import check_shadow, metrics_folder
 from ad2kit.service.settings import SERVER, Settings, read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+logger = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+# What stands for the keys where models have names; a name has no spaces.
+KEYS = "the list of API keys"
+# A version that cannot be served may be a copy that is not complete yet.
+RETRY_S = 30.0
+_TRY = """
+import sys
+from ad2kit.run.errors import Ad2kitError
+from ad2kit.service.models import Model, Version
+try:
+    Model.load(Version.of(sys.argv[1]), threads=1)
+except Ad2kitError as error:
+    sys.exit(f"{error.message}; {error.hint}")
+"""
 
 
 class Server(BaseModel):
@@ -39,25 +61,56 @@ class Server(BaseModel):
     Attributes:
         pid: process id of the parent process.
         settings: the operator's settings.
-        artifact: the folder of the artefact to serve.
-        shadow: the folder of the teacher's artefact, if there is a shadow teacher.
+        models: the versions of the models by name; the service's own model has the name "".
+        refused: why the newest version of a model, or of the keys, is not in force, by its name.
+        shadow: the teacher's artefact, if there is a shadow teacher.
         metrics: the folder in which the workers keep their metrics; None before the server starts.
-        sha256: hashes of the two manifests and of the keys, as the parent process has seen them.
+        keys_sha256: the hash of the keys.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pid: int
     settings: Settings
-    artifact: Path
-    shadow: Path | None
+    models: dict[str, Version]
+    refused: dict[str, str] = {}
+    shadow: Version | None
     metrics: Path | None = None
-    sha256: dict[str, str]
+    keys_sha256: str
 
     def hand_on(self) -> None:
-        """Write the decisions into the environment that the workers will inherit."""
+        """Write the decisions into the environment that the workers will inherit.
+
+        From now on the folders of the settings are watched. A new decision stands in a file.
+        """
         server = self.model_copy(update={"metrics": metrics_folder()})
         os.environ[SERVER] = server.model_dump_json()
+        file = server.decisions
+        if file is not None and self.settings.is_watched:
+            file.unlink(missing_ok=True)
+            Watch(server, file).start()
+
+    @property
+    def decisions(self) -> Path | None:
+        """The file of the newest decisions; None before the server starts."""
+        return None if self.metrics is None else self.metrics / "server.json"
+
+    def newest(self) -> Server:
+        """Return the newest decisions."""
+        if self.decisions is None or not self.decisions.is_file():
+            return self
+        return Server.model_validate_json(self.decisions.read_bytes())
+
+    def check(self, version: Version, *, own: bool) -> None:
+        """Refuse a version that does not fit the settings, or whose shadow has another task.
+
+        Raises:
+            UserError, ModelError: say what does not fit.
+        """
+        artifact = read_artifact(version.folder)
+        self.settings.check_model_fits(artifact.length)
+        if own and self.shadow is not None:
+            check_shadow(artifact, read_artifact(self.shadow.folder), self.shadow.folder)
 
 
 @contextmanager
@@ -89,26 +142,26 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
                 f"the server that started this worker, process {server.pid}, is gone",
                 hint="start the server again",
             )
+        server = server.newest()
         _check_unchanged(server)
         return server
     packed = place / "artifact"
     settings = read_settings(arguments, os.environ, sys.argv, packed=packed.is_dir())
     settings.check_they_fit()
     settings.keys()
-    # Absolute, so that the parent process and its workers call the same folder by the same name.
-    shadow = servable_artifact(settings.shadow).absolute() if settings.shadow is not None else None
-    artifact = (packed if packed.is_dir() else _chosen(settings, place.parent)).absolute()
-    if shadow is not None:
-        read_artifact(shadow)
-    settings.check_model_fits(read_artifact(artifact).length)
-    sha256 = _sha256(settings, artifact, shadow)
-    return Server(
+    given: dict[str, str | Path] = dict(settings.followed())
+    if not settings.model:
+        given[""] = packed if packed.is_dir() else _latest(settings, place.parent)
+    server = Server(
         pid=os.getpid(),
         settings=settings,
-        artifact=artifact,
-        shadow=shadow,
-        sha256=sha256,
+        models={name: Version.of(folder) for name, folder in sorted(given.items())},
+        shadow=None if settings.shadow is None else Version.of(settings.shadow),
+        keys_sha256=_keys_sha256(settings),
     )
+    for name, version in server.models.items():
+        server.check(version, own=not name)
+    return server
 
 
 def end_with_parent(pid: int, drain_s: float) -> None:
@@ -131,29 +184,130 @@ def end_with_parent(pid: int, drain_s: float) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def _chosen(settings: Settings, checkout: Path) -> Path:
-    """Return the artefact that a checkout serves: ``model``'s, or that of the latest passed run.
+class Watch:
+    """The parent process's watch over the folders that its settings name.
+
+    Args:
+        server: the decisions so far.
+        file: where a new decision is written.
+    """
+
+    def __init__(self, server: Server, file: Path) -> None:
+        self.server = server
+        self.file = file
+        self._tried = dict[str, tuple[Version, float]]()
+
+    def start(self) -> None:
+        """Look again and again, in a thread."""
+        threading.Thread(target=self._watch, name="ad2kit-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(WATCH_S)
+            try:
+                self.look()
+            except Exception:  # a defect, or no room for the file: the workers go on as they are
+                logger.exception("looking for new versions of the models failed")
+
+    def look(self) -> None:
+        """Write a new decision if a folder leads to another artefact, or the keys have changed."""
+        models = dict(self.server.models)
+        refused = dict(self.server.refused)
+        for name, given in self.server.settings.followed().items():
+            try:
+                version = Version.of(given)
+            except (Ad2kitError, OSError) as error:
+                refused[name] = _words(error)
+                continue
+            if version == models[name]:
+                refused.pop(name, None)
+            elif self._is_due(name, version):
+                refused[name] = self._fault(version, own=not name)
+                if not refused[name]:
+                    models[name] = version
+                    del refused[name]
+        keys_sha256 = self.server.keys_sha256
+        try:
+            keys_sha256 = _keys_sha256(self.server.settings)
+            refused.pop(KEYS, None)
+        except (Ad2kitError, OSError) as error:
+            refused[KEYS] = _words(error)
+        update = {"models": models, "refused": refused, "keys_sha256": keys_sha256}
+        decided = self.server.model_copy(update=update)
+        if decided != self.server:
+            write_text(self.file, decided.model_dump_json())
+            self.server = decided
+
+    def _is_due(self, name: str, version: Version) -> bool:
+        """Tell whether to try a version: one that has failed is tried again after a while."""
+        last, when = self._tried.get(name, (None, 0.0))
+        now = time.monotonic()
+        if version == last and now < when + RETRY_S:
+            return False
+        self._tried[name] = (version, now)
+        return True
+
+    def _fault(self, version: Version, *, own: bool) -> str:
+        """Return why a version cannot be served; "" if it can."""
+        try:
+            self.server.check(version, own=own)
+        except (Ad2kitError, OSError) as error:
+            return _words(error)
+        # In a process of its own: what happens to it does not happen to the server.
+        python_path = os.pathsep.join(sys.path)
+        tried = subprocess.run(
+            [sys.executable, "-c", _TRY, str(version.folder)],
+            env=os.environ | {"PYTHONPATH": python_path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if tried.returncode == 0:
+            return ""
+        last_line = tried.stderr.strip().rpartition("\n")[2]
+        return last_line or f"a process that loaded it ended with {tried.returncode}"
+
+
+def follow(server: Server, take: Callable[[Server], None]) -> None:
+    """Hand new decisions of the parent process to a worker, in a thread.
+
+    Args:
+        server: the decisions so far.
+        take: puts new decisions into force.
+    """
+
+    def watch() -> None:
+        taken = server
+        while True:
+            time.sleep(WATCH_S)
+            try:
+                newest = taken.newest()
+                if newest != taken:
+                    take(newest)
+                    taken = newest
+            except Exception:  # whatever it is, what was in force stays; try again
+                logger.exception("a new decision could not be put into force")
+                time.sleep(RETRY_S)
+
+    threading.Thread(target=watch, name="ad2kit-follow", daemon=True).start()
+
+
+def _latest(settings: Settings, checkout: Path) -> Path:
+    """Return the most recent run of a checkout that passed its gate.
 
     Raises:
         UserError: there is none.
     """
-    if settings.model is not None:
-        return servable_artifact(settings.model)
     runs_dir = Path(settings.runs_dir or "runs")
     if settings.runs_dir is None and not runs_dir.is_dir():
         runs_dir = checkout / "runs"
-    return servable_artifact(latest_passed_run(runs_dir).path)
+    return latest_passed_run(runs_dir).path
 
 
-def _sha256(settings: Settings, artifact: Path, shadow: Path | None) -> dict[str, str]:
-    """Return the hashes of the artefacts' manifests and of the keys, by subject in words."""
-    hashes = {
-        f"the artefact in {folder}": sha256_of(folder / OnnxArtifact.file_name)
-        for folder in (artifact, shadow)
-        if folder is not None
-    }
+def _keys_sha256(settings: Settings) -> str:
+    """Return the hash of the keys and their names."""
     keys = "\n".join(f"{name}:{key}" for key, name in settings.keys().items())
-    return hashes | {"the list of API keys": hashlib.sha256(keys.encode()).hexdigest()}
+    return hashlib.sha256(keys.encode()).hexdigest()
 
 
 def _check_unchanged(server: Server) -> None:
@@ -162,10 +316,21 @@ def _check_unchanged(server: Server) -> None:
     Raises:
         RunError: names the artefact or the keys that have changed.
     """
-    hashes = _sha256(server.settings, server.artifact, server.shadow)
-    for subject, expected in server.sha256.items():
-        if hashes.get(subject) != expected:
-            raise RunError(
-                f"{subject} is not what it was when this server was started",
-                hint="start the server again, so that all its workers serve the same",
-            )
+    versions = [*server.models.values(), *([server.shadow] if server.shadow else [])]
+    changed = [
+        f"the artefact in {version.folder}"
+        for version in versions
+        if sha256_of(version.folder / OnnxArtifact.file_name) != version.sha256
+    ]
+    if _keys_sha256(server.settings) != server.keys_sha256:
+        changed.append(KEYS)
+    if changed:
+        raise RunError(
+            f"{changed[0]} is not what it was when this server was started",
+            hint="start the server again, so that all its workers serve the same",
+        )
+
+
+def _words(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{error.message}; {error.hint}" if isinstance(error, Ad2kitError) else str(error)

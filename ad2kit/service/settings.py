@@ -29,6 +29,8 @@ SERVER = f"{PREFIX}SERVER"
 # Other users of the machine can read a command line.
 SECRETS = ("api_keys",)
 PATHS = ("model", "runs_dir", "api_keys_file", "shadow")
+# Paths of which several stand in one setting, with names.
+NAMED_PATHS = ("models",)
 # A Bento serves only the artefact that it was compared with before it was published.
 OF_A_CHECKOUT = ("model", "runs_dir")
 # Variables that are not settings: variables of the benchmarks and of the parent process, and the
@@ -55,6 +57,7 @@ _OWN_PATHS = (
     "/readyz",
     "/schema.json",
 )
+_NAMED = r"[A-Za-z0-9_-]+=[^,]+"
 _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -62,16 +65,17 @@ class Settings(BaseModel):
     """The operator's settings; a new setting is one line here.
 
     ``model`` is a run or an exported variant; without it the service serves the most recent run in
-    ``runs_dir`` that passed its gate. ``workers`` processes share the cores, and the engine of each
-    has ``threads`` threads; if neither is set, each core has a worker with one thread. ``api_keys``
-    holds keys separated by commas, ``api_keys_file`` one key a line; ``NAME: KEY``, with a
-    blank after the colon, is a key with a name for the log and for the public metrics. ``shadow``
-    is a run or an artefact of the teacher, which scores ``shadow_share`` of the texts in the
-    background. ``access_log`` writes a line for each request. ``root_path`` is the path below
-    which a proxy
-    offers the service, such as ``/ad2kit``, whether or not the proxy takes it off. Pages of
-    ``cors_origins`` may ask the service from a browser: origins with commas between them, or ``*``
-    for all.
+    ``runs_dir`` that passed its gate. ``models`` are more runs or variants, NAME=FOLDER with commas
+    between them, at the path ``/classify/NAME``. When a folder of ``model`` or ``models`` leads to
+    another artefact, this one is served from then on. ``workers`` processes share the cores, and
+    the engine of each has ``threads`` threads; if neither is set, each core has a worker with one
+    thread. ``api_keys`` holds keys separated by commas, ``api_keys_file`` one key a line, and is
+    read again when it changes; ``NAME: KEY``, with a blank after the colon, is a key with a name
+    for the log and for the public metrics. ``shadow`` is a run or an artefact of the teacher, which
+    scores ``shadow_share`` of the texts in the background. ``access_log`` writes a line for each
+    request. ``root_path`` is the path below which a proxy offers the service, such as ``/ad2kit``,
+    whether or not the proxy takes it off. Pages of ``cors_origins`` may ask the service from a
+    browser: origins with commas between them, or ``*`` for all.
 
     The other settings bound the resources of a worker that its clients can use:
     ``max_body_bytes`` of one body; ``max_held_bytes`` of the bodies of all requests, without the
@@ -89,6 +93,12 @@ class Settings(BaseModel):
 
     model: str | None = Field(default=None, min_length=1)
     runs_dir: str | None = Field(default=None, min_length=1)
+    models: str | None = Field(
+        default=None,
+        pattern=rf"^{_NAMED}(,{_NAMED})*$",
+        description="NAME=FOLDER with commas between them and no spaces; a name has letters, "
+        "digits, - and _, and stands there once",
+    )
     workers: int | None = Field(default=None, ge=1, le=1024)
     threads: int | None = Field(default=None, ge=1, le=1024)
     api_keys: str | None = Field(default=None, repr=False)
@@ -122,6 +132,15 @@ class Settings(BaseModel):
     max_queue_tokens: int = Field(default=2**17, ge=1, le=2**30)
     max_batch_tokens: int = Field(default=1024, ge=1, le=2**20)
     deadline_s: float = Field(default=10.0, ge=0.1, le=3600)
+
+    @field_validator("models")
+    @classmethod
+    def _check_models(cls, models: str | None) -> str | None:
+        """Refuse a name that stands there twice."""
+        names = [name for name, _ in _named(models)]
+        if len(set(names)) < len(names):
+            raise ValueError(models)
+        return models
 
     @field_validator("root_path")
     @classmethod
@@ -195,13 +214,26 @@ class Settings(BaseModel):
             if name.startswith("max_") or name.endswith("_s")
         }
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a file or folder of the settings may come to mean something else."""
+        return bool(self.followed() or self.api_keys_file)
+
+    def followed(self) -> dict[str, str]:
+        """Return the folders that may lead to another artefact, by the name of the model.
+
+        The service's own model has no name. It is not among them in a Bento, nor where it is the
+        most recent run: a new run alone does not change what is served.
+        """
+        return ({"": self.model} if self.model else {}) | dict(_named(self.models))
+
     def origins(self) -> list[str]:
         """Return the origins whose pages may ask the service."""
         return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin]
 
     def public(self) -> dict[str, Any]:
         """Return the settings that a client may see: neither keys nor folders of this machine."""
-        return self.model_dump(exclude={*SECRETS, *PATHS})
+        return self.model_dump(exclude={*SECRETS, *PATHS, *NAMED_PATHS})
 
     def keys(self) -> dict[str, str]:
         """Return the names of the keys that clients may use; a name may be empty.
@@ -277,6 +309,11 @@ def read_settings(
             )
         if name in PATHS and name in values:
             values[name] = str(_absolute(name, values[name], packed=packed))
+        if name in NAMED_PATHS and name in values:
+            values[name] = ",".join(
+                f"{each}={_absolute(name, folder, packed=packed)}"
+                for each, folder in _named(values[name])
+            )
     return Settings(**values)
 
 
@@ -323,6 +360,12 @@ def keys_of(path: Path) -> list[tuple[str, str]]:
         for number, line in enumerate(map(_strip, lines), 1)
         if line and not line.startswith("#")
     ]
+
+
+def _named(text: str | None) -> list[tuple[str, str]]:
+    """Return the names and folders of ``NAME=FOLDER,NAME=FOLDER``."""
+    pairs = (pair.partition("=") for pair in (text or "").split(",") if pair)
+    return [(name, folder) for name, _, folder in pairs]
 
 
 def _strip(text: str) -> str:

@@ -25,12 +25,14 @@ from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.run.errors import ModelError, RunError, UserError
 from ad2kit.service.bento import served
 from ad2kit.service.check import fetch, judge_service
+from ad2kit.service.models import Version
 from ad2kit.service.process import Server, this_server
-from ad2kit.service.settings import PATHS, SECRETS, SERVER, Settings
+from ad2kit.service.settings import NAMED_PATHS, PATHS, SECRETS, SERVER, Settings
 from tests.http_client import (
     CHECKOUT,
     JSON,
     SERVICE,
+    Reply,
     call,
     check_error,
     log_of,
@@ -139,7 +141,7 @@ def governed(
 def test_each_setting_is_in_force_in_a_bento_and_in_a_checkout(governed: str) -> None:
     info = call(governed, "GET", "/info", headers=bearer("one")).json
     assert info["settings"] == IN_FORCE
-    assert set(Settings.model_fields) == set(IN_FORCE) | {*SECRETS, *PATHS}
+    assert set(Settings.model_fields) == set(IN_FORCE) | {*SECRETS, *PATHS, *NAMED_PATHS}
     for name, value in info["limits"].items():
         assert value == IN_FORCE.get(f"max_{name}", IN_FORCE.get(name))
     five = json.dumps({"texts": ["fine"] * 5}).encode()
@@ -402,6 +404,33 @@ def test_a_worker_that_is_restarted_serves_and_counts_as_its_siblings_do(
     temporary.chmod(0o777)
 
 
+def test_keys_are_changed_while_the_service_runs(bento: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n")
+    settings = {"AD2KIT_API_KEYS_FILE": str(keys), "AD2KIT_WORKERS": "2"}
+    with served(bento, tmp_path, environment=os.environ | settings) as address:
+
+        def let_in() -> set[str]:
+            """The keys that every one of both workers lets in, and no other."""
+            found = [{key for key in ("one", "two") if info(key).status == 200} for _ in range(20)]
+            return found[0] if found == [found[0]] * 20 else set()
+
+        def info(key: str) -> Reply:
+            return call(address, "GET", "/info", headers=bearer(key))
+
+        assert let_in() == {"one"}
+        keys.write_text("one\ntwo\n")
+        wait_for(lambda: let_in() == {"one", "two"})
+        keys.write_text("two\n")
+        wait_for(lambda: let_in() == {"two"})
+        keys.write_text("# no key any more\n")  # it must not open the service
+        wait_for(lambda: info("two").json["refused"] == ["the list of API keys"])
+        assert let_in() == {"two"}
+        assert call(address, "POST", "/classify", TEXT, JSON).status == 401
+        keys.write_text("one\n")
+        wait_for(lambda: let_in() == {"one"})
+
+
 @pytest.fixture
 def place(tmp_path: Path, packaged: tuple[RunDir, BentoRecord]) -> Path:
     """The folder of a service that holds its artefact."""
@@ -421,7 +450,7 @@ def test_a_worker_takes_what_its_parent_decided(
     (place / "keys").write_text("one\n")
     monkeypatch.setenv("AD2KIT_API_KEYS_FILE", str(place / "keys"))
     decided = this_server(place, {}, worker=False)
-    assert decided.artifact == place / "artifact"
+    assert decided.models[""].folder == place / "artifact"
     handed_on(decided, monkeypatch)
     monkeypatch.setenv("AD2KIT_THREADS", "7")  # whatever a worker may find there
     worker = this_server(place, {}, worker=True)
@@ -446,8 +475,9 @@ def test_a_worker_knows_the_artefact_of_a_checkout_that_has_a_relative_name(
         monkeypatch.setenv(setting, f"runs/{run.name}")
     handed_on(this_server(tmp_path / "serving", {}, worker=False), monkeypatch)
     worker = this_server(tmp_path / "serving", {}, worker=True)
-    assert worker.artifact == run / "onnx" / "steady"
-    assert worker.shadow == (run / "onnx" / "steady" if setting == "AD2KIT_SHADOW" else None)
+    assert worker.models[""].folder == run / "onnx" / "steady"
+    shadow = worker.models[""] if setting == "AD2KIT_SHADOW" else None
+    assert worker.shadow == shadow
 
 
 def test_a_worker_serves_no_other_model_and_no_other_keys(
@@ -481,7 +511,8 @@ def test_a_model_whose_files_are_gone_is_refused(
     place: Path, packaged: tuple[RunDir, BentoRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AD2KIT_SHADOW", str(packaged[0].path))
-    assert this_server(place, {}, worker=False).shadow == packaged[0].onnx("steady")
+    shadow = this_server(place, {}, worker=False).shadow
+    assert shadow == Version.of(packaged[0].onnx("steady"))
     (place / "artifact" / "model.onnx").unlink()
     with pytest.raises(ModelError, match=r"artifact/model\.onnx"):
         this_server(place, {}, worker=False)

@@ -151,6 +151,28 @@ def test_any_load_is_answered_once_in_order_and_within_budget(
     run(test)
 
 
+def test_models_share_a_queue_and_no_batch() -> None:
+    async def test() -> None:
+        one, two = Engine(), Engine()
+        async with batching(one, max_queue_texts=9) as batcher:
+            held = await occupied(batcher, one)
+            calls = [
+                batcher.submit([item(number)], infer=two if number % 2 else None)
+                for number in range(8)
+            ]
+            answers = asyncio.gather(*calls)
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await batcher.submit([item(1), item(2)], infer=two)
+            one.released.set()
+            assert [list(found[0]) for found in await answers] == [[n, 1] for n in range(8)]
+            await held
+        assert [len(batch) for batch in one.batches] == [1, 4]
+        assert [[each.ids[0] for each in batch] for batch in two.batches] == [[1, 3, 5, 7]]
+
+    run(test)
+
+
 def test_a_list_keeps_its_order_although_its_texts_go_in_several_batches() -> None:
     async def test() -> None:
         request = [item(0, 9), item(1, 1), item(2, 20), item(3, 2), item(4, 8), item(5, 1)]

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ad2kit.exporting.classifier import Prediction
+from ad2kit.service.access import ApiKeys, Keys, Preflight
 from ad2kit.service.batcher import Batcher
 from ad2kit.service.connections import REQUEST
 from ad2kit.service.encodings import _readers
 from ad2kit.service.errors import ErrorContract, Problem
-from ad2kit.service.http import ApiKeys, Classify, Direct, Preflight, RequestTimes, parse
+from ad2kit.service.http import Classify, Direct, RequestTimes, parse
 from ad2kit.service.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ async def passed_on(*_: object) -> None:
 
 def ask(
     parts: list[bytes],
-    handler: Callable[[], Classify] = Echo,
+    handler: Callable[[str], Classify] = lambda _: Echo(),
     headers: list[tuple[bytes, bytes]] = JSON,
 ) -> list[Message]:
     """Send a body in parts, and return what was answered."""
@@ -124,7 +125,7 @@ def test_a_browser_is_told_without_a_key_what_a_page_may_send() -> None:
     async def receive() -> Message:
         raise AssertionError
 
-    api = Preflight(ApiKeys(passed_on, keys={"one": ""}, public=()))
+    api = Preflight(ApiKeys(passed_on, keys=Keys({"one": ""}), public=()))
     asked = [(b"origin", b"https://a.example"), (b"access-control-request-method", b"POST")]
     asyncio.run(api({**SCOPE, "method": "OPTIONS", "headers": asked}, receive, send))
     start, _ = sent
@@ -296,7 +297,7 @@ def test_who_asks_is_known_by_the_name_of_the_key() -> None:
 
     long = "0123456789abcdef"
     keys = {long: "ann", "plain": ""}
-    api = ApiKeys(answered, keys=keys, public=("/livez",), count=counted.append)
+    api = ApiKeys(answered, keys=Keys(keys), public=("/livez",), count=counted.append)
 
     def name_of(key: str, **more: Any) -> str | None:
         headers = [(b"authorization", f"Bearer {key}".encode())]
@@ -355,6 +356,9 @@ class Tokens:
         self.at_once -= 1
         return [SimpleNamespace(ids=[1]) for _ in texts]
 
+    def run(self, encodings: list[Any]) -> Any:
+        return np.zeros((len(encodings), 2))
+
     def predictions(self, encodings: list[Any], _logits: Any) -> list[Prediction]:
         return [Prediction(tokens=1, truncated=False, label="a") for _ in encodings]
 
@@ -362,7 +366,7 @@ class Tokens:
 class Uncounted:
     def tokenised(self, seconds: float) -> None: ...
 
-    def predicted(self, predictions: list[Prediction]) -> None: ...
+    def predicted(self, predictions: list[Prediction], model: str) -> None: ...
 
     def answered(self, seconds: float) -> None: ...
 

@@ -20,6 +20,7 @@ BENTOML = "/usr/bin/bentoml"
 ALL = {
     "model": ("/runs/one", "/runs/one"),
     "runs_dir": ("/runs", "/runs"),
+    "models": ("one=/runs/one,two=/runs/two", "one=/runs/one,two=/runs/two"),
     "workers": ("3", 3),
     "threads": ("2", 2),
     "api_keys": ("one,two", "one,two"),
@@ -48,6 +49,7 @@ ALL = {
 WRONG = {
     "model": ("", "a text that is not empty"),
     "runs_dir": ("", "a text that is not empty"),
+    "models": ("one=/runs/one,one=/runs/two", "NAME=FOLDER with commas between them"),
     "workers": ("0", "a whole number, at least 1, at most 1024"),
     "threads": ("1025", "a whole number, at least 1, at most 1024"),
     "api_keys": (",", "one key a line"),

@@ -129,7 +129,7 @@ def test_training_scoring_and_prediction_refuse_the_same(
 
 
 def test_the_published_pattern_is_this_rule() -> None:
-    schemas = document(text_columns=1, keys=False, max_texts=9)["components"]["schemas"]
+    schemas = document({"": 1}, keys=False, max_texts=9)["components"]["schemas"]
     one, _ = schemas["ClassifyRequest"]["properties"]["texts"]["anyOf"]
     pattern = re.compile(json.loads(json.dumps(one["pattern"])))
     for text in INVISIBLE + VISIBLE:
