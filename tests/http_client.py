@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
+
 from ad2kit.service.bento import served
 
 if TYPE_CHECKING:
@@ -33,6 +35,13 @@ def wait_for(what: Callable[[], Any]) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def server_at(address: str) -> psutil.Process:
+    """The parent process of a server that this process started."""
+    port = address.rpartition(":")[2]
+    (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
+    return server
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bentoml
-import psutil
 import pytest
 
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.service.bento import pinned_requirements, served
 from ad2kit.service.check import ask
+from tests.http_client import server_at
 
 if TYPE_CHECKING:
     from ad2kit.gate.records import BentoRecord
@@ -125,8 +125,7 @@ def test_the_bento_serves_where_only_its_own_requirements_are_installed(
     texts = [text[0] for text in validation.texts[:60]]
     expected = OnnxClassifier(run.onnx(record.variant), threads=1).predict(texts, batch_size=1)
     with served(bento, tmp_path) as address:
-        port = address.rpartition(":")[2]  # other tests may have servers, and a Ray, of their own
-        (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
+        server = server_at(address)
         family = [server, *server.children(recursive=True)]
         commands = [process.cmdline() for process in family]
         answers = [ask(address, [text])[0] for text in texts]

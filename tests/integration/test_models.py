@@ -10,7 +10,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import bentoml
-import psutil
 import pytest
 
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
@@ -29,12 +28,15 @@ from tests.http_client import (
     check_error,
     log_of,
     metrics_of,
+    server_at,
     wait_for,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import psutil
 
     from ad2kit.gate.records import BentoRecord
     from ad2kit.run.folder import RunDir
@@ -219,9 +221,8 @@ def test_a_new_version_is_exchanged_without_a_lost_request(
 
 def workers(address: str) -> list[psutil.Process]:
     """The workers of a server of this process."""
-    port = address.rpartition(":")[2]
-    (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
-    return [each for each in server.children() if "_bentoml_impl" in " ".join(each.cmdline())]
+    children = server_at(address).children()
+    return [each for each in children if "_bentoml_impl" in " ".join(each.cmdline())]
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
 from ad2kit.data.splits import load_data
@@ -31,6 +30,7 @@ from tests.http_client import (
     check_error,
     classify,
     metrics_of,
+    server_at,
     serving,
 )
 
@@ -591,7 +591,7 @@ def test_the_running_server_has_not_loaded_torch(service: str) -> None:
     assert classify(service, "fine").predictions
     maps = [
         Path(f"/proc/{process.pid}/maps").read_text()
-        for process in psutil.Process().children(recursive=True)
+        for process in server_at(service).children(recursive=True)
     ]
     assert any("onnxruntime" in libraries for libraries in maps)  # this does find libraries
     assert not any("libtorch" in libraries for libraries in maps)

@@ -37,6 +37,7 @@ from tests.http_client import (
     check_error,
     log_of,
     metrics_of,
+    server_at,
     wait_for,
 )
 
@@ -196,13 +197,6 @@ def bearer(key: str) -> dict[str, str]:
     return {**JSON, "Authorization": f"Bearer {key}"}
 
 
-def server_at(address: str) -> psutil.Process:
-    """The parent process of a server that this process started."""
-    port = address.rpartition(":")[2]
-    (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
-    return server
-
-
 def refused(target: str | Path, *arguments: str, **environment: str) -> str:
     """What `bentoml serve` says that does not start."""
     done = subprocess.run(
@@ -342,6 +336,8 @@ def test_workers_end_with_their_parent_and_leave_the_port(bento: Path, tmp_path:
     with served(bento, tmp_path) as address:
         server = server_at(address)
         workers = server.children()
+        # One that is still starting has nothing to drain.
+        wait_for(lambda: len(said_in(tmp_path, "ready")) == len(workers))
         server.send_signal(signal.SIGKILL)
         gone, alive = psutil.wait_procs(workers, timeout=60)
         assert (len(gone), alive) == (len(workers), [])
