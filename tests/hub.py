@@ -6,15 +6,15 @@ them: git and LFS files, commits and refs, gated and private repositories, uploa
 
 from __future__ import annotations
 
+import atexit
 import base64
+import functools
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -24,12 +24,17 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from tests.warm import LIBRARIES, warm_process
+
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
+
+    from tests.warm import Warm
 
 # The token of a user who may read what is private, and has been let into what is gated.
 MEMBER = "hf_member"
@@ -418,12 +423,12 @@ def ad2kit(
     *arguments: str | Path, env: dict[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as its user does: the hub's libraries read the environment on import."""
-    return subprocess.run(
-        [sys.executable, "-m", "ad2kit", *map(str, arguments)],
-        env=env,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return _libraries().run(*arguments, environment=env, cwd=cwd)
+
+
+@functools.cache
+def _libraries() -> Warm:
+    """The process that has imported everything but the hub's libraries."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(warm_process(LIBRARIES))

@@ -37,6 +37,18 @@ MODULES = (
     "optimum.exporters.onnx.convert",
     "transformers.models.bert.modeling_bert",
 )
+# Those of them that read no variables of the Hugging Face hub when they are imported.
+LIBRARIES = (
+    "matplotlib.figure",
+    "onnx",
+    "onnxruntime",
+    "pandas",
+    "pyarrow.dataset",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "sklearn.metrics",
+    "torch._dynamo",
+)
 
 
 class _Request(TypedDict):
@@ -109,7 +121,11 @@ class Warm:
         return Command(connection)
 
     def run(
-        self, *arguments: str | Path, cwd: Path | None = None, before: str = ""
+        self,
+        *arguments: str | Path,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] = os.environ,
+        before: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Run ``ad2kit ARGUMENTS`` to its end; return what it printed, and its exit code."""
         with (
@@ -118,19 +134,22 @@ class Warm:
             tempfile.TemporaryFile("w+") as err,
         ):
             files = (nothing.fileno(), out.fileno(), err.fileno())
-            code = self.start(*arguments, cwd=cwd, files=files, before=before).wait()
+            command = self.start(
+                *arguments, cwd=cwd, environment=environment, files=files, before=before
+            )
+            code = command.wait()
             out.seek(0)
             err.seek(0)
             return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
 
 
 @contextmanager
-def warm_process() -> Iterator[Warm]:
-    """Start a warm process; it ends with the block."""
+def warm_process(modules: tuple[str, ...] = MODULES) -> Iterator[Warm]:
+    """Start a process that has imported some modules; it ends with the block."""
     # The path of a socket has 107 characters at most, and pytest's folders may have more.
     with tempfile.TemporaryDirectory(prefix="ad2kit-warm-") as folder:
         address = f"{folder}/socket"
-        code = f"from tests.warm import _serve; _serve({address!r}, {MODULES!r})"
+        code = f"from tests.warm import _serve; _serve({address!r}, {modules!r})"
         server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
         assert server.stdout
         try:
