@@ -164,6 +164,7 @@ class Ad2kitClassifier:
         gc.freeze()
         logger.info("ready", extra=facts)
         self.keys_sha256 = server.keys_sha256
+        self.metrics.refused(len(server.refused))
         if settings.is_watched:
             follow(server, self.take)
 
@@ -183,6 +184,7 @@ class Ad2kitClassifier:
         if decided.keys_sha256 != self.keys_sha256:
             keys.change(decided.settings.keys())
             self.keys_sha256 = decided.keys_sha256
+        self.metrics.refused(len(decided.refused))
         self.loaded.take(decided.models, decided.refused)
 
     def exchange(self, name: str, classifier: OnnxClassifier) -> None:

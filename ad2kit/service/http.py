@@ -238,6 +238,8 @@ class Classify:
             texts = len(predictions)
             truncated = sum(prediction["truncated"] for prediction in predictions)
             facts = {"status": 200, "texts": texts, "truncated": truncated, **stages.ms()}
+            if self.model:
+                facts["model"] = self.model
             logger.info("answered", extra=facts)
         return content, stages
 

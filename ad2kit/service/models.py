@@ -28,27 +28,39 @@ logger = logging.getLogger(__name__)
 
 
 class Version(BaseModel):
-    """One version of a model: the folder of an artefact, and the hash of its manifest.
+    """One version of a model.
 
-    The manifest has the hashes of all its files.
+    Attributes:
+        given: the run or artefact that was named, without links in its path.
+        folder: the folder of the artefact that was chosen there.
+        sha256: the hash of its manifest, which has the hashes of all its files.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    given: Path
     folder: Path
     sha256: str
 
     @classmethod
-    def of(cls, given: str | Path) -> Version:
-        """Return what a run or an artefact stands for now, without links in its path.
+    def of(cls, given: str | Path, last: Version | None = None) -> Version:
+        """Return what a run or an artefact stands for now; its files are not read.
 
-        Its files are not read: this is asked once a second.
+        Args:
+            given: a run or an artefact, or a link to one.
+            last: what it stood for before. A new measurement of the same run does not choose
+                another variant.
 
         Raises:
             RunError, ModelError: nothing there can be served.
+            OSError: the artefact of before is gone.
         """
-        folder = servable_artifact(given).resolve()
-        return cls(folder=folder, sha256=sha256_of(folder / OnnxArtifact.file_name))
+        real = Path(given).resolve()
+        if last is not None and real == last.given:
+            folder = last.folder
+        else:
+            folder = servable_artifact(real).resolve()
+        return cls(given=real, folder=folder, sha256=sha256_of(folder / OnnxArtifact.file_name))
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,11 @@ class ServiceMetrics:
             "Texts that the shadow teacher was offered: agreed, disagreed, left_out",
             ["result"],
         )
+        self._refused = prometheus.Gauge(
+            "ad2kit_refused_versions",
+            "New models and keys that are not in force because they cannot be used, in all workers",
+            multiprocess_mode="livesum",
+        )
         self._waiting = {
             unit: prometheus.Gauge(
                 f"ad2kit_queue_{unit}", f"Waiting {unit}", multiprocess_mode="livesum"
@@ -172,6 +177,7 @@ class ServiceMetrics:
             for unit in ("texts", "tokens")
         }
         self.waiting(0, 0)  # the queue of a dead worker was lost with it
+        self.refused(0)
 
     def exposition(self) -> bytes:
         """Return the metrics of all workers together in Prometheus' text format."""
@@ -230,6 +236,10 @@ class ServiceMetrics:
         self._inference_s.observe(facts.inference_s)
         for seconds in facts.queue_s:
             self._queue_s.observe(seconds)
+
+    def refused(self, versions: int) -> None:
+        """Record how many new versions of models and keys are refused now."""
+        self._refused.set(versions)
 
     def waiting(self, texts: int, tokens: int) -> None:
         """Record how many texts and tokens wait now."""

@@ -215,7 +215,7 @@ class Watch:
         refused = dict(self.server.refused)
         for name, given in self.server.settings.followed().items():
             try:
-                version = Version.of(given)
+                version = Version.of(given, models[name])
             except (Ad2kitError, OSError) as error:
                 refused[name] = _words(error)
                 continue

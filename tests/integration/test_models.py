@@ -18,6 +18,7 @@ from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.run.errors import ModelError, UserError
 from ad2kit.run.files import sha256_of, write_record
 from ad2kit.service.bento import served
+from ad2kit.service.models import Version
 from ad2kit.service.process import Server, Watch, this_server
 from tests.http_client import (
     CHECKOUT,
@@ -205,6 +206,7 @@ def test_a_new_version_is_exchanged_without_a_lost_request(
 
         lead(link, versions["broken"])
         wait_for(lambda: refused() == ["words"])
+        assert metrics_of(address)["ad2kit_refused_versions"] == 2  # in both workers
         assert "model.onnx" in reasons()
         assert all_say(new)
         link.unlink()
@@ -253,6 +255,15 @@ def test_what_is_decided_is_read_again(
     assert decided == watched.server
     assert decided.models["words"].folder == versions["bad-good"]
     assert decided.models[""].folder == tmp_path / "artifact"
+
+
+def test_a_new_measurement_of_a_run_chooses_no_other_variant(finished_run: RunDir) -> None:
+    chosen = Version.of(finished_run.path)
+    assert chosen.folder == finished_run.onnx("steady").resolve()
+    before = chosen.model_copy(update={"folder": finished_run.onnx("int8").resolve()})
+    assert Version.of(finished_run.path, before).folder == before.folder
+    other = before.model_copy(update={"given": finished_run.path.parent})
+    assert Version.of(finished_run.path, other) == chosen
 
 
 def test_a_version_that_failed_is_tried_again_after_a_while(
