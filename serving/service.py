@@ -32,7 +32,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 from ad2kit import __version__
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.run.machine import available_cpus
-from ad2kit.service.access import ApiKeys, Keys, Preflight
+from ad2kit.service.access import ApiKeys, Keys, Preflight, Rate
 from ad2kit.service.batcher import Batcher, BatchFacts
 from ad2kit.service.connections import bounded, check_files
 from ad2kit.service.errors import ErrorContract, Pace, Problem
@@ -96,6 +96,11 @@ async def metrics(_request: Request) -> Response:
     return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+ROUTES = [Route("/", page), Route("/info", info)]
+if settings.metrics_port is None:
+    ROUTES.append(Route("/metrics", metrics))
+
+
 @bentoml.service(
     name="ad2kit-classifier",
     workers=WORKERS,
@@ -107,9 +112,7 @@ async def metrics(_request: Request) -> Response:
     logging={"access": {"enabled": False}},
     tracing=tracing(),
 )
-@bentoml.asgi_app(
-    Starlette(routes=[Route("/", page), Route("/info", info), Route("/metrics", metrics)]), path="/"
-)
+@bentoml.asgi_app(Starlette(routes=ROUTES), path="/")
 class Ad2kitClassifier:
     """Text classification by a distilled student."""
 
@@ -123,7 +126,11 @@ class Ad2kitClassifier:
         self.loaded = Loaded(server.models, server.refused, self.threads, self.exchange)
         seconds = time.perf_counter() - start
         classifier = self.model.classifier
-        self.metrics = ServiceMetrics(server.metrics or metrics_folder(), WORKER or 0)
+        shared = server.metrics or metrics_folder()
+        self.metrics = ServiceMetrics(shared, WORKER or 0)
+        self.rate = None
+        if settings.max_key_requests_per_s is not None:
+            self.rate = Rate(shared / "rates", settings.max_key_requests_per_s)
         max_wait_s = settings.deadline_s * WAIT_PER_DEADLINE
         self.batcher = Batcher(
             classifier.run,
@@ -143,6 +150,7 @@ class Ad2kitClassifier:
             deadline_s=settings.deadline_s,
             max_texts=settings.max_texts,
             max_body_bytes=settings.max_body_bytes,
+            max_text_characters=settings.max_text_characters,
             max_wait_s=max_wait_s,
             metrics=self.metrics,
             shadow=self.shadow,
@@ -268,7 +276,10 @@ def openapi() -> dict[str, Any]:
     """Return the OpenAPI document of this service and its model."""
     models = this_service().loaded.models
     text_columns = {name: model.classifier.artifact.text_columns for name, model in models.items()}
-    return document(text_columns, keys=bool(keys.pairs), max_texts=settings.max_texts)
+    found = document(text_columns, keys=bool(keys.pairs), max_texts=settings.max_texts)
+    if settings.metrics_port is not None:
+        del found["paths"]["/metrics"]
+    return found
 
 
 # BentoML builds uvicorn's configuration itself, without a way to choose a protocol. The
@@ -300,6 +311,7 @@ Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     keys=keys,
     public=PUBLIC,
     count=count_key,
+    rate=lambda: this_service().rate,
 )
 Ad2kitClassifier.add_asgi_middleware(  # type: ignore[attr-defined]
     Documented, path="/docs.json", document=openapi

@@ -154,6 +154,7 @@ class Classify:
         batcher: computes logits.
         deadline_s: time after which a request is given up.
         max_texts: the most texts of a request.
+        max_text_characters: the most characters of a text or pair.
         max_body_bytes: the most bytes of a body after it is unpacked.
         max_wait_s: how long a large request may wait until it is read.
         metrics: count answers, times and predictions.
@@ -169,6 +170,7 @@ class Classify:
         deadline_s: float,
         max_texts: int,
         max_body_bytes: int,
+        max_text_characters: int = 2**26,
         max_wait_s: float = math.inf,
         metrics: ServiceMetrics,
         shadow: Shadow | None = None,
@@ -179,6 +181,7 @@ class Classify:
         self.metrics = metrics
         self.deadline_s = deadline_s
         self.max_texts = max_texts
+        self.max_text_characters = max_text_characters
         self.max_body_bytes = max_body_bytes
         self.shadow = shadow
         self.access_log = access_log
@@ -304,6 +307,7 @@ class Classify:
         async with lane.turn(body, encoding, self.max_body_bytes) as body:
             columns = self.classifier.artifact.text_columns
             texts, scores = await lane.run(parse, body, columns, self.max_texts)
+            check_characters(texts, self.max_text_characters)
             encodings = list["Tokens"]()
             with self.batcher.reserved(len(texts)):
                 for first in range(0, len(texts), _PIECE_TEXTS):
@@ -477,6 +481,19 @@ def parse(body: bytes, text_columns: int, max_texts: int) -> tuple[list[Any], bo
         raise Problem(status, fault, hint=hint)
     texts = request["texts"]
     return texts if isinstance(texts, list) else [texts], request.get("scores", False)
+
+
+def check_characters(texts: list[Any], limit: int) -> None:
+    """Refuse a text or pair of more characters than a limit.
+
+    Raises:
+        Problem: names the first of them.
+    """
+    for row, text in enumerate(texts):
+        characters = len(text) if isinstance(text, str) else sum(map(len, text))
+        if characters > limit:
+            fault = f"texts.{row}: expected at most {limit} characters, found {characters}"
+            raise Problem(413, fault, hint="send a shorter text")
 
 
 def expected(text_columns: int, max_texts: int) -> str:

@@ -25,11 +25,13 @@ from bentoml.exceptions import InvalidArgument
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-from ad2kit.run.errors import ModelError
+from ad2kit.run.errors import ModelError, UserError
 from ad2kit.service.connections import REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from prometheus_client import CollectorRegistry
 
     from ad2kit.exporting.classifier import OnnxClassifier, Prediction
     from ad2kit.exporting.records import OnnxArtifact
@@ -182,11 +184,8 @@ class ServiceMetrics:
     def exposition(self) -> bytes:
         """Return the metrics of all workers together in Prometheus' text format."""
         import prometheus_client
-        from prometheus_client.multiprocess import MultiProcessCollector
 
-        registry = prometheus_client.CollectorRegistry()
-        MultiProcessCollector(registry, path=str(self.folder))  # type: ignore[no-untyped-call]
-        return prometheus_client.generate_latest(registry)
+        return prometheus_client.generate_latest(_of_all_workers(self.folder))
 
     def answered(self, seconds: float) -> None:
         """Count a request that was answered."""
@@ -245,6 +244,33 @@ class ServiceMetrics:
         """Record how many texts and tokens wait now."""
         self._waiting["texts"].set(texts)
         self._waiting["tokens"].set(tokens)
+
+
+def _of_all_workers(folder: Path) -> CollectorRegistry:
+    """Return a registry of the metrics that the workers keep in a folder."""
+    import prometheus_client
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    return registry
+
+
+def serve_metrics(folder: Path, port: int) -> None:
+    """Serve the metrics of all workers on a port of its own, in a thread, on all interfaces.
+
+    Raises:
+        UserError: the port cannot be had.
+    """
+    import prometheus_client
+
+    try:
+        prometheus_client.start_http_server(port, registry=_of_all_workers(folder))
+    except OSError as error:
+        raise UserError(
+            f"AD2KIT_METRICS_PORT={port}: the metrics cannot be served there: {error}",
+            hint="give a free port, another one than that of the service",
+        ) from error
 
 
 def log_as_json() -> None:

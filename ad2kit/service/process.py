@@ -31,7 +31,7 @@ from ad2kit.gate.shipping import latest_passed_run
 from ad2kit.run.errors import Ad2kitError, RunError
 from ad2kit.run.files import sha256_of, write_text
 from ad2kit.service.models import Version
-from ad2kit.service.monitoring import check_shadow, metrics_folder
+from ad2kit.service.monitoring import check_shadow, metrics_folder, serve_metrics
 from ad2kit.service.settings import SERVER, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+_DECISIONS = "server.json"
 # What stands for the keys where models have names; a name has no spaces.
 KEYS = "the list of API keys"
 # A version that cannot be served may be a copy that is not complete yet.
@@ -82,24 +83,23 @@ class Server(BaseModel):
         """Write the decisions into the environment that the workers will inherit.
 
         From now on the folders of the settings are watched. A new decision stands in a file.
-        """
-        server = self.model_copy(update={"metrics": metrics_folder()})
-        os.environ[SERVER] = server.model_dump_json()
-        file = server.decisions
-        if file is not None and self.settings.is_watched:
-            file.unlink(missing_ok=True)
-            Watch(server, file).start()
 
-    @property
-    def decisions(self) -> Path | None:
-        """The file of the newest decisions; None before the server starts."""
-        return None if self.metrics is None else self.metrics / "server.json"
+        Raises:
+            UserError: the port for the metrics cannot be had.
+        """
+        folder = metrics_folder()
+        server = self.model_copy(update={"metrics": folder})
+        os.environ[SERVER] = server.model_dump_json()
+        if self.settings.metrics_port is not None:
+            serve_metrics(folder, self.settings.metrics_port)
+        if self.settings.is_watched:
+            Watch(server, folder / _DECISIONS).start()
 
     def newest(self) -> Server:
         """Return the newest decisions."""
-        if self.decisions is None or not self.decisions.is_file():
+        if self.metrics is None or not (self.metrics / _DECISIONS).is_file():
             return self
-        return Server.model_validate_json(self.decisions.read_bytes())
+        return Server.model_validate_json((self.metrics / _DECISIONS).read_bytes())
 
     def check(self, version: Version, *, own: bool) -> None:
         """Refuse a version that does not fit the settings, or whose shadow has another task.

@@ -75,18 +75,20 @@ class Settings(BaseModel):
     scores ``shadow_share`` of the texts in the background. ``access_log`` writes a line for each
     request. ``root_path`` is the path below which a proxy offers the service, such as ``/ad2kit``,
     whether or not the proxy takes it off. Pages of ``cors_origins`` may ask the service from a
-    browser: origins with commas between them, or ``*`` for all.
+    browser: origins with commas between them, or ``*`` for all. ``metrics_port`` is a port of its
+    own for ``/metrics``, which is then not on the port of the service.
 
-    The other settings bound the resources of a worker that its clients can use:
-    ``max_body_bytes`` of one body; ``max_held_bytes`` of the bodies of all requests, without the
-    first 4096 bytes of each; ``max_header_bytes`` of the headers of a request, with its address,
-    chunk sizes and trailers; ``max_headers`` of a request; ``header_timeout_s`` until the headers
-    have arrived, then ``body_timeout_s`` until the body has arrived; ``write_timeout_s`` until the
-    client has read its answer; ``keep_alive_s`` between two requests of a connection;
-    ``max_connections`` at a time; ``max_texts`` of one request; ``max_queue_texts`` and
-    ``max_queue_tokens`` that wait (a window of a long text counts as a text); ``max_batch_tokens``,
-    with padding, that the engine computes at once; ``deadline_s`` until a request is answered or
-    given up.
+    The other settings bound the resources of a worker that its clients can use: ``max_body_bytes``
+    of one body; ``max_held_bytes`` of the bodies of all requests, without the first 4096 bytes of
+    each; ``max_header_bytes`` of the headers of a request, with its address, chunk sizes and
+    trailers; ``max_headers`` of a request; ``header_timeout_s`` until the headers have arrived,
+    then ``body_timeout_s`` until the body has arrived; ``write_timeout_s`` until the client has
+    read its answer; ``keep_alive_s`` between two requests of a connection; ``max_connections`` at a
+    time; ``max_texts`` of one request; ``max_text_characters`` of one text or pair;
+    ``max_key_requests_per_s`` of one key, in all workers together, and as many at once;
+    ``max_queue_texts`` and ``max_queue_tokens`` that wait (a window of a long text counts as a
+    text); ``max_batch_tokens``, with padding, that the engine computes at once; ``deadline_s``
+    until a request is answered or given up.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -118,6 +120,7 @@ class Settings(BaseModel):
         description="* or origins with commas between them, as browsers send them: such as "
         "https://app.example.com, without :443 after https or :80 after http",
     )
+    metrics_port: int | None = Field(default=None, ge=1, le=2**16 - 1)
     max_body_bytes: int = Field(default=2**20, ge=2**10, le=2**26)
     max_held_bytes: int = Field(default=24 * 2**20, ge=2**10, le=2**32)
     max_header_bytes: int = Field(default=2**14, ge=2**10, le=2**20)
@@ -128,6 +131,8 @@ class Settings(BaseModel):
     keep_alive_s: float = Field(default=5.0, ge=0.1, le=3600)
     max_connections: int = Field(default=4096, ge=1, le=2**16)
     max_texts: int = Field(default=128, ge=1, le=2**16)
+    max_text_characters: int = Field(default=2**26, ge=1, le=2**26)
+    max_key_requests_per_s: float | None = Field(default=None, gt=0, le=1e6)
     max_queue_texts: int = Field(default=1024, ge=1, le=2**20)
     max_queue_tokens: int = Field(default=2**17, ge=1, le=2**30)
     max_batch_tokens: int = Field(default=1024, ge=1, le=2**20)
@@ -165,8 +170,8 @@ class Settings(BaseModel):
     def check_they_fit(self) -> None:
         """Refuse settings that contradict each other.
 
-        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, and a maximum of
-        a part above the maximum of the whole.
+        These are ``model`` with ``runs_dir``, ``shadow_share`` without ``shadow``, a rate for keys
+        without keys, and a maximum of a part above the maximum of the whole.
 
         Raises:
             UserError: names the setting to leave out or to change.
@@ -182,6 +187,12 @@ class Settings(BaseModel):
                 f"shadow_share={self.shadow_share:g} is the share of texts that a shadow scores, "
                 "and there is no shadow",
                 hint=f"add {_variable('shadow')}=FOLDER, or leave shadow_share out",
+            )
+        if self.max_key_requests_per_s is not None and not (self.api_keys or self.api_keys_file):
+            raise UserError(
+                f"max_key_requests_per_s={self.max_key_requests_per_s:g} bounds the requests of a "
+                "key, and the service asks for no keys",
+                hint=f"add {_variable('api_keys_file')}=FILE, or leave it out",
             )
         for part, whole, meaning in _PARTS:
             most_of_part, most_of_whole = getattr(self, part), getattr(self, whole)
@@ -206,7 +217,7 @@ class Settings(BaseModel):
                 hint=f"set {_variable('max_queue_tokens')}={least} or more",
             )
 
-    def limits(self) -> dict[str, int | float]:
+    def limits(self) -> dict[str, int | float | None]:
         """Return the bounds by name, without the ``max_`` in front."""
         return {
             name.removeprefix("max_"): getattr(self, name)

@@ -8,9 +8,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,12 @@ def operated(bento: Path, packaged: tuple[RunDir, BentoRecord], folder: Path) ->
         yield address
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 # A value of each setting that a client sees in /info.
 IN_FORCE = {
     "workers": 1,
@@ -105,7 +113,10 @@ IN_FORCE = {
     "write_timeout_s": 7.5,
     "keep_alive_s": 8.5,
     "max_connections": 90,
+    "metrics_port": free_port(),
     "max_texts": 4,
+    "max_text_characters": 1000,
+    "max_key_requests_per_s": 1000.0,
     "max_queue_texts": 400,
     "max_queue_tokens": 8192,
     "max_batch_tokens": 512,
@@ -148,6 +159,9 @@ def test_each_setting_is_in_force_in_a_bento_and_in_a_checkout(governed: str) ->
     error = check_error(call(governed, "POST", "/classify", five, bearer("one")), 413, "too_large")
     assert "at most 4 texts" in error["message"]
     assert "at most 4 texts, and 16384 bytes" in error["hint"]
+    long = json.dumps({"texts": ["fine", "x" * 1001]}).encode()
+    error = check_error(call(governed, "POST", "/classify", long, bearer("one")), 413, "too_large")
+    assert "texts.1: expected at most 1000 characters, found 1001" in error["message"]
     document = call(governed, "GET", "/docs.json", headers=bearer("one")).json
     texts = document["components"]["schemas"]["ClassifyRequest"]["properties"]["texts"]
     assert texts["anyOf"][1]["maxItems"] == 4
@@ -155,13 +169,23 @@ def test_each_setting_is_in_force_in_a_bento_and_in_a_checkout(governed: str) ->
 
 @pytest.mark.parametrize("prefix", ["", "/ad2kit"])
 def test_behind_a_proxy_with_a_path_each_path_works(governed: str, prefix: str) -> None:
-    for path in ("/", "/info", "/docs.json", "/metrics", "/livez", "/readyz"):
+    for path in ("/", "/info", "/docs.json", "/livez", "/readyz"):
         assert call(governed, "GET", f"{prefix}{path}", headers=bearer("one")).status == 200
     assert call(governed, "POST", f"{prefix}/classify", TEXT, bearer("one")).status == 200
     check_error(call(governed, "GET", f"{prefix}/info"), 401, "unauthorized")
     page = call(governed, "GET", prefix or "/").body.decode()
     assert '<base href="/ad2kit/">' in page
     assert re.findall(r'(?:href=|fetched\()"(/[^"]*)"', page) == ["/ad2kit/"]  # others: relative
+
+
+def test_metrics_have_a_port_of_their_own(governed: str) -> None:
+    assert call(governed, "POST", "/classify", TEXT, bearer("one")).status == 200
+    found = metrics_of(f"http://127.0.0.1:{IN_FORCE['metrics_port']}")
+    assert found['ad2kit_requests_total{status="200"}'] >= 1
+    check_error(call(governed, "GET", "/metrics", headers=bearer("one")), 404, "not_found")
+    assert (
+        "/metrics" not in call(governed, "GET", "/docs.json", headers=bearer("one")).json["paths"]
+    )
 
 
 def test_a_page_of_another_origin_may_ask_where_it_was_allowed(governed: str) -> None:
@@ -397,6 +421,39 @@ def test_a_worker_that_is_restarted_serves_and_counts_as_its_siblings_do(
             assert call(address, "POST", "/classify", TEXT, JSON).status == 200
             before = after + 1
     temporary.chmod(0o777)
+
+
+def test_a_key_has_a_rate_in_all_workers_together(bento: Path, tmp_path: Path) -> None:
+    settings = {
+        "AD2KIT_API_KEYS": "one,two",
+        "AD2KIT_WORKERS": "2",
+        "AD2KIT_MAX_KEY_REQUESTS_PER_S": "5",
+    }
+    with served(bento, tmp_path, environment=os.environ | settings) as address:
+
+        def ask(key: str) -> Reply:
+            return call(address, "POST", "/classify", TEXT, {**JSON, **bearer(key)})
+
+        start = time.monotonic()
+        replies = [ask("one") for _ in range(60)]
+        seconds = time.monotonic() - start
+        answered = sum(reply.status == 200 for reply in replies)
+        assert 5 <= answered <= 6 + 5 * seconds
+        refused = [reply for reply in replies if reply.status != 200]
+        assert refused
+        error = check_error(refused[0], 429, "overloaded")
+        assert "this key may send 5 requests per second" in error["message"]
+        assert refused[0].headers["retry-after"] == "1"
+        assert ask("two").status == 200
+        assert call(address, "GET", "/readyz").status == 200
+
+
+def test_a_port_that_is_taken_starts_no_server(bento: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))  # noqa: S104  (nobody listens)
+        port = taken.getsockname()[1]
+        said = refused(bento, AD2KIT_METRICS_PORT=str(port))
+    assert f"AD2KIT_METRICS_PORT={port}: the metrics cannot be served there" in said
 
 
 def test_keys_are_changed_while_the_service_runs(bento: Path, tmp_path: Path) -> None:

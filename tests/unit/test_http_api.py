@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ad2kit.exporting.classifier import Prediction
-from ad2kit.service.access import ApiKeys, Keys, Preflight
+from ad2kit.service.access import ApiKeys, Keys, Preflight, Rate
 from ad2kit.service.batcher import Batcher
 from ad2kit.service.connections import REQUEST
 from ad2kit.service.encodings import _readers
@@ -33,6 +33,7 @@ from ad2kit.service.openapi import ClassifyRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
 
     from ad2kit.service.errors import Message
 
@@ -312,6 +313,35 @@ def test_who_asks_is_known_by_the_name_of_the_key() -> None:
         with pytest.raises(Problem):
             name_of(wrong)
     assert counted == ["ann"]
+
+
+def test_a_rate_is_shared_by_those_who_share_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("ad2kit.service.access.time.monotonic", lambda: now)
+    workers = [Rate(tmp_path / "rates", 4.0) for _ in range(2)]
+
+    def let_in(key: int, times: int) -> int:
+        found = 0
+        for number in range(times):
+            with suppress(Problem):
+                workers[number % 2].check(key)
+                found += 1
+        return found
+
+    assert let_in(0, 20) == 5  # those of a second, and one
+    assert let_in(1, 20) == 5  # another key
+    now += 0.25
+    assert let_in(0, 20) == 1
+    now += 60.0
+    assert let_in(0, 20) == 5  # what was not asked is not saved up
+    with pytest.raises(Problem) as problem:
+        workers[0].check(0)
+    assert problem.value.status == 429
+    assert problem.value.headers() == [(b"retry-after", b"1")]
+    for worker in workers:
+        worker.close()
 
 
 def test_what_comes_while_the_service_drains_is_told_so() -> None:
