@@ -246,6 +246,8 @@ class Ad2kitClassifier:
         logger.info("draining", extra={"waiting_texts": texts})
         await self.batcher.close()
         self.api.close()
+        if self.rate is not None:
+            self.rate.close()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
 
