@@ -149,6 +149,7 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
     settings = read_settings(arguments, os.environ, sys.argv, packed=packed.is_dir())
     settings.check_they_fit()
     settings.keys()
+    shadow = None if settings.shadow is None else Version.of(settings.shadow)
     given: dict[str, str | Path] = dict(settings.followed())
     if not settings.model:
         given[""] = packed if packed.is_dir() else _latest(settings, place.parent)
@@ -156,7 +157,7 @@ def this_server(place: Path, arguments: Mapping[str, Any], *, worker: bool) -> S
         pid=os.getpid(),
         settings=settings,
         models={name: Version.of(folder) for name, folder in sorted(given.items())},
-        shadow=None if settings.shadow is None else Version.of(settings.shadow),
+        shadow=shadow,
         keys_sha256=_keys_sha256(settings),
     )
     for name, version in server.models.items():

@@ -211,6 +211,8 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
     assert info["max_length_tokens"] == fp32.artifact.max_length_tokens
     assert info["limits"] == {
         "texts": 128,
+        "text_characters": 2**26,
+        "key_requests_per_s": None,
         "queue_texts": 1024,
         "queue_tokens": 2**17,
         "batch_tokens": 1024,
