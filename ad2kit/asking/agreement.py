@@ -14,7 +14,7 @@ import numpy as np
 
 from ad2kit.asking.records import Agreement, AskJob
 from ad2kit.asking.results import label_column
-from ad2kit.data.labels import LabelReader, is_empty
+from ad2kit.data.labels import LabelReader, check_names, is_empty
 from ad2kit.data.sources import labels_beside, open_unlabelled
 from ad2kit.run.errors import DataError, RunError
 from ad2kit.scoring.blocks import filesystem, is_local
@@ -135,6 +135,8 @@ def _agreement(
         labels: the names of the ids in the given column, if its table has them.
     """
     given_column = given_columns if len(given_columns) > 1 else given_columns[0]
+    if data.labels:
+        check_names(labels, data.labels, f"the table of {with_what}")
     readers = [
         LabelReader(data.model_copy(update={"label_column": column}), names)
         for column, names in ((given_column, labels), (answered_column, None))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ad2kit.data.labels import LabelReader
+from ad2kit.data.labels import LabelReader, check_names
 from ad2kit.data.sources import open_source, open_unlabelled
 from ad2kit.run.errors import DataError, nearest
 from ad2kit.statistics.logits import logits_of, scores
@@ -66,7 +67,7 @@ def read_answers(recipe: DataRecipe, data: Data, given: AnswersRecipe) -> dict[s
             hint="name as many in text_columns as in data.text_columns",
         )
     found = _Found(str(given))
-    for table in _tables(recipe, (*join, *given.columns), given.files):
+    for table in answer_tables(recipe, (*join, *given.columns), given.files):
         reader.begin(table)
         for place, cells, error in table.cells():
             keys = tuple(cells.get(column) for column in join)
@@ -87,10 +88,14 @@ def read_answers(recipe: DataRecipe, data: Data, given: AnswersRecipe) -> dict[s
     return _for_splits(recipe, data, given, found, reader)
 
 
-def _tables(
+def answer_tables(
     recipe: DataRecipe, columns: Sequence[str], files: Sequence[str] = ()
 ) -> Iterator[SplitRows]:
-    """Yield the tables of answers, or those of the data, which then have to have the columns."""
+    """Yield the tables of answers, or those of the data, which then have to have the columns.
+
+    Raises:
+        DataError: see :func:`ad2kit.data.sources.open_source`.
+    """
     # What a table is read for are its texts: here, all columns that are needed.
     wanted = recipe.model_copy(update={"text_columns": tuple(dict.fromkeys(columns))})
     if files:
@@ -98,10 +103,12 @@ def _tables(
             yield open_unlabelled(reference, wanted, "teacher.answers")
         return
     source = open_source(wanted)
-    yield from (source.train, source.validation)
+    for table, file in ((source.train, recipe.train), (source.validation, recipe.validation)):
+        # A folder has one file labels.txt for both; open_source has read it.
+        beside = Path(file).expanduser() if file and recipe.source is None else None
+        yield replace(table, beside=beside)
     for reference in recipe.unlabelled:
-        table = open_unlabelled(reference, wanted)
-        yield replace(table, labels=table.labels or source.labels)
+        yield replace(open_unlabelled(reference, wanted), labels=source.labels)
 
 
 def _is_key(cell: object) -> bool:
@@ -194,7 +201,7 @@ def _by_text(recipe: DataRecipe, key: str, found: _Found) -> _Found:
     """Return answers by text in place of answers by key, which the data's own tables join."""
     joined = _Found(found.name)
     missing: list[str] = []
-    for table in _tables(recipe, (*recipe.text_columns, key)):
+    for table in answer_tables(recipe, (*recipe.text_columns, key)):
         for place, cells, error in table.cells():
             texts = tuple(cells.get(column) for column in recipe.text_columns)
             if error is not None or not all(map(is_text, texts)):
@@ -249,7 +256,7 @@ def _for_splits(
 def _places(recipe: DataRecipe, hashes: set[int]) -> list[str]:
     """Return the places of the first texts that have these hashes, with their beginning."""
     lines: list[str] = []
-    for table in _tables(recipe, recipe.text_columns):
+    for table in answer_tables(recipe, recipe.text_columns):
         for place, cells, _ in table.cells():
             texts = tuple(cells.get(column) for column in recipe.text_columns)
             if all(map(is_text, texts)) and hash(texts) in hashes:
@@ -290,6 +297,8 @@ class _Reader:
         if self._given.label is None:
             return
         labels = table.labels_of(self._given.label)
+        if self._given.files and self._task != "regression":
+            check_names(labels, self._labels, table.name)
         if labels not in self._label_readers:
             named = self._recipe.model_copy(update={"source": table.name})
             self._label_readers[labels] = LabelReader(named, labels)

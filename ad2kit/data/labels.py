@@ -311,6 +311,26 @@ def _given_labels(recipe: DataRecipe, given: SourceLabels | None) -> LabelSet:
     return LabelSet(names, given=True, outputs=outputs, columns=columns)
 
 
+def check_names(given: SourceLabels | None, labels: Sequence[str], table: str) -> None:
+    """Refuse a table of another source that names its labels, and none of them as the data do.
+
+    Only the data's own source may be renamed by ``data.labels``: its order is known.
+
+    Raises:
+        DataError: shows both lists.
+    """
+    if given is None:
+        return
+    known = {_plain_form(name) for name in labels}
+    if known.isdisjoint(map(_plain_form, given.names)):
+        raise DataError(
+            f"{table} names its labels {', '.join(given.names)}, and none of them is a label of "
+            f"the data: {', '.join(labels)}",
+            hint="write the names of the data into that table or its labels.txt, or correct "
+            "data.labels",
+        )
+
+
 def is_empty(cell: Any) -> bool:
     """Tell whether a label cell, or the cells of all label columns, hold nothing."""
     if isinstance(cell, list) and cell:

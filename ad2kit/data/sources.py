@@ -39,7 +39,8 @@ class SplitRows:
             fingerprint that ``datasets`` gives it, or its commit.
         streamed: whether each reading downloads it again.
         class_names: returns the names of the classes of a column, if the table holds them.
-        labels: the names of the labels, if they stand beside the table.
+        labels: the names of the labels that the data set has for all of its tables.
+        beside: a table in whose folder a file labels.txt may name the labels.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SplitRows:
     streamed: bool = False
     class_names: Callable[[str], tuple[str, ...] | None] = lambda _column: None
     labels: SourceLabels | None = None
+    beside: Path | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,8 +65,9 @@ class SplitRows:
         """Return the names that ids in any column stand for: those of the column, else of all."""
         if (names := self.class_names(column)) is not None:
             return SourceLabels(names, only_ids=True)
+        labels = (self.beside and labels_beside(self.beside)) or self.labels
         # A column without names of its own may hold the ids of the label column, or names.
-        return self.labels and self.labels._replace(only_ids=False)
+        return labels and labels._replace(only_ids=False)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
         """Yield the rows whose texts are texts; ``bad`` gets all others.
@@ -178,7 +181,7 @@ def open_unlabelled(reference: str, recipe: DataRecipe, key: str = "data.unlabel
             return _hub_stream(reference, split or "train", recipe, key)
         loaded = hub.load(reference, key=key)
         return _hub_split(loaded, address, split or "train", recipe, key)
-    path = Path(reference)
+    path = Path(reference).expanduser()
     cells = partial(formats.read, path, columns, recipe.csv_quotes)
     return SplitRows(
         reference,
@@ -187,7 +190,7 @@ def open_unlabelled(reference: str, recipe: DataRecipe, key: str = "data.unlabel
         has_labels=False,
         files=formats.files_of(path),
         class_names=_class_names_of(path),
-        labels=labels_beside(path),
+        beside=path,
     )
 
 
@@ -212,7 +215,7 @@ def labels_beside(path: Path) -> SourceLabels | None:
     if ids != expected_ids or not all(len(pair) == 2 for pair in pairs):
         raise DataError(
             f"{label_file}: expected lines 'id<TAB>name' with ids 0, 1, ... in order",
-            hint="correct the file, or give data.labels",
+            hint=f"correct {label_file}, or move it away",
         )
     return SourceLabels(tuple(name for _, name in pairs), only_ids=False)
 

@@ -137,7 +137,10 @@ def company_checks(company: Company, task: Task, thresholds: ParityRecipe) -> tu
     most = thresholds.max_company_shift
     if task == "regression":
         name = "answer moved by company, in standard deviations"
-        return (at_most(question, name, company.shift, _MOST_OF_A_VALUE if most is None else most),)
+        moved = at_most(question, name, company.shift, _MOST_OF_A_VALUE if most is None else most)
+        if not company.flips:
+            return (moved,)
+        return (at_most(question, "answers that company makes no number", company.flips, 0), moved)
     flips = at_most(
         question, "answers changed by company", company.flips, thresholds.max_company_flips
     )

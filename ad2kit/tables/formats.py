@@ -257,7 +257,7 @@ def named(folder: Path, stem: str) -> list[Path]:
         paths = sorted(folder.iterdir())
     found = [each for each in paths if _is_named(each, stem)]
     patterns = [
-        f"{glob.escape(stem)}-[0-9]*-of-{match[3]}{match[4]}"
+        f"{glob.escape(stem)}-{'[0-9]' * len(match[2])}-of-{match[3]}{match[4]}"
         for each in paths
         if (match := _SHARD.fullmatch(each.name)) and match[1] == stem and is_table(match[4])
     ]

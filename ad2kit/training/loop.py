@@ -179,14 +179,14 @@ def _accumulate_in_memory(
         except torch.OutOfMemoryError as error:
             if parts >= len(rows):
                 longest = encoded.lengths[rows].max()
-                limit = "data.max_length_tokens"
+                limit = "a smaller data.max_length_tokens"
                 if encoded.first_windows is not None:
-                    limit = "data.max_windows"
+                    limit = "data.long_texts=cut"
                 raise ModelError(
                     f"{phase}: one text of {longest} tokens does not fit into the memory of the "
                     "GPU",
                     hint="set compute.gradient_checkpointing=true, compute.precision=bf16, "
-                    f"or a smaller {limit}",
+                    f"or {limit}",
                 ) from error
             parts *= 2
         else:

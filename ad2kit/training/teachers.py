@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ad2kit.data import splits
-from ad2kit.data.answers import SPLITS, mean_answers, read_answers
+from ad2kit.data.answers import SPLITS, answer_tables, mean_answers, read_answers
 from ad2kit.data.labels import has_label
-from ad2kit.data.sources import open_source, open_unlabelled
 from ad2kit.models import text_model
 from ad2kit.models.given import stored_tensor
 from ad2kit.models.pretrained import reference_sha256
-from ad2kit.run.errors import DataError
+from ad2kit.run.errors import DataError, reading
 from ad2kit.run.files import fingerprint, sha256_of
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from ad2kit.data.sources import SplitRows
     from ad2kit.data.splits import Data, Split
     from ad2kit.models.text_model import TextModel
     from ad2kit.run.folder import RunDir
@@ -101,15 +101,20 @@ def given_sha256(recipe: Recipe) -> str:
         if given.model is not None:
             parts.append(reference_sha256(given.model, key=_key(number)) or given.model)
             continue
-        tables = [open_unlabelled(reference, recipe.data) for reference in given.files]
-        if not given.files or given.key:
-            source = open_source(recipe.data)
-            tables += [source.train, source.validation]
-            tables += [open_unlabelled(each, recipe.data) for each in recipe.data.unlabelled]
-        parts.append(
-            [(table.identity, [sha256_of(file) for file in table.files]) for table in tables]
-        )
+        columns = recipe.data.text_columns
+        tables = list(answer_tables(recipe.data, columns, given.files))
+        if given.files and given.key:
+            tables += answer_tables(recipe.data, columns)
+        parts.append([_content(table, given.label) for table in tables])
     return fingerprint(*parts)
+
+
+def _content(table: SplitRows, label: str | None) -> list[Any]:
+    """Return what identifies a table of answers, and what its ids of labels stand for."""
+    with reading(table.name):
+        content: list[Any] = [table.identity, [sha256_of(file) for file in table.files]]
+    names = table.labels_of(label) if label else None
+    return content if names is None else [*content, names.names]
 
 
 def _key(number: int) -> str:

@@ -23,6 +23,7 @@ from ad2kit.run.sections import AnswersRecipe, DataRecipe
 from ad2kit.statistics.logits import answers, logits_of, scores
 from ad2kit.tables import hub
 from ad2kit.training.opening import open_models
+from ad2kit.training.teachers import given_sha256
 from tests import families, models
 
 if TYPE_CHECKING:
@@ -181,6 +182,71 @@ def test_ids_of_a_teacher_stand_for_the_names_of_their_own_table(
     recipe = DataRecipe(source=str(tmp_path), labels=("ugly", "good", "bad"), **values)
     certain = np.eye(3)[[("ugly", "good", "bad").index(name) for name in said]]
     check(recipe, certain, label="said", files=files)
+
+
+@pytest.mark.parametrize("cell", ["POS", "0"])
+@pytest.mark.parametrize("kind", ["labels.txt", "classes"])
+def test_names_that_the_data_do_not_have_are_not_taken_by_their_place(
+    recipe: DataRecipe, tmp_path: Path, cell: str, kind: str
+) -> None:
+    """Only the source of the data may be renamed by data.labels."""
+    names = ("POS", "NEG", "NONE")
+    (tmp_path / "own").mkdir()
+    if kind == "classes":
+        file = tmp_path / "own/answers.parquet"
+        class_column(file, ((text, 0) for text in TEXTS), said=names)
+    else:
+        file = tmp_path / "own/answers.csv"
+        table(file, ("text", "said"), [(text, cell) for text in TEXTS])
+        (tmp_path / "own/labels.txt").write_text("0\tPOS\n1\tNEG\n2\tNONE\n")
+    with pytest.raises(DataError, match="names its labels POS, NEG, NONE, and none of them is"):
+        read(recipe, files=(str(file),), label="said")
+
+
+def test_the_file_of_labels_is_found_beside_each_table(
+    recipe: DataRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without data.source, and with a path that begins with the home of the user."""
+    own = LABELS[::-1]
+    said = [n % 3 for n in range(len(TEXTS))]
+    rows = [(text, LABELS[number], number) for text, number in zip(TEXTS, said, strict=True)]
+    (tmp_path / "other").mkdir()
+    for name, part in (("train", rows[:18]), ("validation", rows[18:]), ("all", rows)):
+        table(tmp_path / f"other/{name}.csv", ("text", "label", "said"), part)
+    lines = "".join(f"{number}\t{name}\n" for number, name in enumerate(own))
+    (tmp_path / "other/labels.txt").write_text(lines)
+    certain = np.eye(3)[[LABELS.index(own[number]) for number in said]]
+    files = {name: str(tmp_path / f"other/{name}.csv") for name in ("train", "validation")}
+    alone = recipe.model_copy(update={"source": None, **files})
+    check(alone, certain, label="said")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check(recipe, certain, label="said", files=("~/other/all.csv",))
+    # Distributions do not need it, whatever it holds.
+    (tmp_path / "other/labels.txt").write_text("good\nbad\nugly\n")
+    columns = tuple(f"p_{name}" for name in LABELS)
+    file = table(
+        tmp_path / "other/p.csv",
+        ("text", *columns),
+        [(t, *p) for t, p in zip(TEXTS, P, strict=True)],
+    )
+    check(recipe, P, probabilities=columns, files=(file,))
+
+
+def test_what_ids_stand_for_is_part_of_the_fingerprint_of_answers(
+    recipe: DataRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    file = table(tmp_path / "own/answers.csv", ("text", "said"), [(text, 0) for text in TEXTS])
+    answers = (AnswersRecipe(files=(file,), label="said"),)
+    whole = load_recipe("smoke")
+    teacher = whole.teacher.model_copy(update={"answers": answers})
+    given = whole.model_copy(update={"data": recipe, "teacher": teacher})
+    found = set()
+    for names in (LABELS, LABELS[::-1], LABELS):
+        lines = "".join(f"{number}\t{name}\n" for number, name in enumerate(names))
+        (tmp_path / "own/labels.txt").write_text(lines)
+        found.add(given_sha256(given))
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("most", [None, 24])  # with a limit the tables are streams

@@ -205,6 +205,8 @@ def test_company_is_measured_by_task() -> None:
     assert passed(company_of("single_label", alone, alone), "single_label", strict) == [True, True]
     assert passed(value, "regression", ParityRecipe()) == [True]
     assert passed(value, "regression", strict) == [False]
+    odd = company_of("regression", alone[:, :1], np.where(beside == 3, np.nan, beside)[:, 1:])
+    assert passed(odd, "regression", ParityRecipe(max_company_shift=100)) == [False, True]
     wild = company_of("regression", alone[:, :1], alone[::-1, :1], spread=0.5)
     assert passed(wild, "regression", ParityRecipe()) == [False]
 

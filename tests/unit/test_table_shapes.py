@@ -489,7 +489,8 @@ def test_shards_may_be_numbered_from_one(tmp_path: Path) -> None:
 
 
 def test_shards_of_a_longer_name_belong_to_another_split(tmp_path: Path) -> None:
-    for name in ("train", "train-more"):
+    for name in ("train", "train-more", "train-2023", "train-0-bad"):
         (tmp_path / f"{name}-00000-of-00001.csv").write_text(f"text\n{name}\n")
     assert read_all(formats.split_of(tmp_path, "train", "train")) == ["train"]
-    assert read_all(formats.split_of(tmp_path, "train-more", "train")) == ["train-more"]
+    for name in ("train-more", "train-2023", "train-0-bad"):
+        assert read_all(formats.split_of(tmp_path, name, "train")) == [name]
