@@ -133,7 +133,7 @@ class Ad2kitClassifier:
             self.rate = Rate(shared / "rates", settings.max_key_requests_per_s)
         max_wait_s = settings.deadline_s * WAIT_PER_DEADLINE
         self.batcher = Batcher(
-            classifier.run,
+            self.infer,
             max_batch_tokens=settings.max_batch_tokens,
             max_queue_texts=settings.max_queue_texts,
             max_queue_tokens=settings.max_queue_tokens,
@@ -196,8 +196,17 @@ class Ad2kitClassifier:
         self.loaded.take(decided.models, decided.refused)
 
     def exchange(self, name: str, classifier: OnnxClassifier) -> None:
-        """Let requests from now on have a new version of a model; called in another thread."""
+        """Let requests from now on have a new version of a model; called in another thread.
+
+        Only requests under way hold the old version, so that its memory is given back.
+        """
         self.apis[name] = self.api.of(name, classifier)
+        if not name:
+            self.api = self.apis[name]
+
+    def infer(self, items: Any) -> Any:
+        """Compute a batch of the service's own model."""
+        return self.model.classifier.run(items)
 
     def api_of(self, name: str) -> Classify:
         """Return what answers the requests to a model.

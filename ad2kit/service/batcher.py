@@ -298,6 +298,8 @@ class Batcher:
                     # Smoothed: one batch of short texts says little about the queue.
                     self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * rate
             start = end
+            # While nothing waits, they would keep a version of a model that is no longer served.
+            del batch, finished
 
     def _next_batch(self) -> list[_Item]:
         """Take the item whose turn it is, and the items of its model nearest in length."""

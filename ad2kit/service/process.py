@@ -53,7 +53,9 @@ try:
     Model.load(Version.of(sys.argv[1]), threads=1)
 except Ad2kitError as error:
     sys.exit(f"{error.message}; {error.hint}")
+print("it can be served")
 """
+_TRY_S = 600.0
 
 
 class Server(BaseModel):
@@ -256,14 +258,19 @@ class Watch:
             return _words(error)
         # In a process of its own: what happens to it does not happen to the server.
         python_path = os.pathsep.join(sys.path)
-        tried = subprocess.run(
-            [sys.executable, "-c", _TRY, str(version.folder)],
-            env=os.environ | {"PYTHONPATH": python_path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if tried.returncode == 0:
+        try:
+            tried = subprocess.run(
+                [sys.executable, "-c", _TRY, str(version.folder)],
+                env=os.environ | {"PYTHONPATH": python_path},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_TRY_S,
+            )
+        except subprocess.TimeoutExpired:
+            return f"a process that loaded it took longer than {_TRY_S:g} s"
+        # Not its exit code: Circus may collect that first, and Python then takes it for 0.
+        if tried.stdout == "it can be served\n":
             return ""
         last_line = tried.stderr.strip().rpartition("\n")[2]
         return last_line or f"a process that loaded it ended with {tried.returncode}"

@@ -151,7 +151,8 @@ class Settings(BaseModel):
     @classmethod
     def _check_root_path(cls, path: str | None) -> str | None:
         """Refuse a path that a browser would shorten, or that hides a path of the service."""
-        if path in _OWN_PATHS or {".", ".."} & set((path or "").split("/")):
+        parts = (path or "").split("/")
+        if path in _OWN_PATHS or parts[1:2] == ["classify"] or {".", ".."} & set(parts):
             raise ValueError(path)
         return path
 

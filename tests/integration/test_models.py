@@ -225,6 +225,61 @@ def test_a_new_version_is_exchanged_without_a_lost_request(
     assert {each["level"] for each in log_of(tmp_path) if "reason" in each} == {"ERROR"}
 
 
+# The service as it is; it writes down how many classifiers are alive after each exchange.
+COUNTED = """
+import weakref
+from pathlib import Path
+
+from ad2kit.exporting.classifier import OnnxClassifier
+from serving import service
+
+alive = weakref.WeakSet()
+honest_init, honest_take = OnnxClassifier.__init__, service.Ad2kitClassifier.inner.take
+
+
+def init(self, *arguments, **options):
+    honest_init(self, *arguments, **options)
+    alive.add(self)
+
+
+def take(self, decided):
+    honest_take(self, decided)
+    with Path("alive").open("a") as file:
+        file.write(f"{len(alive)}\\n")
+
+
+OnnxClassifier.__init__ = init
+service.Ad2kitClassifier.inner.take = take
+Ad2kitClassifier = service.Ad2kitClassifier
+"""
+
+
+def test_an_old_version_leaves_the_memory(versions: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text(COUNTED)
+    for name in ("own", "words"):
+        lead(tmp_path / name, versions["no-yes"])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(CHECKOUT),
+        "AD2KIT_WORKERS": "1",
+        "AD2KIT_MODEL": str(tmp_path / "own"),
+        "AD2KIT_MODELS": f"words={tmp_path / 'words'}",
+    }
+    arguments = ("--working-dir", str(tmp_path))
+    counts = tmp_path / "alive"
+    with served(
+        "counted:Ad2kitClassifier", tmp_path, *arguments, environment=environment
+    ) as address:
+        for name, path in (("own", "/classify"), ("words", "/classify/words")):
+            for words in ("bad-good", "down-up"):
+                assert call(address, "POST", path, BODY, JSON).status == 200
+                lead(tmp_path / name, versions[words])
+                expected = answers(versions[words])
+                wait_for(lambda: said(call(address, "POST", path, BODY, JSON)) == expected)  # noqa: B023
+        wait_for(lambda: len(counts.read_text().splitlines()) == 4)
+    assert counts.read_text().splitlines() == ["2"] * 4  # one of each model
+
+
 def workers(address: str) -> list[psutil.Process]:
     """The workers of a server of this process."""
     children = server_at(address).children()
@@ -286,6 +341,26 @@ def test_a_version_that_failed_is_tried_again_after_a_while(
     watched.look()
     assert watched.server.refused == {}
     assert watched.server.models["words"].folder == copy
+
+
+def test_an_exit_code_that_another_has_collected_is_not_taken_for_a_success(
+    watched: Watch, versions: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Circus collects every child of the parent process; Python then takes the code for 0."""
+
+    def collected(*_: object) -> tuple[int, int]:
+        raise ChildProcessError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "waitpid", collected)
+        patch.setattr(Server, "check", lambda *_, **__: None)  # the trial alone finds the fault
+        lead(tmp_path / "current", versions["broken"])
+        watched.look()
+        assert "model.onnx" in watched.server.refused["words"]
+        lead(tmp_path / "current", versions["bad-good"])
+        watched.look()
+    assert watched.server.refused == {}
+    assert watched.server.models["words"].folder == versions["bad-good"]
 
 
 def test_what_a_new_version_must_keep(

@@ -346,6 +346,8 @@ def test_a_queue_that_cannot_hold_one_text_of_the_model_is_refused() -> None:
 
 
 def test_other_paths_and_ports_are_taken() -> None:
+    for path in ("/classify", "/classify/topics"):  # the second is the path of a model
+        assert "expected a path such as /ad2kit" in refusal({"AD2KIT_ROOT_PATH": path})
     for path in ("/classify2", "/a/classify", "/..a", "/a..b"):
         assert read({"AD2KIT_ROOT_PATH": path}).root_path == path
     for origin in ("https://a.b:80", "http://a.b:443", "http://[::1]:8080", "http://a443"):
