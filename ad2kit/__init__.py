@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from ad2kit.exporting.export import export
     from ad2kit.gate.latency import measure
     from ad2kit.gate.parity import judge
+    from ad2kit.packaging.bento import package
     from ad2kit.run.folder import open_run
     from ad2kit.scoring.score import score
-    from ad2kit.service.bento import package
     from ad2kit.training.distill import distill
 
 __version__ = "0.2.0"
@@ -51,7 +51,7 @@ _HOME = {
     "judge": "ad2kit.gate.parity",
     "measure": "ad2kit.gate.latency",
     "open_run": "ad2kit.run.folder",
-    "package": "ad2kit.service.bento",
+    "package": "ad2kit.packaging.bento",
     "score": "ad2kit.scoring.score",
 }
 

@@ -29,10 +29,10 @@ import numpy as np
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.fuse import fused_copy
+from ad2kit.packaging.bento import served
+from ad2kit.packaging.check import ask
 from ad2kit.run.folder import RunDir
 from ad2kit.run.machine import environment
-from ad2kit.service.bento import served
-from ad2kit.service.check import ask
 from ad2kit.tables.texts import text_of
 
 CHECKOUT = Path(__file__).parents[1]

@@ -24,10 +24,10 @@ from rich.console import Console
 import ad2kit
 from ad2kit.data.demo_reviews import DOMAINS, LABELS, WORDS, alternatives, opinions
 from ad2kit.data.splits import load_data
+from ad2kit.packaging.bento import served
+from ad2kit.packaging.check import ask
 from ad2kit.run.folder import open_run
 from ad2kit.run.recipe import load_recipe
-from ad2kit.service.bento import served
-from ad2kit.service.check import ask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
+from ad2kit.packaging.bento import served
 from ad2kit.run.folder import RunDir
 from ad2kit.run.machine import environment
-from ad2kit.service.bento import served
 from ad2kit.tables.texts import text_of
 from bench.load import Load, Request, closed_loop, connect, open_loop
 from bench.overload import BROKEN, family

@@ -144,7 +144,7 @@ class Ad2kitClassifier:
         if server.shadow is not None:
             teacher = OnnxClassifier(server.shadow.folder, threads=1)
             self.shadow = Shadow(teacher, classifier, settings.shadow_share, self.metrics.shadowed)
-        self.api = Classify(
+        own = Classify(
             classifier,
             self.batcher,
             deadline_s=settings.deadline_s,
@@ -157,7 +157,7 @@ class Ad2kitClassifier:
             access_log=settings.access_log,
         )
         self.apis = {
-            name: self.api.of(name, model.classifier) for name, model in self.loaded.models.items()
+            name: own.of(name, model.classifier) for name, model in self.loaded.models.items()
         }
         facts = {
             "variant": classifier.artifact.variant,
@@ -200,9 +200,7 @@ class Ad2kitClassifier:
 
         Only requests under way hold the old version, so that its memory is given back.
         """
-        self.apis[name] = self.api.of(name, classifier)
-        if not name:
-            self.api = self.apis[name]
+        self.apis[name] = self.apis[name].of(name, classifier)
 
     def infer(self, items: Any) -> Any:
         """Compute a batch of the service's own model."""
@@ -254,7 +252,7 @@ class Ad2kitClassifier:
         texts, _ = self.batcher.waiting
         logger.info("draining", extra={"waiting_texts": texts})
         await self.batcher.close()
-        self.api.close()
+        self.apis[""].close()
         if self.rate is not None:
             self.rate.close()
         if self.shadow is not None:
@@ -280,7 +278,7 @@ def admit(method: bytes, path: bytes) -> None:
         Problem: the queue is full.
     """
     if method == b"POST" and path.startswith(b"/classify"):
-        this_service().api.check_room()
+        this_service().apis[""].check_room()
 
 
 def openapi() -> dict[str, Any]:

@@ -131,7 +131,7 @@ def packaged(
     finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunDir, BentoRecord]:
     """A copy of the finished run and the record of its Bento. Do not change them."""
-    from ad2kit.service.bento import package
+    from ad2kit.packaging.bento import package
 
     folder = tmp_path_factory.mktemp("packaged") / finished_run.path.name
     shutil.copytree(finished_run.path, folder)

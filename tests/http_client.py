@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
-from ad2kit.service.bento import served
+from ad2kit.packaging.bento import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -40,8 +40,16 @@ def wait_for(what: Callable[[], Any]) -> None:
 def server_at(address: str) -> psutil.Process:
     """The parent process of a server that this process started."""
     port = address.rpartition(":")[2]
-    (server,) = (each for each in psutil.Process().children() if port in each.cmdline())
+    (server,) = (each for each in psutil.Process().children() if port in command_of(each))
     return server
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """The command line of a process, which one that has ended does not have."""
+    try:
+        return list(map(str, process.cmdline()))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

@@ -20,11 +20,11 @@ from ad2kit.gate.report import report
 from ad2kit.gate.summary import teacher_report
 from ad2kit.models import text_model
 from ad2kit.models.records import is_given
+from ad2kit.packaging.bento import package
 from ad2kit.run.errors import RunError, UserError
 from ad2kit.run.files import sha256_of, whole_file, write_record
 from ad2kit.run.folder import open_run
 from ad2kit.run.machine import processes
-from ad2kit.service.bento import package
 from ad2kit.training import shared
 from ad2kit.training.distill import distill
 from ad2kit.training.records import DistillReport

@@ -17,9 +17,9 @@ from ad2kit.cli.show import print_json, print_table
 from ad2kit.gate.records import ParityReport, check_passed
 from ad2kit.gate.shipping import choose_variant, passed_variants
 from ad2kit.gate.summary import teacher_report, untested_words
+from ad2kit.packaging import check
 from ad2kit.run.errors import UserError
 from ad2kit.run.recipe import load_recipe
-from ad2kit.service import check
 from ad2kit.service.settings import client_key
 
 if TYPE_CHECKING:

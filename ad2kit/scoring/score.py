@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from ad2kit.scoring.parts import Done, Numbered
+    from ad2kit.scoring.parts import Done, Numbered, Tables
     from ad2kit.tables.text_files import Quotes
 
 Engine = Literal["process", "ray"]
@@ -131,20 +131,27 @@ def score(
         ]
         workers = min(workers, max(1, len(remaining)))
         rows_done = tables.rows - sum(block.rows for _, block in remaining)
-        initial_report = ScoreReport(
-            output=output.url,
-            rows=tables.rows,
-            bad_rows=output.count_bad(finished),
-            parts=len(tables.blocks),
-            engine=engine,
-            workers=workers,
-            scored_here=0,
-            seconds=0.0,
-            answered_here=0,
-            classifier_seconds=0.0,
-        )
+        report = _report_before(tables, output, finished, engine, workers)
         results = _run(engine, work, remaining, workers, address)
-        return _watched(results, initial_report, rows_done, on_progress)
+        return _watched(results, report, rows_done, on_progress)
+
+
+def _report_before(
+    tables: Tables, output: OutputFolder, finished: set[str], engine: Engine, workers: int
+) -> ScoreReport:
+    """Return the report of a job before this call scores anything; ``finished`` names its parts."""
+    return ScoreReport(
+        output=output.url,
+        rows=tables.rows,
+        bad_rows=output.count_bad(finished),
+        parts=len(tables.blocks),
+        engine=engine,
+        workers=workers,
+        scored_here=0,
+        seconds=0.0,
+        answered_here=0,
+        classifier_seconds=0.0,
+    )
 
 
 def _watched(

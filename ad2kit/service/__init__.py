@@ -1,1 +1,1 @@
-"""The HTTP service: batcher, connections, errors, monitoring, and the Bento that holds them."""
+"""The HTTP service: models, batcher, connections, errors, monitoring, settings."""

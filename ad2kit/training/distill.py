@@ -20,12 +20,11 @@ from ad2kit.models.pretrained import reference_sha256
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
-from ad2kit.run.errors import RunError
+from ad2kit.run.errors import ModelError, RunError
 from ad2kit.run.files import fingerprint, sha256_of, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
 from ad2kit.run.machine import environment, peak_memory_mb
-from ad2kit.statistics.label_order import check_order
 from ad2kit.statistics.logits import answers
 from ad2kit.statistics.metrics import mean_metric
 from ad2kit.tables.rows import write_bad_rows
@@ -44,7 +43,7 @@ from ad2kit.training.records import (
     verdict,
 )
 from ad2kit.training.students import IMPORTANCE_TEXTS, narrow
-from ad2kit.training.teachers import given_logits, given_sha256, labelled_part
+from ad2kit.training.teachers import check_answers, given_logits, given_sha256, labelled_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -305,6 +304,7 @@ class _Stage:
             verdict=words,
             environment=self.trainer.surroundings,
             hub=hub.references(self.recipe),
+            encoder_sha256=next(iter(self.encoder_sha256()), None),
         )
 
     def teacher_sha256(self) -> str:
@@ -312,8 +312,19 @@ class _Stage:
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
     def encoder_sha256(self) -> list[dict[str, str]]:
-        """Return the fingerprints of the files that the student starts from, beside the teacher."""
-        files = reference_sha256(self.recipe.student.model, key="student.model")
+        """Return the fingerprints of the files that the student starts from, beside the teacher.
+
+        A finished run does not need them any more.
+        """
+        try:
+            files = reference_sha256(self.recipe.student.model, key="student.model")
+        except ModelError:
+            if not self.run.distill_report.is_file():
+                raise
+            files = DistillReport.read(self.run.distill_report).encoder_sha256
+            if files is None:
+                raise
+            logger.warning("student.model is gone; the finished student is of its last state")
         return [] if files is None else [files]
 
     def encode(self, model: TextModel, split: Split, *, keep: bool = False) -> Encoded:
@@ -518,14 +529,7 @@ class _Stage:
             encoded = self.encode(teacher, data.select)
             window_logits = predict_windows(teacher, encoded, device, self.accelerator)
             logits = torch.from_numpy(encoded.average(window_logits.numpy()))
-        labelled = has_label(data.task, data.select.labels)
-        check_order(
-            data.task,
-            answers(data.task, logits.numpy())[labelled],
-            data.select.labels[labelled],
-            data.labels,
-            finished=self.recipe.teacher.finetune is None,
-        )
+        check_answers(data, logits.numpy(), finished=self.recipe.teacher.finetune is None)
         return window_logits, logits
 
     def look_at(self, teacher: TextModel | None, select_logits: torch.Tensor) -> None:

@@ -104,6 +104,7 @@ class DistillReport(Record):
     ``selection`` is None if nothing was trained. ``hub`` holds the references to the hub, with the
     commits that were read, by their keys in the recipe. ``bad_rows`` is the number of rows that
     ``data.bad_rows: skip`` left out; `bad-rows.jsonl` lists them.
+    ``encoder_sha256`` holds the sha256 of the files of ``student.model``.
     """
 
     # Version 1 had the best update, but no reason for it.
@@ -131,6 +132,7 @@ class DistillReport(Record):
     verdict: str
     environment: dict[str, str]
     hub: dict[str, str] = Field(default_factory=dict)
+    encoder_sha256: dict[str, str] | None = None
 
 
 def read_curve(path: Path) -> list[StepRecord]:

@@ -15,6 +15,8 @@ from ad2kit.models.given import stored_tensor
 from ad2kit.models.pretrained import reference_sha256
 from ad2kit.run.errors import DataError, reading
 from ad2kit.run.files import fingerprint, sha256_of
+from ad2kit.statistics.label_order import check_order
+from ad2kit.statistics.logits import answers
 
 if TYPE_CHECKING:
     import torch
@@ -55,14 +57,36 @@ def try_given(recipe: Recipe, data: Data) -> None:
     """Read all tables of given answers, and open the models among them, but run none.
 
     Raises:
-        DataError, ModelError: see :func:`given_logits`.
+        DataError: see :func:`given_logits`.
+        ModelError: a model cannot be read, or a table has the labels in another order.
     """
     for number, given in enumerate(recipe.teacher.answers):
         if given.model is None:
-            read_answers(recipe.data, data, given)
+            check_answers(data, read_answers(recipe.data, data, given)["select"])
         else:
             model = _member(recipe, data, given, number)
             splits.check_lengths(data, model.tokenizer, recipe.data.length, windows=False)
+
+
+def check_answers(data: Data, select_logits: Logits, *, finished: bool = True) -> None:
+    """Refuse a teacher that has the labels in another order than the rows of ``select``.
+
+    Args:
+        data: the data; rows without a label show nothing.
+        select_logits: the teacher's logits, shape [rows, outputs].
+        finished: the teacher was not fine-tuned on these data.
+
+    Raises:
+        ModelError: another order fits far better.
+    """
+    labelled = has_label(data.task, data.select.labels)
+    check_order(
+        data.task,
+        answers(data.task, select_logits)[labelled],
+        data.select.labels[labelled],
+        data.labels,
+        finished=finished,
+    )
 
 
 def judged_select(run: RunDir, data: Data) -> Split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from html import unescape
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ad2kit.models import given, text_model
 from ad2kit.models.records import TeacherReport
 from ad2kit.models.text_model import predict_logits
 from ad2kit.run import recipe as recipes
+from ad2kit.run.errors import ModelError
 from ad2kit.run.folder import RunDir, open_run
 from ad2kit.statistics.logits import scores, softmax
 from ad2kit.statistics.metrics import expected_calibration_error
@@ -104,6 +106,7 @@ def same_weights(one: RunDir, other: RunDir) -> bool:
 
 
 def test_a_file_of_a_teachers_logits_gives_its_student_bit_for_bit(
+    ad2kit: Callable[..., Outcome],
     local: RunDir,
     student: tuple[str, ...],
     answers: dict[tuple[str, ...], Any],
@@ -118,6 +121,11 @@ def test_a_file_of_a_teachers_logits_gives_its_student_bit_for_bit(
     report = distill(run)
     assert same_weights(run, local)
     assert report.teacher_parameters is None
+    # Columns in another order than the labels are refused before anything is trained.
+    swapped = f"{{files: ['{file}'], logits: [yes, no]}}"
+    refused = ad2kit("check", "smoke", *student, given_by(swapped))
+    assert refused.code == 2
+    assert "another order" in refused.err
     # A control: another answer to one text gives another student.
     (first, row), *others = answers.items()
     write(
@@ -328,6 +336,20 @@ def test_another_encoder_under_the_same_path_makes_another_student(tmp_path: Pat
     assert second.teacher_sha256 == first.teacher_sha256
     assert second.inputs != first.inputs
     assert second.student_sha256 != first.student_sha256
+
+
+def test_a_finished_student_does_not_need_its_encoder_any_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = open_run(recipes.load_recipe("smoke", encoders(tmp_path)), tmp_path / "runs")
+    first = distill(run)
+    assert first.encoder_sha256
+    shutil.rmtree(tmp_path / "encoder")
+    assert distill(run) == first
+    assert "student.model is gone" in caplog.text
+    run.select_logits.unlink()  # it is not finished any more
+    with pytest.raises(ModelError, match=r"student\.model: .*/encoder"):
+        distill(run)
 
 
 def test_given_answers_are_compared_with_probes_of_the_runs_own_encoder(tmp_path: Path) -> None:

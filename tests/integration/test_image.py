@@ -16,18 +16,19 @@ import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import bentoml
 import pytest
 
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
-from ad2kit.service.bento import pinned_requirements, served
-from ad2kit.service.check import ask
+from ad2kit.packaging.bento import pinned_requirements, served
+from ad2kit.packaging.check import ask
 from tests.http_client import server_at
 
 if TYPE_CHECKING:
+    from ad2kit.exporting.classifier import Prediction
     from ad2kit.gate.records import BentoRecord
     from ad2kit.run.folder import RunDir
 
@@ -100,6 +101,13 @@ def contained(tmp_path: Path, environment: Path) -> dict[str, str]:
     }
 
 
+def check_same(answers: list[dict[str, Any]], expected: list[Prediction]) -> None:
+    for answer, prediction in zip(answers, expected, strict=True):
+        assert answer["label"] == prediction.label
+        assert answer["scores"] == pytest.approx(prediction.scores, abs=1e-5)
+        assert answer["tokens"] == prediction.tokens
+
+
 def test_the_bento_serves_where_only_its_own_requirements_are_installed(
     packaged: tuple[RunDir, BentoRecord],
     bento: Path,
@@ -130,10 +138,7 @@ def test_the_bento_serves_where_only_its_own_requirements_are_installed(
         commands = [process.cmdline() for process in family]
         answers = [ask(address, [text])[0] for text in texts]
     assert {command[0] for command in commands} == {python}
-    for answer, prediction in zip(answers, expected, strict=True):
-        assert answer["label"] == prediction.label
-        assert answer["scores"] == pytest.approx(prediction.scores, abs=1e-5)
-        assert answer["tokens"] == prediction.tokens
+    check_same(answers, expected)
 
 
 def test_the_image_answers_as_the_artefact_does(
@@ -154,9 +159,7 @@ def test_the_image_answers_as_the_artefact_does(
     texts = ["a delight from start to end", "dull, long and clumsy"]
     expected = OnnxClassifier(packaged[0].onnx(packaged[1].variant), threads=1).predict(texts)
     with served(bento, tmp_path, environment=variables) as address:
-        for answer, wanted in zip(ask(address, texts), expected, strict=True):
-            assert answer["label"] == wanted.label
-            assert answer["scores"] == pytest.approx(wanted.scores, abs=1e-6)
+        check_same(ask(address, texts), expected)
         dockerfile = (bento / "src" / "Dockerfile").read_text()
         (check,) = re.findall(r"HEALTHCHECK .* CMD (\[.*?\])\n", dockerfile.replace("\\\n", ""))
         port = address.rpartition(":")[2]

@@ -19,6 +19,7 @@ from tests.http_client import (
     call,
     check_error,
     classify,
+    command_of,
     metrics_of,
     serving,
     wait_for,
@@ -163,7 +164,7 @@ def worker(address: str) -> psutil.Process:
     (found,) = [
         process
         for process in psutil.Process().children(recursive=True)
-        if "_bentoml_impl" in " ".join(process.cmdline())
+        if "_bentoml_impl" in " ".join(command_of(process))
         and any(link.laddr.port == port for link in process.net_connections("tcp"))
     ]
     return found

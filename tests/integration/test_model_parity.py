@@ -17,6 +17,7 @@ from ad2kit.data import splits
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.foreign import judge_model
+from ad2kit.gate.records import TeacherAgreement
 from ad2kit.models import text_model
 from ad2kit.run import recipe as recipes
 from ad2kit.run.errors import DataError, ModelError
@@ -288,7 +289,7 @@ def test_rows_without_labels_are_judged_by_the_teachers_answers(
         report = judge_model(model, str(finished_run.teacher), rows, recipe)
         assert report.labelled_rows == labelled
         (verdict,) = report.variants
-        assert verdict.agreement is not None
+        assert isinstance(verdict.agreement, TeacherAgreement)
         assert verdict.agreement.rows == 640
         names = {check.name for check in verdict.checks}
         assert "agreement with its teacher" in names

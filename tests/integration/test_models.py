@@ -15,9 +15,9 @@ import pytest
 from ad2kit.exporting.classifier import MODEL_FILE, OnnxClassifier
 from ad2kit.exporting.golden import GOLDEN_FILE, add_golden_answers
 from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.packaging.bento import served
 from ad2kit.run.errors import ModelError, UserError
 from ad2kit.run.files import sha256_of, write_record
-from ad2kit.service.bento import served
 from ad2kit.service.models import Version
 from ad2kit.service.process import Server, Watch, this_server
 from tests.http_client import (
@@ -27,6 +27,7 @@ from tests.http_client import (
     Reply,
     call,
     check_error,
+    command_of,
     log_of,
     metrics_of,
     server_at,
@@ -283,7 +284,7 @@ def test_an_old_version_leaves_the_memory(versions: dict[str, Path], tmp_path: P
 def workers(address: str) -> list[psutil.Process]:
     """The workers of a server of this process."""
     children = server_at(address).children()
-    return [each for each in children if "_bentoml_impl" in " ".join(each.cmdline())]
+    return [each for each in children if "_bentoml_impl" in " ".join(command_of(each))]
 
 
 @pytest.fixture

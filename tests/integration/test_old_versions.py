@@ -11,8 +11,8 @@ import pytest
 
 import ad2kit
 from ad2kit.gate.records import ParityReport
+from ad2kit.packaging.bento import served
 from ad2kit.run.errors import RunError
-from ad2kit.service.bento import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable

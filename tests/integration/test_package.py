@@ -16,12 +16,12 @@ from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.golden import GOLDEN_FILE
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import BentoRecord
+from ad2kit.packaging import bento as stage
+from ad2kit.packaging import check
+from ad2kit.packaging.bento import copy_package, package, pinned_requirements, served
+from ad2kit.packaging.check import ask, fetch
 from ad2kit.run.errors import GateFailed, ModelError, RunError
 from ad2kit.run.files import sha256_of, sha256_of_folder, write_record
-from ad2kit.service import bento as stage
-from ad2kit.service import check
-from ad2kit.service.bento import copy_package, package, pinned_requirements, served
-from ad2kit.service.check import ask, fetch
 from tests.http_client import wait_for
 
 if TYPE_CHECKING:

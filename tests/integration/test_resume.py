@@ -295,8 +295,8 @@ INSIDE = {
     "the fp32 export": ("ad2kit.exporting.export", "main_export", 0),
     "the int8 export": ("ad2kit.exporting.int8", "quantize", 0),
     "the parity report": ("ad2kit.gate.parity", "write_record", 0),
-    "the Bento": ("ad2kit.service.bento", "_build", 0),
-    "the trial of the service": ("ad2kit.service.check", "ask", 3),
+    "the Bento": ("ad2kit.packaging.bento", "_build", 0),
+    "the trial of the service": ("ad2kit.packaging.check", "ask", 3),
 }
 KILLER = """
 import importlib, os, signal

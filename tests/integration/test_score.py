@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -34,6 +33,7 @@ from ad2kit.run.errors import DataError, ModelError, UserError
 from ad2kit.run.files import sha256_of, write_record
 from ad2kit.scoring.score import Progress, score
 from ad2kit.scoring.workers import interrupts_blocked
+from tests.http_client import command_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,11 +108,8 @@ def command(table: Path, output: Path, model: Path, *more: str) -> list[str]:
 
 def children() -> list[tuple[psutil.Process, str]]:
     """The processes that this one has started, with their command lines."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # Ray's own come and go
-            found.append((process, " ".join(process.cmdline())))
-    return found
+    processes = psutil.Process().children(recursive=True)
+    return [(process, " ".join(command_of(process))) for process in processes]
 
 
 def kill(arguments: list[str], output: Path, parts: int) -> None:
@@ -167,7 +164,7 @@ def test_a_worker_that_is_killed_is_named_and_the_same_command_goes_on(
 
     def kill_one(now: Progress) -> None:
         if now.scored_here:
-            psutil.Process().children()[-1].kill()
+            [process for process, line in children() if "spawn_main" in line][-1].kill()
 
     with pytest.raises(UserError, match="a scoring process ended before its time"):
         score_it(model, table, output, workers=2, on_progress=kill_one)

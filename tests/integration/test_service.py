@@ -12,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.exporting.records import OnnxArtifact
 from ad2kit.gate.records import ParityReport
+from ad2kit.packaging.bento import served
+from ad2kit.packaging.check import ask, judge_service
 from ad2kit.run.errors import GateFailed, RunError, UserError
 from ad2kit.run.files import write_record
-from ad2kit.service.bento import served
-from ad2kit.service.check import ask, judge_service
 from tests.http_client import (
     CHECKOUT,
     JSON,
@@ -29,9 +30,11 @@ from tests.http_client import (
     call,
     check_error,
     classify,
+    command_of,
     metrics_of,
     server_at,
     serving,
+    wait_for,
 )
 
 if TYPE_CHECKING:
@@ -586,6 +589,14 @@ def test_parity_asks_a_running_service(
             judge_service(finished_run, address)
     with pytest.raises(UserError, match="HTTP Error 422"):
         ask(service, [""])
+
+
+def test_a_server_is_found_beside_a_process_that_has_ended(service: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        process = psutil.Process(ended.pid)
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        assert command_of(process) == []
+        assert "bentoml" in " ".join(command_of(server_at(service)))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's /proc")

@@ -24,9 +24,10 @@ import pytest
 
 from ad2kit.__main__ import main
 from ad2kit.exporting.records import OnnxArtifact
+from ad2kit.packaging.bento import served
+from ad2kit.packaging.check import fetch, judge_service
 from ad2kit.run.errors import ModelError, RunError, UserError
-from ad2kit.service.bento import served
-from ad2kit.service.check import fetch, judge_service
+from ad2kit.service.models import Version
 from ad2kit.service.process import Server, this_server
 from ad2kit.service.settings import NAMED_PATHS, PATHS, SECRETS, SERVER, Settings
 from tests.http_client import (
@@ -562,9 +563,9 @@ def test_a_model_whose_files_are_gone_is_refused(
     place: Path, packaged: tuple[RunDir, BentoRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AD2KIT_SHADOW", str(packaged[0].path))
-    shadow = this_server(place, {}, worker=False).shadow
-    assert shadow is not None
-    assert shadow.folder == packaged[0].onnx("steady").resolve()
+    expected = Version.of(packaged[0].path)
+    assert expected.folder == packaged[0].onnx("steady").resolve()
+    assert this_server(place, {}, worker=False).shadow == expected
     (place / "artifact" / "model.onnx").unlink()
     with pytest.raises(ModelError, match=r"artifact/model\.onnx"):
         this_server(place, {}, worker=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 import ad2kit
-from ad2kit.service.bento import copy_package
+from ad2kit.packaging.bento import copy_package
 from tests.conftest import RECIPES
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def test_the_installed_command_predicts_without_torch(
 
 def test_the_installed_service_is_found_by_the_package_stage(installed: Installed) -> None:
     code = (
-        "from ad2kit.service.bento import service_file\n"
+        "from ad2kit.packaging.bento import service_file\n"
         "from ad2kit.run.recipe import recipes_folder\n"
         "print(service_file(), recipes_folder())"
     )

@@ -16,7 +16,7 @@ import pytest
 from ad2kit.asking.agreement import agreements
 from ad2kit.asking.endpoint import Pace, _check_address, _retry_after
 from ad2kit.asking.journal import Journal
-from ad2kit.asking.prompts import Prompt, Question, parsed
+from ad2kit.asking.prompts import Prompt, Question, Reply, parsed
 from ad2kit.asking.records import Agreement, Answer, AskJob, Usage
 from ad2kit.asking.requests import Asker, Costs
 from ad2kit.run.ask_section import AskRecipe, wrong_ask
@@ -88,17 +88,22 @@ def test_a_section_that_fits_and_one_that_every_command_refuses() -> None:
         load_recipe("smoke", ["ask.prompt='{labels}'", "ask.text='{text}'"])
 
 
+def answer_to(prompt: Prompt, content: bytes) -> Answer:
+    """What a prompt takes from the reply of a server."""
+    found = parsed(content)
+    assert isinstance(found, Reply)
+    return prompt.answer(found)
+
+
 def test_the_distribution_is_that_of_the_letters() -> None:
     prompt = Prompt(section(), data())
-    found = parsed(reply({"A": 0.4, " A": 0.1, "C": 0.2, "The": 0.2, "AB": 0.05, "a": 0.05}))
-    assert found is not None
-    answer = prompt.answer(found)
+    reply_of_letters = {"A": 0.4, " A": 0.1, "C": 0.2, "The": 0.2, "AB": 0.05, "a": 0.05}
+    answer = answer_to(prompt, reply(reply_of_letters))
     assert answer.probabilities == pytest.approx({"a": 5 / 7, "abc": 2 / 7})
     assert answer.mass == pytest.approx(0.7)
-    outside = parsed(reply({"The": 0.6, "A": 0.4}))
-    assert outside is not None
-    assert not prompt.answer(outside).probabilities
-    assert "first token 'The', 0.40 of the probability" in prompt.answer(outside).reason
+    outside = answer_to(prompt, reply({"The": 0.6, "A": 0.4}))
+    assert not outside.probabilities
+    assert "first token 'The', 0.40 of the probability" in outside.reason
 
 
 def test_another_seed_is_another_order_and_the_text_comes_last() -> None:
@@ -128,9 +133,8 @@ def test_another_seed_is_another_order_and_the_text_comes_last() -> None:
 def test_a_structured_output_is_one_of_the_labels_or_outside(
     content: str | None, label: str | None
 ) -> None:
-    found = parsed(reply({"A": 1.0}, content=content))
-    assert found is not None
-    answer = Prompt(section(answer="label"), data()).answer(found)
+    prompt = Prompt(section(answer="label"), data())
+    answer = answer_to(prompt, reply({"A": 1.0}, content=content))
     assert answer.probabilities == ({label: 1.0} if label else {})
     assert bool(answer.reason) == (label is None)
 

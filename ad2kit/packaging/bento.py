@@ -26,11 +26,11 @@ from ad2kit import __version__
 from ad2kit.exporting.classifier import read_artifact
 from ad2kit.gate.records import BentoRecord, ParityReport
 from ad2kit.gate.shipping import campaign_of, choose_variant
+from ad2kit.packaging.check import compare_service, fetch
 from ad2kit.run.errors import MissingExtra, RunError
 from ad2kit.run.files import fingerprint, sha256_of, write_record, write_text
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import onnxruntime_distribution
-from ad2kit.service.check import compare_service, fetch
 from ad2kit.service.settings import PREFIX
 from ad2kit.training.records import DistillReport
 

@@ -1,0 +1,1 @@
+"""From a gated run to a Bento, and the trial of a service over HTTP."""
