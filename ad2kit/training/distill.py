@@ -20,7 +20,7 @@ from ad2kit.models.pretrained import reference_sha256
 from ad2kit.models.records import ModelManifest, TeacherReport
 from ad2kit.models.text_model import predict_in_blocks, predict_logits, predict_windows
 from ad2kit.run import hub
-from ad2kit.run.errors import ModelError, RunError
+from ad2kit.run.errors import RunError
 from ad2kit.run.files import fingerprint, sha256_of, whole_file, write_record
 from ad2kit.run.folder import exclusive
 from ad2kit.run.machine import accelerator as make_accelerator
@@ -42,7 +42,7 @@ from ad2kit.training.records import (
     scores_before_decay,
     verdict,
 )
-from ad2kit.training.students import IMPORTANCE_TEXTS, narrow
+from ad2kit.training.students import IMPORTANCE_TEXTS, encoder_sha256, narrow
 from ad2kit.training.teachers import check_answers, given_logits, given_sha256, labelled_part
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def distill(
         shared.data_sha256(stage.recipe, stage.data),
         data.unlabelled.sha256,
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
-        *stage.encoder_sha256(),
+        *stage.encoder,
     )
     if (finished_report := stage.finished(inputs)) is not None:
         return finished_report
@@ -304,27 +304,17 @@ class _Stage:
             verdict=words,
             environment=self.trainer.surroundings,
             hub=hub.references(self.recipe),
-            encoder_sha256=next(iter(self.encoder_sha256()), None),
+            encoder_sha256=next(iter(self.encoder), None),
         )
 
     def teacher_sha256(self) -> str:
         """Return the fingerprint of the teacher's weights and tokenizer."""
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
-    def encoder_sha256(self) -> list[dict[str, str]]:
-        """Return the fingerprints of the files that the student starts from, beside the teacher.
-
-        A finished run does not need them any more.
-        """
-        try:
-            files = reference_sha256(self.recipe.student.model, key="student.model")
-        except ModelError:
-            if not self.run.distill_report.is_file():
-                raise
-            files = DistillReport.read(self.run.distill_report).encoder_sha256
-            if files is None:
-                raise
-            logger.warning("student.model is gone; the finished student is of its last state")
+    @functools.cached_property
+    def encoder(self) -> list[dict[str, str]]:
+        """The sha256 of the files that the student starts from, if it has some of its own."""
+        files = encoder_sha256(self.run)
         return [] if files is None else [files]
 
     def encode(self, model: TextModel, split: Split, *, keep: bool = False) -> Encoded:
@@ -549,7 +539,7 @@ class _Stage:
             return
         # The inputs of the teacher include the data, and the model before its training. Beside
         # given answers the student's encoder is probed.
-        encoder = [recipe.student.model, *self.encoder_sha256()] if teacher is None else []
+        encoder = [recipe.student.model, *self.encoder] if teacher is None else []
         inputs = text_model.saved_inputs(run.teacher)
         key = fingerprint(self.teacher_sha256(), inputs, *encoder)
         path = shared.teacher_report_file(run.shared, key)

@@ -12,6 +12,7 @@ The cut is physical: the weights and the configuration get smaller, and the grap
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,12 +30,14 @@ from ad2kit.models.layers import (
     layers_of,
     pruned_heads,
 )
+from ad2kit.models.pretrained import reference_sha256
 from ad2kit.models.text_model import TextModel
 from ad2kit.models.translate import choose_layers
 from ad2kit.run.errors import ModelError
 from ad2kit.run.machine import seeded
 from ad2kit.training.ad2 import Batch
 from ad2kit.training.losses import supervised
+from ad2kit.training.records import DistillReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,15 +45,38 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ad2kit.data.splits import Encoded
+    from ad2kit.run.folder import RunDir
     from ad2kit.run.sections import StudentRecipe, Task
 
     Units = Sequence[Sequence[int]]
     """For each layer, the units that stay, in ascending order."""
 
 
+logger = logging.getLogger(__name__)
+
 # The most texts that importance is measured on; the training rows are in random order.
 IMPORTANCE_TEXTS = 1_024
 _BATCH = 32
+
+
+def encoder_sha256(run: RunDir) -> dict[str, str] | None:
+    """Return the sha256 of each file of ``student.model``; None if the student has no such files.
+
+    A finished run does not need the files any more: its report tells what they were.
+
+    Raises:
+        ModelError: the folder is missing, and the run is not finished.
+    """
+    try:
+        return reference_sha256(run.recipe.student.model, key="student.model")
+    except ModelError:
+        if not run.distill_report.is_file():
+            raise
+        files = DistillReport.read(run.distill_report).encoder_sha256
+        if files is None:
+            raise
+        logger.warning("student.model is gone; the finished student is of its last state")
+        return files
 
 
 def check_layers(source: TextModel, layers: Sequence[int]) -> None:
