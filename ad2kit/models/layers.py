@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import prune_linear_layer
 
-from ad2kit.models.translate import RUNNING
+from ad2kit.models.translate import CUTS_PRUNED_HEADS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -128,7 +128,7 @@ def classifier_class(
     """Return the class of the classifiers of a configuration, which lack its ``pruned_heads``."""
     classes: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     plain: type[transformers.PreTrainedModel] = classes[type(config)]
-    if RUNNING == 4 or not pruned_heads(config):
+    if CUTS_PRUNED_HEADS or not pruned_heads(config):
         return plain
 
     def make(self: Any, config: transformers.PretrainedConfig, *args: Any, **settings: Any) -> None:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 RUNNING = Version(transformers.__version__).major
 _NEWEST = 5
 
+CUTS_PRUNED_HEADS = RUNNING == 4
+"""Version 4 cuts the heads in ``config.pruned_heads`` when it makes a model; version 5 does not."""
+
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """The names of the tokenizer class that adds nothing to tokenizer.json, in version 4 and in 5."""
 

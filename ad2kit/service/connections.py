@@ -96,6 +96,7 @@ class Bounded(HttpToolsProtocol):
         self._write_due = math.inf  # loop time at which the client is late with reading its answer
         self._reading = False  # a request has begun and is not complete
         self._in_body = False  # its headers are complete
+        self._requests = 0  # whose headers have arrived
         self._answer_headers: list[tuple[bytes, bytes]] = []  # of every answer to this request
         self._parsed_headers = 0  # headers and trailers of this request
         self._parsed_bytes = 0  # bytes of its address, headers and trailers
@@ -197,18 +198,23 @@ class Bounded(HttpToolsProtocol):
         self.url = self.url.partition(b"?")[0]
         if self.prefix and (self.url + b"/").startswith(self.prefix + b"/"):
             self.url = self.url[len(self.prefix) :] or b"/"
+        self._requests += 1
+        is_last = self._requests >= self.limits.max_connection_requests
         previous: Any = self.cycle  # None before the first request
         if previous is None or previous.response_complete:
             try:
                 type(self).admit(self.parser.get_method(), self.url)
             except Problem as problem:
-                if self._paced:  # the client sent this request without waiting for an answer
+                # A client whose reading is paused sent this one without waiting for an answer.
+                if self._paced or is_last:
                     raise _RefusedError(problem) from None
                 self._answer_at_once(problem)
                 return
         answer_headers = self._headers_of_answers()
         self.scope["state"]["request_id"] = answer_headers[0][1].decode()
         super().on_headers_complete()
+        if is_last:
+            self.cycle.keep_alive = False  # the answer says so
         self.cycle.default_headers = [*self.cycle.default_headers, *answer_headers]
         self._in_body = True
         self._due = self.loop.time() + self.limits.body_timeout_s

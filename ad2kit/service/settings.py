@@ -84,11 +84,12 @@ class Settings(BaseModel):
     trailers; ``max_headers`` of a request; ``header_timeout_s`` until the headers have arrived,
     then ``body_timeout_s`` until the body has arrived; ``write_timeout_s`` until the client has
     read its answer; ``keep_alive_s`` between two requests of a connection; ``max_connections`` at a
-    time; ``max_texts`` of one request; ``max_text_characters`` of one text or pair;
-    ``max_key_requests_per_s`` of one key, in all workers together, and as many at once;
-    ``max_queue_texts`` and ``max_queue_tokens`` that wait (a window of a long text counts as a
-    text); ``max_batch_tokens``, with padding, that the engine computes at once; ``deadline_s``
-    until a request is answered or given up.
+    time; ``max_connection_requests`` of one connection, whose last answer says that it ends, so
+    that clients come to a worker that was restarted; ``max_texts`` of one request;
+    ``max_text_characters`` of one text or pair; ``max_key_requests_per_s`` of one key, in all
+    workers together, and as many at once; ``max_queue_texts`` and ``max_queue_tokens`` that wait (a
+    window of a long text counts as a text); ``max_batch_tokens``, with padding, that the engine
+    computes at once; ``deadline_s`` until a request is answered or given up.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -130,6 +131,7 @@ class Settings(BaseModel):
     write_timeout_s: float = Field(default=30.0, ge=0.1, le=3600)
     keep_alive_s: float = Field(default=5.0, ge=0.1, le=3600)
     max_connections: int = Field(default=4096, ge=1, le=2**16)
+    max_connection_requests: int = Field(default=1000, ge=1, le=2**31)
     max_texts: int = Field(default=128, ge=1, le=2**16)
     max_text_characters: int = Field(default=2**26, ge=1, le=2**26)
     max_key_requests_per_s: float | None = Field(default=None, gt=0, le=1e6)

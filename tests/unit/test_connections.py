@@ -478,6 +478,27 @@ def test_connections_above_the_most_are_told_and_the_others_live_on() -> None:
         assert server.ask(GET) == [(200, {"size": 0})]
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["answered", "refused before a body arrives"])
+def test_the_last_answer_of_a_connection_says_that_it_ends(full: bool) -> None:
+    with serving(max_connection_requests=3) as server, server.connect() as link:
+        server.full = full
+        for number in range(3):
+            link.sendall(sized(b"x"))
+            received = b""
+            while not received.endswith(b"}"):
+                received += link.recv(2**16)
+            head = received.lower().partition(b"\r\n\r\n")[0]
+            assert head.startswith(b"http/1.1 429" if full else b"http/1.1 200")
+            assert (b"connection: close" in head) == (number == 2)
+        assert link.recv(1) == b""
+
+
+def test_of_requests_sent_at_once_those_after_the_last_are_not_begun() -> None:
+    with serving(max_connection_requests=3) as server:
+        assert server.ask(5 * GET, 5) == 3 * [(200, {"size": 0})]
+        assert len(server.seen) == 3
+
+
 def test_bodies_of_all_connections_together_are_bounded() -> None:
     """What waits is counted, what was answered is not, and small requests always have room."""
     with serving(max_held_bytes=3 * LARGE) as server:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import re
+import tarfile
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from ad2kit.scoring.blocks import Layout, find_inputs
 from ad2kit.scoring.parts import blocks_of
 from ad2kit.tables import formats
 from ad2kit.tables.rows import BadRows
+from tests import spark
 from tests.unit.test_text_rows import AS_THEY_ARE, CELL, NAMES, PLAIN_CELL, for_scoring
 
 if TYPE_CHECKING:
@@ -208,6 +210,34 @@ def test_all_readers_have_the_same_rows(shape: Shape) -> None:
                 assert rows_of(shape.read(path)) == rows
 
     check()
+
+
+@pytest.fixture(scope="module")
+def by_spark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tables that Spark has written."""
+    (archive,) = spark.FIXTURES.glob("spark-*.tar.xz")
+    folder = tmp_path_factory.mktemp("spark")
+    with tarfile.open(archive) as content:
+        content.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("name", spark.WRITERS)
+def test_what_spark_wrote_is_read_as_it_was(by_spark: Path, name: str) -> None:
+    form, options = spark.WRITERS[name]
+    quotes: Any = "backslash" if form == "csv" and "escape" not in options else "doubled"
+    expected: Rows = list(map(tuple, json.loads((by_spark / "rows.json").read_text())))
+    assert expected == spark.rows()
+    if form == "csv" and "ignoreLeadingWhiteSpace" not in options:
+        expected = [(text.strip(" \t"), other) for text, other in expected]
+    found = formats.read_rows(by_spark / name, NAMES, quotes)
+    assert [tuple(row[name] for name in NAMES) for _, row in found] == expected
+    assert for_scoring(by_spark / name, 50, quotes) == expected
+    # Another reading of a quotation mark is no table, or is another one.
+    if form == "csv":
+        other: Any = {"backslash": "doubled", "doubled": "backslash"}[quotes]
+        with pytest.raises(DataError, match="not CSV"):
+            list(formats.read_rows(by_spark / name, NAMES, other))
 
 
 @given(content=st.text(st.sampled_from('",\r\n\\ab'), max_size=25), block_rows=st.integers(1, 3))
