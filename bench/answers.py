@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--unseen", type=int, default=20_000)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/answers"))
@@ -86,10 +87,10 @@ def main() -> None:
     said = bench.answers(teacher.teacher)["unseen"]
     print(f"teacher: unseen {(said == bench.unseen.labels).mean():.4f}")
     means: dict[str, dict[str, Any]] = {}
-    for form, keys in FORMS.items():
+    for form in arguments.forms:
         given = (
             "teacher={model: null, finetune: null, accept: true, "
-            f"answers: [{{files: ['{table}'], {keys}}}]}}"
+            f"answers: [{{files: ['{table}'], {FORMS[form]}}}]}}"
         )
         for method, alpha in (("kd", ("distill.alpha=0",)), ("ad2", ())):
             scores = []

@@ -358,14 +358,19 @@ class Direct:
         self.handler = handler
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one request, or pass it on."""
-        model = None
-        if scope["type"] == "http" and scope["method"] == "POST":
-            model = model_of(scope["path"], self.path)
-        if model is None:
+        """Answer one request, or pass it on.
+
+        Raises:
+            Problem: there is no such model, it has no such method, or its texts are refused.
+        """
+        model = model_of(scope["path"], self.path) if scope["type"] == "http" else None
+        # BentoML knows the path without a name, too, and its other methods.
+        if model is None or (model == "" and scope["method"] != "POST"):
             await self.app(scope, receive, send)
             return
         handler = self.handler(model)
+        if scope["method"] != "POST":
+            raise Problem(405, hint=f"use POST {self.path}/{model}")
         request_headers = dict(scope["headers"])
         body = await _whole(receive)
         if body is None:

@@ -75,7 +75,7 @@ def encoder_sha256(run: RunDir) -> dict[str, str] | None:
         files = DistillReport.read(run.distill_report).encoder_sha256
         if files is None:
             raise
-        logger.warning("student.model is gone; the finished student is of its last state")
+        logger.warning("student.model is gone; the student that was made of it is complete")
         return files
 
 

@@ -135,6 +135,9 @@ def test_each_model_answers_at_its_own_path(
     assert found == {path: [answer] * 30 for path, answer in expected.items()}
     error = check_error(call(several, "POST", "/classify/three", BODY, JSON), 404, "not_found")
     assert error["hint"] == "POST to /classify or /classify/one or /classify/two"
+    check_error(call(several, "GET", "/classify/three"), 404, "not_found")
+    error = check_error(call(several, "GET", "/classify/one"), 405, "method_not_allowed")
+    assert error["hint"] == "use POST /classify/one"
     counted = metrics_of(several)
     for path, label in (("/classify/one", "yes"), ("/classify/two/", "good")):
         name = f'ad2kit_predictions_total{{label="{label}",model="{path[10:13]}"}}'
