@@ -68,6 +68,7 @@ SMALL_TEACHER = (
     "teacher.finetune.evaluations=2",
     "teacher.finetune.lr=1e-4",
 )
+SMALL_GRID = ("--layers", "1,2", "--heads", "4", "--feed-forward", "64,128")
 
 # The commands of a block, made small, in forks of a warm process; a server goes to the background,
 # and is there when its line ends.
@@ -82,7 +83,7 @@ ad2kit() {
   case "$1" in
     check | run | distill | compare) warm "$@" $(small_arguments "$@") ;;
     # So small a student seldom meets the target. Exit code 1 is a verdict, and no mistake.
-    fit) warm "$@" $(small_arguments "$@") || [ $? = 1 ] ;;
+    fit) warm "$@" $(small_arguments "$@") $SMALL_GRID || [ $? = 1 ] ;;
     parity) case " $* " in *" --model "*) set -- "$@" $SMALL_GATE ;; esac; warm "$@" ;;
     *) warm "$@" ;;
   esac
@@ -189,6 +190,7 @@ def filled_in(code: str, packaged: tuple[RunDir, BentoRecord], port: int) -> str
         "runs/demo-FINGERPRINT": f"runs/{run.path.name}",
         "RUN": f"runs/{run.path.name}",
         "ONNX-FOLDER": f"runs/{run.path.name}/onnx/int8",
+        "--seeds 5": "--seeds 2",  # of four methods
         "--teacher FOLDER": f"--teacher runs/{run.path.name}/teacher",
         "rows.tsv": "my/folder/validation.csv",
         "FILE": "keys.txt",
@@ -220,6 +222,7 @@ def _environment(warm: Warm, port: int) -> dict[str, str]:
         "SMALL": " ".join(SMALL),
         "SMALL_TEACHER": " ".join(SMALL_TEACHER),
         "SMALL_GATE": " ".join(SMALL_GATE),
+        "SMALL_GRID": " ".join(SMALL_GRID),
         "BENTOML_PORT": str(port),
         "PYTHON": sys.executable,
         "WARM_SCRIPT": warm_commands.__file__,
