@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +31,34 @@ def serving(folder: Path, *given: str) -> Iterator[str]:
     arguments = ["--working-dir", str(CHECKOUT), *(f"--arg={each}" for each in given)]
     with served(SERVICE, folder, *arguments) as address:
         yield address
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The headers of a JSON request with a key."""
+    return {**JSON, "Authorization": f"Bearer {key}"}
+
+
+def refused(target: str | Path, *arguments: str, **environment: str) -> str:
+    """What `bentoml serve` says that does not start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bentoml", "serve", str(target), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in said
+    return said
 
 
 def wait_for(what: Callable[[], Any]) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 from ad2kit.data.demo_reviews import LABELS, opinions
 from ad2kit.run.recipe import load_recipe
 from tests import warm as warm_commands
+from tests.http_client import free_port
 
 if TYPE_CHECKING:
     from ad2kit.gate.records import BentoRecord
@@ -234,7 +234,7 @@ def _environment(warm: Warm, port: int) -> dict[str, str]:
 def test_the_blocks_of_a_page_run(
     page: str, desk: Path, packaged: tuple[RunDir, BentoRecord], warm: Warm
 ) -> None:
-    port = _free_port()
+    port = free_port()
     environment = _environment(warm, port)
     try:
         for block in blocks((ROOT / page).read_text()):
@@ -244,12 +244,6 @@ def test_the_blocks_of_a_page_run(
             assert run_block(block._replace(code=code), desk, environment) == ""
     finally:
         _stop_servers(port)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stop_servers(port: int) -> None:

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -29,16 +28,18 @@ from ad2kit.packaging.check import fetch, judge_service
 from ad2kit.run.errors import ModelError, RunError, UserError
 from ad2kit.service.models import Version
 from ad2kit.service.process import Server, this_server
-from ad2kit.service.settings import NAMED_PATHS, PATHS, SECRETS, SERVER, Settings
+from ad2kit.service.settings import SERVER
 from tests.http_client import (
     CHECKOUT,
     JSON,
     SERVICE,
     Reply,
+    bearer,
     call,
     check_error,
     log_of,
     metrics_of,
+    refused,
     server_at,
     wait_for,
 )
@@ -91,120 +92,6 @@ def operated(bento: Path, packaged: tuple[RunDir, BentoRecord], folder: Path) ->
         yield address
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-# A value of each setting that a client sees in /info.
-IN_FORCE = {
-    "workers": 1,
-    "threads": 2,
-    "shadow_share": 0.5,
-    "access_log": True,
-    "root_path": "/ad2kit",
-    "cors_origins": "https://a.example",
-    "max_body_bytes": 2**14,
-    "max_held_bytes": 2**21,
-    "max_header_bytes": 2**13,
-    "max_headers": 40,
-    "header_timeout_s": 5.5,
-    "body_timeout_s": 6.5,
-    "write_timeout_s": 7.5,
-    "keep_alive_s": 8.5,
-    "max_connections": 90,
-    "metrics_port": free_port(),
-    "max_texts": 4,
-    "max_text_characters": 1000,
-    "max_key_requests_per_s": 1000.0,
-    "max_queue_texts": 400,
-    "max_queue_tokens": 8192,
-    "max_batch_tokens": 512,
-    "deadline_s": 9.5,
-}
-
-
-@pytest.fixture(scope="module", params=["Bento", "checkout"])
-def governed(
-    request: pytest.FixtureRequest,
-    bento: Path,
-    packaged: tuple[RunDir, BentoRecord],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[str]:
-    """A Bento, and a checkout, with the same variables for all settings."""
-    folder = tmp_path_factory.mktemp("governed")
-    model = str(packaged[0].onnx("int8"))
-    (folder / "keys").write_text("one\n")
-    environment = {
-        **os.environ,
-        **{f"AD2KIT_{name.upper()}": str(value) for name, value in IN_FORCE.items()},
-        "AD2KIT_SHADOW": model,
-        "AD2KIT_API_KEYS_FILE": str(folder / "keys"),
-    }
-    target, arguments = str(bento), tuple[str, ...]()
-    if request.param == "checkout":
-        environment["AD2KIT_MODEL"] = model
-        target, arguments = SERVICE, ("--working-dir", str(CHECKOUT))
-    with served(target, folder, *arguments, environment=environment) as address:
-        yield address
-
-
-def test_each_setting_is_in_force_in_a_bento_and_in_a_checkout(governed: str) -> None:
-    info = call(governed, "GET", "/info", headers=bearer("one")).json
-    assert info["settings"] == IN_FORCE
-    assert set(Settings.model_fields) == set(IN_FORCE) | {*SECRETS, *PATHS, *NAMED_PATHS}
-    for name, value in info["limits"].items():
-        assert value == IN_FORCE.get(f"max_{name}", IN_FORCE.get(name))
-    five = json.dumps({"texts": ["fine"] * 5}).encode()
-    error = check_error(call(governed, "POST", "/classify", five, bearer("one")), 413, "too_large")
-    assert "at most 4 texts" in error["message"]
-    assert "at most 4 texts, and 16384 bytes" in error["hint"]
-    long = json.dumps({"texts": ["fine", "x" * 1001]}).encode()
-    error = check_error(call(governed, "POST", "/classify", long, bearer("one")), 413, "too_large")
-    assert "texts.1: expected at most 1000 characters, found 1001" in error["message"]
-    document = call(governed, "GET", "/docs.json", headers=bearer("one")).json
-    texts = document["components"]["schemas"]["ClassifyRequest"]["properties"]["texts"]
-    assert texts["anyOf"][1]["maxItems"] == 4
-
-
-@pytest.mark.parametrize("prefix", ["", "/ad2kit"])
-def test_behind_a_proxy_with_a_path_each_path_works(governed: str, prefix: str) -> None:
-    for path in ("/", "/info", "/docs.json", "/livez", "/readyz"):
-        assert call(governed, "GET", f"{prefix}{path}", headers=bearer("one")).status == 200
-    assert call(governed, "POST", f"{prefix}/classify", TEXT, bearer("one")).status == 200
-    check_error(call(governed, "GET", f"{prefix}/info"), 401, "unauthorized")
-    page = call(governed, "GET", prefix or "/").body.decode()
-    assert '<base href="/ad2kit/">' in page
-    assert re.findall(r'(?:href=|fetched\()"(/[^"]*)"', page) == ["/ad2kit/"]  # others: relative
-
-
-def test_metrics_have_a_port_of_their_own(governed: str) -> None:
-    assert call(governed, "POST", "/classify", TEXT, bearer("one")).status == 200
-    found = metrics_of(f"http://127.0.0.1:{IN_FORCE['metrics_port']}")
-    assert found['ad2kit_requests_total{status="200"}'] >= 1
-    check_error(call(governed, "GET", "/metrics", headers=bearer("one")), 404, "not_found")
-    document = call(governed, "GET", "/docs.json", headers=bearer("one")).json
-    assert "/metrics" not in document["paths"]
-
-
-def test_a_page_of_another_origin_may_ask_where_it_was_allowed(governed: str) -> None:
-    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
-    told = call(governed, "OPTIONS", "/classify", headers=asked)
-    assert told.status == 204
-    assert told.headers["access-control-allow-origin"] == "https://a.example"
-    assert "Authorization" in told.headers["access-control-allow-headers"]
-    for key, status in (("one", 200), ("five", 401)):
-        headers = {**bearer(key), "Origin": "https://a.example"}
-        reply = call(governed, "POST", "/classify", TEXT, headers)
-        assert reply.status == status
-        assert reply.headers["access-control-allow-origin"] == "https://a.example"
-        other = call(
-            governed, "POST", "/classify", TEXT, {**headers, "Origin": "https://b.example"}
-        )
-        assert "access-control-allow-origin" not in other.headers
-
-
 def said_in(folder: Path, message: str) -> list[dict[str, Any]]:
     """The records of the workers that say this."""
     return [record for record in log_of(folder) if record["message"] == message]
@@ -214,26 +101,6 @@ def counted(address: str, name: str) -> float:
     """The sum of a metric over its labels."""
     found = metrics_of(address).items()
     return sum(value for row, value in found if row.partition("{")[0] == name)
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {**JSON, "Authorization": f"Bearer {key}"}
-
-
-def refused(target: str | Path, *arguments: str, **environment: str) -> str:
-    """What `bentoml serve` says that does not start."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bentoml", "serve", str(target), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode != 0
-    said = " ".join((done.stdout + done.stderr).split())
-    assert "Traceback" not in said
-    return said
 
 
 def test_keys_are_asked_for_on_every_route_that_is_not_public(operated: str) -> None:

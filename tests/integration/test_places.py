@@ -1,7 +1,8 @@
-"""The image of a Bento, without Docker: its install script, and what it then runs, as it runs it.
+"""Where a service runs: a Bento, a checkout, and the image of a Bento, without Docker.
 
-The script runs in a fresh environment, from wheels that are made of what is installed here. The
-service runs as a user id that nobody knows, and can write nowhere but in its temporary folder.
+The install script of the image runs in a fresh environment, from wheels that are made of what is
+installed here. The service then runs as in the image: as a user id that nobody knows, and it can
+write nowhere but in its temporary folder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bentoml
 import pytest
@@ -25,14 +26,29 @@ from ad2kit.data.splits import load_data
 from ad2kit.exporting.classifier import OnnxClassifier
 from ad2kit.packaging.bento import pinned_requirements, served
 from ad2kit.packaging.check import ask
-from tests.http_client import server_at
+from ad2kit.service.settings import NAMED_PATHS, PATHS, SECRETS, Settings
+from tests.http_client import (
+    CHECKOUT,
+    SERVICE,
+    bearer,
+    call,
+    check_error,
+    free_port,
+    metrics_of,
+    refused,
+    server_at,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ad2kit.exporting.classifier import Prediction
     from ad2kit.gate.records import BentoRecord
     from ad2kit.run.folder import RunDir
 
 pytestmark = pytest.mark.slow
+
+TEXT = json.dumps({"texts": ["fine"]}).encode()
 
 # As `docker run --read-only --tmpfs TEMPORARY --user 12345`; a capability lets it read all.
 CONTAINED = """#!/bin/sh
@@ -181,3 +197,142 @@ def test_the_image_holds_what_it_needs_and_no_more(bento: Path, environment: Pat
     last = dockerfile[dockerfile.rindex("FROM ") :]
     assert re.search(r"(?m)^USER (\d+):0$", last)
     assert not re.search(r"(?m)^RUN ", last)
+
+
+# A value of each setting that a client sees in /info.
+IN_FORCE = {
+    "workers": 1,
+    "threads": 2,
+    "shadow_share": 0.5,
+    "access_log": True,
+    "root_path": "/ad2kit",
+    "cors_origins": "https://a.example",
+    "max_body_bytes": 2**14,
+    "max_held_bytes": 2**21,
+    "max_header_bytes": 2**13,
+    "max_headers": 40,
+    "header_timeout_s": 5.5,
+    "body_timeout_s": 6.5,
+    "write_timeout_s": 7.5,
+    "keep_alive_s": 8.5,
+    "max_connections": 90,
+    "max_connection_requests": 900,
+    "metrics_port": free_port(),
+    "max_texts": 4,
+    "max_text_characters": 1000,
+    "max_key_requests_per_s": 1000.0,
+    "max_queue_texts": 400,
+    "max_queue_tokens": 8192,
+    "max_batch_tokens": 512,
+    "deadline_s": 9.5,
+}
+
+
+class Place(NamedTuple):
+    """How a service is started in one place."""
+
+    target: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module", params=["Bento", "checkout", "image"])
+def place(
+    request: pytest.FixtureRequest,
+    bento: Path,
+    packaged: tuple[RunDir, BentoRecord],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Place]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "checkout":
+            model = {"AD2KIT_MODEL": str(packaged[0].onnx("int8"))}
+            yield Place(SERVICE, ("--working-dir", str(CHECKOUT)), model)
+            return
+        environment = dict[str, str]()
+        if request.param == "image":
+            folder = tmp_path_factory.mktemp("contained")
+            environment = contained(folder, request.getfixturevalue("environment"))
+            patch.setattr(sys, "executable", str(folder / "python"))
+        yield Place(str(bento), (), environment)
+
+
+@pytest.fixture(scope="module")
+def governed(
+    place: Place,
+    packaged: tuple[RunDir, BentoRecord],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """The address of a service with a variable for each setting."""
+    folder = tmp_path_factory.mktemp("governed")
+    (folder / "keys").write_text("one\n")
+    environment = {
+        **os.environ,
+        **place.environment,
+        **{f"AD2KIT_{name.upper()}": str(value) for name, value in IN_FORCE.items()},
+        "AD2KIT_SHADOW": str(packaged[0].onnx("int8")),
+        "AD2KIT_API_KEYS_FILE": str(folder / "keys"),
+    }
+    with served(place.target, folder, *place.arguments, environment=environment) as address:
+        yield address
+
+
+def test_a_wrong_value_starts_nothing_in_any_place(place: Place) -> None:
+    wrong = {**place.environment, "AD2KIT_MAX_TEXTS": "0", "AD2KIT_DEADLINE_S": "soon"}
+    said = refused(place.target, *place.arguments, **wrong)
+    assert "AD2KIT_MAX_TEXTS" in said
+    assert "at least 1, at most 65536" in said
+
+
+def test_each_setting_is_in_force_in_each_place(governed: str) -> None:
+    info = call(governed, "GET", "/info", headers=bearer("one")).json
+    assert info["settings"] == IN_FORCE
+    assert set(Settings.model_fields) == set(IN_FORCE) | {*SECRETS, *PATHS, *NAMED_PATHS}
+    for name, value in info["limits"].items():
+        assert value == IN_FORCE.get(f"max_{name}", IN_FORCE.get(name))
+    five = json.dumps({"texts": ["fine"] * 5}).encode()
+    error = check_error(call(governed, "POST", "/classify", five, bearer("one")), 413, "too_large")
+    assert "at most 4 texts" in error["message"]
+    assert "at most 4 texts, and 16384 bytes" in error["hint"]
+    long = json.dumps({"texts": ["fine", "x" * 1001]}).encode()
+    error = check_error(call(governed, "POST", "/classify", long, bearer("one")), 413, "too_large")
+    assert "texts.1: expected at most 1000 characters, found 1001" in error["message"]
+    document = call(governed, "GET", "/docs.json", headers=bearer("one")).json
+    texts = document["components"]["schemas"]["ClassifyRequest"]["properties"]["texts"]
+    assert texts["anyOf"][1]["maxItems"] == 4
+
+
+@pytest.mark.parametrize("prefix", ["", "/ad2kit"])
+def test_behind_a_proxy_with_a_path_each_path_works(governed: str, prefix: str) -> None:
+    for path in ("/", "/info", "/docs.json", "/livez", "/readyz"):
+        assert call(governed, "GET", f"{prefix}{path}", headers=bearer("one")).status == 200
+    assert call(governed, "POST", f"{prefix}/classify", TEXT, bearer("one")).status == 200
+    check_error(call(governed, "GET", f"{prefix}/info"), 401, "unauthorized")
+    page = call(governed, "GET", prefix or "/").body.decode()
+    assert '<base href="/ad2kit/">' in page
+    assert re.findall(r'(?:href=|fetched\()"(/[^"]*)"', page) == ["/ad2kit/"]  # others: relative
+
+
+def test_metrics_have_a_port_of_their_own(governed: str) -> None:
+    assert call(governed, "POST", "/classify", TEXT, bearer("one")).status == 200
+    found = metrics_of(f"http://127.0.0.1:{IN_FORCE['metrics_port']}")
+    assert found['ad2kit_requests_total{status="200"}'] >= 1
+    check_error(call(governed, "GET", "/metrics", headers=bearer("one")), 404, "not_found")
+    document = call(governed, "GET", "/docs.json", headers=bearer("one")).json
+    assert "/metrics" not in document["paths"]
+
+
+def test_a_page_of_another_origin_may_ask_where_it_was_allowed(governed: str) -> None:
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    told = call(governed, "OPTIONS", "/classify", headers=asked)
+    assert told.status == 204
+    assert told.headers["access-control-allow-origin"] == "https://a.example"
+    assert "Authorization" in told.headers["access-control-allow-headers"]
+    for key, status in (("one", 200), ("five", 401)):
+        headers = {**bearer(key), "Origin": "https://a.example"}
+        reply = call(governed, "POST", "/classify", TEXT, headers)
+        assert reply.status == status
+        assert reply.headers["access-control-allow-origin"] == "https://a.example"
+        other = call(
+            governed, "POST", "/classify", TEXT, {**headers, "Origin": "https://b.example"}
+        )
+        assert "access-control-allow-origin" not in other.headers
