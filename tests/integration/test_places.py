@@ -7,6 +7,7 @@ write nowhere but in its temporary folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,7 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +40,7 @@ from tests.http_client import (
     metrics_of,
     refused,
     server_at,
+    serving,
 )
 
 if TYPE_CHECKING:
@@ -336,3 +340,60 @@ def test_a_page_of_another_origin_may_ask_where_it_was_allowed(governed: str) ->
             governed, "POST", "/classify", TEXT, {**headers, "Origin": "https://b.example"}
         )
         assert "access-control-allow-origin" not in other.headers
+
+
+# A page that asks the service, and shows what it was told; a header and JSON need a preflight.
+ASKING = """<p id="told">nothing</p><script>
+const headers = {"Content-Type": "application/json", "X-Request-ID": "of-a-page"}
+fetch("ADDRESS/ad2kit/classify", {method: "POST", headers, body: '{"texts": "fine"}'})
+    .then(reply => reply.text()).catch(error => `${error}`)
+    .then(text => { document.getElementById("told").textContent = text })
+</script>"""
+
+
+@contextlib.contextmanager
+def page_server(port: int, page: str) -> Iterator[None]:
+    """Serve one page at a port of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+def test_a_browser_has_the_page_below_a_path_and_asks_from_allowed_origins_alone(
+    packaged: tuple[RunDir, BentoRecord], tmp_path: Path, browser: Any
+) -> None:
+    artifact = packaged[0].onnx("fp32")
+    allowed, other = free_port(), free_port()
+    given = (
+        f"model={artifact}",
+        "workers=1",
+        "root_path=/ad2kit",
+        f"cors_origins=http://127.0.0.1:{allowed}",
+    )
+    (answer,) = OnnxClassifier(artifact, threads=1).predict(["fine"])
+    budget = "--virtual-time-budget=5000"
+    with serving(tmp_path, *given) as address:
+        shown, console = browser(f"{address}/ad2kit/?text=fine", budget)
+        assert console == []
+        assert f"<strong>{answer.label}</strong>" in shown
+        assert "<td>parity gate</td><td>passed</td>" in shown
+        page = ASKING.replace("ADDRESS", address)
+        with page_server(allowed, page), page_server(other, page):
+            told, console = browser(f"http://127.0.0.1:{allowed}/", budget)
+            assert f'"label":"{answer.label}"' in told
+            assert [line for line in console if "favicon" not in line] == []
+            refused_to, console = browser(f"http://127.0.0.1:{other}/", budget)
+    assert "Failed to fetch" in refused_to
+    assert "has been blocked by CORS policy" in str(console)
