@@ -71,7 +71,7 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.created: list[dict[str, Any]] = []
+        self.created: list[tuple[str, bool]] = []  # names, and whether they are private
         self.down = False
         self.full = False
         self.address = ""
@@ -234,7 +234,9 @@ class Hub:
             oid = facts["lfs"]["oid"]
             self.objects[oid] = data
             headers |= {"X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-            return RedirectResponse(f"{self.address}/lfs/{oid}", 302, headers)
+            # Another host, as at the real hub: clients take the headers above for the file's own.
+            elsewhere = self.address.replace("127.0.0.1", "localhost")
+            return RedirectResponse(f"{elsewhere}/lfs/{oid}", 302, headers)
         headers |= {"ETag": f'"{facts["oid"]}"'}
         return Response(data, headers=headers, media_type="text/plain")
 
@@ -264,18 +266,20 @@ class Hub:
         if user not in (MEMBER, STRANGER):
             return refusal(401, None, "Invalid credentials in Authorization header")
         wanted = await request.json()
+        # Version 1 of the client gives the visibility in place of a truth value.
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         name = f"{wanted['organization']}/{wanted['name']}"
         if user == STRANGER:
             message = f'You don\'t have the rights to create a model under the namespace "{name}"'
             return refusal(403, None, message)
-        self.created.append(wanted)
+        self.created.append((name, private))
         kind = f"{wanted.get('type', 'model')}s"
         body = {"url": f"{self.address}/{name}", "name": name, "id": name}
         if (kind, name) in self.repositories:
             return JSONResponse(
                 body | {"error": "You already created this model repo"}, status_code=409
             )
-        self.repository(kind, name, private=bool(wanted.get("private"))).commit(
+        self.repository(kind, name, private=private).commit(
             {".gitattributes": b"*.onnx filter=lfs diff=lfs merge=lfs -text\n"}
         )
         return JSONResponse(body)
@@ -411,9 +415,10 @@ def environment(endpoint: str, home: Path, **changes: str) -> dict[str, str]:
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",  # this hub speaks Git LFS alone
         "HTTP_PROXY": nowhere,
         "HTTPS_PROXY": nowhere,
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
         **changes,
     }

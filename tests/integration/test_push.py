@@ -45,7 +45,7 @@ def test_what_passed_is_uploaded_whole_with_a_card(
     done = push(copied_run, "--private", endpoint=hub.address)
     page = f"{hub.address}/{REPOSITORY}"
     assert (done.returncode, done.stdout.strip()) == (0, page), done.stderr
-    assert hub.created == [{"name": "reviews", "organization": "someone", "private": True}]
+    assert hub.created == [("someone/reviews", True)]
     repository = hub.repository("models", REPOSITORY)
     files = repository.commits[repository.refs["main"]]
     assert files.pop(".gitattributes")  # the hub's own
