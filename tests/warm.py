@@ -9,6 +9,7 @@ warm process. As a script, ``warm.py SOCKET ARGUMENTS...`` is the command itself
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -164,7 +165,10 @@ def warm_process(modules: tuple[str, ...] = MODULES) -> Iterator[Warm]:
 def _serve(address: str, modules: tuple[str, ...]) -> None:
     """Import the modules, and fork for each request; each fork is watched by another one."""
     for module in modules:
-        __import__(module)
+        if importlib.util.find_spec(
+            module.partition(".")[0]
+        ):  # optimum is not there with version 5
+            __import__(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watchers
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 RUNNING = Version(transformers.__version__).major
 _NEWEST = 5
 
 CUTS_PRUNED_HEADS = RUNNING == 4
 """Version 4 cuts the heads in ``config.pruned_heads`` when it makes a model; version 5 does not."""
+
 
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """The names of the tokenizer class that adds nothing to tokenizer.json, in version 4 and in 5."""
@@ -60,6 +61,13 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETAS = {_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"}
 _EVERY = "global_attn_every_n_layers"
 _HINT = "read the folder with transformers {}, in an environment of its own: pip install '{}'"
+
+
+def recompute_activations(module: PreTrainedModel) -> None:
+    """Let a model compute its activations once more in the backward pass, which saves memory."""
+    # 5.24 has another name for it, and warns of the old one.
+    enable: Any = getattr(module, "activation_checkpointing_enable", None)
+    (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def saved_by(path: Path, config: dict[str, Any]) -> int:

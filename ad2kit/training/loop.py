@@ -19,6 +19,7 @@ import torch
 
 from ad2kit.data import splits
 from ad2kit.models.layers import layer_stack
+from ad2kit.models.translate import recompute_activations
 from ad2kit.run.errors import DivergedError, ModelError
 from ad2kit.run.files import write_text
 from ad2kit.run.machine import deferred_interrupt
@@ -277,7 +278,7 @@ def prepare(model: TextModel, compute: ComputeRecipe) -> None:
     check_compute(model, compute)
     module = model.module
     if compute.gradient_checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(module)
     if compute.compile:
         stack = layer_stack(module, module.config.num_hidden_layers) or ""
         for layer in module.get_submodule(stack.rstrip(".")).children():

@@ -225,6 +225,7 @@ def test_info_says_what_is_served(service: str, fp32: OnnxClassifier) -> None:
         "header_bytes": 2**14,
         "headers": 100,
         "connections": 4096,
+        "connection_requests": 1000,
         "header_timeout_s": 10.0,
         "body_timeout_s": 30.0,
         "write_timeout_s": 30.0,
