@@ -365,7 +365,9 @@ def test_gradient_checkpointing_keeps_the_gradients_or_is_refused(family: str) -
         model.module.train()
         entered: list[None] = []
         for layer in dict.fromkeys(layers(model)):
-            layer.register_forward_pre_hook(lambda *_: entered.append(None))
+            # Version 5 does not call the hooks of the layer itself again.
+            linear = [each for each in layer.modules() if isinstance(each, torch.nn.Linear)]
+            linear[-1].register_forward_pre_hook(lambda *_: entered.append(None))
         distillation(cpu(), settings(radius=0.1))(model, batch(model), 1.0)
         return gradients(model), len(entered)
 
