@@ -233,11 +233,12 @@ IN_FORCE = {
 
 
 class Place(NamedTuple):
-    """How a service is started in one place."""
+    """How a service is started in one place, and by which Python."""
 
     target: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    python: str = sys.executable
 
 
 @pytest.fixture(scope="module", params=["Bento", "checkout", "image"])
@@ -246,18 +247,15 @@ def place(
     bento: Path,
     packaged: tuple[RunDir, BentoRecord],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Place]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "checkout":
-            model = {"AD2KIT_MODEL": str(packaged[0].onnx("int8"))}
-            yield Place(SERVICE, ("--working-dir", str(CHECKOUT)), model)
-            return
-        environment = dict[str, str]()
-        if request.param == "image":
-            folder = tmp_path_factory.mktemp("contained")
-            environment = contained(folder, request.getfixturevalue("environment"))
-            patch.setattr(sys, "executable", str(folder / "python"))
-        yield Place(str(bento), (), environment)
+) -> Place:
+    if request.param == "Bento":
+        return Place(str(bento), (), {})
+    if request.param == "checkout":
+        model = {"AD2KIT_MODEL": str(packaged[0].onnx("int8"))}
+        return Place(SERVICE, ("--working-dir", str(CHECKOUT)), model)
+    folder = tmp_path_factory.mktemp("contained")
+    variables = contained(folder, request.getfixturevalue("environment"))
+    return Place(str(bento), (), variables, str(folder / "python"))
 
 
 @pytest.fixture(scope="module")
@@ -276,11 +274,18 @@ def governed(
         "AD2KIT_SHADOW": str(packaged[0].onnx("int8")),
         "AD2KIT_API_KEYS_FILE": str(folder / "keys"),
     }
-    with served(place.target, folder, *place.arguments, environment=environment) as address:
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # of this server alone
+            patch.setattr(sys, "executable", place.python)
+            service = served(place.target, folder, *place.arguments, environment=environment)
+            address = stack.enter_context(service)
         yield address
 
 
-def test_a_wrong_value_starts_nothing_in_any_place(place: Place) -> None:
+def test_a_wrong_value_starts_nothing_in_any_place(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", place.python)
     wrong = {**place.environment, "AD2KIT_MAX_TEXTS": "0", "AD2KIT_DEADLINE_S": "soon"}
     said = refused(place.target, *place.arguments, **wrong)
     assert "AD2KIT_MAX_TEXTS" in said
