@@ -100,7 +100,7 @@ def distill(
         shared.data_sha256(stage.recipe, stage.data),
         data.unlabelled.sha256,
         recipe.model_dump(mode="json", include={"seed", "student", "distill"}),
-        *stage.encoder,
+        *stage.encoder_sha256,
     )
     if (finished_report := stage.finished(inputs)) is not None:
         return finished_report
@@ -304,7 +304,7 @@ class _Stage:
             verdict=words,
             environment=self.trainer.surroundings,
             hub=hub.references(self.recipe),
-            encoder_sha256=next(iter(self.encoder), None),
+            encoder_sha256=next(iter(self.encoder_sha256), None),
         )
 
     def teacher_sha256(self) -> str:
@@ -312,7 +312,7 @@ class _Stage:
         return fingerprint(ModelManifest.read(self.run.teacher / text_model.MANIFEST).files)
 
     @functools.cached_property
-    def encoder(self) -> list[dict[str, str]]:
+    def encoder_sha256(self) -> list[dict[str, str]]:
         """The sha256 of the files that the student starts from, if it has some of its own."""
         files = encoder_sha256(self.run)
         return [] if files is None else [files]
@@ -539,7 +539,7 @@ class _Stage:
             return
         # The inputs of the teacher include the data, and the model before its training. Beside
         # given answers the student's encoder is probed.
-        encoder = [recipe.student.model, *self.encoder] if teacher is None else []
+        encoder = [recipe.student.model, *self.encoder_sha256] if teacher is None else []
         inputs = text_model.saved_inputs(run.teacher)
         key = fingerprint(self.teacher_sha256(), inputs, *encoder)
         path = shared.teacher_report_file(run.shared, key)

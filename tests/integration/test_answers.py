@@ -346,7 +346,7 @@ def test_a_finished_student_does_not_need_its_encoder_any_more(
     assert first.encoder_sha256
     shutil.rmtree(tmp_path / "encoder")
     assert distill(run) == first
-    assert "student.model is gone" in caplog.text
+    assert "student.model is not there any more" in caplog.text
     run.select_logits.unlink()  # it is not finished any more
     with pytest.raises(ModelError, match=r"student\.model: .*/encoder"):
         distill(run)
