@@ -75,9 +75,7 @@ def encoder_sha256(run: RunDir) -> dict[str, str] | None:
         files = DistillReport.read(run.distill_report).encoder_sha256
         if files is None:
             raise
-        logger.warning(
-            "student.model is not there any more; the student of it is complete"
-        )
+        logger.warning("student.model is not there any more; the student of it is complete")
         return files
 
 
